@@ -1,0 +1,166 @@
+//! What the host can do: one file per family, one [`Act`] implementation per action.
+//!
+//! ```text
+//! exec:          before() -> journal the intent with it -> start the step process
+//! step process:  claim -> apply(before) or undo(before) -> outcome file
+//! exec, after a crash without an outcome:  probe()
+//! ```
+//!
+//! `probe`, `before` and `state` only look; they run in the daemon, under a time limit.
+
+use lockstep_proto::action::Action;
+use lockstep_proto::order::{Binding, Fact};
+use lockstep_proto::report::Failure;
+use serde_json::Value;
+
+use crate::step::Context;
+
+mod check;
+mod env;
+mod exec;
+mod migration;
+mod postgres;
+mod release;
+mod service;
+
+/// What a host answers when asked whether an action's effect is there.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Probe {
+    /// It is there: applying would change nothing.
+    Present(String),
+    /// It is not there: applying would do this.
+    Absent(String),
+    /// A part of it is there.
+    Partial(String),
+    /// It depends on an earlier step of the plan, which a dry run does not do.
+    NotYet(String),
+    /// The host cannot say.
+    NoProof(String),
+}
+
+/// How an action ended well.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Done {
+    /// Whether anything was changed; if not, a rollback has nothing to undo.
+    pub(crate) changed: bool,
+    /// One line for people.
+    pub(crate) summary: String,
+    /// What it proved.
+    pub(crate) facts: Vec<Fact>,
+}
+
+/// An action on this host. Futures need not be `Send`: the agent has one thread.
+#[allow(async_fn_in_trait, reason = "called within this crate, on one thread")]
+pub(crate) trait Act {
+    /// Asks the host whether the effect is there. It counts as proof only once the processes and
+    /// database sessions of the old attempt are gone. Fails only if asking failed.
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure>;
+
+    /// What a later undo must know, read before anything is changed; journalled with the intent.
+    async fn before(&self, _cx: &Context) -> Result<Value, Failure> {
+        Ok(Value::Null)
+    }
+
+    /// Makes the effect. It must be safe on a host where the effect is there already.
+    async fn apply(&self, cx: &Context, before: &Value) -> Result<Done, Failure>;
+
+    /// Returns to the before-state, from any state that an attempt may have left. It must be safe
+    /// to run again.
+    async fn undo(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        Ok(Done { summary: "nothing to undo".into(), ..Done::default() })
+    }
+
+    /// One line for people: what the step does on this host.
+    fn describe(&self) -> String;
+
+    /// The parts of the host's state that the action touches ([`Fact::State`]), for the comparison
+    /// of before and after a rollback (INV-6). Databases are compared by the fence instead, while
+    /// nothing can write.
+    async fn state(&self, _cx: &Context) -> Result<Vec<Fact>, Failure> {
+        Ok(vec![])
+    }
+}
+
+/// The newest fact among an order's bindings that `pick` wants.
+pub(crate) fn bound<'a, T>(bindings: &'a [Binding], pick: impl Fn(&'a Fact) -> Option<T>) -> Option<T> {
+    bindings.iter().rev().find_map(|binding| pick(&binding.fact))
+}
+
+/// Runs `$body` with `$act` bound to the arguments of `$action`, whichever action it is. Gates and
+/// notices never reach a host: consent refuses plans that say so.
+macro_rules! with_act {
+    ($action:expr, $act:ident => $body:expr) => {
+        match $action {
+            Action::ServiceStop($act) => $body,
+            Action::ServiceStart($act) => $body,
+            Action::ServiceRestart($act) => $body,
+            Action::ServiceStatus($act) => $body,
+            Action::ReleaseFetch($act) => $body,
+            Action::ReleaseBuild($act) => $body,
+            Action::ReleaseActivate($act) => $body,
+            Action::ReleasePrevious($act) => $body,
+            Action::EnvDiff($act) => $body,
+            Action::EnvRender($act) => $body,
+            Action::PostgresBackup($act) => $body,
+            Action::PostgresVerifyBackup($act) => $body,
+            Action::PostgresRestore($act) => $body,
+            Action::PostgresCounts($act) => $body,
+            Action::PostgresCompare($act) => $body,
+            Action::PostgresAssert($act) => $body,
+            Action::PostgresFence($act) => $body,
+            Action::PostgresUnfence($act) => $body,
+            Action::MigrationCurrent($act) => $body,
+            Action::MigrationPlan($act) => $body,
+            Action::MigrationApply($act) => $body,
+            Action::MigrationVerify($act) => $body,
+            Action::MigrationDowngrade($act) => $body,
+            Action::CheckHttp($act) => $body,
+            Action::CheckTcp($act) => $body,
+            Action::CheckPort($act) => $body,
+            Action::CheckProcess($act) => $body,
+            Action::CheckDisk($act) => $body,
+            Action::CheckTls($act) => $body,
+            Action::CheckSql($act) => $body,
+            Action::CheckLog($act) => $body,
+            Action::CheckCommand($act) => $body,
+            Action::ExecRun($act) => $body,
+            Action::GateApproval(_)
+            | Action::GateChecklist(_)
+            | Action::GateWindow(_)
+            | Action::GateWait(_)
+            | Action::NotifyWebhook(_)
+            | Action::NotifySlack(_)
+            | Action::NotifyEmail(_) => unreachable!("consent refuses controller actions on hosts"),
+        }
+    };
+}
+
+/// [`Act::probe`] of any action.
+pub(crate) async fn probe(action: &Action, cx: &Context) -> Result<Probe, Failure> {
+    with_act!(action, act => act.probe(cx).await)
+}
+
+/// [`Act::before`] of any action.
+pub(crate) async fn before(action: &Action, cx: &Context) -> Result<Value, Failure> {
+    with_act!(action, act => act.before(cx).await)
+}
+
+/// [`Act::apply`] of any action.
+pub(crate) async fn apply(action: &Action, cx: &Context, before: &Value) -> Result<Done, Failure> {
+    with_act!(action, act => act.apply(cx, before).await)
+}
+
+/// [`Act::undo`] of any action.
+pub(crate) async fn undo(action: &Action, cx: &Context, before: &Value) -> Result<Done, Failure> {
+    with_act!(action, act => act.undo(cx, before).await)
+}
+
+/// [`Act::describe`] of any action.
+pub(crate) fn describe(action: &Action) -> String {
+    with_act!(action, act => act.describe())
+}
+
+/// [`Act::state`] of any action.
+pub(crate) async fn state(action: &Action, cx: &Context) -> Result<Vec<Fact>, Failure> {
+    with_act!(action, act => act.state(cx).await)
+}

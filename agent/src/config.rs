@@ -1,0 +1,208 @@
+//! The host's own configuration (`agent.toml`): who the host is, what runs on it, and how its
+//! databases are reached. It belongs to root and never comes from the controller.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::ids::HostId;
+use serde::Deserialize;
+
+/// The whole file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// The host's name; must equal the certificate's.
+    pub(crate) host: HostId,
+    /// The controller: `host:port`.
+    pub(crate) controller: String,
+    /// The name in the controller's certificate. Default: the host of `controller`.
+    #[serde(default)]
+    pub(crate) controller_name: Option<String>,
+    /// Journal, claims, outcomes, backups' manifests.
+    #[serde(default = "state_dir")]
+    pub(crate) state_dir: PathBuf,
+    /// Forgotten at a reboot.
+    #[serde(default = "run_dir")]
+    pub(crate) run_dir: PathBuf,
+    /// What the host allows. Default: `policy.toml` beside this file.
+    #[serde(default)]
+    pub(crate) policy: Option<PathBuf>,
+    /// One file per secret, named like the secret. Default: `secrets` beside this file. systemd's
+    /// `$CREDENTIALS_DIRECTORY` is looked at first.
+    #[serde(default)]
+    pub(crate) secrets_dir: Option<PathBuf>,
+    /// Certificates.
+    pub(crate) tls: Tls,
+    /// Labels, by which plans select hosts.
+    #[serde(default)]
+    pub(crate) labels: BTreeMap<String, String>,
+    /// Variables, put in for `${host.NAME}` in a plan's steps.
+    #[serde(default)]
+    pub(crate) vars: BTreeMap<String, String>,
+    /// How step processes are started.
+    #[serde(default)]
+    pub(crate) steps: StepRunner,
+    /// Applications, by name.
+    #[serde(default)]
+    pub(crate) apps: BTreeMap<String, App>,
+    /// Services of the drivers `process` and `command`, by name.
+    #[serde(default)]
+    pub(crate) services: BTreeMap<String, Service>,
+    /// Databases, by the name that plans use.
+    #[serde(default)]
+    pub(crate) postgres: BTreeMap<String, Postgres>,
+}
+
+/// Certificates in PEM.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tls {
+    /// Who may issue controllers' certificates.
+    pub(crate) controller_ca: PathBuf,
+    /// This agent's certificate chain.
+    pub(crate) cert: PathBuf,
+    /// Its key.
+    pub(crate) key: PathBuf,
+}
+
+/// How step processes are started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum StepRunner {
+    /// As systemd units where systemd runs and the agent is root, else in sessions of their own.
+    #[default]
+    Auto,
+    /// As transient units of systemd.
+    Systemd,
+    /// In sessions of their own.
+    Session,
+}
+
+/// An application.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct App {
+    /// Holds `releases/`, `shared/` and the link `current`.
+    pub(crate) root: PathBuf,
+    /// Who owns releases and runs builds and migrations. Default: whoever the agent runs as.
+    #[serde(default)]
+    pub(crate) user: Option<String>,
+    /// Variables for builds and migrations, such as a package cache. A value may be
+    /// `secret://NAME`.
+    #[serde(default)]
+    pub(crate) env: BTreeMap<String, String>,
+}
+
+/// A service that systemd does not run.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Service {
+    /// Driver `process`: the program and its arguments.
+    #[serde(default)]
+    pub(crate) argv: Vec<String>,
+    /// Driver `process`: the directory it runs in.
+    #[serde(default)]
+    pub(crate) dir: Option<PathBuf>,
+    /// Driver `process`: a file of `NAME=value` lines that becomes its environment.
+    #[serde(default)]
+    pub(crate) env_file: Option<PathBuf>,
+    /// Driver `process`: where its output goes. Default: a file in the state directory.
+    #[serde(default)]
+    pub(crate) output: Option<PathBuf>,
+    /// Driver `process`: who it runs as. Default: whoever the agent runs as.
+    #[serde(default)]
+    pub(crate) user: Option<String>,
+    /// Driver `command`: starts it.
+    #[serde(default)]
+    pub(crate) start: Vec<String>,
+    /// Driver `command`: stops it.
+    #[serde(default)]
+    pub(crate) stop: Vec<String>,
+    /// Driver `command`: exits with 0 if it runs and with 3 if it does not, as systemctl does.
+    #[serde(default)]
+    pub(crate) status: Vec<String>,
+}
+
+/// A database.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Postgres {
+    /// A socket directory, or a name or address.
+    pub(crate) host: String,
+    /// The port.
+    #[serde(default = "postgres_port")]
+    pub(crate) port: u16,
+    /// The database's name on the server. Default: the name that plans use.
+    #[serde(default)]
+    pub(crate) dbname: Option<String>,
+    /// The role. Fences and restores need an owner or a superuser; a migration needs the owner.
+    pub(crate) user: String,
+    /// The name of the secret with its password. Default: none is sent.
+    #[serde(default)]
+    pub(crate) password: Option<String>,
+    /// The operating system's user that the tools run as, for peer authentication. Default:
+    /// whoever the agent runs as.
+    #[serde(default)]
+    pub(crate) os_user: Option<String>,
+    /// Where `pg_dump` and `pg_restore` are. Default: the newest under `/usr/lib/postgresql` that
+    /// is not older than the server, then `PATH`.
+    #[serde(default)]
+    pub(crate) bin_dir: Option<PathBuf>,
+    /// Where backups are kept. Default: `backups` in the state directory.
+    #[serde(default)]
+    pub(crate) backup_dir: Option<PathBuf>,
+}
+
+fn state_dir() -> PathBuf {
+    PathBuf::from("/var/lib/lockstep-agent")
+}
+
+fn run_dir() -> PathBuf {
+    PathBuf::from("/run/lockstep-agent")
+}
+
+fn postgres_port() -> u16 {
+    5432
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not what it should be.
+    #[error("{path} is not valid")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl Config {
+    /// Reads the file; paths in it are relative to its directory.
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let mut config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        let base = path.parent().unwrap_or(Path::new(""));
+        let Tls { controller_ca, cert, key } = &mut config.tls;
+        for file in [controller_ca, cert, key] {
+            *file = base.join(&*file);
+        }
+        config.policy = Some(base.join(config.policy.as_deref().unwrap_or(Path::new("policy.toml"))));
+        config.secrets_dir =
+            Some(base.join(config.secrets_dir.as_deref().unwrap_or(Path::new("secrets"))));
+        Ok(config)
+    }
+}

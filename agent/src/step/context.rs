@@ -1,0 +1,145 @@
+//! What an action may use: the host's configuration, its secrets, the step's log, and time.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lockstep_proto::ids::StepKey;
+use lockstep_proto::order::Binding;
+use lockstep_proto::report::{Cause, Failure};
+use tokio::time::Instant;
+
+use crate::config::Config;
+
+/// What an action may use.
+#[derive(Clone)]
+pub(crate) struct Context {
+    /// The attempt. Sessions, files and requests that it makes carry this key.
+    pub(crate) key: StepKey,
+    /// The host's configuration.
+    pub(crate) config: Arc<Config>,
+    /// The order's run-time facts.
+    pub(crate) bindings: Arc<[Binding]>,
+    /// A private directory of the attempt (0700), kept until the rollout ends.
+    pub(crate) dir: PathBuf,
+    /// Where output goes.
+    pub(crate) log: StepLog,
+    /// The attempt must have ended by then.
+    pub(crate) deadline: Instant,
+    /// Sizes of the log files that the plan's `check.log` steps name, taken when the host
+    /// consented: lines before are older than the rollout.
+    pub(crate) log_offsets: Arc<BTreeMap<PathBuf, u64>>,
+    /// Whether this is a dry run: then `probe` may answer `NotYet` for what depends on earlier
+    /// steps.
+    pub(crate) dry_run: bool,
+}
+
+impl Context {
+    /// The value of a text that may be `secret://NAME`; other texts are their own value. The value
+    /// must never be logged, put in argv, or returned in a fact.
+    pub(crate) fn secret(&self, text: &str) -> Result<String, Failure> {
+        let Some(name) = text.strip_prefix("secret://") else {
+            return Ok(text.to_owned());
+        };
+        let unfit = name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']);
+        if unfit {
+            return Err(failure(Cause::Host, format!("`{name}` cannot be the name of a secret")));
+        }
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+        let directories = credentials.iter().chain(self.config.secrets_dir.iter());
+        for directory in directories {
+            match std::fs::read_to_string(directory.join(name)) {
+                Ok(value) => return Ok(value.trim_end_matches('\n').to_owned()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    let message = format!("cannot read the secret `{name}`: {error}");
+                    return Err(failure(Cause::Host, message));
+                }
+            }
+        }
+        Err(Failure {
+            hint: Some(format!("put it into {}/{name}, mode 0600", self.secrets_dir().display())),
+            ..failure(Cause::Host, format!("there is no secret `{name}` on this host"))
+        })
+    }
+
+    /// Where secrets are kept.
+    pub(crate) fn secrets_dir(&self) -> &Path {
+        self.config.secrets_dir.as_deref().unwrap_or(Path::new("/etc/lockstep/secrets"))
+    }
+}
+
+/// A failure without hint and output.
+pub(crate) fn failure(cause: Cause, message: impl Into<String>) -> Failure {
+    Failure { cause, message: message.into(), hint: None, last_lines: vec![], changed: false }
+}
+
+/// The step's log: a bounded file beside the outcome, followed by the daemon while the step runs.
+#[derive(Clone)]
+pub(crate) struct StepLog {
+    inner: Arc<std::sync::Mutex<LogFile>>,
+}
+
+struct LogFile {
+    file: Option<std::fs::File>,
+    written: u64,
+    last: std::collections::VecDeque<String>,
+}
+
+/// The most that is kept of a step's output, in bytes: beyond it only the last lines are.
+const MAX_LOG_BYTES: u64 = 64 << 20;
+
+/// How many lines a failure shows.
+const LAST_LINES: usize = 20;
+
+/// The longest line that a failure shows, in bytes.
+const MAX_LINE: usize = 400;
+
+impl StepLog {
+    /// A log that goes to a file.
+    pub(crate) fn to_file(path: &Path) -> std::io::Result<Self> {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+        Ok(Self::new(Some(file)))
+    }
+
+    /// A log that only keeps its last lines: for probes, which run in the daemon.
+    pub(crate) fn nowhere() -> Self {
+        Self::new(None)
+    }
+
+    fn new(file: Option<std::fs::File>) -> Self {
+        let last = std::collections::VecDeque::with_capacity(LAST_LINES);
+        Self { inner: Arc::new(std::sync::Mutex::new(LogFile { file, written: 0, last })) }
+    }
+
+    /// Adds a line. An error to write it never fails a step: the log is for people.
+    pub(crate) fn line(&self, text: &str) {
+        use std::io::Write as _;
+        let mut inner = self.inner.lock().expect("no holder of the log panics");
+        for line in text.lines() {
+            let length = line.len() as u64 + 1;
+            if inner.written + length <= MAX_LOG_BYTES {
+                inner.written += length;
+                if let Some(file) = &mut inner.file {
+                    let _ = writeln!(file, "{line}");
+                }
+            }
+            if inner.last.len() == LAST_LINES {
+                inner.last.pop_front();
+            }
+            let end = line.floor_char_boundary(MAX_LINE);
+            inner.last.push_back(line[..end].to_owned());
+        }
+    }
+
+    /// Says how far the step is, from 0 to 1, and what it is at. The daemon forwards it.
+    pub(crate) fn progress(&self, fraction: f64, text: &str) {
+        self.line(&format!("\u{1}progress {:.3} {text}", fraction.clamp(0.0, 1.0)));
+    }
+
+    /// The last lines, without progress marks.
+    pub(crate) fn last_lines(&self) -> Vec<String> {
+        let inner = self.inner.lock().expect("no holder of the log panics");
+        inner.last.iter().filter(|line| !line.starts_with('\u{1}')).cloned().collect()
+    }
+}

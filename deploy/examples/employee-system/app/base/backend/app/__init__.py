@@ -1,0 +1,3 @@
+"""The employee system: a small HTTP application over PostgreSQL."""
+
+__version__ = "0.9.5"

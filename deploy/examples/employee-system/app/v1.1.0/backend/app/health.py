@@ -1,0 +1,31 @@
+"""/health says that the process serves; /health/db that it reaches its database. The first never needs the second."""
+
+import logging
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from . import __version__
+from .db import reason
+from .scheduling import RulesUnreadable, load_rules
+
+log = logging.getLogger(__name__)
+
+
+def live(request):
+    try:
+        load_rules()
+    except RulesUnreadable as exc:
+        log.error("the scheduling rules cannot be read: %s", exc)
+        return 500, {"status": "unhealthy", "reason": str(exc), "version": __version__}
+    return 200, {"status": "healthy", "version": __version__}
+
+
+def database(request):
+    try:
+        with request.engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+    except SQLAlchemyError as exc:
+        log.error("the database does not answer: %s", reason(exc))
+        return 503, {"database": "unavailable"}
+    return 200, {"database": "connected"}

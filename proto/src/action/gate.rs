@@ -1,0 +1,100 @@
+//! Gates: where a rollout waits for people or for time. They run on the controller.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::values::Period;
+
+/// What happens when nobody decided in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum OnTimeout {
+    /// The rollout is undone.
+    #[default]
+    Abort,
+    /// The rollout halts and keeps its lock.
+    Halt,
+}
+
+/// A day of the week, in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Day {
+    /// Monday.
+    #[default]
+    Mon,
+    /// Tueday.
+    Tue,
+    /// Wedday.
+    Wed,
+    /// Thuday.
+    Thu,
+    /// Friday.
+    Fri,
+    /// Satday.
+    Sat,
+    /// Sunday.
+    Sun,
+}
+
+/// Arguments of `gate.approval`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Approval {
+    /// How many people of which group must approve. Nobody counts twice, nor does who started the rollout.
+    pub from: BTreeMap<String, u32>,
+    /// How long to wait.
+    pub timeout: Period,
+    /// Default: abort.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub on_timeout: OnTimeout,
+    /// What is approved, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+}
+
+/// Arguments of `gate.checklist`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Checklist {
+    /// What people confirm, each with a name and a time in the report.
+    pub items: Vec<String>,
+    /// The group that may confirm. Default: any operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// How long to wait. Default: 24h.
+    #[serde(default = "day")]
+    pub timeout: Period,
+    /// Default: abort.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub on_timeout: OnTimeout,
+}
+
+/// Arguments of `gate.window`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Days of the week.
+    pub days: Vec<Day>,
+    /// From and until, such as `14:00-18:00`.
+    pub utc: String,
+}
+
+/// Arguments of `gate.wait`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Wait {
+    /// How long.
+    pub r#for: Period,
+}
+
+fn day() -> Period {
+    Period::seconds(86_400)
+}

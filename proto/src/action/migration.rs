@@ -1,0 +1,174 @@
+//! Schema migrations with the application's own tool.
+
+use serde::{Deserialize, Serialize};
+
+use crate::values::Period;
+
+/// A migration tool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Tool {
+    /// alembic, for SQLAlchemy.
+    #[default]
+    Alembic,
+}
+
+/// What must be proven before a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum RequiredBackup {
+    /// A backup of this rollout, restored and compared (INV-7).
+    #[default]
+    Verified,
+    /// Nothing: for databases whose data can be lost.
+    None,
+}
+
+/// Arguments of `migration.current`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Current {
+    /// The tool. Default: alembic.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub tool: Tool,
+    /// The database, as the host's configuration names it.
+    pub database: String,
+    /// The application whose release holds the migrations.
+    pub app: String,
+    /// The release whose migrations they are.
+    pub release: String,
+    /// The tool's directory in the release.
+    pub dir: String,
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    #[serde(default = "program")]
+    pub program: String,
+}
+
+/// Arguments of `migration.plan`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The tool. Default: alembic.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub tool: Tool,
+    /// The database, as the host's configuration names it.
+    pub database: String,
+    /// The application whose release holds the migrations.
+    pub app: String,
+    /// The release whose migrations they are.
+    pub release: String,
+    /// The tool's directory in the release.
+    pub dir: String,
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    #[serde(default = "program")]
+    pub program: String,
+    /// The target revision. Default: head.
+    #[serde(default = "head")]
+    pub to: String,
+}
+
+/// Arguments of `migration.apply`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Apply {
+    /// The tool. Default: alembic.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub tool: Tool,
+    /// The database, as the host's configuration names it.
+    pub database: String,
+    /// The application whose release holds the migrations.
+    pub app: String,
+    /// The release whose migrations they are.
+    pub release: String,
+    /// The tool's directory in the release.
+    pub dir: String,
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    #[serde(default = "program")]
+    pub program: String,
+    /// The target revision. Default: head.
+    #[serde(default = "head")]
+    pub to: String,
+    /// What must be proven before. Default: verified.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub backup: RequiredBackup,
+    /// How long a statement may wait for a lock. Default: 5s.
+    #[serde(default = "lock_timeout")]
+    pub lock_timeout: Period,
+    /// How long a statement may take. Default: 15m.
+    #[serde(default = "statement_timeout")]
+    pub statement_timeout: Period,
+}
+
+/// Arguments of `migration.verify`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Verify {
+    /// The tool. Default: alembic.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub tool: Tool,
+    /// The database, as the host's configuration names it.
+    pub database: String,
+    /// The application whose release holds the migrations.
+    pub app: String,
+    /// The release whose migrations they are.
+    pub release: String,
+    /// The tool's directory in the release.
+    pub dir: String,
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    #[serde(default = "program")]
+    pub program: String,
+    /// The revision expected. Default: head.
+    #[serde(default = "head")]
+    pub to: String,
+}
+
+/// Arguments of `migration.downgrade`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Downgrade {
+    /// The tool. Default: alembic.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub tool: Tool,
+    /// The database, as the host's configuration names it.
+    pub database: String,
+    /// The application whose release holds the migrations.
+    pub app: String,
+    /// The release whose migrations they are.
+    pub release: String,
+    /// The tool's directory in the release.
+    pub dir: String,
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    #[serde(default = "program")]
+    pub program: String,
+    /// The revision to return to, by name: never relative.
+    pub to: String,
+    /// How long a statement may wait for a lock. Default: 5s.
+    #[serde(default = "lock_timeout")]
+    pub lock_timeout: Period,
+    /// How long a statement may take. Default: 15m.
+    #[serde(default = "statement_timeout")]
+    pub statement_timeout: Period,
+}
+
+fn program() -> String {
+    "venv/bin/alembic".to_owned()
+}
+
+fn head() -> String {
+    "head".to_owned()
+}
+
+fn lock_timeout() -> Period {
+    Period::seconds(5)
+}
+
+fn statement_timeout() -> Period {
+    Period::seconds(900)
+}

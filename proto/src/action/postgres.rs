@@ -1,0 +1,206 @@
+//! PostgreSQL: backups that are proven, restores that lose nothing, fences.
+
+use serde::{Deserialize, Serialize};
+
+use crate::values::{ByteSize, Period};
+
+/// The archive format of pg_dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// One compressed file (`-Fc`).
+    #[default]
+    Custom,
+    /// A directory, dumped in parallel (`-Fd`).
+    Directory,
+}
+
+/// Where a backup is proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum RestoreInto {
+    /// A database made for it and dropped afterwards.
+    #[default]
+    Scratch,
+}
+
+/// What is compared between a restored backup and its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Aspect {
+    /// The exact rows of each table, as in the dump's snapshot.
+    #[default]
+    RowCounts,
+    /// The schema's fingerprint.
+    Schema,
+    /// An order-free checksum over each table's rows.
+    Checksums,
+}
+
+/// How row counts may differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Rows {
+    /// They are equal.
+    #[default]
+    Unchanged,
+    /// They are equal or larger.
+    Grown,
+}
+
+/// The way a fence shuts applications out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum FenceVia {
+    /// The roles lose the right to connect, and their sessions end.
+    #[default]
+    Connect,
+}
+
+/// Arguments of `postgres.backup`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Backup {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// The archive format. Default: custom.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub format: Format,
+    /// Directories that get a copy, each verified by its digest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies: Vec<String>,
+    /// How long to wait for a table's lock. Default: 5s.
+    #[serde(default = "lock_wait")]
+    pub lock_wait: Period,
+    /// How many backups of this database stay in the backup directory. Default: 7.
+    #[serde(default = "keep")]
+    pub keep: u32,
+}
+
+/// Arguments of `postgres.verify_backup`: it takes the rollout's newest backup of the database.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct VerifyBackup {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// Where it is restored. Default: scratch.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub restore_into: RestoreInto,
+    /// What is compared. Default: schema and row counts.
+    #[serde(default = "compare")]
+    pub compare: Vec<Aspect>,
+    /// A smaller backup fails.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub min_size: ByteSize,
+}
+
+/// Arguments of `postgres.restore`: it takes the rollout's newest verified backup.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+}
+
+/// Arguments of `postgres.counts`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Counts {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// Tables, with schema if not `public`. Default: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<String>,
+}
+
+/// Arguments of `postgres.compare`: against the rollout's newest backup.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Compare {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// Tables that must exist in both. Default: all of the backup.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<String>,
+    /// How counts may differ. Default: unchanged.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub rows: Rows,
+}
+
+/// One statement and what it must answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Assertion {
+    /// A statement that returns one value.
+    pub sql: String,
+    /// The value, as PostgreSQL prints it.
+    pub equals: String,
+}
+
+/// Arguments of `postgres.assert`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Assert {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// All are run; each one that fails is named.
+    pub checks: Vec<Assertion>,
+    /// Tables that must exist.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<String>,
+    /// Look for rows whose foreign key has no parent, over all tables.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub foreign_keys: bool,
+}
+
+/// Arguments of `postgres.fence`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Fence {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// The way. Default: connect.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub via: FenceVia,
+    /// The applications' roles.
+    pub roles: Vec<String>,
+}
+
+/// Arguments of `postgres.unfence`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Unfence {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// The way. Default: connect.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub via: FenceVia,
+    /// The applications' roles.
+    pub roles: Vec<String>,
+}
+
+fn lock_wait() -> Period {
+    Period::seconds(5)
+}
+
+fn keep() -> u32 {
+    7
+}
+
+fn compare() -> Vec<Aspect> {
+    vec![Aspect::Schema, Aspect::RowCounts]
+}

@@ -1,0 +1,22 @@
+//! The contract between Lockstep's controller, agents and operators.
+//!
+//! ```text
+//! plan.yaml -> CompiledPlan -> SealedPlan (bytes, digest)        plan, action, seal
+//!                                   |
+//! controller -- Order, a pointer --> agent                       order
+//! controller <-- Report, numbered -- agent                       report
+//! ```
+//!
+//! Start with [`plan::CompiledPlan`], then [`order::Order`] and [`report::ReportBody`]. The pure
+//! core uses this crate without its `grpc` feature; generated code and conversions are in
+//! `wire`, and wire types go no further than that module.
+
+pub mod action;
+pub mod ids;
+pub mod order;
+pub mod plan;
+pub mod report;
+pub mod seal;
+pub mod values;
+#[cfg(feature = "grpc")]
+pub mod wire;

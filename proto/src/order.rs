@@ -1,0 +1,153 @@
+//! Orders: pointers into a compiled plan that the agent holds, and the facts bound to them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Digest, Epoch, HostId, PlanDigest, StepKey};
+use crate::values::Timestamp;
+
+/// A pointer to one step that one agent is to do now. It says *when*, never *what*.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Order {
+    /// Rollout, host, step, direction and attempt.
+    pub key: StepKey,
+    /// The plan that holds the step.
+    pub plan: PlanDigest,
+    /// The term of the controller that gives it (INV-4).
+    pub epoch: Epoch,
+    /// Refused afterwards, in the controller's time.
+    pub not_after: Timestamp,
+    /// Facts that exist only at run time, each with its origin.
+    pub bindings: Vec<Binding>,
+}
+
+/// A fact with the step that reported it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Binding {
+    /// The step that reported it; for an approval, the gate's place under the name of a host
+    /// `controller`.
+    pub origin: StepKey,
+    /// What it says.
+    pub fact: Fact,
+}
+
+/// Something that a step proved, in a form that other steps and the controller understand.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Fact {
+    /// A backup exists.
+    Backup {
+        /// The database.
+        database: String,
+        /// Its name in the backup directory of the host that made it.
+        id: String,
+        /// Digest of the archive.
+        digest: Digest,
+        /// Size of the archive in bytes.
+        size: u64,
+        /// When its snapshot was taken.
+        taken_at: Timestamp,
+        /// The fence that was up at the time, if one was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fence: Option<String>,
+    },
+    /// A backup was restored and found equal to its source.
+    BackupVerified {
+        /// The database.
+        database: String,
+        /// The backup's id.
+        id: String,
+        /// Digest of the archive that was restored.
+        digest: Digest,
+        /// The fence that was up when the backup was taken, if one was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fence: Option<String>,
+    },
+    /// A fence is up.
+    Fenced {
+        /// The database.
+        database: String,
+        /// The fence's token, kept in the database itself.
+        fence: String,
+    },
+    /// The revision that a database is at.
+    Revision {
+        /// The database.
+        database: String,
+        /// Before the step; empty if the database has none.
+        before: String,
+        /// After the step.
+        after: String,
+    },
+    /// SQL that was shown to people, and that a migration must still render when it runs (INV-12).
+    SqlPlan {
+        /// The database.
+        database: String,
+        /// Rendered from this revision; empty if the database has none.
+        from: String,
+        /// To this one.
+        to: String,
+        /// Digest of the SQL.
+        digest: Digest,
+        /// The SQL itself, shortened to 20 KiB.
+        sql: String,
+    },
+    /// People approved.
+    Approved {
+        /// Who, with their groups.
+        by: Vec<String>,
+        /// What they saw: the plan's digest, and the digests of SQL shown before.
+        evidence: Digest,
+    },
+    /// The release that was active before the rollout.
+    PreviousRelease {
+        /// The application.
+        app: String,
+        /// Its release; empty if none was active.
+        release: String,
+    },
+    /// Rows of a table.
+    Rows {
+        /// The database.
+        database: String,
+        /// Tables with their rows.
+        tables: Vec<(String, u64)>,
+    },
+    /// A part of the host's state (INV-6). Those of a rollback must equal the first ones.
+    State {
+        /// What: `release employee-system`, `service employee-backend`, `file /etc/x`,
+        /// `database employee_system`.
+        name: String,
+        /// Digest of the state.
+        digest: Digest,
+        /// The state in words, for people: never secret.
+        text: String,
+    },
+    /// An address was proven to refuse connections: downtime begins.
+    Refused {
+        /// The address.
+        address: String,
+    },
+    /// A health check was met: downtime ends.
+    Healthy {
+        /// The URL or address.
+        url: String,
+    },
+    /// Anything else worth a line in the report.
+    Note {
+        /// A short name.
+        name: String,
+        /// The value, in words.
+        value: String,
+    },
+}
+
+/// The largest fact in its JSON form, in bytes: it fits into a report with room for the rest.
+pub const MAX_FACT_BYTES: usize = 26 << 10;
+
+/// The greatest number of facts that one report carries.
+pub const MAX_FACTS: usize = 64;
+
+/// The host name under which the controller's own facts stand.
+pub fn controller_host() -> HostId {
+    "controller".parse().expect("`controller` is a host name")
+}

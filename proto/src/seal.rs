@@ -1,0 +1,151 @@
+//! The seal of a compiled plan: its canonical bytes and their digest.
+
+use crate::ids::PlanDigest;
+use crate::plan::{CompiledPlan, FORMAT, MAX_PLAN_BYTES};
+
+/// A compiled plan together with the bytes that its digest is of. There is no other way to have
+/// one than [`seal`] and [`open`], so the three always agree.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SealedPlan {
+    plan: CompiledPlan,
+    bytes: Vec<u8>,
+    digest: PlanDigest,
+}
+
+impl SealedPlan {
+    /// The plan.
+    pub fn plan(&self) -> &CompiledPlan {
+        &self.plan
+    }
+
+    /// The canonical bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Their digest.
+    pub fn digest(&self) -> PlanDigest {
+        self.digest
+    }
+}
+
+/// Bytes that are no compiled plan.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidPlan {
+    /// Larger than [`MAX_PLAN_BYTES`].
+    #[error("a compiled plan has at most {MAX_PLAN_BYTES} bytes, this one has {0}")]
+    TooLarge(usize),
+    /// Not readable, or with something this version does not know.
+    #[error("the compiled plan cannot be read")]
+    Unreadable(#[source] serde_json::Error),
+    /// Readable, but not in its canonical encoding.
+    #[error("the compiled plan is not in its canonical encoding")]
+    NotCanonical,
+    /// Of a version this one does not know.
+    #[error("the compiled plan has format {0}, this version reads format {FORMAT}")]
+    Format(u32),
+    /// Other bytes than those that were asked for.
+    #[error("the compiled plan has digest {found}, not {expected}")]
+    OtherDigest {
+        /// The digest that was asked for.
+        expected: PlanDigest,
+        /// The digest of the bytes.
+        found: PlanDigest,
+    },
+}
+
+/// Encodes a plan and takes its digest.
+pub fn seal(plan: CompiledPlan) -> Result<SealedPlan, InvalidPlan> {
+    let bytes = serde_json::to_vec(&plan).map_err(InvalidPlan::Unreadable)?;
+    if bytes.len() > MAX_PLAN_BYTES {
+        return Err(InvalidPlan::TooLarge(bytes.len()));
+    }
+    let digest = PlanDigest::of(&bytes);
+    Ok(SealedPlan {
+        plan,
+        bytes,
+        digest,
+    })
+}
+
+/// Reads a compiled plan, and refuses any encoding of it but the canonical one.
+pub fn open(bytes: &[u8]) -> Result<SealedPlan, InvalidPlan> {
+    if bytes.len() > MAX_PLAN_BYTES {
+        return Err(InvalidPlan::TooLarge(bytes.len()));
+    }
+    let plan: CompiledPlan = serde_json::from_slice(bytes).map_err(InvalidPlan::Unreadable)?;
+    if plan.format != FORMAT {
+        return Err(InvalidPlan::Format(plan.format));
+    }
+    let sealed = seal(plan)?;
+    if sealed.bytes == bytes {
+        Ok(sealed)
+    } else {
+        Err(InvalidPlan::NotCanonical)
+    }
+}
+
+/// Reads the compiled plan with a given digest.
+pub fn open_expecting(bytes: &[u8], expected: PlanDigest) -> Result<SealedPlan, InvalidPlan> {
+    let found = PlanDigest::of(bytes);
+    if found != expected {
+        return Err(InvalidPlan::OtherDigest { expected, found });
+    }
+    open(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Slo;
+    use crate::values::{Period, Timestamp};
+    use std::collections::BTreeMap;
+
+    fn plan() -> CompiledPlan {
+        CompiledPlan {
+            format: FORMAT,
+            plan: "p".into(),
+            serial: 1,
+            not_before: Timestamp(0),
+            expires: Timestamp(9),
+            deadline: Period::seconds(60),
+            inputs: BTreeMap::new(),
+            fleet: BTreeMap::new(),
+            phases: vec![],
+            after_rollback: None,
+            max_failures: 0,
+            notices: vec![],
+            slo: Slo::default(),
+            signoff: vec![],
+        }
+    }
+
+    #[test]
+    fn a_plan_has_one_encoding() {
+        let sealed = seal(plan()).unwrap();
+        assert_eq!(open(sealed.bytes()).unwrap(), sealed);
+        let text = String::from_utf8(sealed.bytes().to_vec()).unwrap();
+        for other in [text.replace(':', ": "), text.replace("\"1m\"", "\"60s\"")] {
+            assert!(
+                matches!(open(other.as_bytes()), Err(InvalidPlan::NotCanonical)),
+                "{other}"
+            );
+        }
+        let unknown = text.replace("{\"format\"", "{\"x\":1,\"format\"");
+        assert!(matches!(
+            open(unknown.as_bytes()),
+            Err(InvalidPlan::Unreadable(_))
+        ));
+    }
+
+    #[test]
+    fn a_changed_byte_is_another_plan() {
+        let sealed = seal(plan()).unwrap();
+        let mut bytes = sealed.bytes().to_vec();
+        bytes[20] ^= 1;
+        assert!(matches!(
+            open_expecting(&bytes, sealed.digest()),
+            Err(InvalidPlan::OtherDigest { .. })
+        ));
+    }
+}

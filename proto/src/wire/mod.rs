@@ -1,0 +1,39 @@
+//! Generated code, and the conversions between it and the domain types. Wire types stop here.
+
+mod agent;
+mod control;
+
+pub use agent::{Hello, InvalidMessage, PROTOCOL_VERSIONS, VersionRange, Welcome};
+
+/// Generated from `lockstep/agent/v1/agent.proto`.
+#[allow(
+    missing_docs,
+    clippy::pedantic,
+    clippy::all,
+    unreachable_pub,
+    unused_qualifications
+)]
+pub mod agent_v1 {
+    tonic::include_proto!("lockstep.agent.v1");
+}
+
+/// Generated from `lockstep/control/v1/control.proto`.
+#[allow(
+    missing_docs,
+    clippy::pedantic,
+    clippy::all,
+    unreachable_pub,
+    unused_qualifications
+)]
+pub mod control_v1 {
+    tonic::include_proto!("lockstep.control.v1");
+}
+
+/// The largest message of an agent, in bytes: an order with its bindings.
+pub const MAX_AGENT_MESSAGE: usize = 256 << 10;
+
+/// The largest message of an operator, in bytes: a compiled plan with its source.
+pub const MAX_CONTROL_MESSAGE: usize = 4 << 20;
+
+/// The largest piece of a blob or a log, in bytes.
+pub const CHUNK: usize = 64 << 10;
