@@ -12,8 +12,11 @@
 #   hosts.sh stop-daemon             stop dockerd if `prepare` started it
 #
 # Run as root on Debian 12. Every command may be repeated. stdout is data, stderr is talk.
+# Hosts reach package indexes as this machine does (variables and files of pip, npm, apt, certificates). Where they have
+# no way out, a directory of wheels does: run `up` with PIP_FIND_LINKS=DIR PIP_NO_INDEX=1 in the environment.
 # LOCKSTEP_FLEET names the fleet (default: main); fleets of different names do not meet.
 set -euo pipefail
+umask 022
 
 fleet=${LOCKSTEP_FLEET:-main}
 label=lockstep.fleet=1
@@ -39,11 +42,11 @@ sources() {
 # How this machine's apt reaches its mirrors: proxies, certificates, and whether old snapshots are fine.
 apt_reach() { apt-config dump | grep -E '^Acquire::(https?::|Check-)' || true; }
 
-# Fills directory $1. debootstrap cannot resolve dependencies on virtual packages (npm has some), so that it makes
-# only the smallest system and apt does the rest inside. The pid namespace ends whatever a package script leaves running.
+# Fills directory $1. debootstrap cannot resolve dependencies on virtual packages (npm has some), so that it makes only
+# the smallest system and apt does the rest inside. The pid namespace ends whatever a package script leaves running.
 build_root() {
   local root=$1 mirror
-  mirror=$(sources | awk -v suite="$suite" '$3 == suite { print $2; exit }')
+  mirror=$(sources | awk -v suite="$suite" '$3 == suite && !found++ { print $2 }')
   [ -n "$mirror" ] || die "apt on this machine has no source for Debian $suite"
   debootstrap --variant=minbase --include=ca-certificates "$suite" "$root" "$mirror" >&2
   sources >"$root/etc/apt/sources.list"
@@ -89,7 +92,8 @@ prepare_image() {
     local work
     work=$(mktemp -d "$cache/build.XXXXXX")
     say "building the base image, log in $cache/build.log"
-    if ! (build_root "$work/root") 2>"$cache/build.log"; then
+    # A process of its own: bash ignores `set -e` within a condition.
+    if ! "$0" build-root "$work/root" 2>"$cache/build.log"; then
       tail -20 "$cache/build.log" >&2
       rm -rf "$work"
       die "the base image did not build"
@@ -107,8 +111,6 @@ prepare_image() {
 
 # A pid may be given out again; a pid with its start time may not. Prints nothing for a process that has ended.
 started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" { print $20 }'; }
-
-ours_runs() { [ -s "$state/dockerd" ] && { read -r pid since <"$state/dockerd"; [ "$(started_at "$pid")" = "$since" ]; }; }
 
 # Starts dockerd with the given flags and waits until it answers; false when it ends or stays silent.
 try_dockerd() {
@@ -150,6 +152,7 @@ prepare() {
   command -v dockerd >/dev/null && command -v docker >/dev/null && command -v iptables >/dev/null ||
     missing+=(docker.io iptables)
   command -v debootstrap >/dev/null || missing+=(debootstrap)
+  [ -f "$bundle" ] || missing+=(ca-certificates)
   if [ ${#missing[@]} -gt 0 ]; then
     say "installing ${missing[*]}"
     apt-get update -qq >&2
@@ -160,9 +163,10 @@ prepare() {
 }
 
 stop_daemon() {
-  if ours_runs; then
-    local pid since
-    read -r pid since <"$state/dockerd"
+  [ -s "$state/dockerd" ] || return 0
+  local pid since
+  read -r pid since <"$state/dockerd"
+  if [ "$(started_at "$pid")" = "$since" ]; then
     kill "$pid"
     for _ in $(seq 600); do
       [ "$(started_at "$pid")" = "$since" ] || break
@@ -178,14 +182,18 @@ stop_daemon() {
 
 # The variables that say how this machine reaches package indexes.
 reach_names() {
-  compgen -e | grep -E '^(PIP_.*|(NPM_CONFIG|npm_config)_.*|(https?|ftp|all|no)_proxy|(HTTPS?|FTP|ALL|NO)_PROXY|NODE_EXTRA_CA_CERTS|REQUESTS_CA_BUNDLE)$' || true
+  compgen -e | grep -E \
+    -e '^(PIP|NPM_CONFIG|npm_config)_' \
+    -e '^((https?|ftp|all|no)_proxy|(HTTPS?|FTP|ALL|NO)_PROXY)$' \
+    -e '^(NODE_EXTRA_CA_CERTS|REQUESTS_CA_BUNDLE)$' || true
 }
 
 # Fills directory $1 with the files of a host that make pip, npm, apt and TLS work there as they do here, whatever the
 # configuration of this machine is. A file that a setting names comes along under its own path.
 reach_files() {
-  local root=$1 name path
+  local root=$1 name path line
   mkdir -p "$root/etc/apt/apt.conf.d" "$root/etc/systemd/system.conf.d"
+  mkdir -m 700 "$root/root"
   install -D -m 644 "$bundle" "$root$bundle"
   apt_reach >"$root/etc/apt/apt.conf.d/90fleet"
   for path in /etc/pip.conf /etc/xdg/pip/pip.conf "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
@@ -194,7 +202,6 @@ reach_files() {
   for path in /etc/npmrc "$HOME/.npmrc"; do
     # A directory in an npmrc is about this machine's own node.
     if [ -f "$path" ]; then
-      mkdir -p "$root/root"
       while IFS= read -r line; do
         [ -d "${line#*=}" ] || printf '%s\n' "$line"
       done <"$path" >"$root${path/#"$HOME"//root}"
@@ -279,12 +286,12 @@ wait_booted() {
 
 up() {
   local name reach
+  # The directory that is copied becomes the root of a host and must be readable there, but not here.
   reach=$(mktemp -d)
-  chmod 755 "$reach"
-  reach_files "$reach"
+  reach_files "$reach/root"
   make_network
   for name; do
-    known "$name" || create "$name" "$reach"
+    known "$name" || create "$name" "$reach/root"
   done
   rm -rf "$reach"
   for name; do docker start "$(container "$name")" >/dev/null; done
@@ -322,6 +329,7 @@ case $command in
   prepare) prepare ;;
   up) need $# 1; up "$@" ;;
   down) down ;;
+  build-root) build_root "$1" ;;
   stop-daemon) stop_daemon ;;
   exec | put | ip | disconnect | connect | kill | restart)
     need $# 1
