@@ -136,12 +136,12 @@ prepare_dockerd() {
   mkdir -p "$state/legacy"
   : >"$state/dockerd.log"
   try_dockerd && return
+  try_dockerd --storage-driver=vfs && return
   # Some kernels speak only the older of the two packet filter interfaces.
   ln -sf "$(command -v iptables-legacy)" "$state/legacy/iptables"
   ln -sf "$(command -v ip6tables-legacy)" "$state/legacy/ip6tables"
   PATH=$state/legacy:$PATH try_dockerd && return
   PATH=$state/legacy:$PATH try_dockerd --storage-driver=vfs && return
-  try_dockerd --storage-driver=vfs && return
   tail -20 "$state/dockerd.log" >&2
   die "dockerd does not start, log in $state/dockerd.log"
 }
