@@ -46,9 +46,10 @@ pub struct CompiledPlan {
     /// Checks that run after a rollback; its steps have the phase number `phases.len()`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after_rollback: Option<Phase>,
-    /// How many hosts of the whole fleet may fail before the rollout is undone.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub max_failures: u32,
+    /// How many hosts of the whole fleet may fail before the rollout is undone. Absent: only the
+    /// stages' own budgets count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_failures: Option<u32>,
     /// Messages that are sent when something happens to the rollout.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<Notice>,
@@ -58,10 +59,6 @@ pub struct CompiledPlan {
     /// Roles that sign the report.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub signoff: Vec<String>,
-}
-
-fn is_zero(value: &u32) -> bool {
-    *value == 0
 }
 
 /// Hosts that carry all of these labels.

@@ -113,7 +113,7 @@ mod tests {
             fleet: BTreeMap::new(),
             phases: vec![],
             after_rollback: None,
-            max_failures: 0,
+            max_failures: None,
             notices: vec![],
             slo: Slo::default(),
             signoff: vec![],

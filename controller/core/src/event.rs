@@ -1,0 +1,310 @@
+//! What goes into the coordinator and what comes out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{Digest, Epoch, HostId, OperatorName, PlanDigest, RolloutId, StepRef};
+use lockstep_proto::order::Order;
+use lockstep_proto::report::Report;
+use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::values::Timestamp;
+use serde::Serialize;
+
+use crate::record::{Entry, NoticeRef};
+
+/// Something that happened outside.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// An agent's session is up; its `Hello` was valid and its certificate says so.
+    HostUp {
+        /// The host.
+        host: HostId,
+        /// Its labels.
+        labels: BTreeMap<String, String>,
+        /// Its agent's release.
+        agent_version: String,
+        /// The rollout that it holds for.
+        held: Option<RolloutId>,
+    },
+    /// An agent's session is gone.
+    HostDown {
+        /// The host.
+        host: HostId,
+    },
+    /// An agent reported.
+    Report {
+        /// The host.
+        host: HostId,
+        /// Its report.
+        report: Report,
+    },
+    /// A message was sent, or could not be.
+    NoticeSent {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Which.
+        which: NoticeRef,
+        /// Why it could not be sent.
+        error: Option<String>,
+    },
+    /// An operator calls.
+    Operator {
+        /// Who, by certificate.
+        operator: OperatorName,
+        /// The groups of the certificate.
+        groups: Vec<String>,
+        /// What for.
+        call: Call,
+    },
+    /// Time has passed: [`crate::Coordinator::next_deadline`] was reached.
+    Tick,
+}
+
+/// What an operator may ask for.
+#[derive(Debug, Clone)]
+pub enum Call {
+    /// Start a rollout.
+    Submit {
+        /// Its id, made by the driver.
+        rollout: RolloutId,
+        /// The plan; the driver has stored its bytes already.
+        plan: Arc<SealedPlan>,
+        /// Only probe.
+        dry_run: bool,
+    },
+    /// Decide at a gate.
+    Decide {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate; none if only one is open.
+        gate: Option<StepRef>,
+        /// What was shown to the operator.
+        evidence: Digest,
+        /// Approve or confirm; otherwise reject.
+        approve: bool,
+        /// Checklist items; empty means all.
+        items: Vec<u32>,
+        /// A comment.
+        comment: String,
+    },
+    /// Send nothing new.
+    Pause {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// Go on; try again what failed.
+    Resume {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// End it where it stands.
+    Cancel {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Why.
+        reason: String,
+    },
+    /// Undo it.
+    RollBack {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Why.
+        reason: String,
+    },
+    /// Accept a halted rollout as it is.
+    Close {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Why that is acceptable.
+        reason: String,
+    },
+    /// Sign the report of an ended rollout.
+    SignOff {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The role.
+        role: String,
+        /// A comment.
+        comment: String,
+    },
+}
+
+/// What the driver must do, in this order: first `persist`, as one batch, until it is on the disk;
+/// then `send`; then `published`. If persisting fails the process ends, and a restart folds what
+/// was persisted (INV-2).
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Entries for the journal.
+    pub persist: Vec<Entry>,
+    /// Messages to agents. One to an agent that is not connected is dropped: the coordinator says
+    /// it again when the host is up.
+    pub send: Vec<(HostId, Message)>,
+    /// Messages to people. The driver answers each with [`Event::NoticeSent`].
+    pub notify: Vec<Notify>,
+    /// New events of rollouts, for whoever watches.
+    pub published: Vec<(RolloutId, RolloutEvent)>,
+    /// The answer to an operator's call; absent for other events.
+    pub answer: Option<Result<Answer, Refused>>,
+}
+
+/// A message to an agent.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Message {
+    /// Every report up to this number is durable.
+    Acknowledged(u64),
+    /// Asks for consent.
+    Offer {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The plan.
+        plan: PlanDigest,
+        /// The term.
+        epoch: Epoch,
+        /// Only probes will follow.
+        dry_run: bool,
+    },
+    /// One step to do now.
+    Order(Order),
+    /// The rollout has ended: the hold is free.
+    Release {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The term.
+        epoch: Epoch,
+    },
+    /// End what is running.
+    Cancel {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The term.
+        epoch: Epoch,
+    },
+    /// Say what the host's state is.
+    Survey {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The term.
+        epoch: Epoch,
+    },
+}
+
+/// A message to people.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Notify {
+    /// The rollout.
+    pub rollout: RolloutId,
+    /// Which message.
+    pub which: NoticeRef,
+    /// A `notify` action, its texts filled in.
+    pub action: Action,
+}
+
+/// The answer to an operator's call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// It is done, and durable.
+    Done,
+    /// The decision is durable; this is still missing at the gate (empty if it is closed).
+    Missing(String),
+}
+
+/// Why an operator's call is refused. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// There is no such rollout.
+    #[error("there is no rollout {0}")]
+    NotFound(RolloutId),
+    /// The plan's serial was used.
+    #[error("the plan's serial {0} has been used by {1}; compile it again")]
+    SerialUsed(u64, RolloutId),
+    /// Another rollout has a lock on what this one touches.
+    #[error("{host} is locked by {holder} ({plan}), {state} in phase `{phase}` since {since_ms}")]
+    Locked {
+        /// The host.
+        host: HostId,
+        /// The rollout that has the lock.
+        holder: RolloutId,
+        /// Its plan's name.
+        plan: String,
+        /// Its state.
+        state: &'static str,
+        /// Its phase.
+        phase: String,
+        /// When it was submitted.
+        since_ms: u64,
+    },
+    /// The rollout is not in a state that allows it.
+    #[error("{0}")]
+    NotNow(String),
+    /// The operator may not.
+    #[error("{0}")]
+    NotAllowed(String),
+    /// What was asked for does not fit.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Something that happened in a rollout, as CLI, page and report show it. Which fields are set
+/// depends on `kind`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct RolloutEvent {
+    /// Grows from event to event of a rollout.
+    pub number: u64,
+    /// When.
+    pub at: Timestamp,
+    /// What happened.
+    pub kind: EventKind,
+    /// The rollout's state afterwards.
+    pub state: &'static str,
+    /// The phase's name.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub phase: String,
+    /// The step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<StepRef>,
+    /// The action's name.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub action: &'static str,
+    /// The host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostId>,
+    /// `do`, `undo` or `probe`.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub direction: &'static str,
+    /// The attempt; 0 if the event is not about one.
+    pub attempt: u16,
+    /// One line for people.
+    pub message: String,
+    /// More lines.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub detail: Vec<String>,
+    /// How long an attempt took, in milliseconds; 0 if not known.
+    pub took_ms: u64,
+}
+
+/// The kind of an event: the same as in `lockstep.control.v1`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "control.proto documents them")]
+pub enum EventKind {
+    Submitted,
+    Consent,
+    PhaseOpened,
+    PhaseClosed,
+    StepOrdered,
+    StepStarted,
+    StepOk,
+    StepFailed,
+    GateOpened,
+    GateDecided,
+    GateClosed,
+    Quarantined,
+    RollbackStarted,
+    Paused,
+    Resumed,
+    Ended,
+    Host,
+    #[default]
+    Note,
+}

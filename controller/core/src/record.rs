@@ -1,0 +1,368 @@
+//! What is written to the journal, and so what a controller is after a restart. Recovery is the
+//! fold of these records; nothing else is state.
+
+use std::collections::BTreeMap;
+
+use lockstep_proto::ids::{
+    Digest, Direction, Epoch, HostId, OperatorName, PlanDigest, RolloutId, StepRef,
+};
+use lockstep_proto::report::ReportBody;
+use lockstep_proto::values::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// A record with its time on the controller's clock.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// When it was decided. Never before that of an earlier entry.
+    pub at: Timestamp,
+    /// What.
+    pub record: Record,
+}
+
+/// The most hosts that one record names: a record fits into 32 KiB whatever the fleet's size.
+pub const MAX_HOSTS_PER_RECORD: usize = 400;
+
+/// The persistent vocabulary.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Record {
+    /// A controller's term began (INV-4).
+    TermBegan {
+        /// The term.
+        epoch: Epoch,
+    },
+    /// A host introduced itself for the first time, or with other labels than before.
+    HostSeen {
+        /// The host.
+        host: HostId,
+        /// Its labels, from its own file.
+        labels: BTreeMap<String, String>,
+        /// Its agent's release.
+        agent_version: String,
+    },
+    /// A report is durable, and may be acknowledged.
+    Reported {
+        /// Who reported.
+        host: HostId,
+        /// The report's number.
+        number: u64,
+        /// What it says.
+        body: ReportBody,
+    },
+    /// A plan was submitted: its serial is used up.
+    Submitted {
+        /// The rollout that it licenses.
+        rollout: RolloutId,
+        /// The compiled plan, kept by its digest.
+        plan: PlanDigest,
+        /// Who submitted it.
+        requester: OperatorName,
+        /// Only probe.
+        dry_run: bool,
+    },
+    /// Hosts that the plan means, at the time it was submitted. Together these records hold the
+    /// matched list.
+    Matched {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Hosts.
+        hosts: Vec<HostId>,
+    },
+    /// Every host consented; the first phase may open.
+    Consented {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// A phase was opened. The number after the last phase is the checks after a rollback.
+    PhaseOpened {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The phase.
+        phase: u16,
+    },
+    /// One host was elected for stages with these groups.
+    Elected {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The groups, as the plan names them.
+        groups: Vec<String>,
+        /// The host.
+        host: HostId,
+    },
+    /// A wave of a stage may begin: `wave` is its index.
+    WaveOpened {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The phase.
+        phase: u16,
+        /// The stage's index in the phase.
+        stage: u16,
+        /// From 0.
+        wave: u32,
+    },
+    /// Every host of the wave is done, or failed within the budget.
+    WaveClosed {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// Every wave of the stage is closed.
+    StageClosed {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// The phase is closed on every host that it requires.
+    PhaseClosed {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The phase.
+        phase: u16,
+    },
+    /// One step was ordered on these hosts.
+    Dispatched {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The step.
+        at: StepRef,
+        /// Which way.
+        direction: Direction,
+        /// The attempt.
+        attempt: u16,
+        /// The hosts.
+        hosts: Vec<HostId>,
+        /// Agents refuse the order afterwards.
+        not_after: Timestamp,
+    },
+    /// The controller gave up waiting for a host's report on an attempt.
+    GivenUp {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The step.
+        at: StepRef,
+        /// Which way.
+        direction: Direction,
+        /// The attempt.
+        attempt: u16,
+        /// The host.
+        host: HostId,
+        /// Why: whether the host was lost, or the step took too long.
+        why: Lost,
+    },
+    /// A host gets no further orders but its undo.
+    Quarantined {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The host.
+        host: HostId,
+        /// Why.
+        why: String,
+    },
+    /// A gate waits.
+    GateOpened {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// What is decided upon: the digest of plan, matched hosts and shown SQL (INV-12).
+        evidence: Digest,
+        /// Until when.
+        until: Timestamp,
+    },
+    /// Somebody decided at a gate.
+    GateDecided {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// Who.
+        operator: OperatorName,
+        /// The groups of the operator's certificate.
+        groups: Vec<String>,
+        /// Approved or confirmed; otherwise rejected.
+        approve: bool,
+        /// Confirmed items, for checklists.
+        items: Vec<u32>,
+        /// What was shown to whoever decided.
+        evidence: Digest,
+        /// A comment.
+        comment: String,
+    },
+    /// A gate is closed.
+    GateClosed {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// Whether the rollout may go on.
+        met: bool,
+        /// Why.
+        why: String,
+    },
+    /// A message is about to be sent. It is sent at most once: a restart does not send it again.
+    NoticeOrdered {
+        /// The rollout.
+        rollout: RolloutId,
+        /// A `notify` step, or else one of the plan's notices.
+        which: NoticeRef,
+    },
+    /// A message was sent, or could not be.
+    NoticeSent {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Which.
+        which: NoticeRef,
+        /// Why it could not be sent.
+        error: Option<String>,
+    },
+    /// Nothing new is sent until resumed.
+    Paused {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Who paused it.
+        operator: OperatorName,
+    },
+    /// The rollout goes on; what failed is tried again.
+    Resumed {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Who resumed it.
+        operator: OperatorName,
+    },
+    /// From here on the rollout is undone.
+    RollbackStarted {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Why.
+        reason: String,
+        /// Who asked for it; none if it was a trigger.
+        operator: Option<OperatorName>,
+    },
+    /// Every undo has ended, well or not.
+    Undone {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// The rollout has ended.
+    Ended {
+        /// The rollout.
+        rollout: RolloutId,
+        /// How.
+        end: End,
+        /// Why, with hosts and steps by name.
+        reason: String,
+        /// Who ended it; none if it ended by itself.
+        operator: Option<OperatorName>,
+    },
+    /// A halted rollout was accepted as it is: its lock and holds are free.
+    Closed {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Who.
+        operator: OperatorName,
+        /// Why that is acceptable.
+        reason: String,
+    },
+    /// Somebody signed the report.
+    SignedOff {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The role.
+        role: String,
+        /// Who.
+        operator: OperatorName,
+        /// A comment.
+        comment: String,
+    },
+}
+
+impl Record {
+    /// The rollout that the record is about; none for those about hosts and terms.
+    pub fn rollout(&self) -> Option<&RolloutId> {
+        match self {
+            Self::TermBegan { .. } | Self::HostSeen { .. } => None,
+            Self::Reported { body, .. } => Some(match body {
+                ReportBody::Consented { rollout, .. }
+                | ReportBody::Declined { rollout, .. }
+                | ReportBody::Surveyed { rollout, .. } => rollout,
+                ReportBody::Started { key } | ReportBody::Finished { key, .. } => &key.rollout,
+            }),
+            Self::Submitted { rollout, .. }
+            | Self::Matched { rollout, .. }
+            | Self::Consented { rollout }
+            | Self::PhaseOpened { rollout, .. }
+            | Self::Elected { rollout, .. }
+            | Self::WaveOpened { rollout, .. }
+            | Self::WaveClosed { rollout }
+            | Self::StageClosed { rollout }
+            | Self::PhaseClosed { rollout, .. }
+            | Self::Dispatched { rollout, .. }
+            | Self::GivenUp { rollout, .. }
+            | Self::Quarantined { rollout, .. }
+            | Self::GateOpened { rollout, .. }
+            | Self::GateDecided { rollout, .. }
+            | Self::GateClosed { rollout, .. }
+            | Self::NoticeOrdered { rollout, .. }
+            | Self::NoticeSent { rollout, .. }
+            | Self::Paused { rollout, .. }
+            | Self::Resumed { rollout, .. }
+            | Self::RollbackStarted { rollout, .. }
+            | Self::Undone { rollout }
+            | Self::Ended { rollout, .. }
+            | Self::Closed { rollout, .. }
+            | Self::SignedOff { rollout, .. } => Some(rollout),
+        }
+    }
+}
+
+/// Why the controller gave up waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lost {
+    /// The host could not be reached.
+    Unreachable,
+    /// The host was there, but did not report in time.
+    TimedOut,
+}
+
+/// A message of a rollout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NoticeRef {
+    /// A `notify` step.
+    Step(StepRef),
+    /// One of the plan's notices, and which time it is sent.
+    Plan {
+        /// Its index in the plan.
+        index: u16,
+        /// From 1.
+        time: u32,
+    },
+}
+
+/// How a rollout ended (INV-8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// Everything is done on every host.
+    Succeeded,
+    /// Done, but for hosts that failed within the budget and stay behind.
+    Partial,
+    /// Every touched host is back where it began.
+    RolledBack,
+    /// The automatic part has ended; lock and holds stay until people decide.
+    Halted,
+    /// Ended by people, or before anything happened.
+    Cancelled,
+}
+
+impl End {
+    /// The word used everywhere.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Succeeded => "succeeded",
+            Self::Partial => "partial",
+            Self::RolledBack => "rolled_back",
+            Self::Halted => "halted",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
