@@ -191,18 +191,33 @@ pub(crate) enum ConfigError {
 impl Config {
     /// Reads the file; paths in it are relative to its directory.
     pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        let mut config: Self = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
+        let mut config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.into(),
+            source: Box::new(source),
+        })?;
         let base = path.parent().unwrap_or(Path::new(""));
-        let Tls { controller_ca, cert, key } = &mut config.tls;
+        let Tls {
+            controller_ca,
+            cert,
+            key,
+        } = &mut config.tls;
         for file in [controller_ca, cert, key] {
             *file = base.join(&*file);
         }
-        config.policy = Some(base.join(config.policy.as_deref().unwrap_or(Path::new("policy.toml"))));
-        config.secrets_dir =
-            Some(base.join(config.secrets_dir.as_deref().unwrap_or(Path::new("secrets"))));
+        config.policy =
+            Some(base.join(config.policy.as_deref().unwrap_or(Path::new("policy.toml"))));
+        config.secrets_dir = Some(
+            base.join(
+                config
+                    .secrets_dir
+                    .as_deref()
+                    .unwrap_or(Path::new("secrets")),
+            ),
+        );
         Ok(config)
     }
 }

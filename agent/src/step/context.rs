@@ -43,7 +43,10 @@ impl Context {
         };
         let unfit = name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']);
         if unfit {
-            return Err(failure(Cause::Host, format!("`{name}` cannot be the name of a secret")));
+            return Err(failure(
+                Cause::Host,
+                format!("`{name}` cannot be the name of a secret"),
+            ));
         }
         let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
         let directories = credentials.iter().chain(self.config.secrets_dir.iter());
@@ -58,20 +61,35 @@ impl Context {
             }
         }
         Err(Failure {
-            hint: Some(format!("put it into {}/{name}, mode 0600", self.secrets_dir().display())),
-            ..failure(Cause::Host, format!("there is no secret `{name}` on this host"))
+            hint: Some(format!(
+                "put it into {}/{name}, mode 0600",
+                self.secrets_dir().display()
+            )),
+            ..failure(
+                Cause::Host,
+                format!("there is no secret `{name}` on this host"),
+            )
         })
     }
 
     /// Where secrets are kept.
     pub(crate) fn secrets_dir(&self) -> &Path {
-        self.config.secrets_dir.as_deref().unwrap_or(Path::new("/etc/lockstep/secrets"))
+        self.config
+            .secrets_dir
+            .as_deref()
+            .unwrap_or(Path::new("/etc/lockstep/secrets"))
     }
 }
 
 /// A failure without hint and output.
 pub(crate) fn failure(cause: Cause, message: impl Into<String>) -> Failure {
-    Failure { cause, message: message.into(), hint: None, last_lines: vec![], changed: false }
+    Failure {
+        cause,
+        message: message.into(),
+        hint: None,
+        last_lines: vec![],
+        changed: false,
+    }
 }
 
 /// The step's log: a bounded file beside the outcome, followed by the daemon while the step runs.
@@ -98,7 +116,10 @@ const MAX_LINE: usize = 400;
 impl StepLog {
     /// A log that goes to a file.
     pub(crate) fn to_file(path: &Path) -> std::io::Result<Self> {
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)?;
         Ok(Self::new(Some(file)))
     }
 
@@ -109,7 +130,13 @@ impl StepLog {
 
     fn new(file: Option<std::fs::File>) -> Self {
         let last = std::collections::VecDeque::with_capacity(LAST_LINES);
-        Self { inner: Arc::new(std::sync::Mutex::new(LogFile { file, written: 0, last })) }
+        Self {
+            inner: Arc::new(std::sync::Mutex::new(LogFile {
+                file,
+                written: 0,
+                last,
+            })),
+        }
     }
 
     /// Adds a line. An error to write it never fails a step: the log is for people.
@@ -134,12 +161,20 @@ impl StepLog {
 
     /// Says how far the step is, from 0 to 1, and what it is at. The daemon forwards it.
     pub(crate) fn progress(&self, fraction: f64, text: &str) {
-        self.line(&format!("\u{1}progress {:.3} {text}", fraction.clamp(0.0, 1.0)));
+        self.line(&format!(
+            "\u{1}progress {:.3} {text}",
+            fraction.clamp(0.0, 1.0)
+        ));
     }
 
     /// The last lines, without progress marks.
     pub(crate) fn last_lines(&self) -> Vec<String> {
         let inner = self.inner.lock().expect("no holder of the log panics");
-        inner.last.iter().filter(|line| !line.starts_with('\u{1}')).cloned().collect()
+        inner
+            .last
+            .iter()
+            .filter(|line| !line.starts_with('\u{1}'))
+            .cloned()
+            .collect()
     }
 }

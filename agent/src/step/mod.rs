@@ -2,4 +2,4 @@
 
 mod context;
 
-pub(crate) use context::{Context, StepLog};
+pub(crate) use context::{Context, StepLog, failure};
