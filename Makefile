@@ -1,0 +1,60 @@
+# The steps of CI, each by its own name. `make ci` runs them all.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+CARGO := cargo
+LOCKED := --locked
+# Stories open a few hundred descriptors; some shells start with 256.
+NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
+
+.PHONY: help prepare fmt clippy doc build release test deny demo fleet ci
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+prepare: ## install, or name, what tests and demo need
+	@tests/prepare.sh
+
+fmt: ## the format is rustfmt's
+	$(CARGO) fmt --all --check
+
+clippy: ## no warnings
+	$(CARGO) clippy $(LOCKED) --workspace --all-targets -- -D warnings
+
+doc: ## the documentation builds, without broken links
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(LOCKED) --workspace --no-deps --document-private-items
+
+build: prepare ## the binaries that stories run
+	$(CARGO) build $(LOCKED) --workspace --bins
+
+release: prepare ## the binaries that users run
+	$(CARGO) build $(LOCKED) --release --workspace --bins
+
+test: build ## unit, property, golden and whole-process tests, and the documentation's examples
+	@$(NOFILE)
+	if $(CARGO) nextest --version >/dev/null 2>&1; then
+		$(CARGO) nextest run $(LOCKED) --workspace --no-tests=warn
+	else
+		$(CARGO) test $(LOCKED) --workspace --lib --bins --tests -- --test-threads=2
+	fi
+	$(CARGO) test $(LOCKED) --workspace --doc
+
+deny: ## licences, sources, advisories and banned crates
+	@if $(CARGO) deny --version >/dev/null 2>&1; then
+		$(CARGO) deny $(LOCKED) check
+	else
+		echo "deny: cargo-deny is not installed, so nothing was checked (cargo install --locked cargo-deny)" >&2
+	fi
+
+demo: build ## a whole rollout before your eyes: v1.0.0 goes out, v1.1.0 comes back
+	@$(NOFILE)
+	target/debug/demo
+
+fleet: release ## the same on real systemd hosts; needs root
+	@$(NOFILE)
+	target/release/fleet
+
+ci: fmt clippy doc test deny demo fleet ## everything
