@@ -1,14 +1,17 @@
 //! All rollouts, hosts and deadlines as one value: events in, effects out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Epoch, HostId, PlanDigest, RolloutId};
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{Digest, Epoch, HostId, OperatorName, PlanDigest, RolloutId, StepRef};
+use lockstep_proto::report::Report;
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
-use crate::event::{Effects, Event, RolloutEvent};
-use crate::record::Entry;
+use crate::event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent};
+use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
+use crate::rollout::{Mode, ORDER_LIFE, Rollout};
 
 /// What the coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -57,6 +60,17 @@ pub struct HostInfo {
 #[derive(Debug)]
 pub struct Coordinator {
     config: Config,
+    hosts: BTreeMap<HostId, HostInfo>,
+    rollouts: BTreeMap<RolloutId, Rollout>,
+    /// In the order of their submission.
+    order: Vec<RolloutId>,
+    /// Serials that are used up.
+    serials: BTreeMap<u64, RolloutId>,
+    /// When this controller began: nothing is given up before hosts had time to come back.
+    floor: Timestamp,
+    /// Hosts that were asked for their state in their present session.
+    surveyed: BTreeSet<(RolloutId, HostId)>,
+    last_epoch: Option<Epoch>,
 }
 
 impl Coordinator {
@@ -67,71 +81,841 @@ impl Coordinator {
         entries: impl IntoIterator<Item = Entry>,
         plan: impl Fn(PlanDigest) -> Option<Arc<SealedPlan>>,
     ) -> Result<Self, RecoverError> {
-        let _ = (entries, plan);
-        Ok(Self { config })
+        let mut coordinator = Self {
+            config,
+            hosts: BTreeMap::new(),
+            rollouts: BTreeMap::new(),
+            order: Vec::new(),
+            serials: BTreeMap::new(),
+            floor: Timestamp::default(),
+            surveyed: BTreeSet::new(),
+            last_epoch: None,
+        };
+        for (entry, number) in entries.into_iter().zip(1..) {
+            if let Record::Submitted {
+                rollout,
+                plan: digest,
+                ..
+            } = &entry.record
+            {
+                let sealed = plan(*digest).ok_or_else(|| RecoverError::PlanMissing {
+                    rollout: rollout.clone(),
+                    plan: *digest,
+                })?;
+                coordinator.begin(&entry, sealed);
+            } else {
+                let illegal = |why: String| RecoverError::Illegal { number, why };
+                coordinator.apply(&entry).map_err(illegal)?;
+            }
+            coordinator.floor = entry.at;
+        }
+        Ok(coordinator)
     }
 
-    /// The first effects after recovery: the term's record, and whatever is due.
+    /// The newest term in the journal.
+    pub fn last_epoch(&self) -> Option<Epoch> {
+        self.last_epoch
+    }
+
+    /// The first effects after recovery: the term's record, orders that nobody has begun are said
+    /// again with a later end, and whatever is due.
     pub fn resume(&mut self, now: Timestamp) -> Effects {
-        let _ = (now, &self.config);
-        Effects::default()
+        self.floor = now;
+        let mut effects = Effects::default();
+        self.commit(
+            now,
+            Record::TermBegan {
+                epoch: self.config.epoch,
+            },
+            &mut effects,
+        );
+        let again: Vec<Record> = self
+            .rollouts
+            .values()
+            .filter(|rollout| rollout.ended.is_none())
+            .flat_map(|rollout| {
+                rollout
+                    .outstanding()
+                    .filter(|(_, _, _, attempt)| attempt.started.is_none())
+                    .map(|(at, direction, host, attempt)| Record::Dispatched {
+                        rollout: rollout.id.clone(),
+                        at,
+                        direction,
+                        attempt: attempt.number,
+                        hosts: vec![host.clone()],
+                        not_after: now.plus(ORDER_LIFE),
+                    })
+            })
+            .collect();
+        for record in again {
+            self.commit(now, record, &mut effects);
+        }
+        // A message that was about to be sent may have been: it is not sent again.
+        let unsure: Vec<Record> = self
+            .rollouts
+            .values()
+            .flat_map(|rollout| {
+                rollout
+                    .notices
+                    .iter()
+                    .filter(|(_, state)| state.sent.is_none())
+                    .map(|(which, _)| Record::NoticeSent {
+                        rollout: rollout.id.clone(),
+                        which: *which,
+                        error: Some("the controller restarted while it was sent".into()),
+                    })
+            })
+            .collect();
+        for record in unsure {
+            self.commit(now, record, &mut effects);
+        }
+        self.settle(now, &mut effects);
+        effects
     }
 
     /// Takes one event. `now` never goes back.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Effects {
-        let _ = (now, event);
-        Effects::default()
+        let mut effects = Effects::default();
+        match event {
+            Event::HostUp {
+                host,
+                labels,
+                agent_version,
+                held,
+            } => {
+                self.handle_host_up(now, host, labels, agent_version, held, &mut effects);
+            }
+            Event::HostDown { host } => {
+                if let Some(info) = self.hosts.get_mut(&host) {
+                    info.connected = false;
+                    info.last_seen = now;
+                }
+            }
+            Event::Report { host, report } => self.handle_report(now, host, report, &mut effects),
+            Event::NoticeSent {
+                rollout,
+                which,
+                error,
+            } => {
+                let known = |rollout: &Rollout| rollout.notices.contains_key(&which);
+                if self.rollouts.get(&rollout).is_some_and(known) {
+                    self.commit(
+                        now,
+                        Record::NoticeSent {
+                            rollout,
+                            which,
+                            error,
+                        },
+                        &mut effects,
+                    );
+                }
+            }
+            Event::Operator {
+                operator,
+                groups,
+                call,
+            } => {
+                let answer = self.handle_call(now, &operator, groups, call, &mut effects);
+                effects.answer = Some(answer);
+            }
+            Event::Tick => {}
+        }
+        self.settle(now, &mut effects);
+        // Only now is it known what is still missing at the gate.
+        if let Some(Ok(Answer::Missing(gate))) = &mut effects.answer {
+            *gate = self.missing(gate);
+        }
+        effects
+    }
+
+    fn handle_host_up(
+        &mut self,
+        now: Timestamp,
+        host: HostId,
+        labels: BTreeMap<String, String>,
+        agent_version: String,
+        held: Option<RolloutId>,
+        effects: &mut Effects,
+    ) {
+        let known = self
+            .hosts
+            .get(&host)
+            .is_some_and(|info| info.labels == labels && info.agent_version == agent_version);
+        if !known {
+            let record = Record::HostSeen {
+                host: host.clone(),
+                labels,
+                agent_version,
+            };
+            self.commit(now, record, effects);
+        }
+        let info = self.hosts.get_mut(&host).expect("it was just seen");
+        info.connected = true;
+        info.last_seen = now;
+        self.surveyed.retain(|(_, other)| *other != host);
+        let epoch = self.config.epoch;
+        for rollout in self.rollouts.values() {
+            let Some(member) = rollout.members.get(&host) else {
+                continue;
+            };
+            if rollout.ended.is_none() && member.consent.is_none() {
+                effects.send.push((host.clone(), rollout.offer(epoch)));
+            }
+            for (at, direction, other, attempt) in rollout.outstanding() {
+                if *other == host && rollout.ended.is_none() {
+                    let order = rollout.order(&self.config, at, direction, other, attempt);
+                    effects.send.push((host.clone(), Message::Order(order)));
+                }
+            }
+        }
+        if let Some(rollout) = held {
+            let locking = self.rollouts.get(&rollout).is_some_and(Rollout::is_locking);
+            if !locking {
+                let cancel = Message::Cancel {
+                    rollout: rollout.clone(),
+                    epoch,
+                };
+                effects.send.push((host.clone(), cancel));
+                effects
+                    .send
+                    .push((host, Message::Release { rollout, epoch }));
+            }
+        }
+    }
+
+    /// Reports come in order and without gaps. One that is known is acknowledged again; one with
+    /// a gap before it is not taken: the agent repeats from the acknowledged one.
+    fn handle_report(
+        &mut self,
+        now: Timestamp,
+        host: HostId,
+        report: Report,
+        effects: &mut Effects,
+    ) {
+        let Some(info) = self.hosts.get_mut(&host) else {
+            return;
+        };
+        info.last_seen = now;
+        if report.number == info.acknowledged + 1 {
+            let record = Record::Reported {
+                host: host.clone(),
+                number: report.number,
+                body: report.body,
+            };
+            self.commit(now, record, effects);
+        }
+        let acknowledged = self.acknowledged(&host);
+        effects
+            .send
+            .push((host, Message::Acknowledged(acknowledged)));
+    }
+
+    fn handle_call(
+        &mut self,
+        now: Timestamp,
+        operator: &OperatorName,
+        groups: Vec<String>,
+        call: Call,
+        effects: &mut Effects,
+    ) -> Result<Answer, Refused> {
+        let operator = operator.clone();
+        let record = match call {
+            Call::Submit {
+                rollout,
+                plan,
+                dry_run,
+            } => {
+                return self.submit(now, rollout, plan, operator, dry_run, effects);
+            }
+            Call::Decide {
+                rollout,
+                gate,
+                evidence,
+                approve,
+                items,
+                comment,
+            } => {
+                let at = self.live(&rollout)?.gate_for(gate)?;
+                self.live(&rollout)?
+                    .may_decide(at, &operator, &groups, evidence, approve, &items)?;
+                let missing = format!("{rollout}/{at}");
+                let record = Record::GateDecided {
+                    rollout,
+                    at,
+                    operator,
+                    groups,
+                    approve,
+                    items,
+                    evidence,
+                    comment,
+                };
+                self.commit(now, record, effects);
+                return Ok(Answer::Missing(missing));
+            }
+            Call::Pause { rollout } => {
+                if self.live(&rollout)?.paused {
+                    return Err(Refused::NotNow(format!("{rollout} is paused already")));
+                }
+                Record::Paused { rollout, operator }
+            }
+            Call::Resume { rollout } => {
+                let state = self.rollout(&rollout)?;
+                let halted = state.ended.is_some() && state.is_locking();
+                if !(state.paused || halted) {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is {}, not paused",
+                        state.state()
+                    )));
+                }
+                Record::Resumed { rollout, operator }
+            }
+            Call::Cancel { rollout, reason } => {
+                self.live(&rollout)?;
+                let reason = format!("cancelled by {operator}: {reason}");
+                Record::Ended {
+                    rollout,
+                    end: End::Cancelled,
+                    reason,
+                    operator: Some(operator),
+                }
+            }
+            Call::RollBack { rollout, reason } => {
+                let state = self.rollout(&rollout)?;
+                if !state.is_locking() {
+                    let hint = "an ended rollout is undone by deploying the release before it";
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is {}: {hint}",
+                        state.state()
+                    )));
+                }
+                if matches!(state.mode, Mode::Backward(_)) && state.ended.is_none() {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is rolling back already"
+                    )));
+                }
+                Record::RollbackStarted {
+                    rollout,
+                    reason,
+                    operator: Some(operator),
+                }
+            }
+            Call::Close { rollout, reason } => {
+                let state = self.rollout(&rollout)?;
+                if state.ended.is_none() || !state.is_locking() {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is {}, not halted",
+                        state.state()
+                    )));
+                }
+                Record::Closed {
+                    rollout,
+                    operator,
+                    reason,
+                }
+            }
+            Call::SignOff {
+                rollout,
+                role,
+                comment,
+            } => {
+                let state = self.rollout(&rollout)?;
+                if state.ended.is_none() {
+                    return Err(Refused::NotNow(format!("{rollout} has not ended")));
+                }
+                if !state.compiled().signoff.contains(&role) {
+                    let roles = state.compiled().signoff.join(", ");
+                    return Err(Refused::Invalid(format!(
+                        "the plan asks for {roles}, not `{role}`"
+                    )));
+                }
+                if !groups.contains(&role) {
+                    return Err(Refused::NotAllowed(format!(
+                        "{operator} is not of the group `{role}`"
+                    )));
+                }
+                Record::SignedOff {
+                    rollout,
+                    role,
+                    operator,
+                    comment,
+                }
+            }
+        };
+        self.commit(now, record, effects);
+        Ok(Answer::Done)
+    }
+
+    fn submit(
+        &mut self,
+        now: Timestamp,
+        id: RolloutId,
+        plan: Arc<SealedPlan>,
+        requester: OperatorName,
+        dry_run: bool,
+        effects: &mut Effects,
+    ) -> Result<Answer, Refused> {
+        let compiled = plan.plan();
+        if let Some(other) = self.serials.get(&compiled.serial) {
+            return Err(Refused::SerialUsed(compiled.serial, other.clone()));
+        }
+        if now >= compiled.expires || now < compiled.not_before {
+            return Err(Refused::Invalid(
+                "the plan has expired or is not yet valid; compile it again".into(),
+            ));
+        }
+        let mut matched = BTreeSet::new();
+        for (name, selector) in &compiled.fleet {
+            let hosts = self
+                .hosts
+                .iter()
+                .filter(|(_, info)| selector.matches(&info.labels));
+            let before = matched.len();
+            let mut any = false;
+            for (host, _) in hosts {
+                any = true;
+                matched.insert(host.clone());
+            }
+            if !any {
+                let labels: Vec<String> = selector
+                    .labels
+                    .iter()
+                    .map(|(name, value)| format!("{name}={value}"))
+                    .collect();
+                return Err(Refused::Invalid(format!(
+                    "no host carries the labels {} of group `{name}`; see `lockstep hosts`",
+                    labels.join(", ")
+                )));
+            }
+            debug_assert!(matched.len() >= before);
+        }
+        if !dry_run {
+            for host in &matched {
+                if let Some(holder) = self.locked_by(host).and_then(|id| self.rollouts.get(id)) {
+                    return Err(Refused::Locked {
+                        host: host.clone(),
+                        holder: holder.id.clone(),
+                        plan: holder.compiled().plan.clone(),
+                        state: holder.state(),
+                        phase: holder.phase_name().to_owned(),
+                        since_ms: holder.submitted.0,
+                    });
+                }
+            }
+        }
+        let record = Record::Submitted {
+            rollout: id.clone(),
+            plan: plan.digest(),
+            requester,
+            dry_run,
+        };
+        let entry = Entry { at: now, record };
+        self.begin(&entry, plan);
+        effects.persist.push(entry);
+        let hosts: Vec<HostId> = matched.into_iter().collect();
+        for hosts in hosts.chunks(MAX_HOSTS_PER_RECORD) {
+            let record = Record::Matched {
+                rollout: id.clone(),
+                hosts: hosts.to_vec(),
+            };
+            self.commit(now, record, effects);
+        }
+        let rollout = &self.rollouts[&id];
+        let offer = rollout.offer(self.config.epoch);
+        effects.send.extend(
+            rollout
+                .members
+                .keys()
+                .map(|host| (host.clone(), offer.clone())),
+        );
+        Ok(Answer::Done)
+    }
+
+    /// What is missing at a gate that was just decided at, given as `rollout/gate`.
+    fn missing(&self, gate: &str) -> String {
+        let found = gate.split_once('/').and_then(|(rollout, at)| {
+            let rollout = self.rollouts.get(&rollout.parse().ok()?)?;
+            let (phase, step) = at.split_once('.')?;
+            let at = StepRef {
+                phase: phase.parse().ok()?,
+                step: step.parse().ok()?,
+            };
+            Some(rollout.missing(at))
+        });
+        found.unwrap_or_default()
+    }
+
+    /// Everything that is due, until nothing is.
+    fn settle(&mut self, now: Timestamp, effects: &mut Effects) {
+        let ids: Vec<RolloutId> = self.order.clone();
+        for id in ids {
+            loop {
+                let rollout = &self.rollouts[&id];
+                let up = |host: &HostId| self.hosts.get(host).is_some_and(|info| info.connected);
+                let due = rollout.advance(now, self.floor, &up);
+                if due.is_empty() {
+                    break;
+                }
+                for record in due {
+                    self.commit(now, record, effects);
+                }
+            }
+            self.ask_for_states(&id, effects);
+        }
+    }
+
+    fn ask_for_states(&mut self, id: &RolloutId, effects: &mut Effects) {
+        let rollout = &self.rollouts[id];
+        for host in rollout.unsurveyed() {
+            let up = self.hosts.get(host).is_some_and(|info| info.connected);
+            if up && self.surveyed.insert((id.clone(), host.clone())) {
+                let survey = Message::Survey {
+                    rollout: id.clone(),
+                    epoch: self.config.epoch,
+                };
+                effects.send.push((host.clone(), survey));
+            }
+        }
+    }
+
+    /// Folds a record that was just decided, and collects what follows from it.
+    fn commit(&mut self, now: Timestamp, record: Record, effects: &mut Effects) {
+        let published = record
+            .rollout()
+            .and_then(|id| self.rollouts.get(id))
+            .map_or(0, |r| r.events.len());
+        let entry = Entry { at: now, record };
+        if let Err(why) = self.apply(&entry) {
+            // Decided from the very state that it does not fit: a bug, and no state to go on from.
+            unreachable!("{why}: {:?}", entry.record);
+        }
+        if let Some(rollout) = entry.record.rollout().and_then(|id| self.rollouts.get(id)) {
+            let news = rollout.events.get(published..).unwrap_or_default();
+            effects
+                .published
+                .extend(news.iter().map(|event| (rollout.id.clone(), event.clone())));
+        }
+        self.follow(now, &entry.record, effects);
+        effects.persist.push(entry);
+    }
+
+    /// Messages that follow from a record. None is lost by a crash: they are made again from the
+    /// state when the host is up.
+    fn follow(&self, now: Timestamp, record: &Record, effects: &mut Effects) {
+        let epoch = self.config.epoch;
+        match record {
+            Record::Dispatched {
+                rollout,
+                at,
+                direction,
+                hosts,
+                ..
+            } => {
+                let rollout = &self.rollouts[rollout];
+                for host in hosts {
+                    let Some(attempt) = rollout.last_attempt(*at, *direction, host) else {
+                        continue;
+                    };
+                    let order = rollout.order(&self.config, *at, *direction, host, attempt);
+                    effects.send.push((host.clone(), Message::Order(order)));
+                }
+            }
+            Record::NoticeOrdered { rollout, which } => {
+                if let Some(action) = self.rollouts[rollout].notice(*which, now) {
+                    effects.notify.push(Notify {
+                        rollout: rollout.clone(),
+                        which: *which,
+                        action,
+                    });
+                }
+            }
+            Record::Ended { rollout, end, .. } if *end != End::Halted => {
+                for host in self.rollouts[rollout].members.keys() {
+                    if *end == End::Cancelled {
+                        let cancel = Message::Cancel {
+                            rollout: rollout.clone(),
+                            epoch,
+                        };
+                        effects.send.push((host.clone(), cancel));
+                    }
+                    effects.send.push((
+                        host.clone(),
+                        Message::Release {
+                            rollout: rollout.clone(),
+                            epoch,
+                        },
+                    ));
+                }
+            }
+            Record::Closed { rollout, .. } => {
+                for host in self.rollouts[rollout].members.keys() {
+                    effects.send.push((
+                        host.clone(),
+                        Message::Release {
+                            rollout: rollout.clone(),
+                            epoch,
+                        },
+                    ));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A rollout begins: its serial is used up.
+    fn begin(&mut self, entry: &Entry, plan: Arc<SealedPlan>) {
+        let Record::Submitted {
+            rollout,
+            requester,
+            dry_run,
+            ..
+        } = &entry.record
+        else {
+            unreachable!("only submissions begin a rollout");
+        };
+        self.serials.insert(plan.plan().serial, rollout.clone());
+        self.order.push(rollout.clone());
+        let state = Rollout::new(rollout.clone(), plan, requester.clone(), *dry_run, entry.at);
+        self.rollouts.insert(rollout.clone(), state);
+    }
+
+    /// The fold: the running path and recovery both go through here.
+    fn apply(&mut self, entry: &Entry) -> Result<(), String> {
+        match &entry.record {
+            Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
+            Record::HostSeen {
+                host,
+                labels,
+                agent_version,
+            } => {
+                let info = self.hosts.entry(host.clone()).or_insert_with(|| HostInfo {
+                    connected: false,
+                    last_seen: entry.at,
+                    labels: BTreeMap::new(),
+                    agent_version: String::new(),
+                    acknowledged: 0,
+                });
+                info.labels.clone_from(labels);
+                info.agent_version.clone_from(agent_version);
+            }
+            Record::Matched { rollout, hosts } => {
+                let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
+                for host in hosts {
+                    let info = self
+                        .hosts
+                        .get(host)
+                        .ok_or("a matched host was never seen")?;
+                    state.add_member(host, &info.labels);
+                }
+                if state.events.is_empty() {
+                    state.narrate_submitted(entry.at);
+                }
+            }
+            record => {
+                if let Record::Reported { host, number, .. } = record {
+                    let info = self
+                        .hosts
+                        .get_mut(host)
+                        .ok_or("a host reported that was never seen")?;
+                    info.acknowledged = *number;
+                }
+                let id = record.rollout().ok_or("a record without a rollout")?;
+                match self.rollouts.get_mut(id) {
+                    Some(state) => state
+                        .apply(entry.at, record)
+                        .map_err(|illegal| illegal.to_string())?,
+                    // An agent may report on a rollout of a controller before this one.
+                    None if matches!(record, Record::Reported { .. }) => {}
+                    None => return Err(format!("there is no rollout {id}")),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rollout(&self, id: &RolloutId) -> Result<&Rollout, Refused> {
+        self.rollouts
+            .get(id)
+            .ok_or_else(|| Refused::NotFound(id.clone()))
+    }
+
+    /// A rollout that has not ended.
+    fn live(&self, id: &RolloutId) -> Result<&Rollout, Refused> {
+        let rollout = self.rollout(id)?;
+        match rollout.ended {
+            None => Ok(rollout),
+            Some(_) => Err(Refused::NotNow(format!(
+                "{id} has ended: {}",
+                rollout.state()
+            ))),
+        }
     }
 
     /// When [`Event::Tick`] is due at the latest; none if nothing waits for time.
     pub fn next_deadline(&self) -> Option<Timestamp> {
-        None
+        self.rollouts
+            .values()
+            .filter_map(|rollout| rollout.next_deadline(self.floor))
+            .min()
     }
 
     /// The hosts that are known.
     pub fn hosts(&self) -> impl Iterator<Item = (&HostId, &HostInfo)> {
-        std::iter::empty()
+        self.hosts.iter()
     }
 
     /// The rollout that has a host's lock.
     pub fn locked_by(&self, host: &HostId) -> Option<&RolloutId> {
-        let _ = host;
-        None
+        let holds = |rollout: &&Rollout| rollout.is_locking() && rollout.members.contains_key(host);
+        self.rollouts
+            .values()
+            .find(holds)
+            .map(|rollout| &rollout.id)
     }
 
     /// The newest durable report of a host: what `Welcome` says.
     pub fn acknowledged(&self, host: &HostId) -> u64 {
-        let _ = host;
-        0
+        self.hosts.get(host).map_or(0, |info| info.acknowledged)
     }
 
     /// The ids of all rollouts, oldest first.
     pub fn rollouts(&self) -> impl Iterator<Item = &RolloutId> {
-        std::iter::empty()
+        self.order.iter()
     }
 
     /// A rollout as a document (`lockstep.rollout/1`).
     pub fn document(&self, rollout: &RolloutId) -> Option<serde_json::Value> {
-        let _ = rollout;
-        None
+        self.rollouts.get(rollout).map(Rollout::document)
     }
 
     /// A rollout in short.
     pub fn summary(&self, rollout: &RolloutId) -> Option<Summary> {
-        let _ = rollout;
-        None
+        let state = self.rollouts.get(rollout)?;
+        Some(Summary {
+            rollout: rollout.clone(),
+            plan: state.compiled().plan.clone(),
+            digest: state.plan.digest(),
+            state: state.state(),
+            ended: state.ended.is_some(),
+            reason: state
+                .ended
+                .as_ref()
+                .map(|ending| ending.reason.clone())
+                .unwrap_or_default(),
+            requester: state.requester.clone(),
+            dry_run: state.dry_run,
+            submitted: state.submitted,
+            ended_at: state.ended.as_ref().map(|ending| ending.at),
+        })
     }
 
     /// A rollout's events after a number.
     pub fn events(&self, rollout: &RolloutId, after: u64) -> Option<&[RolloutEvent]> {
-        let _ = (rollout, after);
-        None
+        let events = &self.rollouts.get(rollout)?.events;
+        let from = events.partition_point(|event| event.number <= after);
+        events.get(from..)
     }
 
     /// Whether a host may read a compiled plan: only those that the plan was offered to.
     pub fn may_read(&self, host: &HostId, plan: PlanDigest) -> bool {
-        let _ = (host, plan);
-        false
+        self.rollouts
+            .values()
+            .any(|rollout| rollout.plan.digest() == plan && rollout.members.contains_key(host))
+    }
+}
+
+impl Rollout {
+    fn offer(&self, epoch: Epoch) -> Message {
+        Message::Offer {
+            rollout: self.id.clone(),
+            plan: self.plan.digest(),
+            epoch,
+            dry_run: self.dry_run,
+        }
+    }
+
+    /// The gate that a decision is for.
+    fn gate_for(&self, wanted: Option<StepRef>) -> Result<StepRef, Refused> {
+        let mut open = self
+            .gates
+            .iter()
+            .filter(|(_, gate)| gate.closed.is_none())
+            .map(|(at, _)| *at);
+        let found = match wanted {
+            Some(at) => open.find(|open| *open == at),
+            None => open.next(),
+        };
+        found.ok_or_else(|| match wanted {
+            Some(at) => Refused::NotNow(format!("no gate is open at {at} of {}", self.id)),
+            None => Refused::NotNow(format!(
+                "no gate of {} is open; it is {}",
+                self.id,
+                self.state()
+            )),
+        })
+    }
+
+    /// Who may decide, and upon what (INV-12).
+    fn may_decide(
+        &self,
+        at: StepRef,
+        operator: &str,
+        groups: &[String],
+        evidence: Digest,
+        approve: bool,
+        items: &[u32],
+    ) -> Result<(), Refused> {
+        let gate = &self.gates[&at];
+        if gate.evidence != evidence {
+            return Err(Refused::Invalid(format!(
+                "what you saw ({}) is not what is to be decided upon ({}); look again",
+                evidence.short(),
+                gate.evidence.short()
+            )));
+        }
+        match &self.placed(at).step.action {
+            Action::GateApproval(approval) => {
+                if approve && operator == self.requester {
+                    let why =
+                        format!("{operator} submitted the rollout; somebody else must approve it");
+                    return Err(Refused::NotAllowed(why));
+                }
+                if !approval.from.keys().any(|group| groups.contains(group)) {
+                    let wanted: Vec<&str> = approval.from.keys().map(String::as_str).collect();
+                    let wanted = wanted.join(", ");
+                    return Err(Refused::NotAllowed(format!(
+                        "{operator} is not of the group {wanted}"
+                    )));
+                }
+                Ok(())
+            }
+            Action::GateChecklist(list) => {
+                if list
+                    .from
+                    .as_ref()
+                    .is_some_and(|group| !groups.contains(group))
+                {
+                    let wanted = list.from.as_deref().unwrap_or_default();
+                    return Err(Refused::NotAllowed(format!(
+                        "{operator} is not of the group {wanted}"
+                    )));
+                }
+                match items
+                    .iter()
+                    .find(|item| **item as usize >= list.items.len())
+                {
+                    Some(item) => Err(Refused::Invalid(format!(
+                        "the list has {} items; there is no item {}",
+                        list.items.len(),
+                        item + 1
+                    ))),
+                    None => Ok(()),
+                }
+            }
+            other => Err(Refused::Invalid(format!(
+                "nobody decides at {}",
+                other.name()
+            ))),
+        }
     }
 }
 

@@ -14,6 +14,7 @@
 pub mod coordinator;
 pub mod event;
 pub mod record;
+pub mod rollout;
 
 pub use coordinator::{Config, Coordinator, RecoverError, Summary};
 pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent};

@@ -1,0 +1,334 @@
+//! Backward: the same engine, over the stages in reverse, on touched hosts only (INV-6).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lockstep_proto::action::Class;
+use lockstep_proto::ids::{Direction, HostId, StepRef};
+use lockstep_proto::plan::{Step, Undo};
+use lockstep_proto::report::Cause;
+use lockstep_proto::values::Timestamp;
+
+use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, UNDO_LIFE};
+use crate::record::{End, Record};
+
+/// What a step that was ordered means for a rollback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// Nothing was changed, or the plan says that it stays.
+    Nothing,
+    /// It must be undone.
+    Undo,
+    /// Nobody knows what it did, and it cannot be undone: the host's chain stops here.
+    Stuck,
+}
+
+fn need(step: &Step, attempt: &Attempt) -> Need {
+    let info = step.action.info();
+    if step.undo == Undo::Keep || info.class == Class::Observing {
+        return Need::Nothing;
+    }
+    let Some(result) = &attempt.result else {
+        return Need::Undo;
+    };
+    match (&result.outcome, info.undo) {
+        (Outcome::Ok { changed: false, .. }, _) => Need::Nothing,
+        (Outcome::Failed(failure), _) if failure.cause == Cause::Refused => Need::Nothing,
+        (_, true) => Need::Undo,
+        (Outcome::Unknown { .. } | Outcome::Lost(_), false) if info.class == Class::Blind => {
+            Need::Stuck
+        }
+        (_, false) => Need::Nothing,
+    }
+}
+
+/// Where the undoing of a rollout stands.
+#[derive(Debug, Default)]
+struct Standing {
+    /// Undo orders that are due now.
+    due: Vec<(StepRef, u16, HostId)>,
+    /// Undo orders are under way; nothing further back may begin.
+    waiting: bool,
+    /// Hosts that could not go back, with the reason.
+    blocked: BTreeMap<HostId, String>,
+    /// Why the whole rollback stopped: the fleet's data could not go back.
+    stopped: Option<String>,
+}
+
+impl Rollout {
+    pub(super) fn advance_backward(
+        &self,
+        backward: &Backward,
+        now: Timestamp,
+        floor: Timestamp,
+        up: &dyn Fn(&HostId) -> bool,
+    ) -> Vec<Record> {
+        let Some(undone) = backward.undone else {
+            return self.advance_undo(now);
+        };
+        let standing = self.standing();
+        if standing.stopped.is_some() || !standing.blocked.is_empty() {
+            return vec![self.halted(backward, &standing)];
+        }
+        let index = self.compiled().after_rollback_index();
+        if backward.checks_closed.is_none() && !self.touched().is_empty() {
+            if let Some(phase) = self.compiled().phase(index) {
+                return self.advance_phase(&backward.checks, phase, now, up);
+            }
+        }
+        self.advance_survey(backward, undone, now, floor)
+    }
+
+    fn advance_undo(&self, now: Timestamp) -> Vec<Record> {
+        let forward_open = self
+            .outstanding()
+            .any(|(_, direction, _, _)| direction == Direction::Do);
+        if forward_open {
+            return vec![];
+        }
+        let standing = self.standing();
+        if !standing.due.is_empty() {
+            let mut by_step: BTreeMap<(StepRef, u16), Vec<HostId>> = BTreeMap::new();
+            for (at, attempt, host) in standing.due {
+                by_step.entry((at, attempt)).or_default().push(host);
+            }
+            return by_step
+                .into_iter()
+                .flat_map(|((at, attempt), hosts)| {
+                    self.dispatch(at, Direction::Undo, attempt, &hosts, now.plus(UNDO_LIFE))
+                })
+                .collect();
+        }
+        if standing.waiting {
+            vec![]
+        } else {
+            vec![Record::Undone {
+                rollout: self.id.clone(),
+            }]
+        }
+    }
+
+    /// Walks the stages in reverse until one is not finished.
+    fn standing(&self) -> Standing {
+        let mut standing = Standing::default();
+        let mut stages: Vec<(u16, usize)> = self
+            .attempts
+            .keys()
+            .filter(|(_, direction)| *direction == Direction::Do)
+            .filter(|(at, _)| at.phase < self.compiled().after_rollback_index())
+            .map(|(at, _)| (at.phase, self.placed(*at).stage))
+            .collect();
+        stages.sort_unstable();
+        stages.dedup();
+        for (phase, stage) in stages.into_iter().rev() {
+            self.standing_of(phase, stage, &mut standing);
+            if standing.waiting || !standing.due.is_empty() || standing.stopped.is_some() {
+                break;
+            }
+        }
+        standing
+    }
+
+    fn standing_of(&self, phase: u16, stage: usize, standing: &mut Standing) {
+        // Host by host, the stage's ordered steps from last to first.
+        let mut chains: BTreeMap<&HostId, Vec<StepRef>> = BTreeMap::new();
+        let ordered = self.attempts.iter().rev().filter(|((at, direction), _)| {
+            *direction == Direction::Do && at.phase == phase && self.placed(*at).stage == stage
+        });
+        for ((at, _), hosts) in ordered {
+            for host in hosts.keys() {
+                chains.entry(host).or_default().push(*at);
+            }
+        }
+        for (host, chain) in chains {
+            if !standing.blocked.contains_key(host) {
+                self.standing_of_host(host, &chain, standing);
+            }
+        }
+    }
+
+    fn standing_of_host(&self, host: &HostId, chain: &[StepRef], standing: &mut Standing) {
+        for &at in chain {
+            let step = self.placed(at).step;
+            let done = self
+                .last_attempt(at, Direction::Do, host)
+                .expect("the chain was ordered");
+            match need(step, done) {
+                Need::Nothing => continue,
+                Need::Undo => {}
+                Need::Stuck => {
+                    let why = format!(
+                        "{} (step {at}) may have been done, and cannot be undone",
+                        step.action.name()
+                    );
+                    standing.blocked.insert(host.clone(), why);
+                    return;
+                }
+            }
+            let first = self.retry_from(at, host);
+            match self
+                .last_attempt(at, Direction::Undo, host)
+                .filter(|last| last.number >= first)
+            {
+                None => {
+                    standing.due.push((at, first, host.clone()));
+                    return;
+                }
+                Some(attempt) => match &attempt.result {
+                    None => {
+                        standing.waiting = true;
+                        return;
+                    }
+                    Some(_) if attempt.is_ok() => {}
+                    Some(result) => {
+                        let why = format!("undo of {}", self.say_failure(at, result));
+                        let name = step.action.name();
+                        // Data belongs to the whole fleet: nothing further back may run on a
+                        // schema that did not go back.
+                        if name.starts_with("postgres.") || name.starts_with("migration.") {
+                            standing.stopped = Some(format!("{host}: {why}"));
+                        }
+                        standing.blocked.insert(host.clone(), why);
+                        return;
+                    }
+                },
+            }
+        }
+    }
+
+    fn retry_from(&self, at: StepRef, host: &HostId) -> u16 {
+        match &self.mode {
+            Mode::Backward(backward) => backward
+                .retry_from
+                .get(&(at, host.clone()))
+                .copied()
+                .unwrap_or(1),
+            _ => 1,
+        }
+    }
+
+    fn halted(&self, backward: &Backward, standing: &Standing) -> Record {
+        let list: Vec<String> = standing
+            .blocked
+            .iter()
+            .map(|(host, why)| format!("{host}: {why}"))
+            .collect();
+        let mut reason = format!("{}; not undone: {}", backward.reason, list.join("; "));
+        if standing.stopped.is_some() {
+            reason.push_str("; nothing before it was undone, on any host");
+        }
+        self.end(End::Halted, reason)
+    }
+
+    /// Hosts on which something may have been changed.
+    pub(crate) fn touched(&self) -> BTreeSet<&HostId> {
+        self.attempts
+            .iter()
+            .filter(|((at, direction), _)| {
+                *direction == Direction::Do && self.placed(*at).step.action.changes()
+            })
+            .flat_map(|(_, hosts)| hosts.keys())
+            .collect()
+    }
+
+    /// Hosts that have yet to say what their state is.
+    pub(crate) fn unsurveyed(&self) -> Vec<&HostId> {
+        let Mode::Backward(backward) = &self.mode else {
+            return vec![];
+        };
+        let checks_pending = backward.checks_closed.is_none()
+            && self.compiled().after_rollback.is_some()
+            && !self.touched().is_empty();
+        if self.ended.is_some() || backward.undone.is_none() || checks_pending {
+            return vec![];
+        }
+        self.touched()
+            .into_iter()
+            .filter(|host| !self.members[*host].surveyed)
+            .collect()
+    }
+
+    pub(super) fn survey_from(
+        &self,
+        backward: &Backward,
+        undone: Timestamp,
+        floor: Timestamp,
+    ) -> Timestamp {
+        backward.checks_closed.unwrap_or(undone).max(floor)
+    }
+
+    fn advance_survey(
+        &self,
+        backward: &Backward,
+        undone: Timestamp,
+        now: Timestamp,
+        floor: Timestamp,
+    ) -> Vec<Record> {
+        let silent = self.unsurveyed();
+        if !silent.is_empty() {
+            if now
+                < self
+                    .survey_from(backward, undone, floor)
+                    .plus(SURVEY_WITHIN)
+            {
+                return vec![];
+            }
+            let names: Vec<&str> = silent.iter().map(|host| host.as_str()).collect();
+            let reason = format!(
+                "{}; everything was undone, but {} did not say what the state is now",
+                backward.reason,
+                names.join(", ")
+            );
+            return vec![self.end(End::Halted, reason)];
+        }
+        let different = self.differences();
+        if different.is_empty() {
+            vec![self.end(End::RolledBack, backward.reason.clone())]
+        } else {
+            let reason = format!(
+                "{}; not as before: {}",
+                backward.reason,
+                different.join("; ")
+            );
+            vec![self.end(End::Halted, reason)]
+        }
+    }
+
+    /// Where the state of touched hosts differs from before.
+    fn differences(&self) -> Vec<String> {
+        let touched = self.touched();
+        let mut different = Vec::new();
+        for (host, member) in self
+            .members
+            .iter()
+            .filter(|(host, _)| touched.contains(host))
+        {
+            for (name, (before, words)) in &member.before {
+                match member.after.get(name) {
+                    Some((after, _)) if after == before => {}
+                    Some((_, now)) => {
+                        different.push(format!("{host}: {name}: was {words}, is {now}"))
+                    }
+                    // A state that only a step reports is seen again only if that step was undone.
+                    None if self.reported_by_steps(host, name) => {}
+                    None => {
+                        different.push(format!("{host}: {name}: was {words}, not reported now"))
+                    }
+                }
+            }
+        }
+        different
+    }
+
+    /// Whether a state came from a step that had nothing to undo.
+    fn reported_by_steps(&self, host: &HostId, name: &str) -> bool {
+        self.attempts.iter().any(|((at, direction), hosts)| {
+            *direction == Direction::Do
+                && hosts.get(host).and_then(|attempts| attempts.last()).is_some_and(|attempt| {
+                    let reported = attempt.result.iter().flat_map(|result| &result.facts).any(|fact| {
+                        matches!(fact, lockstep_proto::order::Fact::State { name: other, .. } if other == name)
+                    });
+                    reported && need(self.placed(*at).step, attempt) == Need::Nothing
+                })
+        })
+    }
+}

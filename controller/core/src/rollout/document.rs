@@ -1,0 +1,317 @@
+//! A rollout as a document: what `--output json` prints and reports are made of.
+
+use std::collections::BTreeSet;
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{Direction, HostId, StepRef};
+use lockstep_proto::order::Fact;
+use lockstep_proto::plan::{NoticeWhen, Phase};
+use lockstep_proto::values::Timestamp;
+use serde_json::{Value, json};
+
+use super::{Attempt, Mode, Outcome, Rollout};
+use crate::record::{Lost, NoticeRef};
+
+/// The document's name and version.
+pub(crate) const FORMAT: &str = "lockstep.rollout/1";
+
+impl Rollout {
+    /// The whole rollout. Times are milliseconds since 1970-01-01T00:00:00Z.
+    pub(crate) fn document(&self) -> Value {
+        let plan = self.compiled();
+        let reason = self.ended.as_ref().map_or("", |ending| &ending.reason);
+        let backward = match &self.mode {
+            Mode::Backward(backward) => Some(backward),
+            _ => None,
+        };
+        json!({
+            "format": FORMAT,
+            "rollout": self.id,
+            "plan": plan.plan,
+            "digest": self.plan.digest(),
+            "serial": plan.serial,
+            "inputs": plan.inputs,
+            "requester": self.requester,
+            "dry_run": self.dry_run,
+            "state": self.state(),
+            "reason": reason,
+            "submitted": self.submitted,
+            "ended": self.ended.as_ref().map(|ending| ending.at),
+            "deadline": plan.deadline,
+            "hosts": self.members.keys().map(|host| self.host_document(host)).collect::<Vec<_>>(),
+            "phases": plan.phases.iter().chain(&plan.after_rollback).zip(0..)
+                .map(|(phase, index)| self.phase_document(phase, index)).collect::<Vec<_>>(),
+            "rollback": backward.map(|backward| json!({
+                "started": backward.started,
+                "reason": backward.reason,
+                "operator": backward.operator,
+                "ended": backward.undone,
+            })),
+            "downtime": self.downtime(),
+            "slo": {
+                "total": plan.slo.total,
+                "downtime": plan.slo.downtime,
+                "rollback": plan.slo.rollback,
+            },
+            "state_compared": if backward.is_some() { self.comparison() } else { vec![] },
+            "notices": self.notice_documents(),
+            "closed": self.closed.as_ref().map(|(at, operator, reason)| json!({
+                "at": at, "operator": operator, "reason": reason,
+            })),
+            "signoff": self.signoff_documents(),
+            "events": self.events,
+        })
+    }
+
+    /// INV-5 for a host over the whole rollout: the worst of its steps.
+    fn host_outcome(&self, host: &HostId) -> &'static str {
+        let outcomes: BTreeSet<&'static str> = self
+            .attempts
+            .values()
+            .filter_map(|hosts| hosts.get(host)?.last())
+            .map(outcome_word)
+            .collect();
+        for word in ["unknown", "unreachable", "failed", "running", "ok"] {
+            if outcomes.contains(word) {
+                return word;
+            }
+        }
+        "skipped"
+    }
+
+    fn host_document(&self, host: &HostId) -> Value {
+        let member = &self.members[host];
+        json!({
+            "host": host,
+            "state": self.host_outcome(host),
+            "quarantined": member.quarantined.is_some(),
+            "why": member.quarantined.as_deref().unwrap_or(""),
+        })
+    }
+
+    fn phase_document(&self, phase: &Phase, index: u16) -> Value {
+        let times = self.phases.get(&index).copied().unwrap_or_default();
+        let steps = phase.steps().zip(0_u16..).map(|((_, _, step), number)| {
+            let at = StepRef {
+                phase: index,
+                step: number,
+            };
+            json!({
+                "at": at.to_string(),
+                "name": step.name,
+                "action": step.action.name(),
+                "args": step.action.args(),
+                "line": step.line,
+                "attempts": self.attempt_documents(at),
+                "gate": self.gate_document(at, &step.action),
+            })
+        });
+        json!({
+            "name": phase.name,
+            "index": index,
+            "planned": phase.planned.as_ref().map(|planned| json!({
+                "at": planned.at, "takes": planned.takes, "owner": planned.owner,
+            })),
+            "opened": times.opened,
+            "closed": times.closed,
+            "steps": steps.collect::<Vec<_>>(),
+        })
+    }
+
+    fn attempt_documents(&self, at: StepRef) -> Vec<Value> {
+        let mut documents = Vec::new();
+        for direction in [Direction::Do, Direction::Undo, Direction::Probe] {
+            for (host, attempts) in self.attempts.get(&(at, direction)).into_iter().flatten() {
+                for attempt in attempts {
+                    documents.push(attempt_document(host, direction, attempt));
+                }
+            }
+        }
+        documents
+    }
+
+    fn gate_document(&self, at: StepRef, action: &Action) -> Value {
+        let Some(gate) = self.gates.get(&at) else {
+            return Value::Null;
+        };
+        let (from, items) = match action {
+            Action::GateApproval(approval) => (json!(approval.from), json!([])),
+            Action::GateChecklist(list) => (json!({}), json!(list.items)),
+            _ => (json!({}), json!([])),
+        };
+        json!({
+            "opened": gate.opened,
+            "until": gate.until,
+            "closed": gate.closed.as_ref().map(|(at, _, _)| at),
+            "met": gate.closed.as_ref().map(|(_, met, _)| met),
+            "why": gate.closed.as_ref().map_or("", |(_, _, why)| why),
+            "missing": self.missing(at),
+            "evidence": gate.evidence,
+            "from": from,
+            "items": items,
+            "decisions": gate.decisions.iter().map(|decision| json!({
+                "operator": decision.operator,
+                "groups": decision.groups,
+                "approve": decision.approve,
+                "items": decision.items,
+                "comment": decision.comment,
+                "at": decision.at,
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    /// From the first verified refusal to the first healthy check after it.
+    fn downtime(&self) -> Value {
+        let seen = |pick: fn(&Fact) -> Option<&String>| {
+            self.attempts
+                .values()
+                .flatten()
+                .flat_map(|(_, attempts)| attempts)
+                .filter_map(move |attempt| {
+                    let result = attempt.result.as_ref()?;
+                    Some((result.at, result.facts.iter().find_map(pick)?))
+                })
+        };
+        let refused = seen(|fact| match fact {
+            Fact::Refused { address } => Some(address),
+            _ => None,
+        });
+        let Some((from, address)) = refused.min() else {
+            return Value::Null;
+        };
+        let healthy = seen(|fact| match fact {
+            Fact::Healthy { url } => Some(url),
+            _ => None,
+        });
+        let end: Option<(Timestamp, &String)> = healthy.filter(|(at, _)| *at >= from).min();
+        json!({
+            "from": from,
+            "address": address,
+            "to": end.map(|(at, _)| at),
+            "ms": end.map(|(at, _)| at.since(from).0),
+            "url": end.map(|(_, url)| url),
+        })
+    }
+
+    fn comparison(&self) -> Vec<Value> {
+        let touched = self.touched();
+        let members = self
+            .members
+            .iter()
+            .filter(|(host, _)| touched.contains(host));
+        members
+            .flat_map(|(host, member)| {
+                member.before.iter().map(move |(name, (before, words))| {
+                    let after = member.after.get(name);
+                    json!({
+                        "host": host,
+                        "name": name,
+                        "before": before,
+                        "after": after.map(|(digest, _)| digest),
+                        "equal": after.is_some_and(|(digest, _)| digest == before),
+                        "before_text": words,
+                        "after_text": after.map_or("", |(_, words)| words),
+                    })
+                })
+            })
+            .collect()
+    }
+
+    fn notice_documents(&self) -> Vec<Value> {
+        let documents = self.notices.iter().map(|(which, state)| {
+            let (when, action) = match which {
+                NoticeRef::Step(at) => (at.to_string(), self.placed(*at).step.action.name()),
+                NoticeRef::Plan { index, .. } => {
+                    match self.compiled().notices.get(usize::from(*index)) {
+                        Some(notice) => (when_word(notice.when), notice.action.name()),
+                        None => (String::new(), ""),
+                    }
+                }
+            };
+            let error = match &state.sent {
+                None => Some("not known whether it was sent".to_owned()),
+                Some(error) => error.clone(),
+            };
+            json!({"when": when, "action": action, "at": state.ordered, "error": error})
+        });
+        documents.collect()
+    }
+
+    fn signoff_documents(&self) -> Vec<Value> {
+        let roles = self.compiled().signoff.iter().map(|role| {
+            match self
+                .signoffs
+                .iter()
+                .rev()
+                .find(|signoff| signoff.role == *role)
+            {
+                Some(signoff) => json!({
+                    "role": role,
+                    "operator": signoff.operator,
+                    "at": signoff.at,
+                    "comment": signoff.comment,
+                }),
+                None => json!({"role": role, "operator": null, "at": null, "comment": ""}),
+            }
+        });
+        roles.collect()
+    }
+}
+
+fn when_word(when: NoticeWhen) -> String {
+    match when {
+        NoticeWhen::Every(period) => format!("every {period}"),
+        other => serde_json::to_value(other)
+            .ok()
+            .and_then(|value| value.as_str().map(ToOwned::to_owned))
+            .unwrap_or_default(),
+    }
+}
+
+fn outcome_word(attempt: &Attempt) -> &'static str {
+    match attempt.result.as_ref().map(|result| &result.outcome) {
+        None => "running",
+        Some(Outcome::Ok { .. }) => "ok",
+        Some(Outcome::Failed(_) | Outcome::Lost(Lost::TimedOut)) => "failed",
+        Some(Outcome::Unknown { .. }) => "unknown",
+        Some(Outcome::Lost(Lost::Unreachable)) => "unreachable",
+    }
+}
+
+fn attempt_document(host: &HostId, direction: Direction, attempt: &Attempt) -> Value {
+    let result = attempt.result.as_ref();
+    let (changed, cause, message, hint, last_lines) = match result.map(|result| &result.outcome) {
+        Some(Outcome::Ok { changed, summary }) => (*changed, "", summary.as_str(), None, &[][..]),
+        Some(Outcome::Failed(failure)) => (
+            failure.changed,
+            failure.cause.as_str(),
+            failure.message.as_str(),
+            failure.hint.as_deref(),
+            failure.last_lines.as_slice(),
+        ),
+        Some(Outcome::Unknown { why }) => (true, "unknown", why.as_str(), None, &[][..]),
+        Some(Outcome::Lost(Lost::Unreachable)) => {
+            (true, "agent lost", "the host is unreachable", None, &[][..])
+        }
+        Some(Outcome::Lost(Lost::TimedOut)) => {
+            (true, "timed out", "no report in time", None, &[][..])
+        }
+        None => (false, "", "", None, &[][..]),
+    };
+    json!({
+        "host": host,
+        "direction": direction,
+        "attempt": attempt.number,
+        "ordered": attempt.ordered,
+        "started": attempt.started,
+        "finished": result.map(|result| result.at),
+        "took_ms": result.map(|result| result.took.0),
+        "outcome": outcome_word(attempt),
+        "changed": changed,
+        "cause": cause,
+        "message": message,
+        "hint": hint,
+        "last_lines": last_lines,
+        "facts": result.map_or(&[][..], |result| &result.facts),
+    })
+}

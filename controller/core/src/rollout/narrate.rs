@@ -1,0 +1,376 @@
+//! Records as events for people: the one place where their words are chosen.
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{Direction, HostId, StepRef};
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::ReportBody;
+use lockstep_proto::values::Timestamp;
+
+use super::{Outcome, Rollout};
+use crate::event::{EventKind, RolloutEvent};
+use crate::record::{End, NoticeRef, Record};
+
+impl Rollout {
+    /// Adds the events of a record that was just folded.
+    pub(super) fn narrate(&mut self, at: Timestamp, record: &Record) {
+        let events = self.events_of(record);
+        for event in events {
+            let number = self.events.last().map_or(1, |last| last.number + 1);
+            self.events.push(RolloutEvent {
+                number,
+                at,
+                state: self.state(),
+                ..event
+            });
+        }
+    }
+
+    /// The first event, once the matched hosts are known.
+    pub(crate) fn narrate_submitted(&mut self, at: Timestamp) {
+        let what = if self.dry_run { "dry run of " } else { "" };
+        let event = RolloutEvent {
+            number: 1,
+            at,
+            kind: EventKind::Submitted,
+            state: self.state(),
+            message: format!(
+                "{what}plan `{}` submitted by {}",
+                self.compiled().plan,
+                self.requester
+            ),
+            detail: self.members.keys().map(ToString::to_string).collect(),
+            ..RolloutEvent::default()
+        };
+        self.events.push(event);
+    }
+
+    fn events_of(&self, record: &Record) -> Vec<RolloutEvent> {
+        let plain = |kind, message: String| RolloutEvent {
+            kind,
+            message,
+            ..RolloutEvent::default()
+        };
+        let event = match record {
+            Record::Reported { host, body, .. } => return self.events_of_report(host, body),
+            Record::PhaseOpened { phase, .. } => RolloutEvent {
+                phase: self.name_of(*phase),
+                ..plain(
+                    EventKind::PhaseOpened,
+                    format!("phase `{}`", self.name_of(*phase)),
+                )
+            },
+            Record::PhaseClosed { phase, .. } => RolloutEvent {
+                phase: self.name_of(*phase),
+                ..plain(
+                    EventKind::PhaseClosed,
+                    format!("phase `{}` is closed", self.name_of(*phase)),
+                )
+            },
+            Record::Elected { groups, host, .. } => RolloutEvent {
+                host: Some(host.clone()),
+                ..plain(
+                    EventKind::Note,
+                    format!("{host} was elected for {}", groups.join(", ")),
+                )
+            },
+            Record::WaveOpened { phase, wave, .. } if *wave > 0 => RolloutEvent {
+                phase: self.name_of(*phase),
+                ..plain(EventKind::Note, format!("wave {}", wave + 1))
+            },
+            Record::Dispatched {
+                at,
+                direction,
+                attempt,
+                hosts,
+                ..
+            } => {
+                return hosts
+                    .iter()
+                    .map(|host| {
+                        let event =
+                            self.step_event(EventKind::StepOrdered, *at, *direction, *attempt);
+                        RolloutEvent {
+                            host: Some(host.clone()),
+                            ..event
+                        }
+                    })
+                    .collect();
+            }
+            Record::GivenUp {
+                at,
+                direction,
+                attempt,
+                host,
+                ..
+            } => {
+                return vec![self.result_event(*at, *direction, *attempt, host)];
+            }
+            Record::Quarantined { host, why, .. } => RolloutEvent {
+                host: Some(host.clone()),
+                ..plain(
+                    EventKind::Quarantined,
+                    format!("{host} stays behind: {why}"),
+                )
+            },
+            Record::GateOpened { at, evidence, .. } => self.gate_opened(*at, &evidence.to_string()),
+            Record::GateDecided {
+                at,
+                operator,
+                approve,
+                comment,
+                ..
+            } => RolloutEvent {
+                message: format!(
+                    "{operator} {}{}",
+                    if *approve { "approves" } else { "rejects" },
+                    if comment.is_empty() {
+                        String::new()
+                    } else {
+                        format!(": {comment}")
+                    }
+                ),
+                ..self.step_event(EventKind::GateDecided, *at, Direction::Do, 0)
+            },
+            Record::GateClosed { at, why, .. } => RolloutEvent {
+                message: why.clone(),
+                ..self.step_event(EventKind::GateClosed, *at, Direction::Do, 0)
+            },
+            Record::NoticeSent { which, error, .. } => {
+                let what = match which {
+                    NoticeRef::Step(at) => self.placed(*at).step.action.name(),
+                    NoticeRef::Plan { index, .. } => {
+                        let notices = &self.compiled().notices;
+                        notices
+                            .get(usize::from(*index))
+                            .map_or("notice", |notice| notice.action.name())
+                    }
+                };
+                let message = match error {
+                    None => format!("{what} sent"),
+                    Some(error) => format!("{what} could not be sent: {error}"),
+                };
+                plain(EventKind::Note, message)
+            }
+            Record::Paused { operator, .. } => {
+                plain(EventKind::Paused, format!("paused by {operator}"))
+            }
+            Record::Resumed { operator, .. } => {
+                plain(EventKind::Resumed, format!("resumed by {operator}"))
+            }
+            Record::RollbackStarted {
+                reason, operator, ..
+            } => {
+                let by = operator
+                    .as_ref()
+                    .map(|name| format!(" by {name}"))
+                    .unwrap_or_default();
+                plain(
+                    EventKind::RollbackStarted,
+                    format!("rolling back{by}: {reason}"),
+                )
+            }
+            Record::Undone { .. } => plain(EventKind::Note, "every undo has ended".into()),
+            Record::Ended { end, reason, .. } => self.ended_event(*end, reason),
+            Record::Closed {
+                operator, reason, ..
+            } => plain(EventKind::Note, format!("closed by {operator}: {reason}")),
+            Record::SignedOff { role, operator, .. } => {
+                plain(EventKind::Note, format!("signed by {operator} as {role}"))
+            }
+            Record::WaveOpened { .. }
+            | Record::WaveClosed { .. }
+            | Record::StageClosed { .. }
+            | Record::Consented { .. }
+            | Record::NoticeOrdered { .. }
+            | Record::TermBegan { .. }
+            | Record::HostSeen { .. }
+            | Record::Submitted { .. }
+            | Record::Matched { .. } => return vec![],
+        };
+        vec![event]
+    }
+
+    fn events_of_report(&self, host: &HostId, body: &ReportBody) -> Vec<RolloutEvent> {
+        let consent = |message| RolloutEvent {
+            kind: EventKind::Consent,
+            host: Some(host.clone()),
+            message,
+            ..RolloutEvent::default()
+        };
+        match body {
+            ReportBody::Consented { .. } => vec![consent(format!("{host} consents"))],
+            ReportBody::Declined { refusals, .. } => {
+                vec![consent(format!(
+                    "{host} refuses: {}",
+                    self.say_refusals(refusals)
+                ))]
+            }
+            ReportBody::Started { key } => vec![RolloutEvent {
+                host: Some(host.clone()),
+                ..self.step_event(EventKind::StepStarted, key.at, key.direction, key.attempt)
+            }],
+            ReportBody::Finished { key, .. } => {
+                vec![self.result_event(key.at, key.direction, key.attempt, host)]
+            }
+            ReportBody::Surveyed { .. } => vec![],
+        }
+    }
+
+    fn result_event(
+        &self,
+        at: StepRef,
+        direction: Direction,
+        attempt: u16,
+        host: &HostId,
+    ) -> RolloutEvent {
+        let found = self.attempts.get(&(at, direction)).and_then(|hosts| {
+            hosts
+                .get(host)?
+                .iter()
+                .find(|known| known.number == attempt)
+        });
+        let event = RolloutEvent {
+            host: Some(host.clone()),
+            ..self.step_event(EventKind::StepFailed, at, direction, attempt)
+        };
+        let Some(result) = found.and_then(|attempt| attempt.result.as_ref()) else {
+            return event;
+        };
+        let event = RolloutEvent {
+            took_ms: result.took.0,
+            ..event
+        };
+        match &result.outcome {
+            Outcome::Ok { summary, .. } => {
+                let detail = match direction {
+                    Direction::Probe => notes(&result.facts),
+                    Direction::Do | Direction::Undo => vec![],
+                };
+                RolloutEvent {
+                    kind: EventKind::StepOk,
+                    message: summary.clone(),
+                    detail,
+                    ..event
+                }
+            }
+            Outcome::Failed(failure) => {
+                let hint = failure.hint.iter().map(|hint| format!("hint: {hint}"));
+                let detail = failure.last_lines.iter().cloned().chain(hint).collect();
+                RolloutEvent {
+                    message: self.say_failure(at, result),
+                    detail,
+                    ..event
+                }
+            }
+            Outcome::Unknown { .. } | Outcome::Lost(_) => RolloutEvent {
+                message: self.say_failure(at, result),
+                ..event
+            },
+        }
+    }
+
+    fn gate_opened(&self, at: StepRef, evidence: &str) -> RolloutEvent {
+        let action = &self.placed(at).step.action;
+        let mut detail = Vec::new();
+        let message = match action {
+            Action::GateApproval(approval) => {
+                detail.push(format!("plan {}", self.plan.digest()));
+                let hosts: Vec<&str> = self.members.keys().map(|host| host.as_str()).collect();
+                detail.push(format!("hosts {}", hosts.join(", ")));
+                for (_, fact) in self.facts() {
+                    if let Fact::SqlPlan {
+                        database,
+                        from,
+                        to,
+                        digest,
+                        sql,
+                    } = fact
+                    {
+                        detail.push(format!("SQL for {database}, {from} -> {to}, {digest}:"));
+                        detail.extend(sql.lines().map(|line| format!("  {line}")));
+                    }
+                }
+                detail.push(format!("evidence {evidence}"));
+                let title = approval.title.as_deref().unwrap_or("approval");
+                format!("{title}: waiting for {}", self.missing(at))
+            }
+            Action::GateChecklist(list) => {
+                detail.extend(
+                    list.items
+                        .iter()
+                        .zip(1..)
+                        .map(|(item, number)| format!("{number}. {item}")),
+                );
+                detail.push(format!("evidence {evidence}"));
+                format!(
+                    "checklist of {} items: waiting for {}",
+                    list.items.len(),
+                    list.from.as_deref().unwrap_or("any operator")
+                )
+            }
+            Action::GateWindow(window) => format!("waiting for the window {}", window.utc),
+            Action::GateWait(wait) => format!("waiting for {}", wait.r#for),
+            _ => String::new(),
+        };
+        RolloutEvent {
+            message,
+            detail,
+            ..self.step_event(EventKind::GateOpened, at, Direction::Do, 0)
+        }
+    }
+
+    fn ended_event(&self, end: End, reason: &str) -> RolloutEvent {
+        let next = match end {
+            End::Halted => vec![format!(
+                "hint: look at `lockstep report {id}`, then `lockstep resume {id}`, `lockstep rollback {id}` \
+                 or `lockstep close {id} --accept`",
+                id = self.id
+            )],
+            _ => vec![],
+        };
+        let message = if reason.is_empty() {
+            end.as_str().to_owned()
+        } else {
+            format!("{}: {reason}", end.as_str())
+        };
+        RolloutEvent {
+            kind: EventKind::Ended,
+            message,
+            detail: next,
+            ..RolloutEvent::default()
+        }
+    }
+
+    fn step_event(
+        &self,
+        kind: EventKind,
+        at: StepRef,
+        direction: Direction,
+        attempt: u16,
+    ) -> RolloutEvent {
+        RolloutEvent {
+            kind,
+            phase: self.name_of(at.phase),
+            step: Some(at),
+            action: self.placed(at).step.action.name(),
+            direction: direction.as_str(),
+            attempt,
+            ..RolloutEvent::default()
+        }
+    }
+
+    fn name_of(&self, phase: u16) -> String {
+        self.compiled()
+            .phase(phase)
+            .map(|phase| phase.name.clone())
+            .unwrap_or_default()
+    }
+}
+
+fn notes(facts: &[Fact]) -> Vec<String> {
+    let note = |fact: &Fact| match fact {
+        Fact::Note { name, value } => Some(format!("{name}: {value}")),
+        _ => None,
+    };
+    facts.iter().filter_map(note).collect()
+}

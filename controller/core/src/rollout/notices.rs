@@ -1,0 +1,130 @@
+//! Notices: when one is due, and what it says. Their outcome never changes a rollout's.
+
+use lockstep_proto::action::Action;
+use lockstep_proto::plan::{Notice, NoticeWhen};
+use lockstep_proto::values::{Period, Timestamp};
+
+use super::{Mode, Rollout};
+use crate::record::{End, NoticeRef, Record};
+
+impl Rollout {
+    pub(super) fn due_notices(&self, now: Timestamp) -> Vec<Record> {
+        if self.dry_run || matches!(self.mode, Mode::Consenting) {
+            return vec![];
+        }
+        let due = self
+            .compiled()
+            .notices
+            .iter()
+            .zip(0_u16..)
+            .filter_map(|(notice, index)| {
+                let time = self.times_due(notice, now);
+                let which = NoticeRef::Plan { index, time };
+                (time > 0 && !self.notices.contains_key(&which)).then(|| Record::NoticeOrdered {
+                    rollout: self.id.clone(),
+                    which,
+                })
+            });
+        due.collect()
+    }
+
+    /// How often a notice should have been sent by now. Times that were missed are not made up
+    /// for: only the newest one is sent.
+    fn times_due(&self, notice: &Notice, now: Timestamp) -> u32 {
+        let ended = |ends: &[End]| {
+            u32::from(
+                self.ended
+                    .as_ref()
+                    .is_some_and(|ending| ends.contains(&ending.end)),
+            )
+        };
+        match notice.when {
+            NoticeWhen::Started => 1,
+            NoticeWhen::Every(period) if self.ended.is_none() && period.0 > 0 => {
+                u32::try_from(now.since(self.submitted).0 / period.0).unwrap_or(u32::MAX)
+            }
+            NoticeWhen::Every(_) => 0,
+            NoticeWhen::Waiting => u32::try_from(
+                self.gates
+                    .iter()
+                    .filter(|(at, _)| self.is_for_people(&self.placed(**at).step.action))
+                    .count(),
+            )
+            .unwrap_or(u32::MAX),
+            NoticeWhen::RollingBack => u32::from(matches!(self.mode, Mode::Backward(_))),
+            NoticeWhen::Succeeded => ended(&[End::Succeeded, End::Partial]),
+            NoticeWhen::RolledBack => ended(&[End::RolledBack]),
+            NoticeWhen::Halted => ended(&[End::Halted, End::Cancelled]),
+        }
+    }
+
+    #[expect(
+        clippy::unused_self,
+        reason = "reads as a question about the rollout's gate"
+    )]
+    fn is_for_people(&self, action: &Action) -> bool {
+        matches!(action, Action::GateApproval(_) | Action::GateChecklist(_))
+    }
+
+    pub(super) fn next_notice(&self) -> Option<Timestamp> {
+        let sent = |index: u16| {
+            let of_index = self.notices.keys().filter_map(move |which| match which {
+                NoticeRef::Plan { index: other, time } if *other == index => Some(*time),
+                _ => None,
+            });
+            of_index.max().unwrap_or(0)
+        };
+        let notices = self.compiled().notices.iter().zip(0_u16..);
+        notices
+            .filter_map(|(notice, index)| match notice.when {
+                NoticeWhen::Every(period) if period.0 > 0 => {
+                    let next = (u64::from(sent(index)) + 1).saturating_mul(period.0);
+                    Some(self.submitted.plus(Period(next)))
+                }
+                _ => None,
+            })
+            .min()
+    }
+
+    /// A `notify` action with its texts filled in.
+    pub(crate) fn notice(&self, which: NoticeRef, now: Timestamp) -> Option<Action> {
+        let action = match which {
+            NoticeRef::Step(at) => &self.compiled().step(at)?.step.action,
+            NoticeRef::Plan { index, .. } => {
+                &self.compiled().notices.get(usize::from(index))?.action
+            }
+        };
+        let reason = match (&self.ended, &self.mode) {
+            (Some(ending), _) => ending.reason.as_str(),
+            (None, Mode::Backward(backward)) => backward.reason.as_str(),
+            _ => "",
+        };
+        let end = self.ended.as_ref().map_or(now, |ending| ending.at);
+        let elapsed = Period(end.since(self.submitted).0 / 1000 * 1000).to_string();
+        let inputs = &self.compiled().inputs;
+        let fill = |text: &str| {
+            let mut text = text
+                .replace("${rollout.id}", self.id.as_str())
+                .replace("${rollout.plan}", &self.compiled().plan)
+                .replace("${rollout.state}", self.state())
+                .replace("${rollout.reason}", reason)
+                .replace("${rollout.elapsed}", &elapsed)
+                .replace("${rollout.phase}", self.phase_name());
+            for (name, value) in inputs {
+                text = text.replace(&format!("${{{name}}}"), value);
+            }
+            text
+        };
+        let mut action = action.clone();
+        match &mut action {
+            Action::NotifyWebhook(webhook) => webhook.text = fill(&webhook.text),
+            Action::NotifySlack(slack) => slack.text = fill(&slack.text),
+            Action::NotifyEmail(email) => {
+                email.subject = fill(&email.subject);
+                email.text = fill(&email.text);
+            }
+            _ => return None,
+        }
+        Some(action)
+    }
+}
