@@ -1,2 +1,5 @@
 //! Lockstep.
+mod config;
+mod journal;
+mod pki;
 fn main() {}
