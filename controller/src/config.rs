@@ -1,0 +1,261 @@
+//! The controller's configuration file.
+//!
+//! ```toml
+//! listen = "0.0.0.0:7443"            # port 0 takes a free one
+//! state_dir = "/var/lib/lockstep"    # journal, plans, logs
+//! domain = "example.com"             # the trust domain of every certificate
+//! secrets_dir = "/etc/lockstep/secrets"
+//!
+//! [tls]
+//! cert = "controller.crt"            # relative paths: from the file's own directory
+//! key = "controller.key"
+//! agent_ca = "ca-agents.crt"
+//! operator_ca = "ca-operators.crt"
+//!
+//! [email]                            # only for `notify.email`
+//! host = "smtp.example.com"
+//! port = 587
+//! security = "starttls"              # or "tls", or "none" (without a password only)
+//! from = "Lockstep <lockstep@example.com>"
+//! user = "lockstep"
+//! password = "secret://smtp"         # a file in `secrets_dir`, never the value itself
+//! ```
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// A configuration that was read and holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where agents and operators dial.
+    pub listen: SocketAddr,
+    /// Where the controller keeps its state.
+    pub state_dir: PathBuf,
+    /// The trust domain of every certificate.
+    pub domain: String,
+    /// Certificates.
+    pub tls: TlsFiles,
+    /// Where `secret://NAME` is found; none if the controller uses no secrets.
+    pub secrets_dir: Option<PathBuf>,
+    /// How mail is sent; none if it is not.
+    pub email: Option<Email>,
+}
+
+/// The files of the controller's identity, and of whom it trusts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// The controller's certificate, then its intermediates, in PEM.
+    pub cert: PathBuf,
+    /// Its private key, in PEM.
+    pub key: PathBuf,
+    /// The agents' issuers, in PEM.
+    pub agent_ca: PathBuf,
+    /// The operators' issuers, in PEM. None of them may be an agents' issuer too.
+    pub operator_ca: PathBuf,
+}
+
+/// How mail is sent.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Email {
+    /// The mail server.
+    pub host: String,
+    /// Its port; absent: 587, 465 or 25, as `security` says.
+    pub port: Option<u16>,
+    /// How the connection is protected.
+    #[serde(default)]
+    pub security: EmailSecurity,
+    /// The sender: `name@example.com` or `Name <name@example.com>`.
+    pub from: String,
+    /// Who logs in; absent: nobody.
+    pub user: Option<String>,
+    /// `secret://NAME`; needed with `user`.
+    pub password: Option<String>,
+}
+
+/// How the connection to a mail server is protected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EmailSecurity {
+    /// Plain first, then TLS; a server without it is refused.
+    #[default]
+    Starttls,
+    /// TLS from the first byte.
+    Tls,
+    /// Not at all: for a relay on the same machine.
+    None,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the configuration {path} cannot be read")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not TOML, or has keys that are not known, or lacks some.
+    #[error("the configuration {path} is not valid")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Where, and what is wrong.
+        #[source]
+        source: toml::de::Error,
+    },
+    /// A value that does not fit.
+    #[error("`{key}` in the configuration {path}: {why}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong, and what would be right.
+        why: String,
+    },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    listen: SocketAddr,
+    state_dir: PathBuf,
+    domain: String,
+    secrets_dir: Option<PathBuf>,
+    tls: TlsFiles,
+    email: Option<Email>,
+}
+
+impl Config {
+    /// Reads a configuration file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads a configuration's text; `path` is where it came from.
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let raw: RawConfig = toml::from_str(text).map_err(|source| ConfigError::Invalid {
+            path: path.to_owned(),
+            source,
+        })?;
+        let invalid = |key, why: &str| ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            why: why.to_owned(),
+        };
+        let base = path.parent().unwrap_or(Path::new(""));
+        let RawConfig {
+            listen,
+            state_dir,
+            domain,
+            secrets_dir,
+            tls,
+            email,
+        } = raw;
+        if domain.is_empty() || domain.contains(['/', ':']) {
+            let why = "must be the trust domain of the certificates, such as `example.com`";
+            return Err(invalid("domain", why));
+        }
+        if let Some(email) = &email {
+            match (&email.user, &email.password) {
+                (None, None) => {}
+                (Some(_), Some(password)) => {
+                    if !password.starts_with("secret://") {
+                        let why = "must name a file of `secrets_dir`, such as `secret://smtp`";
+                        return Err(invalid("email.password", why));
+                    }
+                    if email.security == EmailSecurity::None {
+                        let why = "a password is sent over TLS only; use `starttls` or `tls`";
+                        return Err(invalid("email.security", why));
+                    }
+                    if secrets_dir.is_none() {
+                        let why = "is needed, because `email.password` is a secret";
+                        return Err(invalid("secrets_dir", why));
+                    }
+                }
+                _ => {
+                    return Err(invalid(
+                        "email.user",
+                        "needs `email.password`, and vice versa",
+                    ));
+                }
+            }
+        }
+        Ok(Self {
+            listen,
+            state_dir: base.join(state_dir),
+            domain,
+            tls: TlsFiles {
+                cert: base.join(tls.cert),
+                key: base.join(tls.key),
+                agent_ca: base.join(tls.agent_ca),
+                operator_ca: base.join(tls.operator_ca),
+            },
+            secrets_dir: secrets_dir.map(|dir| base.join(dir)),
+            email,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        listen = "127.0.0.1:0"
+        state_dir = "state"
+        domain = "example.com"
+        secrets_dir = "/secrets"
+        [tls]
+        cert = "c.crt"
+        key = "/keys/c.key"
+        agent_ca = "a.crt"
+        operator_ca = "o.crt"
+        [email]
+        host = "smtp"
+        from = "a@example.com"
+        user = "a"
+        password = "secret://smtp"
+    "#;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/lockstep/controller.toml"))
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.state_dir, Path::new("/etc/lockstep/state"));
+        assert_eq!(config.tls.cert, Path::new("/etc/lockstep/c.crt"));
+        assert_eq!(config.tls.key, Path::new("/keys/c.key"));
+        assert_eq!(config.email.unwrap().security, EmailSecurity::Starttls);
+    }
+
+    #[test]
+    fn what_is_not_known_or_does_not_fit_is_refused() {
+        for (from, to) in [
+            ("domain", "domane"),
+            ("\"example.com\"", "\"spiffe://example.com\""),
+            ("secret://smtp", "hunter2"),
+            ("password", "# password"),
+            ("secrets_dir", "# secrets_dir"),
+            ("127.0.0.1:0", "localhost"),
+            ("host = \"smtp\"", "host = \"smtp\"\nsecurity = \"none\""),
+        ] {
+            assert!(parse(&GOOD.replace(from, to)).is_err(), "{from} -> {to}");
+        }
+    }
+}

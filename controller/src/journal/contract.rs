@@ -1,0 +1,301 @@
+//! What every journal keeps, run over each of them; then what only the one on disk can lose.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use super::memory::Memory;
+use super::sled::SledJournal;
+use super::{AppendError, Journal, MAX_PAYLOAD, OpenError};
+
+fn payload(number: usize) -> Vec<u8> {
+    format!("record {number} {}", "x".repeat(number % 700)).into_bytes()
+}
+
+fn payloads(range: std::ops::Range<usize>) -> Vec<Vec<u8>> {
+    range.map(payload).collect()
+}
+
+fn contents(journal: &dyn Journal) -> Vec<Vec<u8>> {
+    journal.payloads().map(Result::unwrap).collect()
+}
+
+/// The suite: `open` opens the same journal again and again.
+fn keeps_the_contract(open: &dyn Fn() -> Box<dyn Journal>) {
+    let journal = open();
+    let (id, anchor) = (journal.id(), journal.head());
+    assert_eq!(anchor, id.anchor(), "an empty journal's head is its anchor");
+    assert!(contents(&*journal).is_empty());
+    journal.close();
+
+    let mut journal = open();
+    assert_eq!(journal.id(), id, "the id stays");
+    assert_eq!(
+        journal.append(&[]).unwrap(),
+        anchor,
+        "nothing changes nothing"
+    );
+    let head = journal.append(&payloads(0..3)).unwrap();
+    let expected = payloads(0..3)
+        .iter()
+        .fold(anchor, |head, payload| head.next(payload));
+    assert_eq!(head, expected, "records are chained");
+    assert_eq!(journal.head(), head);
+    let largest = vec![b'y'; MAX_PAYLOAD];
+    let refused = journal.append(&[payload(3), vec![0; MAX_PAYLOAD + 1]]);
+    assert!(matches!(
+        refused,
+        Err(AppendError::TooLarge { number: 5, .. })
+    ));
+    assert_eq!(
+        journal.head(),
+        head,
+        "a refused batch leaves nothing behind"
+    );
+    journal.append(std::slice::from_ref(&largest)).unwrap();
+    journal.append(&payloads(3..500)).unwrap();
+    let head = journal.head();
+    journal.close();
+
+    let mut journal = open();
+    assert_eq!(journal.head(), head, "the head is found again");
+    let mut all = payloads(0..3);
+    all.push(largest);
+    all.extend(payloads(3..500));
+    assert_eq!(contents(&*journal), all, "in the order of their appending");
+    journal.append(&payloads(500..501)).unwrap();
+    drop(journal);
+    let journal = open();
+    assert_eq!(journal.head().number, 502, "a drop loses nothing");
+    assert_eq!(contents(&*journal).last(), Some(&payload(500)));
+}
+
+#[test]
+fn the_journal_in_memory_keeps_the_contract() {
+    let memory = Memory::default();
+    keeps_the_contract(&|| Box::new(memory.open()));
+}
+
+#[test]
+fn the_journal_on_disk_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    keeps_the_contract(&|| Box::new(SledJournal::open(dir.path()).unwrap()));
+}
+
+#[test]
+fn two_controllers_never_share_a_state_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = SledJournal::open(dir.path()).unwrap();
+    assert!(matches!(
+        SledJournal::open(dir.path()),
+        Err(OpenError::InUse { .. })
+    ));
+    Box::new(first).close();
+    SledJournal::open(dir.path()).unwrap();
+}
+
+#[test]
+fn large_records_do_not_leave_the_synced_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = SledJournal::open(dir.path()).unwrap();
+    for number in 0..200 {
+        let batch = vec![vec![u8::try_from(number).unwrap(); MAX_PAYLOAD]; 3];
+        journal.append(&batch).unwrap();
+    }
+    let blobs = dir.path().join("journal/store/blobs");
+    assert_eq!(fs::read_dir(blobs).unwrap().count(), 0);
+}
+
+/// A journal with records in several batches, closed, and its state directory.
+fn filled() -> (tempfile::TempDir, Vec<Vec<u8>>) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = SledJournal::open(dir.path()).unwrap();
+    for batch in 0..10 {
+        let batch = payloads(batch * 20..(batch + 1) * 20);
+        journal.append(&batch).unwrap();
+    }
+    drop(journal);
+    (dir, payloads(0..200))
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// Opens a damaged copy of a state directory: it must hold everything, or say that it does not,
+/// and leave the files as they were.
+fn is_whole_or_quarantined(
+    original: &Path,
+    records: &[Vec<u8>],
+    what: &str,
+    damage: impl FnOnce(&Path),
+) -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    copy(original, dir.path());
+    damage(dir.path());
+    let store = dir.path().join("journal/store/db");
+    let before = fs::read(&store).ok();
+    match SledJournal::open(dir.path()) {
+        Ok(journal) => {
+            assert!(
+                contents(&journal) == records,
+                "{what}: opened as if nothing were missing"
+            );
+            true
+        }
+        Err(OpenError::Quarantined { .. }) => {
+            assert!(before == fs::read(&store).ok(), "{what}: changed the store");
+            false
+        }
+        Err(error) => panic!("{what}: {error}"),
+    }
+}
+
+#[test]
+fn a_truncated_store_is_never_opened_as_if_nothing_were_missing() {
+    let (original, records) = filled();
+    let length = fs::metadata(original.path().join("journal/store/db"))
+        .unwrap()
+        .len();
+    // sled's file ends with unused space, so the cuts go through what is used.
+    let used = used_bytes(&original.path().join("journal/store/db"));
+    assert!(used <= length);
+    let mut quarantined = 0;
+    for part in 0..24 {
+        let cut = used * part / 24;
+        let whole =
+            is_whole_or_quarantined(original.path(), &records, &format!("cut at {cut}"), |dir| {
+                let store = dir.join("journal/store/db");
+                let file = OpenOptions::new().write(true).open(store).unwrap();
+                file.set_len(cut).unwrap();
+            });
+        quarantined += u32::from(!whole);
+    }
+    assert!(
+        quarantined >= 20,
+        "only {quarantined} of 24 cuts were noticed"
+    );
+}
+
+#[test]
+fn a_flipped_bit_is_never_opened_as_if_nothing_were_missing() {
+    let (original, records) = filled();
+    let used = used_bytes(&original.path().join("journal/store/db"));
+    let mut quarantined = 0;
+    for part in 0..60_u64 {
+        // A prime's multiples: the flips meet headers, keys and payloads alike.
+        let at = (part * 7919 * 13) % used;
+        let whole =
+            is_whole_or_quarantined(original.path(), &records, &format!("flip at {at}"), |dir| {
+                let store = dir.join("journal/store/db");
+                let options = OpenOptions::new().read(true).write(true).open(store);
+                let file = options.unwrap();
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at).unwrap();
+                byte[0] ^= 1 << (part % 8);
+                file.write_all_at(&byte, at).unwrap();
+            });
+        quarantined += u32::from(!whole);
+    }
+    assert!(quarantined > 0, "no flip met anything");
+}
+
+#[test]
+fn a_lost_store_or_head_is_never_started_over() {
+    let (original, records) = filled();
+    let lost: [(&str, &dyn Fn(&Path)); 4] = [
+        ("no store", &|dir| {
+            fs::remove_dir_all(dir.join("journal/store")).unwrap();
+        }),
+        ("no file", &|dir| {
+            fs::remove_file(dir.join("journal/store/db")).unwrap();
+        }),
+        ("no head", &|dir| {
+            fs::remove_file(dir.join("journal/head")).unwrap();
+        }),
+        ("an empty head", &|dir| {
+            fs::write(dir.join("journal/head"), []).unwrap();
+        }),
+    ];
+    for (what, damage) in lost {
+        let whole = is_whole_or_quarantined(original.path(), &records, what, damage);
+        assert!(!whole, "{what}");
+    }
+}
+
+#[test]
+fn a_head_beyond_the_records_is_refused() {
+    let (original, records) = filled();
+    let older = tempfile::tempdir().unwrap();
+    copy(original.path(), older.path());
+    let mut journal = SledJournal::open(original.path()).unwrap();
+    journal.append(&payloads(200..201)).unwrap();
+    drop(journal);
+    // An older store came back from a backup, and the head did not.
+    let head = fs::read(original.path().join("journal/head")).unwrap();
+    let whole = is_whole_or_quarantined(older.path(), &records, "old store", |dir| {
+        fs::write(dir.join("journal/head"), &head).unwrap();
+    });
+    assert!(!whole);
+}
+
+#[test]
+fn records_of_another_journal_are_refused() {
+    let (one, records) = filled();
+    let (other, _) = filled();
+    let whole = is_whole_or_quarantined(one.path(), &records, "exchanged", |dir| {
+        fs::copy(other.path().join("journal/head"), dir.join("journal/head")).unwrap();
+    });
+    assert!(!whole);
+}
+
+#[test]
+fn a_batch_beyond_the_head_is_there_as_a_whole_or_not_at_all() {
+    let (original, acknowledged) = filled();
+    let head = fs::read(original.path().join("journal/head")).unwrap();
+    let store = original.path().join("journal/store/db");
+    let before = used_bytes(&store);
+    let mut journal = SledJournal::open(original.path()).unwrap();
+    journal.append(&payloads(200..260)).unwrap();
+    drop(journal);
+    let after = used_bytes(&store);
+    let mut found = [0; 2];
+    for part in 0..=20 {
+        let cut = before + (after - before) * part / 20;
+        let dir = tempfile::tempdir().unwrap();
+        copy(original.path(), dir.path());
+        // The power went before the batch was acknowledged.
+        fs::write(dir.path().join("journal/head"), &head).unwrap();
+        let file = OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("journal/store/db"));
+        file.unwrap().set_len(cut).unwrap();
+        let Ok(journal) = SledJournal::open(dir.path()) else {
+            continue;
+        };
+        let contents = contents(&journal);
+        assert_eq!(contents[..200], acknowledged[..], "cut at {cut}");
+        match contents.len() {
+            200 => found[0] += 1,
+            260 => found[1] += 1,
+            other => panic!("cut at {cut}: {other} records, a part of the batch"),
+        }
+    }
+    assert!(found[1] > 0, "the whole batch was never found: {found:?}");
+}
+
+/// Where the last byte of a file is that is not zero.
+fn used_bytes(path: &Path) -> u64 {
+    let bytes = fs::read(path).unwrap();
+    let last = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    u64::try_from(last + 1).unwrap()
+}

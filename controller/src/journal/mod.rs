@@ -1,0 +1,196 @@
+//! The journal: numbered records, each chained to the one before it (INV-2, INV-11).
+//!
+//! ```text
+//! anchor = SHA-256("lockstep journal" || format || journal id)
+//! hash n = SHA-256(hash n-1 || number n, 8 bytes big-endian || payload n)      hash 0 = anchor
+//! head   = (number, hash) of the newest record
+//! ```
+//!
+//! A journal keeps its head apart from its records. What does not reach its head has lost
+//! something that was acknowledged, and is quarantined: never repaired, never started over.
+
+#[cfg(test)]
+mod contract;
+mod head;
+pub mod memory;
+pub mod sled;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use lockstep_proto::ids::Digest;
+use sha2::Digest as _;
+
+/// The version of the format that this release writes.
+pub const FORMAT: u32 = 1;
+
+/// The largest payload, in bytes: with its hash, a value has 32 KiB at most.
+pub const MAX_PAYLOAD: usize = (32 << 10) - 32;
+
+/// A journal's random id, made with it: records of one journal do not chain in another.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct JournalId(pub [u8; 16]);
+
+impl fmt::Display for JournalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for JournalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JournalId({self})")
+    }
+}
+
+impl JournalId {
+    /// A new one.
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+
+    /// What the first record is chained to.
+    pub fn anchor(self) -> Head {
+        let mut hash = sha2::Sha256::new();
+        hash.update(b"lockstep journal");
+        hash.update(FORMAT.to_be_bytes());
+        hash.update(self.0);
+        Head {
+            number: 0,
+            hash: Digest(hash.finalize().into()),
+        }
+    }
+}
+
+/// The newest record of a journal; number 0 if it is empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// Its number, from 1.
+    pub number: u64,
+    /// Its hash.
+    pub hash: Digest,
+}
+
+impl Head {
+    /// The head after one more record.
+    #[must_use]
+    pub fn next(self, payload: &[u8]) -> Self {
+        let number = self.number + 1;
+        let mut hash = sha2::Sha256::new();
+        hash.update(self.hash.0);
+        hash.update(number.to_be_bytes());
+        hash.update(payload);
+        Self {
+            number,
+            hash: Digest(hash.finalize().into()),
+        }
+    }
+}
+
+/// Durable records in the order in which they were appended.
+///
+/// One value owns a journal; a second one on the same state is refused.
+pub trait Journal: fmt::Debug + Send {
+    /// The journal's id.
+    fn id(&self) -> JournalId;
+
+    /// The newest record that is durable.
+    fn head(&self) -> Head;
+
+    /// Appends a batch. When it returns, all of it is on the disk and found again after power is
+    /// lost, and so is a head that reaches it. After an error nothing is known of the batch but
+    /// that no part of it may be acknowledged: the process must end, and the next one finds out.
+    fn append(&mut self, payloads: &[Vec<u8>]) -> Result<Head, AppendError>;
+
+    /// All payloads, from the first on. The chain was verified when the journal was opened.
+    fn payloads(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, OpenError>> + '_>;
+
+    /// Closes the journal; what was appended was durable before.
+    fn close(self: Box<Self>);
+}
+
+/// A journal that cannot be opened. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it.
+    #[error("another controller runs on {dir}; end it first")]
+    InUse {
+        /// The journal's directory.
+        dir: PathBuf,
+    },
+    /// The journal lacks something that was acknowledged, or holds what it never wrote.
+    #[error(
+        "the journal in {dir} is quarantined: {what}; nothing was started and nothing was \
+         changed. Keep a copy of the directory, then put a backup of the whole state directory in \
+         its place. Agents hold what they have not been able to report, and refuse what is older \
+         than what they have seen"
+    )]
+    Quarantined {
+        /// The journal's directory.
+        dir: PathBuf,
+        /// What is wrong, with the record's number where that is known.
+        what: String,
+    },
+    /// The journal was written by a release with another format.
+    #[error("the journal in {dir} has format {found}, this release reads format {FORMAT}")]
+    Format {
+        /// The journal's directory.
+        dir: PathBuf,
+        /// The format that was found.
+        found: u32,
+    },
+    /// The operating system refuses.
+    #[error("the journal cannot {what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A batch that may not be acknowledged.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// A payload is larger than [`MAX_PAYLOAD`]; nothing of the batch was written.
+    #[error("record {number} has {size} bytes, more than a journal keeps in one record")]
+    TooLarge {
+        /// The number that it would have had.
+        number: u64,
+        /// Its size.
+        size: usize,
+    },
+    /// The store refuses.
+    #[error("the journal cannot {what}")]
+    Store {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// An earlier append failed.
+    #[error("the journal takes nothing more, because an earlier append failed")]
+    Poisoned,
+}
+
+/// Checks sizes and chains a batch to the head: the new heads, one for each payload.
+fn chain(head: Head, payloads: &[Vec<u8>]) -> Result<Vec<Head>, AppendError> {
+    let mut last = head;
+    let mut heads = Vec::with_capacity(payloads.len());
+    for payload in payloads {
+        if payload.len() > MAX_PAYLOAD {
+            return Err(AppendError::TooLarge {
+                number: last.number + 1,
+                size: payload.len(),
+            });
+        }
+        last = last.next(payload);
+        heads.push(last);
+    }
+    Ok(heads)
+}
