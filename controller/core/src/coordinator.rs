@@ -11,7 +11,7 @@ use lockstep_proto::values::Timestamp;
 
 use crate::event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent};
 use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
-use crate::rollout::{Mode, ORDER_LIFE, Rollout};
+use crate::rollout::{Mode, Rollout, order_life};
 
 /// What the coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -143,7 +143,7 @@ impl Coordinator {
                         direction,
                         attempt: attempt.number,
                         hosts: vec![host.clone()],
-                        not_after: now.plus(ORDER_LIFE),
+                        not_after: now.plus(order_life(direction)),
                     })
             })
             .collect();

@@ -8,8 +8,8 @@ use lockstep_proto::plan::{Step, Undo};
 use lockstep_proto::report::Cause;
 use lockstep_proto::values::Timestamp;
 
-use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, UNDO_LIFE};
-use crate::record::{End, Record};
+use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, order_life};
+use crate::record::{End, Lost, Record};
 
 /// What a step that was ordered means for a rollback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +30,12 @@ fn need(step: &Step, attempt: &Attempt) -> Need {
     let Some(result) = &attempt.result else {
         return Need::Undo;
     };
-    match (&result.outcome, info.undo) {
+    let outcome = if attempt.given_up {
+        &Outcome::Lost(Lost::Unreachable)
+    } else {
+        &result.outcome
+    };
+    match (outcome, info.undo) {
         (Outcome::Ok { changed: false, .. }, _) => Need::Nothing,
         (Outcome::Failed(failure), _) if failure.cause == Cause::Refused => Need::Nothing,
         (_, true) => Need::Undo,
@@ -94,7 +99,13 @@ impl Rollout {
             return by_step
                 .into_iter()
                 .flat_map(|((at, attempt), hosts)| {
-                    self.dispatch(at, Direction::Undo, attempt, &hosts, now.plus(UNDO_LIFE))
+                    self.dispatch(
+                        at,
+                        Direction::Undo,
+                        attempt,
+                        &hosts,
+                        now.plus(order_life(Direction::Undo)),
+                    )
                 })
                 .collect();
         }

@@ -7,7 +7,7 @@ use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::plan::{Phase, Stage, Strategy, Target};
 use lockstep_proto::values::Timestamp;
 
-use super::{AttemptResult, Cursor, Mode, ORDER_LIFE, Outcome, Rollout};
+use super::{AttemptResult, Cursor, Mode, Outcome, Rollout, order_life};
 use crate::record::{End, Lost, MAX_HOSTS_PER_RECORD, Record};
 
 /// Where a host stands in a stage.
@@ -163,7 +163,13 @@ impl Rollout {
             return due
                 .into_iter()
                 .flat_map(|((at, attempt), hosts)| {
-                    self.dispatch(at, direction, attempt, &hosts, now.plus(ORDER_LIFE))
+                    self.dispatch(
+                        at,
+                        direction,
+                        attempt,
+                        &hosts,
+                        now.plus(order_life(direction)),
+                    )
                 })
                 .collect();
         }
@@ -222,7 +228,7 @@ impl Rollout {
                 return Progress::Waiting;
             };
             match &result.outcome {
-                Outcome::Ok { .. } => {}
+                Outcome::Ok { .. } if !attempt.given_up => {}
                 // A dry run goes on: it says all that would happen.
                 _ if self.dry_run => {}
                 _ if attempt.forgiven => return Progress::Next(at, attempt.number + 1),

@@ -36,12 +36,15 @@ mod notices;
 /// How long hosts have to consent.
 pub const CONSENT_WITHIN: Period = Period::seconds(60);
 
-/// How long an order may be obeyed after it was given. A host that comes back later is not
-/// surprised by an old order.
-pub const ORDER_LIFE: Period = Period::seconds(120);
-
-/// The same for an undo: the others should not wait long for a host that is lost.
-pub const UNDO_LIFE: Period = Period::seconds(30);
+/// How long an order may be obeyed after it was given: a host that comes back later is not
+/// surprised by an old one. Undos live shorter, for the others should not wait long for a host
+/// that is lost.
+pub fn order_life(direction: Direction) -> Period {
+    match direction {
+        Direction::Do | Direction::Probe => Period::seconds(120),
+        Direction::Undo => Period::seconds(30),
+    }
+}
 
 /// How much longer than its timeout an attempt may take until its report is here.
 pub const REPORT_GRACE: Period = Period::seconds(20);
@@ -143,6 +146,9 @@ pub(crate) struct Attempt {
     pub(crate) not_after: Timestamp,
     pub(crate) started: Option<Timestamp>,
     pub(crate) result: Option<AttemptResult>,
+    /// The controller stopped waiting for it. A report that comes later is known, but what was
+    /// decided without it stays.
+    pub(crate) given_up: bool,
     /// A person said to go on after it failed.
     pub(crate) forgiven: bool,
 }
@@ -226,13 +232,14 @@ impl Attempt {
     }
 
     pub(crate) fn is_ok(&self) -> bool {
-        matches!(
-            &self.result,
-            Some(AttemptResult {
-                outcome: Outcome::Ok { .. },
-                ..
-            })
-        )
+        !self.given_up
+            && matches!(
+                &self.result,
+                Some(AttemptResult {
+                    outcome: Outcome::Ok { .. },
+                    ..
+                })
+            )
     }
 }
 
@@ -685,6 +692,7 @@ impl Rollout {
                             not_after: *not_after,
                             started: None,
                             result: None,
+                            given_up: false,
                             forgiven: false,
                         }),
                     }
@@ -701,6 +709,7 @@ impl Rollout {
                 let Some(attempt) = self.attempt_mut(*at, *direction, host, *attempt) else {
                     return illegal("given up");
                 };
+                attempt.given_up = true;
                 let since = attempt.started.unwrap_or(attempt.ordered);
                 attempt.result = Some(AttemptResult {
                     at: now,
