@@ -11,6 +11,11 @@ use lockstep_proto::values::Timestamp;
 use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, order_life};
 use crate::record::{End, Lost, Record};
 
+/// When hosts are asked for their state at the end of a rollback.
+pub(super) fn survey_from(backward: &Backward, undone: Timestamp, floor: Timestamp) -> Timestamp {
+    backward.checks_closed.unwrap_or(undone).max(floor)
+}
+
 /// What a step that was ordered means for a rollback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Need {
@@ -75,10 +80,11 @@ impl Rollout {
             return vec![self.halted(backward, &standing)];
         }
         let index = self.compiled().after_rollback_index();
-        if backward.checks_closed.is_none() && !self.touched().is_empty() {
-            if let Some(phase) = self.compiled().phase(index) {
-                return self.advance_phase(&backward.checks, phase, now, up);
-            }
+        if backward.checks_closed.is_none()
+            && !self.touched().is_empty()
+            && let Some(phase) = self.compiled().phase(index)
+        {
+            return self.advance_phase(&backward.checks, phase, now, up);
         }
         self.advance_survey(backward, undone, now, floor)
     }
@@ -258,15 +264,6 @@ impl Rollout {
             .collect()
     }
 
-    pub(super) fn survey_from(
-        &self,
-        backward: &Backward,
-        undone: Timestamp,
-        floor: Timestamp,
-    ) -> Timestamp {
-        backward.checks_closed.unwrap_or(undone).max(floor)
-    }
-
     fn advance_survey(
         &self,
         backward: &Backward,
@@ -276,11 +273,7 @@ impl Rollout {
     ) -> Vec<Record> {
         let silent = self.unsurveyed();
         if !silent.is_empty() {
-            if now
-                < self
-                    .survey_from(backward, undone, floor)
-                    .plus(SURVEY_WITHIN)
-            {
+            if now < survey_from(backward, undone, floor).plus(SURVEY_WITHIN) {
                 return vec![];
             }
             let names: Vec<&str> = silent.iter().map(|host| host.as_str()).collect();
@@ -317,12 +310,12 @@ impl Rollout {
                 match member.after.get(name) {
                     Some((after, _)) if after == before => {}
                     Some((_, now)) => {
-                        different.push(format!("{host}: {name}: was {words}, is {now}"))
+                        different.push(format!("{host}: {name}: was {words}, is {now}"));
                     }
                     // A state that only a step reports is seen again only if that step was undone.
                     None if self.reported_by_steps(host, name) => {}
                     None => {
-                        different.push(format!("{host}: {name}: was {words}, not reported now"))
+                        different.push(format!("{host}: {name}: was {words}, not reported now"));
                     }
                 }
             }

@@ -230,7 +230,7 @@ impl Rollout {
             };
             let error = match &state.sent {
                 None => Some("not known whether it was sent".to_owned()),
-                Some(error) => error.clone(),
+                Some(sent) => sent.clone().err(),
             };
             json!({"when": when, "action": action, "at": state.ordered, "error": error})
         });

@@ -115,7 +115,7 @@ impl Rollout {
         let Some(host) = candidates
             .iter()
             .find(|host| up(host))
-            .or(candidates.first())
+            .or_else(|| candidates.first())
         else {
             return vec![self.failed(format!("no host of {} is left", groups.join(", ")))];
         };

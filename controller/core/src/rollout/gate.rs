@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_proto::action::Action;
 use lockstep_proto::action::gate::{Approval, Checklist, Day, OnTimeout, Window};
-use lockstep_proto::ids::{Digest, StepRef};
+use lockstep_proto::ids::{Digest, HostId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::plan::{Phase, Stage};
 use lockstep_proto::values::{Period, Timestamp};
@@ -175,7 +175,7 @@ impl Rollout {
 
     /// What people decide upon: the plan, the matched hosts, and the SQL that was shown (INV-12).
     pub(crate) fn evidence(&self) -> Digest {
-        let hosts: Vec<&str> = self.members.keys().map(|host| host.as_str()).collect();
+        let hosts: Vec<&str> = self.members.keys().map(HostId::as_str).collect();
         let sql: Vec<String> = self
             .facts()
             .filter_map(|(_, fact)| match fact {

@@ -275,7 +275,7 @@ impl Rollout {
         let message = match action {
             Action::GateApproval(approval) => {
                 detail.push(format!("plan {}", self.plan.digest()));
-                let hosts: Vec<&str> = self.members.keys().map(|host| host.as_str()).collect();
+                let hosts: Vec<&str> = self.members.keys().map(HostId::as_str).collect();
                 detail.push(format!("hosts {}", hosts.join(", ")));
                 for (_, fact) in self.facts() {
                     if let Fact::SqlPlan {

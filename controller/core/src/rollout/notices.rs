@@ -47,7 +47,7 @@ impl Rollout {
             NoticeWhen::Waiting => u32::try_from(
                 self.gates
                     .iter()
-                    .filter(|(at, _)| self.is_for_people(&self.placed(**at).step.action))
+                    .filter(|(at, _)| is_for_people(&self.placed(**at).step.action))
                     .count(),
             )
             .unwrap_or(u32::MAX),
@@ -56,14 +56,6 @@ impl Rollout {
             NoticeWhen::RolledBack => ended(&[End::RolledBack]),
             NoticeWhen::Halted => ended(&[End::Halted, End::Cancelled]),
         }
-    }
-
-    #[expect(
-        clippy::unused_self,
-        reason = "reads as a question about the rollout's gate"
-    )]
-    fn is_for_people(&self, action: &Action) -> bool {
-        matches!(action, Action::GateApproval(_) | Action::GateChecklist(_))
     }
 
     pub(super) fn next_notice(&self) -> Option<Timestamp> {
@@ -127,4 +119,9 @@ impl Rollout {
         }
         Some(action)
     }
+}
+
+/// Whether a gate waits for people, not for time.
+fn is_for_people(action: &Action) -> bool {
+    matches!(action, Action::GateApproval(_) | Action::GateChecklist(_))
 }

@@ -1,0 +1,347 @@
+//! What operators may ask for, and when it is refused. A refusal changes nothing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{Digest, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::values::Timestamp;
+
+use super::Coordinator;
+use crate::event::{Answer, Call, Effects, Refused};
+use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
+use crate::rollout::{Mode, Rollout};
+
+impl Coordinator {
+    pub(super) fn handle_call(
+        &mut self,
+        now: Timestamp,
+        operator: &OperatorName,
+        groups: Vec<String>,
+        call: Call,
+        effects: &mut Effects,
+    ) -> Result<Answer, Refused> {
+        let operator = operator.clone();
+        let record = match call {
+            Call::Submit {
+                rollout,
+                plan,
+                dry_run,
+            } => {
+                return self.submit(now, &rollout, &plan, operator, dry_run, effects);
+            }
+            Call::Decide {
+                rollout,
+                gate,
+                evidence,
+                approve,
+                items,
+                comment,
+            } => {
+                let at = self.live(&rollout)?.gate_for(gate)?;
+                self.live(&rollout)?
+                    .may_decide(at, &operator, &groups, evidence, approve, &items)?;
+                let missing = format!("{rollout}/{at}");
+                let record = Record::GateDecided {
+                    rollout,
+                    at,
+                    operator,
+                    groups,
+                    approve,
+                    items,
+                    evidence,
+                    comment,
+                };
+                self.commit(now, record, effects);
+                return Ok(Answer::Missing(missing));
+            }
+            Call::Pause { rollout } => {
+                if self.live(&rollout)?.paused {
+                    return Err(Refused::NotNow(format!("{rollout} is paused already")));
+                }
+                Record::Paused { rollout, operator }
+            }
+            Call::Resume { rollout } => {
+                let state = self.rollout(&rollout)?;
+                let halted = state.ended.is_some() && state.is_locking();
+                if !(state.paused || halted) {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is {}, not paused",
+                        state.state()
+                    )));
+                }
+                Record::Resumed { rollout, operator }
+            }
+            Call::Cancel { rollout, reason } => {
+                self.live(&rollout)?;
+                let reason = format!("cancelled by {operator}: {reason}");
+                Record::Ended {
+                    rollout,
+                    end: End::Cancelled,
+                    reason,
+                    operator: Some(operator),
+                }
+            }
+            Call::RollBack { rollout, reason } => {
+                let state = self.rollout(&rollout)?;
+                if !state.is_locking() {
+                    let hint = "an ended rollout is undone by deploying the release before it";
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is {}: {hint}",
+                        state.state()
+                    )));
+                }
+                if matches!(state.mode, Mode::Backward(_)) && state.ended.is_none() {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is rolling back already"
+                    )));
+                }
+                Record::RollbackStarted {
+                    rollout,
+                    reason,
+                    operator: Some(operator),
+                }
+            }
+            Call::Close { rollout, reason } => {
+                let state = self.rollout(&rollout)?;
+                if state.ended.is_none() || !state.is_locking() {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} is {}, not halted",
+                        state.state()
+                    )));
+                }
+                Record::Closed {
+                    rollout,
+                    operator,
+                    reason,
+                }
+            }
+            Call::SignOff {
+                rollout,
+                role,
+                comment,
+            } => {
+                let state = self.rollout(&rollout)?;
+                if state.ended.is_none() {
+                    return Err(Refused::NotNow(format!("{rollout} has not ended")));
+                }
+                if !state.compiled().signoff.contains(&role) {
+                    let roles = state.compiled().signoff.join(", ");
+                    return Err(Refused::Invalid(format!(
+                        "the plan asks for {roles}, not `{role}`"
+                    )));
+                }
+                if !groups.contains(&role) {
+                    return Err(Refused::NotAllowed(format!(
+                        "{operator} is not of the group `{role}`"
+                    )));
+                }
+                Record::SignedOff {
+                    rollout,
+                    role,
+                    operator,
+                    comment,
+                }
+            }
+        };
+        self.commit(now, record, effects);
+        Ok(Answer::Done)
+    }
+
+    fn submit(
+        &mut self,
+        now: Timestamp,
+        id: &RolloutId,
+        plan: &Arc<SealedPlan>,
+        requester: OperatorName,
+        dry_run: bool,
+        effects: &mut Effects,
+    ) -> Result<Answer, Refused> {
+        let compiled = plan.plan();
+        if let Some(other) = self.serials.get(&compiled.serial) {
+            return Err(Refused::SerialUsed(compiled.serial, other.clone()));
+        }
+        if now >= compiled.expires || now < compiled.not_before {
+            return Err(Refused::Invalid(
+                "the plan has expired or is not yet valid; compile it again".into(),
+            ));
+        }
+        let mut matched = BTreeSet::new();
+        for (name, selector) in &compiled.fleet {
+            let known = self.hosts.iter();
+            let hosts: Vec<&HostId> = known
+                .filter(|(_, info)| selector.matches(&info.labels))
+                .map(|(host, _)| host)
+                .collect();
+            if hosts.is_empty() {
+                let label = |(name, value)| format!("{name}={value}");
+                let labels: Vec<String> = selector.labels.iter().map(label).collect();
+                return Err(Refused::Invalid(format!(
+                    "no host carries the labels {} of group `{name}`; see `lockstep hosts`",
+                    labels.join(", ")
+                )));
+            }
+            matched.extend(hosts.into_iter().cloned());
+        }
+        if !dry_run {
+            for host in &matched {
+                if let Some(holder) = self.locked_by(host).and_then(|id| self.rollouts.get(id)) {
+                    return Err(Refused::Locked {
+                        host: host.clone(),
+                        holder: holder.id.clone(),
+                        plan: holder.compiled().plan.clone(),
+                        state: holder.state(),
+                        phase: holder.phase_name().to_owned(),
+                        since_ms: holder.submitted.0,
+                    });
+                }
+            }
+        }
+        let record = Record::Submitted {
+            rollout: id.clone(),
+            plan: plan.digest(),
+            requester,
+            dry_run,
+        };
+        let entry = Entry { at: now, record };
+        self.begin(&entry, plan.clone());
+        effects.persist.push(entry);
+        let hosts: Vec<HostId> = matched.into_iter().collect();
+        for hosts in hosts.chunks(MAX_HOSTS_PER_RECORD) {
+            let record = Record::Matched {
+                rollout: id.clone(),
+                hosts: hosts.to_vec(),
+            };
+            self.commit(now, record, effects);
+        }
+        let rollout = &self.rollouts[id];
+        let offer = rollout.offer(self.config.epoch);
+        effects.send.extend(
+            rollout
+                .members
+                .keys()
+                .map(|host| (host.clone(), offer.clone())),
+        );
+        Ok(Answer::Done)
+    }
+
+    /// What is missing at a gate that was just decided at, given as `rollout/gate`.
+    pub(super) fn missing(&self, gate: &str) -> String {
+        let found = gate.split_once('/').and_then(|(rollout, at)| {
+            let rollout = self.rollouts.get(&rollout.parse().ok()?)?;
+            let (phase, step) = at.split_once('.')?;
+            let at = StepRef {
+                phase: phase.parse().ok()?,
+                step: step.parse().ok()?,
+            };
+            Some(rollout.missing(at))
+        });
+        found.unwrap_or_default()
+    }
+
+    fn rollout(&self, id: &RolloutId) -> Result<&Rollout, Refused> {
+        self.rollouts
+            .get(id)
+            .ok_or_else(|| Refused::NotFound(id.clone()))
+    }
+
+    /// A rollout that has not ended.
+    fn live(&self, id: &RolloutId) -> Result<&Rollout, Refused> {
+        let rollout = self.rollout(id)?;
+        match rollout.ended {
+            None => Ok(rollout),
+            Some(_) => Err(Refused::NotNow(format!(
+                "{id} has ended: {}",
+                rollout.state()
+            ))),
+        }
+    }
+}
+
+impl Rollout {
+    /// The gate that a decision is for.
+    fn gate_for(&self, wanted: Option<StepRef>) -> Result<StepRef, Refused> {
+        let mut open = self
+            .gates
+            .iter()
+            .filter(|(_, gate)| gate.closed.is_none())
+            .map(|(at, _)| *at);
+        let found = match wanted {
+            Some(at) => open.find(|open| *open == at),
+            None => open.next(),
+        };
+        found.ok_or_else(|| match wanted {
+            Some(at) => Refused::NotNow(format!("no gate is open at {at} of {}", self.id)),
+            None => Refused::NotNow(format!(
+                "no gate of {} is open; it is {}",
+                self.id,
+                self.state()
+            )),
+        })
+    }
+
+    /// Who may decide, and upon what (INV-12).
+    fn may_decide(
+        &self,
+        at: StepRef,
+        operator: &str,
+        groups: &[String],
+        evidence: Digest,
+        approve: bool,
+        items: &[u32],
+    ) -> Result<(), Refused> {
+        let gate = &self.gates[&at];
+        if gate.evidence != evidence {
+            return Err(Refused::Invalid(format!(
+                "what you saw ({}) is not what is to be decided upon ({}); look again",
+                evidence.short(),
+                gate.evidence.short()
+            )));
+        }
+        match &self.placed(at).step.action {
+            Action::GateApproval(approval) => {
+                if approve && operator == self.requester {
+                    let why =
+                        format!("{operator} submitted the rollout; somebody else must approve it");
+                    return Err(Refused::NotAllowed(why));
+                }
+                if !approval.from.keys().any(|group| groups.contains(group)) {
+                    let wanted: Vec<&str> = approval.from.keys().map(String::as_str).collect();
+                    let wanted = wanted.join(", ");
+                    return Err(Refused::NotAllowed(format!(
+                        "{operator} is not of the group {wanted}"
+                    )));
+                }
+                Ok(())
+            }
+            Action::GateChecklist(list) => {
+                if list
+                    .from
+                    .as_ref()
+                    .is_some_and(|group| !groups.contains(group))
+                {
+                    let wanted = list.from.as_deref().unwrap_or_default();
+                    return Err(Refused::NotAllowed(format!(
+                        "{operator} is not of the group {wanted}"
+                    )));
+                }
+                match items
+                    .iter()
+                    .find(|item| **item as usize >= list.items.len())
+                {
+                    Some(item) => Err(Refused::Invalid(format!(
+                        "the list has {} items; there is no item {}",
+                        list.items.len(),
+                        item + 1
+                    ))),
+                    None => Ok(()),
+                }
+            }
+            other => Err(Refused::Invalid(format!(
+                "nobody decides at {}",
+                other.name()
+            ))),
+        }
+    }
+}

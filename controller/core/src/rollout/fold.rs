@@ -1,0 +1,405 @@
+//! The fold: the only place where a record changes a [`Rollout`].
+
+use std::collections::BTreeMap;
+
+use lockstep_proto::ids::{Digest, Direction, HostId, StepRef};
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{ReportBody, StepOutcome};
+use lockstep_proto::values::Timestamp;
+
+use super::state::{
+    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
+    SignOff,
+};
+use super::{IllegalTransition, Rollout};
+use crate::record::Record;
+
+impl Rollout {
+    /// Folds one record. The running path and recovery both go through here.
+    pub(crate) fn apply(
+        &mut self,
+        at: Timestamp,
+        record: &Record,
+    ) -> Result<(), IllegalTransition> {
+        self.fold(at, record)?;
+        self.narrate(at, record);
+        Ok(())
+    }
+
+    fn fold(&mut self, now: Timestamp, record: &Record) -> Result<(), IllegalTransition> {
+        let state = self.state();
+        let illegal = |record| Err(IllegalTransition { record, state });
+        match record {
+            Record::TermBegan { .. }
+            | Record::HostSeen { .. }
+            | Record::Submitted { .. }
+            | Record::Matched { .. } => return illegal("a record of the coordinator"),
+            Record::Reported { host, body, .. } => self.fold_report(now, host, body),
+            Record::Consented { .. } => match self.mode {
+                Mode::Consenting => self.mode = Mode::Forward(Cursor::default()),
+                _ => return illegal("consented"),
+            },
+            Record::PhaseOpened { phase, .. } => {
+                self.phases.entry(*phase).or_default().opened = Some(now);
+                let Some(cursor) = self.cursor_mut() else {
+                    return illegal("phase opened");
+                };
+                *cursor = Cursor {
+                    phase: *phase,
+                    opened: Some(now),
+                    ..Cursor::default()
+                };
+            }
+            Record::Elected { groups, host, .. } => {
+                self.elected.insert(groups.clone(), host.clone());
+            }
+            Record::WaveOpened {
+                phase, stage, wave, ..
+            } => {
+                let waves = self.waves_of(*phase, *stage);
+                let Some(cursor) = self.cursor_mut() else {
+                    return illegal("wave opened");
+                };
+                if cursor.waves.is_empty() {
+                    cursor.waves = waves;
+                }
+                cursor.wave = Some(*wave as usize);
+            }
+            Record::WaveClosed { .. } => {
+                let Some(cursor) = self.cursor_mut() else {
+                    return illegal("wave closed");
+                };
+                let Some(wave) = cursor.wave.take() else {
+                    return illegal("wave closed");
+                };
+                cursor.closed = Some((wave, now));
+            }
+            Record::StageClosed { .. } => {
+                let Some(cursor) = self.cursor_mut() else {
+                    return illegal("stage closed");
+                };
+                let Cursor {
+                    phase,
+                    opened,
+                    stage,
+                    ..
+                } = *cursor;
+                *cursor = Cursor {
+                    phase,
+                    opened,
+                    stage: stage + 1,
+                    ..Cursor::default()
+                };
+            }
+            Record::PhaseClosed { phase, .. } => {
+                self.phases.entry(*phase).or_default().closed = Some(now);
+                match &mut self.mode {
+                    Mode::Forward(cursor) => {
+                        *cursor = Cursor {
+                            phase: phase + 1,
+                            ..Cursor::default()
+                        }
+                    }
+                    Mode::Backward(backward) => backward.checks_closed = Some(now),
+                    Mode::Consenting => return illegal("phase closed"),
+                }
+            }
+            Record::Dispatched {
+                at,
+                direction,
+                attempt,
+                hosts,
+                not_after,
+                ..
+            } => {
+                let by_host = self.attempts.entry((*at, *direction)).or_default();
+                for host in hosts {
+                    let attempts = by_host.entry(host.clone()).or_default();
+                    match attempts.last_mut() {
+                        // Said again after a restart, with a later end.
+                        Some(last) if last.number == *attempt => last.not_after = *not_after,
+                        _ => attempts.push(Attempt {
+                            number: *attempt,
+                            ordered: now,
+                            not_after: *not_after,
+                            started: None,
+                            result: None,
+                            given_up: false,
+                            forgiven: false,
+                        }),
+                    }
+                }
+            }
+            Record::GivenUp {
+                at,
+                direction,
+                attempt,
+                host,
+                why,
+                ..
+            } => {
+                let Some(attempt) = self.attempt_mut(*at, *direction, host, *attempt) else {
+                    return illegal("given up");
+                };
+                attempt.given_up = true;
+                let since = attempt.started.unwrap_or(attempt.ordered);
+                attempt.result = Some(AttemptResult {
+                    at: now,
+                    took: now.since(since),
+                    outcome: Outcome::Lost(*why),
+                    facts: vec![],
+                });
+            }
+            Record::Quarantined { host, why, .. } => {
+                let Some(member) = self.members.get_mut(host) else {
+                    return illegal("quarantined");
+                };
+                member.quarantined = Some(why.clone());
+            }
+            Record::GateOpened {
+                at,
+                evidence,
+                until,
+                ..
+            } => {
+                let gate = Gate {
+                    opened: now,
+                    until: *until,
+                    evidence: *evidence,
+                    decisions: vec![],
+                    closed: None,
+                };
+                self.gates.insert(*at, gate);
+            }
+            Record::GateDecided {
+                at,
+                operator,
+                groups,
+                approve,
+                items,
+                comment,
+                ..
+            } => {
+                let Some(gate) = self.gates.get_mut(at) else {
+                    return illegal("gate decided");
+                };
+                gate.decisions.push(Decision {
+                    at: now,
+                    operator: operator.clone(),
+                    groups: groups.clone(),
+                    approve: *approve,
+                    items: items.clone(),
+                    comment: comment.clone(),
+                });
+            }
+            Record::GateClosed { at, met, why, .. } => {
+                let Some(gate) = self.gates.get_mut(at) else {
+                    return illegal("gate closed");
+                };
+                gate.closed = Some((now, *met, why.clone()));
+            }
+            Record::NoticeOrdered { which, .. } => {
+                self.notices.insert(
+                    *which,
+                    NoticeState {
+                        ordered: now,
+                        sent: None,
+                    },
+                );
+            }
+            Record::NoticeSent { which, error, .. } => {
+                let Some(notice) = self.notices.get_mut(which) else {
+                    return illegal("notice sent");
+                };
+                notice.sent = Some(error.clone().map_or(Ok(()), Err));
+            }
+            Record::Paused { .. } => self.paused = true,
+            Record::Resumed { .. } => self.fold_resumed(),
+            Record::RollbackStarted {
+                reason, operator, ..
+            } => {
+                self.paused = false;
+                self.ended = None;
+                match &mut self.mode {
+                    Mode::Backward(_) => self.fold_resumed(),
+                    mode => {
+                        *mode = Mode::Backward(Backward {
+                            started: now,
+                            reason: reason.clone(),
+                            operator: operator.clone(),
+                            undone: None,
+                            checks: Cursor {
+                                phase: self.plan.plan().after_rollback_index(),
+                                ..Cursor::default()
+                            },
+                            checks_closed: None,
+                            retry_from: BTreeMap::new(),
+                        });
+                    }
+                }
+            }
+            Record::Undone { .. } => match &mut self.mode {
+                Mode::Backward(backward) => backward.undone = Some(now),
+                _ => return illegal("undone"),
+            },
+            Record::Ended { end, reason, .. } => {
+                self.paused = false;
+                self.ended = Some(Ending {
+                    at: now,
+                    end: *end,
+                    reason: reason.clone(),
+                });
+            }
+            Record::Closed {
+                operator, reason, ..
+            } => {
+                self.closed = Some((now, operator.clone(), reason.clone()));
+            }
+            Record::SignedOff {
+                role,
+                operator,
+                comment,
+                ..
+            } => self.signoffs.push(SignOff {
+                at: now,
+                role: role.clone(),
+                operator: operator.clone(),
+                comment: comment.clone(),
+            }),
+        }
+        Ok(())
+    }
+
+    fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) {
+        match body {
+            ReportBody::Consented { state, .. } => {
+                let Some(member) = self.members.get_mut(host) else {
+                    return;
+                };
+                if member.consent.is_none() {
+                    member.consent = Some(Ok(()));
+                    keep_states(&mut member.before, state);
+                }
+            }
+            ReportBody::Declined { refusals, .. } => {
+                let Some(member) = self.members.get_mut(host) else {
+                    return;
+                };
+                member.consent.get_or_insert_with(|| Err(refusals.clone()));
+            }
+            ReportBody::Started { key } => {
+                if let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt) {
+                    attempt.started.get_or_insert(now);
+                }
+            }
+            ReportBody::Finished {
+                key,
+                outcome,
+                facts,
+                took,
+            } => {
+                let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt)
+                else {
+                    return;
+                };
+                let known = attempt.result.as_ref().map(|result| &result.outcome);
+                // A host that was given up may still say what happened; it knows better.
+                if !matches!(known, None | Some(Outcome::Lost(_))) {
+                    return;
+                }
+                attempt.result = Some(AttemptResult {
+                    at: now,
+                    took: *took,
+                    outcome: match outcome.clone() {
+                        StepOutcome::Ok { changed, summary } => Outcome::Ok { changed, summary },
+                        StepOutcome::Failed(failure) => Outcome::Failed(failure),
+                        StepOutcome::Unknown { why } => Outcome::Unknown { why },
+                    },
+                    facts: facts.clone(),
+                });
+                let Some(member) = self.members.get_mut(host) else {
+                    return;
+                };
+                match key.direction {
+                    Direction::Do => keep_states(&mut member.before, facts),
+                    Direction::Undo => keep_states(&mut member.after, facts),
+                    Direction::Probe => {}
+                }
+            }
+            ReportBody::Surveyed { state, .. } => {
+                let Some(member) = self.members.get_mut(host) else {
+                    return;
+                };
+                keep_states(&mut member.after, state);
+                member.surveyed = true;
+            }
+        }
+    }
+
+    /// What failed is tried again, as a new attempt.
+    fn fold_resumed(&mut self) {
+        self.paused = false;
+        self.ended = None;
+        let backward = matches!(self.mode, Mode::Backward(_));
+        let wanted = if backward {
+            Direction::Undo
+        } else {
+            Direction::Do
+        };
+        let mut retry = BTreeMap::new();
+        for ((at, direction), hosts) in &mut self.attempts {
+            if *direction != wanted {
+                continue;
+            }
+            for (host, attempts) in hosts {
+                let Some(last) = attempts.last_mut() else {
+                    continue;
+                };
+                if last.result.is_some() && !last.is_ok() {
+                    last.forgiven = true;
+                    retry.insert((*at, host.clone()), last.number + 1);
+                }
+            }
+        }
+        if let Mode::Backward(state) = &mut self.mode {
+            state.retry_from = retry;
+            state.undone = None;
+            let phase = state.checks.phase;
+            state.checks = Cursor {
+                phase,
+                ..Cursor::default()
+            };
+            state.checks_closed = None;
+            for member in self.members.values_mut() {
+                member.surveyed = false;
+            }
+        }
+    }
+
+    fn attempt_mut(
+        &mut self,
+        at: StepRef,
+        direction: Direction,
+        host: &HostId,
+        number: u16,
+    ) -> Option<&mut Attempt> {
+        let attempts = self.attempts.get_mut(&(at, direction))?.get_mut(host)?;
+        attempts.iter_mut().find(|attempt| attempt.number == number)
+    }
+
+    fn cursor_mut(&mut self) -> Option<&mut Cursor> {
+        match &mut self.mode {
+            Mode::Consenting => None,
+            Mode::Forward(cursor) => Some(cursor),
+            Mode::Backward(backward) => Some(&mut backward.checks),
+        }
+    }
+}
+
+fn keep_states(states: &mut BTreeMap<String, (Digest, String)>, facts: &[Fact]) {
+    for fact in facts {
+        if let Fact::State { name, digest, text } = fact {
+            states.insert(name.clone(), (*digest, text.clone()));
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What a rollout is, at any moment.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Failure, Refusal};
+use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::values::{Period, Timestamp};
+
+use super::REPORT_GRACE;
+use crate::event::RolloutEvent;
+use crate::record::{End, Lost, NoticeRef};
+
+/// A rollout.
+#[derive(Debug, Clone)]
+pub struct Rollout {
+    pub(crate) id: RolloutId,
+    pub(crate) plan: Arc<SealedPlan>,
+    pub(crate) requester: OperatorName,
+    pub(crate) dry_run: bool,
+    pub(crate) submitted: Timestamp,
+    /// The hosts that the plan meant when it was submitted (INV-12).
+    pub(crate) members: BTreeMap<HostId, Member>,
+    /// Which of them each group of the plan meant.
+    pub(crate) groups: BTreeMap<String, BTreeSet<HostId>>,
+    pub(crate) elected: BTreeMap<Vec<String>, HostId>,
+    pub(crate) mode: Mode,
+    pub(crate) paused: bool,
+    pub(crate) ended: Option<Ending>,
+    pub(crate) closed: Option<(Timestamp, OperatorName, String)>,
+    pub(crate) attempts: BTreeMap<(StepRef, Direction), BTreeMap<HostId, Vec<Attempt>>>,
+    pub(crate) phases: BTreeMap<u16, PhaseTimes>,
+    pub(crate) gates: BTreeMap<StepRef, Gate>,
+    pub(crate) notices: BTreeMap<NoticeRef, NoticeState>,
+    pub(crate) signoffs: Vec<SignOff>,
+    pub(crate) events: Vec<RolloutEvent>,
+}
+
+/// What is known of a host in a rollout.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Member {
+    pub(crate) consent: Option<Result<(), Vec<Refusal>>>,
+    pub(crate) quarantined: Option<String>,
+    /// The host's state before, by name: digest and words.
+    pub(crate) before: BTreeMap<String, (Digest, String)>,
+    /// The same after a rollback.
+    pub(crate) after: BTreeMap<String, (Digest, String)>,
+    pub(crate) surveyed: bool,
+}
+
+/// Which way a rollout goes. That it has ended is said by `Rollout::ended`, beside it: a halted
+/// rollout can be resumed where it stood.
+#[derive(Debug, Clone)]
+pub(crate) enum Mode {
+    /// Hosts are asked whether they may; nothing has happened.
+    Consenting,
+    /// Phases run in plan order.
+    Forward(Cursor),
+    /// What was done is undone.
+    Backward(Backward),
+}
+
+/// Where the forward engine stands.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Cursor {
+    pub(crate) phase: u16,
+    pub(crate) opened: Option<Timestamp>,
+    pub(crate) stage: u16,
+    /// The hosts of the current stage in waves; empty before the stage's first wave.
+    pub(crate) waves: Vec<Vec<HostId>>,
+    /// The wave that is open.
+    pub(crate) wave: Option<usize>,
+    /// The last wave that was closed in this stage, and when.
+    pub(crate) closed: Option<(usize, Timestamp)>,
+}
+
+/// Where a rollback stands.
+#[derive(Debug, Clone)]
+pub(crate) struct Backward {
+    pub(crate) started: Timestamp,
+    pub(crate) reason: String,
+    pub(crate) operator: Option<OperatorName>,
+    /// When every undo had ended.
+    pub(crate) undone: Option<Timestamp>,
+    /// The checks after the rollback.
+    pub(crate) checks: Cursor,
+    pub(crate) checks_closed: Option<Timestamp>,
+    /// Undo attempts below this number failed before a person said to go on.
+    pub(crate) retry_from: BTreeMap<(StepRef, HostId), u16>,
+}
+
+/// How and why a rollout ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ending {
+    pub(crate) at: Timestamp,
+    pub(crate) end: End,
+    pub(crate) reason: String,
+}
+
+/// One attempt at a step on a host.
+#[derive(Debug, Clone)]
+pub(crate) struct Attempt {
+    pub(crate) number: u16,
+    pub(crate) ordered: Timestamp,
+    pub(crate) not_after: Timestamp,
+    pub(crate) started: Option<Timestamp>,
+    pub(crate) result: Option<AttemptResult>,
+    /// The controller stopped waiting for it. A report that comes later is known, but what was
+    /// decided without it stays.
+    pub(crate) given_up: bool,
+    /// A person said to go on after it failed.
+    pub(crate) forgiven: bool,
+}
+
+/// How an attempt ended, as far as the controller knows.
+#[derive(Debug, Clone)]
+pub(crate) struct AttemptResult {
+    pub(crate) at: Timestamp,
+    pub(crate) took: Period,
+    pub(crate) outcome: Outcome,
+    pub(crate) facts: Vec<Fact>,
+}
+
+/// INV-5, for one attempt; `skipped` is a host that has none.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Outcome {
+    Ok { changed: bool, summary: String },
+    Failed(Failure),
+    Unknown { why: String },
+    Lost(Lost),
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct PhaseTimes {
+    pub(crate) opened: Option<Timestamp>,
+    pub(crate) closed: Option<Timestamp>,
+}
+
+/// A gate that waits or waited.
+#[derive(Debug, Clone)]
+pub(crate) struct Gate {
+    pub(crate) opened: Timestamp,
+    pub(crate) until: Timestamp,
+    pub(crate) evidence: Digest,
+    pub(crate) decisions: Vec<Decision>,
+    pub(crate) closed: Option<(Timestamp, bool, String)>,
+}
+
+/// What somebody decided.
+#[derive(Debug, Clone)]
+pub(crate) struct Decision {
+    pub(crate) at: Timestamp,
+    pub(crate) operator: OperatorName,
+    pub(crate) groups: Vec<String>,
+    pub(crate) approve: bool,
+    pub(crate) items: Vec<u32>,
+    pub(crate) comment: String,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct NoticeState {
+    pub(crate) ordered: Timestamp,
+    /// Whether it was sent, or why not; none as long as that is open.
+    pub(crate) sent: Option<Result<(), String>>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct SignOff {
+    pub(crate) at: Timestamp,
+    pub(crate) role: String,
+    pub(crate) operator: OperatorName,
+    pub(crate) comment: String,
+}
+
+impl Attempt {
+    /// The controller waits no longer than this for the attempt's report.
+    pub(crate) fn give_up_at(&self, timeout: Period) -> Timestamp {
+        match self.started {
+            Some(started) => started.plus(timeout).plus(REPORT_GRACE),
+            None => self.not_after.plus(REPORT_GRACE),
+        }
+    }
+
+    pub(crate) fn is_ok(&self) -> bool {
+        !self.given_up
+            && matches!(
+                &self.result,
+                Some(AttemptResult {
+                    outcome: Outcome::Ok { .. },
+                    ..
+                })
+            )
+    }
+}
