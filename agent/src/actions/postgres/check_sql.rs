@@ -1,0 +1,149 @@
+//! `check.sql`: one read-only statement, one value.
+
+use lockstep_proto::action::check::Sql;
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Cause, Failure};
+use serde_json::Value;
+
+use crate::actions::{Act, Done, Probe};
+use crate::sql::Database;
+use crate::step::{Context, failure};
+
+/// A value may be long; a person wants to see what it is.
+const SHOWN: usize = 200;
+
+impl Act for Sql {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        match self.apply(cx, &Value::Null).await {
+            Ok(done) => Ok(Probe::Present(done.summary)),
+            Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Absent(unmet.message)),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let session = Database::find(cx, &self.database)?.connect(cx).await?;
+        let what = format!("the statement on `{}`", self.database);
+        let value = session.value(&what, &self.sql).await?;
+        let shown = shorten(value.as_deref().unwrap_or("NULL"));
+        if let Some(why) = unmet(self, value.as_deref()) {
+            let message = format!("{what} returns {shown}, and {why}");
+            return Err(failure(Cause::CheckUnmet, message));
+        }
+        let summary = format!("{what} returns {shown}");
+        let note = Fact::Note {
+            name: self.sql.clone(),
+            value: shown.to_owned(),
+        };
+        Ok(Done {
+            changed: false,
+            summary,
+            facts: vec![note],
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "runs a read-only statement on `{}`: {}",
+            self.database, self.sql
+        )
+    }
+}
+
+/// Why a value is not as expected; `None` if it is.
+fn unmet(act: &Sql, value: Option<&str>) -> Option<String> {
+    let text = value.unwrap_or("NULL");
+    if let Some(equals) = act.equals.as_deref().filter(|equals| *equals != text) {
+        return Some(format!("must return {equals}"));
+    }
+    if act.at_least.is_none() && act.at_most.is_none() {
+        return None;
+    }
+    let Some(number) = value.and_then(|value| value.parse::<f64>().ok()) else {
+        return Some("must return a number".into());
+    };
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "bounds are small; values may be fractions"
+    )]
+    let (low, high) = (
+        act.at_least.map(|low| low as f64),
+        act.at_most.map(|high| high as f64),
+    );
+    // NaN is within no bounds.
+    if low.is_some_and(|low| !(number >= low)) {
+        return Some(format!(
+            "must return at least {}",
+            act.at_least.unwrap_or_default()
+        ));
+    }
+    if high.is_some_and(|high| !(number <= high)) {
+        return Some(format!(
+            "must return at most {}",
+            act.at_most.unwrap_or_default()
+        ));
+    }
+    None
+}
+
+/// The beginning of a value.
+pub(super) fn shorten(value: &str) -> &str {
+    &value[..value.floor_char_boundary(SHOWN)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sql::cluster::Bench;
+
+    fn check(sql: &str, equals: Option<&str>, bounds: (Option<i64>, Option<i64>)) -> Sql {
+        let (at_least, at_most) = bounds;
+        let equals = equals.map(str::to_owned);
+        Sql {
+            database: "staff".into(),
+            sql: sql.into(),
+            equals,
+            at_least,
+            at_most,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_value_is_held_against_what_is_expected() {
+        let bench = Bench::with_rows().await;
+        let count = "SELECT count(*) FROM users";
+        let met = [
+            check(count, Some("200"), (None, None)),
+            check(count, None, (Some(200), Some(200))),
+            check("SELECT 0.5", None, (Some(0), Some(1))),
+            check("SELECT true", Some("t"), (None, None)),
+            check("SELECT NULL::text", Some("NULL"), (None, None)),
+        ];
+        for check in met {
+            let cx = bench.cx(0, vec![]);
+            check.apply(&cx, &Value::Null).await.unwrap();
+            assert!(matches!(check.probe(&cx).await, Ok(Probe::Present(_))));
+        }
+        let unmet = [
+            (
+                check(count, Some("201"), (None, None)),
+                "returns 200, and must return 201",
+            ),
+            (check(count, None, (Some(201), None)), "at least 201"),
+            (check(count, None, (None, Some(199))), "at most 199"),
+            (check("SELECT 'NaN'", None, (Some(1), None)), "at least 1"),
+            (check("SELECT 'x'", None, (Some(1), None)), "a number"),
+            (
+                check("DELETE FROM users RETURNING 1", None, (None, None)),
+                "read-only",
+            ),
+        ];
+        for (check, why) in unmet {
+            let failed = check
+                .apply(&bench.cx(0, vec![]), &Value::Null)
+                .await
+                .unwrap_err();
+            assert!(failed.message.contains(why), "{}", failed.message);
+        }
+    }
+}

@@ -1,0 +1,575 @@
+//! `postgres.fence` and `postgres.unfence`: nobody but the database's owner and superusers get in.
+//!
+//! The right to connect is taken from the applications' roles and from PUBLIC, and sessions
+//! without that right are ended. In the same transaction two settings are kept in the database
+//! itself, where every host sees them: `lockstep.fence`, the token, and `lockstep.fence_acl`, the
+//! grants that were taken. A superuser may set them; an owner may once a superuser has said
+//! `GRANT SET ON PARAMETER "lockstep.fence", "lockstep.fence_acl" TO <owner>`.
+
+use lockstep_proto::action::postgres::{Fence, Unfence};
+use lockstep_proto::ids::StepKey;
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Cause, Failure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{changed, hinted, measure};
+use crate::actions::{Act, Done, Probe};
+use crate::sql::{Database, Session, ident, literal};
+use crate::step::Context;
+
+/// A fence that is up.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Raised {
+    /// The key of the attempt that raised it.
+    pub(crate) token: String,
+    record: Record,
+}
+
+/// What lowering a fence gives back.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Record {
+    /// The roles that are shut out.
+    roles: Vec<String>,
+    /// The grants that were taken.
+    grants: Vec<Grant>,
+}
+
+/// A right to connect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Grant {
+    /// Whose; `None` is PUBLIC.
+    role: Option<String>,
+    /// Whether it may be passed on.
+    #[serde(default)]
+    grantable: bool,
+}
+
+impl Grant {
+    fn to(&self) -> String {
+        self.role
+            .as_deref()
+            .map_or_else(|| "PUBLIC".to_owned(), ident)
+    }
+}
+
+impl Raised {
+    /// Whether this rollout raised it.
+    fn is_of(&self, cx: &Context) -> bool {
+        self.token
+            .parse::<StepKey>()
+            .is_ok_and(|key| key.rollout == cx.key.rollout)
+    }
+}
+
+/// The fence of the session's database, if one is up.
+pub(crate) async fn raised(session: &Session) -> Result<Option<Raised>, Failure> {
+    let sql = "SELECT unnest(setconfig) FROM pg_db_role_setting WHERE setrole = 0 AND \
+               setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let (mut token, mut record) = (None, Record::default());
+    for row in session.query("asking for the fence", sql, &[]).await? {
+        match row.get::<_, &str>(0).split_once('=') {
+            Some(("lockstep.fence", value)) => token = Some(value.to_owned()),
+            Some(("lockstep.fence_acl", value)) => {
+                record = serde_json::from_str(value).map_err(|error| {
+                    hinted(
+                        Cause::Step,
+                        format!("the setting lockstep.fence_acl cannot be read: {error}"),
+                        "somebody changed it: GRANT CONNECT by hand, then ALTER DATABASE .. RESET \
+                         lockstep.fence",
+                    )
+                })?;
+            }
+            _ => {}
+        }
+    }
+    Ok(token.map(|token| Raised { token, record }))
+}
+
+/// Why the fence with this token no longer holds; `None` if it has held all the time.
+pub(crate) async fn broken(session: &Session, token: &str) -> Result<Option<String>, Failure> {
+    let Some(raised) = raised(session).await? else {
+        return Ok(Some("the fence has been lowered".into()));
+    };
+    if raised.token != token {
+        return Ok(Some(
+            "the fence was lowered and raised again in between".into(),
+        ));
+    }
+    let roles = &raised.record.roles;
+    let open = open_to(session, roles).await?;
+    if !open.is_empty() {
+        return Ok(Some(format!(
+            "{} may connect behind the fence",
+            open.join(", ")
+        )));
+    }
+    let sql = "SELECT count(*) FROM pg_stat_activity \
+               WHERE datname = current_database() AND usename::text = ANY($1)";
+    let sessions: i64 = session
+        .one("looking at sessions", sql, &[roles])
+        .await?
+        .get(0);
+    Ok((sessions > 0).then(|| format!("{sessions} sessions of {} are open", roles.join(", "))))
+}
+
+/// Which of the roles may connect.
+async fn open_to(session: &Session, roles: &[String]) -> Result<Vec<String>, Failure> {
+    let sql = "SELECT rolname::text FROM pg_roles WHERE rolname::text = ANY($1) \
+               AND has_database_privilege(oid, current_database(), 'CONNECT') ORDER BY 1";
+    let rows = session.query("asking for rights", sql, &[&roles]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Begins the transaction that raises or lowers; only one of them runs at a time.
+async fn begin(session: &Session) -> Result<(), Failure> {
+    let lock = "BEGIN; SELECT pg_advisory_xact_lock(hashtext('lockstep.fence'), \
+                hashtext(current_database()))";
+    session.run("reaching for the fence", lock).await
+}
+
+/// Ends it: commits what went well, else nothing has happened.
+async fn end<T>(session: &Session, done: Result<T, Failure>) -> Result<T, Failure> {
+    let what = "moving the fence";
+    match done {
+        Ok(done) => session
+            .run(what, "COMMIT")
+            .await
+            .map_err(changed)
+            .map(|()| done),
+        Err(failure) => {
+            let _ = session.run(what, "ROLLBACK").await;
+            Err(failure)
+        }
+    }
+}
+
+/// Shuts the roles out and ends sessions without the right to connect.
+async fn raise(
+    cx: &Context,
+    session: &Session,
+    database: &Database,
+    roles: &[String],
+    token: &str,
+) -> Result<(), Failure> {
+    begin(session).await?;
+    let raised = revoke(session, database, roles, token).await;
+    end(session, raised).await?;
+    shut_out(cx, session).await
+}
+
+/// Ends the sessions of those who may no longer connect, and waits until none is left.
+async fn shut_out(cx: &Context, session: &Session) -> Result<(), Failure> {
+    let condition = "datname = current_database() AND usesysid IS NOT NULL \
+                     AND NOT has_database_privilege(usesysid, datid, 'CONNECT')";
+    let ended = session
+        .end_sessions(condition, &[])
+        .await
+        .map_err(changed)?;
+    cx.log.line(&format!("ended {ended} sessions"));
+    Ok(())
+}
+
+async fn revoke(
+    session: &Session,
+    database: &Database,
+    roles: &[String],
+    token: &str,
+) -> Result<(), Failure> {
+    let what = "raising the fence";
+    let (name, own) = (database.dbname(), &session.place().role);
+    let known = "SELECT rolname::text FROM pg_roles WHERE rolname::text = ANY($1)";
+    let known = session.query(what, known, &[&roles]).await?;
+    let known: Vec<&str> = known.iter().map(|row| row.get(0)).collect();
+    if let Some(missing) = roles.iter().find(|role| !known.contains(&role.as_str())) {
+        return Err(hinted(
+            Cause::Host,
+            format!(
+                "there is no role `{missing}` on the server of `{}`",
+                database.name
+            ),
+            "correct `roles` of the fence in the plan",
+        ));
+    }
+    let prepared = "SELECT count(*) FROM pg_prepared_xacts WHERE database = current_database()";
+    if session.one(what, prepared, &[]).await?.get::<_, i64>(0) > 0 {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "`{}` has prepared transactions, which no fence keeps from writing",
+                database.name
+            ),
+            "COMMIT PREPARED or ROLLBACK PREPARED each in pg_prepared_xacts",
+        ));
+    }
+    let grants = grants(session, roles).await?;
+    let takers: Vec<String> = std::iter::once("PUBLIC".to_owned())
+        .chain(roles.iter().map(|role| ident(role)))
+        .collect();
+    let record = Record {
+        roles: roles.to_vec(),
+        grants,
+    };
+    let record = serde_json::to_string(&record).expect("names are JSON");
+    let sql = format!(
+        "REVOKE CONNECT ON DATABASE {db} FROM {}; \
+         ALTER DATABASE {db} SET lockstep.fence = {}; \
+         ALTER DATABASE {db} SET lockstep.fence_acl = {}",
+        takers.join(", "),
+        literal(token),
+        literal(&record),
+        db = ident(name)
+    );
+    session
+        .run(what, &sql)
+        .await
+        .map_err(|failure| may_set(failure, own))?;
+    let open = open_to(session, roles).await?;
+    if !open.is_empty() {
+        return Err(hinted(
+            Cause::Host,
+            format!(
+                "the fence cannot keep {} out of `{}`",
+                open.join(", "),
+                database.name
+            ),
+            format!(
+                "let applications log in as a role that is no superuser, does not own {name}, is \
+                 no member of a role that does, and got the right to connect from the owner"
+            ),
+        ));
+    }
+    if open_to(session, std::slice::from_ref(own))
+        .await?
+        .is_empty()
+    {
+        return Err(hinted(
+            Cause::Host,
+            format!(
+                "the fence would keep the agent's own role {own} out of `{}`",
+                database.name
+            ),
+            format!(
+                "GRANT CONNECT ON DATABASE {} TO {}",
+                ident(name),
+                ident(own)
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// The rights to connect that PUBLIC and the roles have.
+async fn grants(session: &Session, roles: &[String]) -> Result<Vec<Grant>, Failure> {
+    let sql = "SELECT r.rolname::text, bool_or(a.is_grantable) FROM pg_database d, \
+               aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a \
+               LEFT JOIN pg_roles r ON r.oid = a.grantee \
+               WHERE d.datname = current_database() AND a.privilege_type = 'CONNECT' \
+               AND (a.grantee = 0 OR r.rolname::text = ANY($1)) GROUP BY 1 ORDER BY 1 NULLS FIRST";
+    let rows = session.query("asking for rights", sql, &[&roles]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Grant {
+            role: row.get(0),
+            grantable: row.get(1),
+        })
+        .collect())
+}
+
+/// Gives the taken rights back and removes the token.
+async fn lower(session: &Session, database: &Database) -> Result<(), Failure> {
+    begin(session).await?;
+    let lowered = give_back(session, database).await;
+    end(session, lowered).await
+}
+
+async fn give_back(session: &Session, database: &Database) -> Result<(), Failure> {
+    let what = "lowering the fence";
+    let Some(raised) = raised(session).await? else {
+        return Ok(());
+    };
+    let db = ident(database.dbname());
+    let known = "SELECT rolname::text FROM pg_roles";
+    let known = session.query(what, known, &[]).await?;
+    let known: Vec<&str> = known.iter().map(|row| row.get(0)).collect();
+    // A role that was dropped meanwhile needs no right.
+    let is_there = |grant: &&Grant| match grant.role.as_deref() {
+        Some(role) => known.contains(&role),
+        None => true,
+    };
+    let mut sql = String::new();
+    for grant in raised.record.grants.iter().filter(is_there) {
+        let option = if grant.grantable {
+            " WITH GRANT OPTION"
+        } else {
+            ""
+        };
+        sql += &format!("GRANT CONNECT ON DATABASE {db} TO {}{option}; ", grant.to());
+    }
+    sql += &format!(
+        "ALTER DATABASE {db} RESET lockstep.fence; ALTER DATABASE {db} RESET lockstep.fence_acl"
+    );
+    session
+        .run(what, &sql)
+        .await
+        .map_err(|failure| may_set(failure, &session.place().role))
+}
+
+fn may_set(failure: Failure, role: &str) -> Failure {
+    if !failure
+        .message
+        .contains("permission denied to set parameter")
+    {
+        return failure;
+    }
+    let hint = format!(
+        "as a superuser, once: GRANT SET ON PARAMETER \"lockstep.fence\", \
+         \"lockstep.fence_acl\" TO {}",
+        ident(role)
+    );
+    Failure {
+        hint: Some(hint),
+        ..failure
+    }
+}
+
+/// A fence that another rollout has left.
+fn foreign(database: &Database, raised: &Raised) -> Failure {
+    hinted(
+        Cause::Refused,
+        format!("`{}` is behind a fence of {}", database.name, raised.token),
+        "finish that rollout first: its rollback or its `unfence` lowers the fence",
+    )
+}
+
+fn fenced(name: &str, token: &str) -> Fact {
+    Fact::Fenced {
+        database: name.to_owned(),
+        fence: token.to_owned(),
+    }
+}
+
+impl Act for Fence {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        if !cx.dry_run {
+            session.end_left_over(cx).await?;
+        }
+        let name = &self.database;
+        Ok(match raised(&session).await? {
+            None => Probe::Absent(self.describe()),
+            Some(raised) if !raised.is_of(cx) => {
+                Probe::Absent(format!("`{name}` is behind a fence of {}", raised.token))
+            }
+            Some(raised) => match broken(&session, &raised.token).await? {
+                None => Probe::Present(format!("the fence of `{name}` is up")),
+                Some(why) => Probe::Partial(format!("the fence of `{name}` does not hold: {why}")),
+            },
+        })
+    }
+
+    async fn before(&self, cx: &Context) -> Result<Value, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        // What undo needs is in the database itself; this is for people.
+        Ok(json!({"grants": grants(&session, &self.roles).await?}))
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        session.end_left_over(cx).await?;
+        let token = match raised(&session).await? {
+            Some(raised) if !raised.is_of(cx) => return Err(foreign(&database, &raised)),
+            // It has been up since an earlier attempt.
+            Some(raised) => {
+                shut_out(cx, &session).await?;
+                raised.token
+            }
+            None => {
+                let token = cx.key.to_string();
+                raise(cx, &session, &database, &self.roles, &token).await?;
+                token
+            }
+        };
+        if let Some(why) = broken(&session, &token).await? {
+            return Err(changed(hinted(
+                Cause::Step,
+                format!("the fence of `{}` does not hold: {why}", self.database),
+                "see who connects, and name its role in the fence's `roles`",
+            )));
+        }
+        let state = measure::state(cx, &database).await.map_err(changed)?;
+        let summary = match &state {
+            Fact::State { text, .. } => format!("`{}` is shut: {text}", self.database),
+            _ => unreachable!("the state of a database is a state"),
+        };
+        let facts = vec![fenced(&self.database, &token), state];
+        Ok(Done {
+            changed: true,
+            summary,
+            facts,
+        })
+    }
+
+    async fn undo(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        session.end_left_over(cx).await?;
+        if !raised(&session)
+            .await?
+            .is_some_and(|raised| raised.is_of(cx))
+        {
+            let summary = format!("no fence of this rollout is around `{}`", self.database);
+            return Ok(Done {
+                summary,
+                ..Done::default()
+            });
+        }
+        // While nobody can write: the state that the rollback has led to.
+        let state = measure::state(cx, &database).await?;
+        lower(&session, &database).await?;
+        let summary = format!("`{}` is open again", self.database);
+        Ok(Done {
+            changed: true,
+            summary,
+            facts: vec![state],
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!("shuts {} out of `{}`", self.roles.join(", "), self.database)
+    }
+}
+
+impl Act for Unfence {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        if !cx.dry_run {
+            session.end_left_over(cx).await?;
+        }
+        let name = &self.database;
+        Ok(match raised(&session).await? {
+            None if cx.dry_run => Probe::NotYet(format!("the fence of `{name}` is not up yet")),
+            None => Probe::Present(format!("`{name}` is open")),
+            Some(raised) if raised.is_of(cx) => Probe::Absent(self.describe()),
+            Some(raised) => {
+                Probe::Absent(format!("`{name}` is behind a fence of {}", raised.token))
+            }
+        })
+    }
+
+    async fn before(&self, cx: &Context) -> Result<Value, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let raised = raised(&database.connect(cx).await?).await?;
+        Ok(json!({
+            "token": raised.as_ref().map(|raised| &raised.token),
+            "roles": raised.as_ref().map(|raised| &raised.record.roles),
+        }))
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        session.end_left_over(cx).await?;
+        let name = &self.database;
+        let was = raised(&session).await?;
+        match &was {
+            None => {}
+            Some(raised) if !raised.is_of(cx) => return Err(foreign(&database, raised)),
+            Some(_) => lower(&session, &database).await?,
+        }
+        let open = open_to(&session, &self.roles).await?;
+        let shut: Vec<&str> = self
+            .roles
+            .iter()
+            .filter(|role| !open.contains(role))
+            .map(String::as_str)
+            .collect();
+        let mut facts = vec![];
+        if !shut.is_empty() {
+            // It gives back what was taken, and nothing that was not there.
+            let value = format!(
+                "{} had no right to connect before the fence",
+                shut.join(", ")
+            );
+            facts.push(Fact::Note {
+                name: format!("database {name}"),
+                value,
+            });
+        }
+        let summary = match was {
+            Some(_) => format!("`{name}` is open to {}", open.join(", ")),
+            None => format!("`{name}` was open"),
+        };
+        Ok(Done {
+            changed: was.is_some(),
+            summary,
+            facts,
+        })
+    }
+
+    async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
+        let database = Database::find(cx, &self.database)?;
+        let session = database.connect(cx).await?;
+        session.end_left_over(cx).await?;
+        let name = &self.database;
+        let token = before["token"].as_str();
+        if token.is_none() {
+            let summary = format!("`{name}` was open before");
+            return Ok(Done {
+                summary,
+                ..Done::default()
+            });
+        }
+        match raised(&session).await? {
+            Some(raised) if Some(raised.token.as_str()) == token => {
+                let summary = format!("the fence of `{name}` was never lowered");
+                let facts = vec![fenced(name, &raised.token)];
+                return Ok(Done {
+                    changed: false,
+                    summary,
+                    facts,
+                });
+            }
+            Some(raised) if raised.is_of(cx) => {
+                shut_out(cx, &session).await?;
+                let summary = format!("the fence of `{name}` is up again");
+                let facts = vec![fenced(name, &raised.token)];
+                return Ok(Done {
+                    changed: true,
+                    summary,
+                    facts,
+                });
+            }
+            Some(raised) => return Err(foreign(&database, &raised)),
+            None => {}
+        }
+        let roles = serde_json::from_value(before["roles"].clone()).unwrap_or_default();
+        let roles: Vec<String> = Some(roles)
+            .filter(|roles: &Vec<_>| !roles.is_empty())
+            .unwrap_or_else(|| self.roles.clone());
+        // A new token: applications could write in between.
+        let token = cx.key.to_string();
+        raise(cx, &session, &database, &roles, &token).await?;
+        let summary = format!("the fence of `{name}` is up again");
+        Ok(Done {
+            changed: true,
+            summary,
+            facts: vec![fenced(name, &token)],
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "lets {} into `{}` again",
+            self.roles.join(", "),
+            self.database
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

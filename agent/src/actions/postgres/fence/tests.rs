@@ -1,0 +1,264 @@
+use serde_json::Value;
+
+use super::*;
+use crate::sql::cluster::Bench;
+
+const NULL: Value = Value::Null;
+
+fn fence(bench: &Bench) -> Fence {
+    Fence {
+        database: "staff".into(),
+        via: lockstep_proto::action::postgres::FenceVia::Connect,
+        roles: vec![bench.app()],
+    }
+}
+
+fn unfence(bench: &Bench) -> Unfence {
+    let Fence {
+        database,
+        via,
+        roles,
+    } = fence(bench);
+    Unfence {
+        database,
+        via,
+        roles,
+    }
+}
+
+/// The database's rights and settings, whatever their order.
+async fn rights(bench: &Bench) -> String {
+    let name = &bench.name;
+    bench
+        .ask(&format!(
+            "SELECT array(SELECT unnest(coalesce(datacl, acldefault('d', datdba)))::text ORDER BY 1)::text \
+             || coalesce((SELECT setconfig::text FROM pg_db_role_setting WHERE setdatabase = d.oid), '') \
+             FROM pg_database d WHERE datname = '{name}'"
+        ))
+        .await
+}
+
+fn state(done: &Done) -> &Fact {
+    let state = done
+        .facts
+        .iter()
+        .find(|fact| matches!(fact, Fact::State { .. }));
+    state.expect("the state is reported")
+}
+
+fn token(done: &Done) -> &str {
+    let token = done.facts.iter().find_map(|fact| match fact {
+        Fact::Fenced { fence, .. } => Some(fence.as_str()),
+        _ => None,
+    });
+    token.expect("the fence is reported")
+}
+
+#[tokio::test]
+async fn a_fence_ends_live_sessions_and_its_undo_gives_back_exactly_what_was() {
+    let bench = Bench::with_rows().await;
+    let (act, was) = (fence(&bench), rights(&bench).await);
+    let app = bench.session("as_app").await;
+    let cx = bench.cx(1, vec![]);
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    let before = act.before(&cx).await.unwrap();
+    let raised = act.apply(&cx, &before).await.unwrap();
+    assert_eq!(token(&raised), cx.key.to_string());
+    let Fact::State { name, text, .. } = state(&raised) else {
+        unreachable!("it is a state")
+    };
+    assert_eq!(
+        (name.as_str(), text.as_str()),
+        ("database staff", "2 tables, 300 rows")
+    );
+    // The application's session is gone, and it gets no other; owner and superuser do.
+    assert!(app.run("test", "SELECT 1").await.is_err());
+    let refused = bench.try_session("as_app").await.err().unwrap();
+    assert!(refused.message.contains("permission denied"), "{refused:?}");
+    bench.session("as_owner").await;
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Present(_)));
+    // Another attempt finds it up, and keeps the token: it has held all the time.
+    let again = act.apply(&bench.cx(1, vec![]), &before).await.unwrap();
+    assert_eq!(token(&again), token(&raised));
+    assert!(again.changed);
+    // What the rollback leads to is measured before anybody gets in.
+    let undone = act.undo(&bench.undo(1, vec![]), &before).await.unwrap();
+    assert_eq!(state(&undone), state(&raised));
+    assert_eq!(rights(&bench).await, was);
+    bench.session("as_app").await;
+    let undone = act.undo(&bench.undo(1, vec![]), &before).await.unwrap();
+    assert!(!undone.changed);
+    assert_eq!(rights(&bench).await, was);
+}
+
+#[tokio::test]
+async fn a_changed_row_changes_the_state() {
+    let bench = Bench::with_rows().await;
+    let act = fence(&bench);
+    let raised = act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap();
+    bench
+        .sql("UPDATE public.users SET name = 'x' WHERE id = 7")
+        .await;
+    let undone = act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
+    let (
+        Fact::State {
+            digest: was,
+            text: one,
+            ..
+        },
+        Fact::State {
+            digest: is,
+            text: two,
+            ..
+        },
+    ) = (state(&raised), state(&undone))
+    else {
+        unreachable!("they are states")
+    };
+    assert_ne!(was, is);
+    assert_eq!(one, two);
+}
+
+#[tokio::test]
+async fn rights_of_public_and_rights_to_pass_on_come_back() {
+    let bench = Bench::with_rows().await;
+    let (app, name) = (bench.app(), &bench.name);
+    bench
+        .sql(&format!(
+            "GRANT ALL ON DATABASE {name} TO PUBLIC; \
+             GRANT CONNECT ON DATABASE {name} TO {app} WITH GRANT OPTION; \
+             ALTER DATABASE {name} SET work_mem = '5MB'"
+        ))
+        .await;
+    let was = rights(&bench).await;
+    let act = fence(&bench);
+    act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap();
+    assert!(bench.try_session("as_app").await.is_err());
+    unfence(&bench)
+        .apply(&bench.cx(2, vec![]), &NULL)
+        .await
+        .unwrap();
+    assert_eq!(rights(&bench).await, was);
+    // The default, where nothing was ever granted.
+    bench
+        .ask(&format!(
+            "SELECT 1 FROM pg_database WHERE datname = '{name}'"
+        ))
+        .await;
+}
+
+#[tokio::test]
+async fn an_undone_unfence_raises_another_fence() {
+    let bench = Bench::with_rows().await;
+    let raised = fence(&bench)
+        .apply(&bench.cx(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    let session = bench.session("staff").await;
+    assert_eq!(broken(&session, token(&raised)).await.unwrap(), None);
+    let act = unfence(&bench);
+    let cx = bench.cx(2, vec![]);
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    let before = act.before(&cx).await.unwrap();
+    // An attempt that did nothing leaves the old fence, and its word.
+    let kept = act.undo(&bench.undo(2, vec![]), &before).await.unwrap();
+    assert_eq!((kept.changed, token(&kept)), (false, token(&raised)));
+    assert!(act.apply(&cx, &before).await.unwrap().changed);
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Present(_)));
+    let app = bench.session("as_app").await;
+    let why = broken(&session, token(&raised)).await.unwrap().unwrap();
+    assert_eq!(why, "the fence has been lowered");
+    let up = act.undo(&bench.undo(2, vec![]), &before).await.unwrap();
+    assert_ne!(token(&up), token(&raised));
+    assert!(app.run("test", "SELECT 1").await.is_err());
+    let why = broken(&session, token(&raised)).await.unwrap().unwrap();
+    assert!(why.contains("raised again"), "{why}");
+    assert_eq!(broken(&session, token(&up)).await.unwrap(), None);
+    let again = act.undo(&bench.undo(2, vec![]), &before).await.unwrap();
+    assert_eq!(token(&again), token(&up));
+    fence(&bench)
+        .undo(&bench.undo(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    bench.session("as_app").await;
+}
+
+#[tokio::test]
+async fn a_fence_that_cannot_hold_is_not_raised() {
+    let bench = Bench::with_rows().await;
+    let was = rights(&bench).await;
+    let roles = |role: &str| Fence {
+        roles: vec![role.to_owned()],
+        ..fence(&bench)
+    };
+    let owner = format!("{}_owner", bench.name);
+    for (act, why) in [
+        (roles("postgres"), "cannot keep postgres out"),
+        (roles("nobody_here"), "no role `nobody_here`"),
+    ] {
+        let failed = act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Host);
+        assert!(failed.message.contains(why), "{}", failed.message);
+        assert!(!failed.changed);
+    }
+    // A member of the owner's role has the owner's rights.
+    bench
+        .session("maintenance")
+        .await
+        .run("", &format!("GRANT {owner} TO {}", bench.app()))
+        .await
+        .unwrap();
+    let failed = fence(&bench)
+        .apply(&bench.cx(1, vec![]), &NULL)
+        .await
+        .unwrap_err();
+    assert!(failed.hint.unwrap().contains("no member of a role"));
+    assert_eq!(rights(&bench).await, was);
+}
+
+#[tokio::test]
+async fn the_fence_of_another_rollout_is_left_alone() {
+    let bench = Bench::with_rows().await;
+    let mut other = bench.cx(1, vec![]);
+    other.key.rollout = lockstep_proto::ids::RolloutId::from_random([9; 6]);
+    fence(&bench).apply(&other, &NULL).await.unwrap();
+    let was = rights(&bench).await;
+    let cx = bench.cx(1, vec![]);
+    let failed = fence(&bench).apply(&cx, &NULL).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    assert!(
+        failed.message.contains("ro_090909090909"),
+        "{}",
+        failed.message
+    );
+    assert!(unfence(&bench).apply(&cx, &NULL).await.is_err());
+    assert!(!fence(&bench).undo(&cx, &NULL).await.unwrap().changed);
+    assert_eq!(rights(&bench).await, was);
+}
+
+#[tokio::test]
+async fn an_owner_raises_a_fence_once_it_may_set_the_token() {
+    let bench = Bench::with_rows().await;
+    let was = rights(&bench).await;
+    let act = Fence {
+        database: "as_owner".into(),
+        ..fence(&bench)
+    };
+    let failed = act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap_err();
+    let hint = failed.hint.unwrap();
+    assert!(hint.contains("GRANT SET ON PARAMETER"), "{hint}");
+    assert_eq!(rights(&bench).await, was);
+    let owner = format!("{}_owner", bench.name);
+    let session = bench.session("maintenance").await;
+    let grant = format!(
+        "GRANT SET ON PARAMETER \"lockstep.fence\", \"lockstep.fence_acl\" TO {owner}; \
+         GRANT {} TO {owner}",
+        bench.app()
+    );
+    session.run("", &grant).await.unwrap();
+    let app = bench.session("as_app").await;
+    act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap();
+    assert!(app.run("test", "SELECT 1").await.is_err());
+    act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
+    assert_eq!(rights(&bench).await, was);
+}

@@ -1,0 +1,455 @@
+//! `postgres.counts`, `postgres.compare` and `postgres.assert`: they look, and cannot write.
+
+use std::collections::BTreeMap;
+
+use lockstep_proto::action::postgres::{Assert, Compare, Counts, Rows};
+use lockstep_proto::order::{Binding, Fact};
+use lockstep_proto::report::{Cause, Failure};
+use serde_json::Value;
+
+use super::check_sql::shorten;
+use super::hinted;
+use super::manifest::Store;
+use super::measure::{TABLE_NAME, TABLES, rows_fact};
+use crate::actions::{Act, Done, Probe};
+use crate::sql::{Database, Session};
+use crate::step::{Context, failure};
+
+/// Rows by table.
+pub(crate) type Tally = BTreeMap<String, u64>;
+
+/// Counts rows, of some tables or of all, in one state of the database.
+pub(crate) async fn count(session: &Session, only: &[String]) -> Result<Tally, Failure> {
+    let what = "counting rows";
+    session
+        .run(what, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        .await?;
+    let counted = count_inside(session, only).await;
+    let ended = session.run(what, "ROLLBACK").await;
+    let counted = counted?;
+    ended.map(|()| counted)
+}
+
+async fn count_inside(session: &Session, only: &[String]) -> Result<Tally, Failure> {
+    let what = "counting rows";
+    let sql = format!(
+        "SELECT {TABLE_NAME}, format('SELECT count(*) FROM ONLY %I.%I', n.nspname, c.relname), \
+         c.relname::text, n.nspname || '.' || c.relname FROM {TABLES} ORDER BY 1"
+    );
+    let tables = session.query(what, &sql, &[]).await?;
+    let named = |row: &tokio_postgres::Row, name: &str| {
+        let (shown, table, full): (&str, &str, &str) = (row.get(0), row.get(2), row.get(3));
+        // Quoted or not; a bare name means the one in `public`.
+        name == shown
+            || name == full
+            || (name == table && full.strip_prefix("public.") == Some(table))
+    };
+    let mut missing: Vec<&str> = only.iter().map(String::as_str).collect();
+    missing.retain(|name| !tables.iter().any(|row| named(row, name)));
+    if !missing.is_empty() {
+        let message = format!("there is no table {}", missing.join(", "));
+        return Err(failure(Cause::CheckUnmet, message));
+    }
+    let mut tally = Tally::new();
+    for row in &tables {
+        if !only.is_empty() && !only.iter().any(|name| named(row, name)) {
+            continue;
+        }
+        let count: i64 = session.one(what, row.get(1), &[]).await?.get(0);
+        tally.insert(row.get(0), count.unsigned_abs());
+    }
+    Ok(tally)
+}
+
+/// The rows in the rollout's newest backup of a database.
+pub(crate) fn of_backup(cx: &Context, database: &str) -> Option<Tally> {
+    let backup = cx.bindings.iter().rev().find(
+        |binding| matches!(&binding.fact, Fact::Backup { database: of, .. } if of == database),
+    );
+    let rows = |binding: &Binding| match &binding.fact {
+        Fact::Rows {
+            database: of,
+            tables,
+        } if of == database => {
+            // Other steps count, too: the backup's own rows come from the step that made it.
+            let own = backup.is_none_or(|backup| backup.origin == binding.origin);
+            own.then(|| tables.iter().cloned().collect())
+        }
+        _ => None,
+    };
+    cx.bindings.iter().rev().find_map(rows).or_else(|| {
+        // On the host that made it, its manifest says it, too.
+        let database = Database::find(cx, database).ok()?;
+        let made = Store::of(cx, &database).all().into_iter();
+        let made = made
+            .into_iter()
+            .find(|made| made.key.rollout == cx.key.rollout)?;
+        Some(
+            made.contents
+                .into_iter()
+                .map(|(name, table)| (name, table.rows))
+                .collect(),
+        )
+    })
+}
+
+/// The tables whose rows differ from the backup's, in words: `users: 12 rows, 10 in the backup`.
+pub(crate) fn changes(backup: &Tally, now: &Tally) -> Vec<String> {
+    let all: std::collections::BTreeSet<&String> = backup.keys().chain(now.keys()).collect();
+    let change = |name: &&String| match (backup.get(*name), now.get(*name)) {
+        (Some(was), Some(is)) if was == is => None,
+        (Some(was), Some(is)) => Some(format!("{name}: {is} rows, {was} in the backup")),
+        (Some(was), None) => Some(format!("{name}: gone, {was} rows in the backup")),
+        (None, Some(is)) => Some(format!("{name}: {is} rows, not in the backup")),
+        (None, None) => None,
+    };
+    all.iter().filter_map(change).collect()
+}
+
+/// The probe of an action that only looks.
+async fn probe(act: &impl Act, cx: &Context) -> Result<Probe, Failure> {
+    match act.apply(cx, &Value::Null).await {
+        Ok(done) => Ok(Probe::Present(done.summary)),
+        Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Absent(unmet.message)),
+        Err(failure) => Err(failure),
+    }
+}
+
+impl Act for Counts {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        probe(self, cx).await
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let session = Database::find(cx, &self.database)?.connect(cx).await?;
+        let tally = count(&session, &self.tables).await?;
+        let rows: u64 = tally.values().sum();
+        let summary = format!(
+            "{rows} rows in {} tables of `{}`",
+            tally.len(),
+            self.database
+        );
+        for (table, rows) in &tally {
+            cx.log.line(&format!("{table}: {rows}"));
+        }
+        let facts = vec![rows_fact(&self.database, tally.into_iter())];
+        Ok(Done {
+            changed: false,
+            summary,
+            facts,
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!("counts the rows of `{}`", self.database)
+    }
+}
+
+impl Act for Compare {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        if cx.dry_run && of_backup(cx, &self.database).is_none() {
+            return Ok(Probe::NotYet(format!(
+                "there is no backup of `{}` yet",
+                self.database
+            )));
+        }
+        probe(self, cx).await
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let name = &self.database;
+        let backup = of_backup(cx, name).ok_or_else(|| {
+            hinted(
+                Cause::Refused,
+                format!("this rollout has no backup of `{name}` to compare with"),
+                "put `postgres.backup` before this step",
+            )
+        })?;
+        let session = Database::find(cx, name)?.connect(cx).await?;
+        let now = count(&session, &self.tables).await?;
+        let wanted: Vec<&String> = if self.tables.is_empty() {
+            backup.keys().collect()
+        } else {
+            now.keys().collect()
+        };
+        let mut unmet = vec![];
+        for table in &wanted {
+            match (backup.get(*table), now.get(*table)) {
+                (Some(was), Some(is)) if was == is => {}
+                (Some(was), Some(is)) if self.rows == Rows::Grown && is > was => {}
+                (Some(was), Some(is)) => {
+                    unmet.push(format!("{table} has {is} rows, and had {was}"))
+                }
+                (Some(_), None) => unmet.push(format!("{table} is gone")),
+                (None, _) => unmet.push(format!("{table} is not in the backup")),
+            }
+        }
+        if !unmet.is_empty() {
+            return Err(super::scratch::unequal(
+                &format!("`{name}` and its backup differ"),
+                &unmet,
+            ));
+        }
+        let facts = vec![rows_fact(name, now.clone().into_iter())];
+        let summary = format!("{} tables of `{name}` are as in the backup", wanted.len());
+        Ok(Done {
+            changed: false,
+            summary,
+            facts,
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!("compares the rows of `{}` with its backup", self.database)
+    }
+}
+
+impl Act for Assert {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        probe(self, cx).await
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let session = Database::find(cx, &self.database)?.connect(cx).await?;
+        let mut unmet = missing(&session, &self.tables).await?;
+        for check in &self.checks {
+            match session.value("a check", &check.sql).await {
+                Ok(value) => {
+                    let value = value.as_deref().unwrap_or("NULL");
+                    if value != check.equals {
+                        let (sql, shown) = (&check.sql, shorten(value));
+                        unmet.push(format!("{sql}: {shown}, not {}", check.equals));
+                    }
+                }
+                // The others still have their say, unless nothing can be asked.
+                Err(failed) if failed.cause == Cause::Host => return Err(failed),
+                Err(failed) => unmet.push(format!("{}: {}", check.sql, failed.message)),
+            }
+        }
+        let mut checked = self.checks.len() + self.tables.len();
+        if self.foreign_keys {
+            let (keys, orphans) = orphans(&session).await?;
+            checked += keys;
+            unmet.extend(orphans);
+        }
+        for line in &unmet {
+            cx.log.line(line);
+        }
+        if !unmet.is_empty() {
+            let what = format!(
+                "{} of {checked} checks of `{}` are not met",
+                unmet.len(),
+                self.database
+            );
+            return Err(super::scratch::unequal(&what, &unmet));
+        }
+        let summary = format!("{checked} checks of `{}` are met", self.database);
+        Ok(Done {
+            changed: false,
+            summary,
+            facts: vec![],
+        })
+    }
+
+    fn describe(&self) -> String {
+        format!("checks what `{}` holds", self.database)
+    }
+}
+
+/// Which of the tables are not there.
+async fn missing(session: &Session, tables: &[String]) -> Result<Vec<String>, Failure> {
+    let mut unmet = vec![];
+    for table in tables {
+        // `public` first for bare names, as everywhere in plans.
+        let bare = format!("public.{table}");
+        let named = if table.contains('.') { table } else { &bare };
+        let sql = "SELECT to_regclass($1) IS NOT NULL";
+        if !session
+            .one("looking for a table", sql, &[named])
+            .await?
+            .get::<_, bool>(0)
+        {
+            unmet.push(format!("there is no table {table}"));
+        }
+    }
+    Ok(unmet)
+}
+
+/// How many foreign keys there are, and those whose rows have no parent.
+async fn orphans(session: &Session) -> Result<(usize, Vec<String>), Failure> {
+    let what = "looking for rows without parents";
+    session
+        .run(what, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        .await?;
+    let found = orphans_inside(session, what).await;
+    let ended = session.run(what, "ROLLBACK").await;
+    let found = found?;
+    ended.map(|()| found)
+}
+
+async fn orphans_inside(session: &Session, what: &str) -> Result<(usize, Vec<String>), Failure> {
+    let keys = session.query(what, FOREIGN_KEYS, &[]).await?;
+    let mut found = vec![];
+    for key in &keys {
+        let (name, child, parent): (&str, &str, &str) = (key.get(0), key.get(1), key.get(2));
+        let orphans: i64 = session.one(what, key.get(3), &[]).await?.get(0);
+        if orphans > 0 {
+            found.push(format!(
+                "{orphans} rows of {child} have no parent in {parent} ({name})"
+            ));
+        }
+    }
+    Ok((keys.len(), found))
+}
+
+/// Every foreign key, with a statement that counts its orphans.
+const FOREIGN_KEYS: &str = r"
+WITH fk AS (
+  SELECT c.conname, n1.nspname ns, t1.relname rel, n2.nspname fns, t2.relname frel,
+    (SELECT string_agg(format('f.%I = c.%I', fa.attname, a.attname), ' AND ' ORDER BY k.ord)
+     FROM unnest(c.conkey, c.confkey) WITH ORDINALITY k(a, f, ord)
+     JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.a
+     JOIN pg_attribute fa ON fa.attrelid = c.confrelid AND fa.attnum = k.f) AS j,
+    (SELECT string_agg(format('c.%I IS NOT NULL', a.attname),
+                       CASE WHEN c.confmatchtype = 'f' THEN ' OR ' ELSE ' AND ' END ORDER BY k.ord)
+     FROM unnest(c.conkey) WITH ORDINALITY k(a, ord)
+     JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.a) AS nn
+  FROM pg_constraint c
+  JOIN pg_class t1 ON t1.oid = c.conrelid JOIN pg_namespace n1 ON n1.oid = t1.relnamespace
+  JOIN pg_class t2 ON t2.oid = c.confrelid JOIN pg_namespace n2 ON n2.oid = t2.relnamespace
+  WHERE c.contype = 'f' AND c.conparentid = 0
+    AND n1.nspname NOT IN ('pg_catalog', 'information_schema'))
+SELECT conname::text, format('%I.%I', ns, rel), format('%I.%I', fns, frel),
+  format('SELECT count(*) FROM %I.%I c WHERE (%s) AND NOT EXISTS (SELECT 1 FROM %I.%I f WHERE %s)',
+         ns, rel, nn, fns, frel, j)
+FROM fk ORDER BY ns, rel, conname";
+
+#[cfg(test)]
+mod tests {
+    use lockstep_proto::action::postgres::Assertion;
+
+    use super::*;
+    use crate::sql::cluster::Bench;
+
+    const NULL: Value = Value::Null;
+
+    #[tokio::test]
+    async fn rows_are_counted_by_name() {
+        let bench = Bench::with_rows().await;
+        let counts = |tables: &[&str]| Counts {
+            database: "staff".into(),
+            tables: tables.iter().map(|&name| name.to_owned()).collect(),
+        };
+        let done = counts(&[])
+            .apply(&bench.cx(0, vec![]), &NULL)
+            .await
+            .unwrap();
+        let all = vec![("hr.notes".to_owned(), 100), ("users".to_owned(), 200)];
+        assert_eq!(
+            done.facts,
+            [Fact::Rows {
+                database: "staff".into(),
+                tables: all
+            }]
+        );
+        let done = counts(&["users"])
+            .apply(&bench.cx(0, vec![]), &NULL)
+            .await
+            .unwrap();
+        assert_eq!(done.summary, "200 rows in 1 tables of `staff`");
+        let failed = counts(&["notes", "hr.notes"])
+            .apply(&bench.cx(0, vec![]), &NULL)
+            .await;
+        assert_eq!(failed.unwrap_err().message, "there is no table notes");
+    }
+
+    #[tokio::test]
+    async fn rows_are_compared_with_those_of_the_backup() {
+        let bench = Bench::with_rows().await;
+        let rows = |users| Fact::Rows {
+            database: "staff".into(),
+            tables: vec![("users".into(), users), ("hr.notes".into(), 100)],
+        };
+        let compare = |rows| Compare {
+            database: "staff".into(),
+            tables: vec![],
+            rows,
+        };
+        let run = async |act: Compare, facts| act.apply(&bench.cx(0, facts), &NULL).await;
+        assert!(run(compare(Rows::Unchanged), vec![rows(200)]).await.is_ok());
+        let failed = run(compare(Rows::Unchanged), vec![rows(199)])
+            .await
+            .unwrap_err();
+        assert!(
+            failed.message.contains("users has 200 rows, and had 199"),
+            "{}",
+            failed.message
+        );
+        assert!(run(compare(Rows::Grown), vec![rows(199)]).await.is_ok());
+        let failed = run(compare(Rows::Grown), vec![rows(201)])
+            .await
+            .unwrap_err();
+        assert_eq!(failed.cause, Cause::CheckUnmet);
+        bench.sql("DROP TABLE hr.notes").await;
+        let failed = run(compare(Rows::Grown), vec![rows(200)])
+            .await
+            .unwrap_err();
+        assert!(
+            failed.message.contains("hr.notes is gone"),
+            "{}",
+            failed.message
+        );
+        let failed = run(compare(Rows::Grown), vec![]).await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Refused);
+    }
+
+    #[tokio::test]
+    async fn assertions_name_all_that_is_wrong() {
+        let bench = Bench::with_rows().await;
+        let check = |sql: &str, equals: &str| Assertion {
+            sql: sql.into(),
+            equals: equals.into(),
+        };
+        let assert = Assert {
+            database: "staff".into(),
+            checks: vec![
+                check("SELECT count(*) FROM users", "200"),
+                check("SELECT 1 = 1", "t"),
+            ],
+            tables: vec!["users".into(), "hr.notes".into()],
+            foreign_keys: true,
+        };
+        let done = assert.apply(&bench.cx(0, vec![]), &NULL).await.unwrap();
+        assert_eq!(done.summary, "5 checks of `staff` are met");
+        // A superuser can plant what a foreign key forbids.
+        let session = bench.session("staff").await;
+        session
+            .run(
+                "",
+                "SET session_replication_role = replica; DELETE FROM public.users WHERE id < 4",
+            )
+            .await
+            .unwrap();
+        let assert = Assert {
+            checks: vec![
+                check("SELECT count(*) FROM users", "200"),
+                check("SELECT nonsense", "1"),
+                check("DROP TABLE users", "1"),
+            ],
+            tables: vec!["users".into(), "gone".into()],
+            ..assert
+        };
+        let failed = assert.apply(&bench.cx(0, vec![]), &NULL).await.unwrap_err();
+        assert_eq!(failed.cause, Cause::CheckUnmet);
+        for why in [
+            "5 of 6 checks",
+            "count(*) FROM users: 197, not 200",
+            "nonsense",
+            "0 columns",
+            "no table gone",
+            "3 rows of hr.notes have no parent in public.users",
+        ] {
+            assert!(failed.message.contains(why), "{why}: {}", failed.message);
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Where backups are kept: `<backup_dir>/<id>/` with the archive, `manifest.json`, and, once the
+//! backup was restored and compared, `verified.json`. The directory gets its name last, so one
+//! that has it is complete.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::action::postgres::{Aspect, Format};
+use lockstep_proto::ids::{Digest, StepKey};
+use lockstep_proto::report::{Cause, Failure};
+use lockstep_proto::values::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
+
+use super::measure::Contents;
+use crate::sql::Database;
+use crate::step::{Context, failure};
+
+/// What a backup is, and what it must restore to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Manifest {
+    /// The name of its directory.
+    pub(super) id: String,
+    /// The attempt that made it.
+    pub(super) key: StepKey,
+    /// The database, as plans name it.
+    pub(super) database: String,
+    /// Its name on the server.
+    pub(super) dbname: String,
+    /// The archive's format.
+    pub(super) format: Format,
+    /// The digest of the archive: of the file, or of the lines `<hex>  <name>` of its files.
+    pub(super) digest: Digest,
+    /// The archive's size in bytes.
+    pub(super) size: u64,
+    /// When the snapshot was taken, by the server's clock.
+    pub(super) taken_at: Timestamp,
+    /// The rows of the snapshot.
+    pub(super) contents: Contents,
+    /// The fingerprint of its schema.
+    pub(super) schema: Digest,
+    /// The server's version: 150018 for 15.18.
+    pub(super) server_version: u32,
+    /// The fence that was up, if one was.
+    pub(super) fence: Option<String>,
+    /// The rows of the migration tool's table.
+    pub(super) revisions: Vec<String>,
+}
+
+/// That a backup was restored, and equal to its source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Verified {
+    /// The attempt that did it.
+    pub(super) key: StepKey,
+    /// The digest of the archive that was restored.
+    pub(super) digest: Digest,
+    /// What was compared.
+    pub(super) compared: Vec<Aspect>,
+}
+
+const MANIFEST: &str = "manifest.json";
+const VERIFIED: &str = "verified.json";
+
+/// The end of the name of what is not complete.
+pub(super) const PARTIAL: &str = ".partial";
+
+/// The archive in a backup's directory: a file, or a directory.
+pub(super) fn archive_in(directory: &Path) -> PathBuf {
+    directory.join("archive")
+}
+
+/// The backups of one database on this host.
+#[derive(Debug)]
+pub(super) struct Store {
+    /// The backup directory.
+    pub(super) directory: PathBuf,
+    database: String,
+}
+
+impl Store {
+    /// That of a database, which need not exist yet.
+    pub(super) fn of(cx: &Context, database: &Database) -> Self {
+        let default = || cx.config.state_dir.join("backups");
+        let directory = database.config.backup_dir.clone().unwrap_or_else(default);
+        Self {
+            directory,
+            database: database.name.clone(),
+        }
+    }
+
+    /// The complete ones, newest first.
+    pub(super) fn all(&self) -> Vec<Manifest> {
+        let entries = fs::read_dir(&self.directory)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let manifests = entries.filter_map(|entry| {
+            let manifest: Manifest = read_json(&entry.path().join(MANIFEST))?;
+            let named = entry.file_name().to_str() == Some(&manifest.id);
+            (named && manifest.database == self.database).then_some(manifest)
+        });
+        let mut manifests: Vec<Manifest> = manifests.collect();
+        manifests.sort_by_key(|manifest| std::cmp::Reverse(manifest.taken_at));
+        manifests
+    }
+
+    /// The directory of a backup.
+    pub(super) fn path(&self, id: &str) -> PathBuf {
+        self.directory.join(id)
+    }
+
+    /// Whether, and how, a backup was verified.
+    pub(super) fn verified(&self, manifest: &Manifest) -> Option<Verified> {
+        let verified: Verified = read_json(&self.path(&manifest.id).join(VERIFIED))?;
+        (verified.digest == manifest.digest).then_some(verified)
+    }
+
+    /// Notes that a backup was verified.
+    pub(super) fn mark_verified(&self, id: &str, verified: &Verified) -> Result<(), Failure> {
+        write_json(&self.path(id).join(VERIFIED), verified)
+    }
+
+    /// Removes what earlier attempts of this host have left unfinished for the database.
+    pub(super) fn remove_partials(&self, cx: &Context) {
+        let prefix = format!("{}-", file_name(&self.database));
+        for entry in fs::read_dir(&self.directory)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let key = name
+                .strip_prefix(&prefix)
+                .and_then(|name| name.strip_suffix(PARTIAL))
+                .and_then(|name| name.split_once('-'))
+                .and_then(|(_, key)| key.parse::<StepKey>().ok());
+            if key.is_some_and(|key| key.host == cx.key.host && key != cx.key)
+                && fs::remove_dir_all(entry.path()).is_ok()
+            {
+                cx.log.line(&format!(
+                    "removed {name}, which an earlier attempt had left"
+                ));
+            }
+        }
+    }
+
+    /// Removes the oldest beyond `keep`, but never the newest that was verified, nor one of this
+    /// rollout.
+    pub(super) fn retain(&self, cx: &Context, keep: u32) {
+        let all = self.all();
+        let proven = all
+            .iter()
+            .find(|manifest| self.verified(manifest).is_some());
+        let kept = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
+        for manifest in all.iter().skip(kept) {
+            if proven == Some(manifest) || manifest.key.rollout == cx.key.rollout {
+                continue;
+            }
+            // Under a name that says so: a crash leaves no backup without its archive.
+            let gone = self.path(&format!("{}{PARTIAL}", manifest.id));
+            let removed =
+                fs::rename(self.path(&manifest.id), &gone).and_then(|()| fs::remove_dir_all(&gone));
+            match removed {
+                Ok(()) => cx
+                    .log
+                    .line(&format!("removed the old backup {}", manifest.id)),
+                Err(error) => {
+                    cx.log.line(&format!(
+                        "cannot remove the backup {}: {error}",
+                        manifest.id
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// The name of a new backup: database, time and step key.
+pub(super) fn id(database: &str, stamp: &str, key: &StepKey) -> String {
+    format!("{}-{stamp}-{key}", file_name(database))
+}
+
+/// A name as a part of a file's.
+fn file_name(name: &str) -> String {
+    let fit = |c: char| {
+        if c.is_ascii_alphanumeric() || c == '_' {
+            c
+        } else {
+            '_'
+        }
+    };
+    name.chars().map(fit).collect()
+}
+
+/// Writes a backup's manifest into its directory, durably.
+pub(super) fn write_manifest(directory: &Path, manifest: &Manifest) -> Result<(), Failure> {
+    write_json(&directory.join(MANIFEST), manifest)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Writes a file that is there as a whole or not at all, and outlives a power loss.
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_vec_pretty(value).expect("texts and numbers are JSON");
+    let temporary = path.with_extension("tmp");
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        sync_directory(path.parent().unwrap_or(path))
+    };
+    write().map_err(|error: std::io::Error| {
+        failure(
+            Cause::Host,
+            format!("cannot write {}: {error}", path.display()),
+        )
+    })
+}
+
+/// Makes names in a directory durable.
+pub(super) fn sync_directory(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// The files of an archive, with their names in it; a custom archive is one without a name.
+pub(super) fn files(archive: &Path) -> std::io::Result<Vec<(String, PathBuf)>> {
+    if !archive.is_dir() {
+        return Ok(vec![(String::new(), archive.to_owned())]);
+    }
+    let mut files = vec![];
+    for entry in fs::read_dir(archive)? {
+        let entry = entry?;
+        files.push((
+            entry.file_name().to_string_lossy().into_owned(),
+            entry.path(),
+        ));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// The digest and size of an archive. It blocks.
+pub(super) fn digest(archive: &Path) -> std::io::Result<(Digest, u64)> {
+    let files = files(archive)?;
+    let mut list = sha2::Sha256::new();
+    let mut total = 0;
+    for (name, path) in &files {
+        let (digest, size) = file_digest(path)?;
+        total += size;
+        if name.is_empty() {
+            return Ok((digest, size));
+        }
+        list.update(format!("{}  {name}\n", digest.hex()));
+    }
+    Ok((Digest(list.finalize().into()), total))
+}
+
+fn file_digest(path: &Path) -> std::io::Result<(Digest, u64)> {
+    let mut file = File::open(path)?;
+    let mut hash = sha2::Sha256::new();
+    let mut buffer = vec![0; 256 << 10];
+    let mut size = 0;
+    loop {
+        let length = file.read(&mut buffer)?;
+        if length == 0 {
+            return Ok((Digest(hash.finalize().into()), size));
+        }
+        hash.update(&buffer[..length]);
+        size += length as u64;
+    }
+}
+
+/// Runs work on files beside the connection's task.
+pub(super) async fn blocking<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Failure> {
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    done.map_err(|error| {
+        let hint = (error.kind() == std::io::ErrorKind::StorageFull)
+            .then(|| "make room on that volume".to_owned());
+        Failure {
+            hint,
+            ..failure(Cause::Host, format!("{what}: {error}"))
+        }
+    })
+}

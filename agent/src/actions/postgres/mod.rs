@@ -1,0 +1,53 @@
+//! PostgreSQL: backups that are proven, restores that lose nothing, fences.
+//!
+//! ```text
+//! fence          REVOKE CONNECT, end the applications' sessions; a token is kept in the database
+//! backup         one snapshot: pg_dump, rows, checksums, schema -> <id>/archive, manifest.json
+//! verify_backup  digest, full read, restore into a scratch database, comparison -> verified.json
+//! restore        only behind the same fence: new database, comparison, swap by rename
+//! unfence        gives the right to connect back exactly as it was
+//! ```
+//!
+//! A fence's token is the key of the attempt that raised it. It is new whenever the fence goes up
+//! again, so "the token is the backup's" means "nobody could write since the backup" (INV-6).
+
+mod backup;
+mod check_sql;
+pub(crate) mod fence;
+mod look;
+mod manifest;
+pub(crate) mod measure;
+mod restore;
+mod scratch;
+mod tools;
+mod verify;
+
+use lockstep_proto::report::{Cause, Failure};
+
+use crate::step::failure;
+
+/// The same failure, of an attempt that may have changed something.
+pub(crate) fn changed(failure: Failure) -> Failure {
+    Failure {
+        changed: true,
+        ..failure
+    }
+}
+
+/// A failure with what to do next.
+pub(crate) fn hinted(cause: Cause, message: impl Into<String>, hint: impl Into<String>) -> Failure {
+    Failure {
+        hint: Some(hint.into()),
+        ..failure(cause, message)
+    }
+}
+
+/// A size for people.
+fn human(bytes: u64) -> String {
+    let units = [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    let unit = units.into_iter().find(|(_, size)| bytes >= *size);
+    unit.map_or_else(
+        || format!("{bytes} bytes"),
+        |(name, size)| format!("{}.{} {name}", bytes / size, bytes % size * 10 / size),
+    )
+}

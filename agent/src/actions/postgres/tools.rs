@@ -1,0 +1,251 @@
+//! pg_dump and pg_restore: which ones, and how they log in.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::report::{Cause, Failure};
+
+use super::hinted;
+use crate::process::{Ended, Program};
+use crate::sql::{Database, PrivateDir, application_name, conninfo_dbname};
+use crate::step::Context;
+
+/// Where Debian's packages put each major version.
+const VERSIONS: &str = "/usr/lib/postgresql";
+
+/// The server's client programs, ready to log in. What they need to do so is deleted with this
+/// value; no password is in their arguments or environment.
+pub(super) struct Tools<'a> {
+    cx: &'a Context,
+    database: &'a Database,
+    bin: Option<PathBuf>,
+    private: PrivateDir,
+    env: BTreeMap<String, String>,
+    secrets: Vec<String>,
+}
+
+impl<'a> Tools<'a> {
+    /// Tools for a server of this major version.
+    pub(super) fn new(
+        cx: &'a Context,
+        database: &'a Database,
+        major: u32,
+    ) -> Result<Self, Failure> {
+        let config = &database.config;
+        let private = PrivateDir::new(cx, config.os_user.as_deref())?;
+        let password = database.password(cx)?;
+        let mut env = BTreeMap::from([
+            ("PGHOST", config.host.clone()),
+            ("PGPORT", config.port.to_string()),
+            ("PGUSER", config.user.clone()),
+            ("PGAPPNAME", application_name(&cx.key)),
+            ("PGCONNECT_TIMEOUT", "10".to_owned()),
+            // Messages are read by us, too.
+            ("LC_ALL", "C.UTF-8".to_owned()),
+        ]);
+        if major >= 14 {
+            // A long statement then ends soon after its tool was killed.
+            env.insert(
+                "PGOPTIONS",
+                "-c client_connection_check_interval=1000".to_owned(),
+            );
+        }
+        // Without a password the file is missing, and so nobody's own ~/.pgpass is read.
+        let file = match &password {
+            Some(password) => private.write_password(password)?,
+            None => private.path().join("pgpass"),
+        };
+        env.insert("PGPASSFILE", file.display().to_string());
+        let env = env
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
+        let bin = config
+            .bin_dir
+            .clone()
+            .or_else(|| newest(Path::new(VERSIONS), major));
+        let secrets = password.into_iter().collect();
+        Ok(Self {
+            cx,
+            database,
+            bin,
+            private,
+            env,
+            secrets,
+        })
+    }
+
+    /// Who the tools run as, if not as whoever the agent runs as.
+    pub(super) fn user(&self) -> Option<&'a str> {
+        self.database.config.os_user.as_deref()
+    }
+
+    /// A directory that the tools may write to and the agent can read.
+    pub(super) fn directory(&self) -> &Path {
+        self.private.path()
+    }
+
+    /// Runs a tool on a database of the server; fails unless it exits with 0.
+    pub(super) async fn run(
+        &self,
+        tool: &str,
+        dbname: Option<&str>,
+        args: &[&str],
+    ) -> Result<Ended, Failure> {
+        let path = self.bin.as_ref().map(|bin| bin.join(tool));
+        if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
+            return Err(hinted(
+                Cause::Host,
+                format!("`{tool}` is not there: {} does not exist", path.display()),
+                "install postgresql-client in the server's version, or correct `bin_dir`",
+            ));
+        }
+        let mut argv = vec![path.map_or(tool.to_owned(), |path| path.display().to_string())];
+        if let Some(dbname) = dbname {
+            argv.extend([
+                "--no-password".to_owned(),
+                "-d".to_owned(),
+                conninfo_dbname(dbname),
+            ]);
+        }
+        argv.extend(args.iter().map(|&arg| arg.to_owned()));
+        let program = Program {
+            argv,
+            dir: Some("/".into()),
+            env: self.env.clone(),
+            user: self.user().map(str::to_owned),
+            timeout: None,
+            secrets: self.secrets.clone(),
+        };
+        program
+            .succeed(self.cx)
+            .await
+            .map_err(|failure| clarify(failure, tool))
+    }
+}
+
+/// The newest installed version that is not older than the server.
+fn newest(versions: &Path, major: u32) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(versions).into_iter().flatten().flatten();
+    let installed = entries.filter_map(|entry| {
+        let version: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let bin = entry.path().join("bin");
+        (version >= major && bin.join("pg_dump").exists()).then_some((version, bin))
+    });
+    installed.max().map(|(_, bin)| bin)
+}
+
+/// What tools say in passing is the cause.
+fn clarify(failure: Failure, tool: &str) -> Failure {
+    const KNOWN: &[(&str, Cause, &str)] = &[
+        (
+            "No space left on device",
+            Cause::Host,
+            "make room on the volume that it writes to",
+        ),
+        (
+            "Disk quota exceeded",
+            Cause::Host,
+            "raise the quota of the user that it runs as",
+        ),
+        (
+            "server version mismatch",
+            Cause::Host,
+            "install client tools that are not older than the server",
+        ),
+        (
+            "unsupported version",
+            Cause::Host,
+            "the archive was made by a newer pg_dump: install that version's tools",
+        ),
+        (
+            "password authentication failed",
+            Cause::Host,
+            "check the role's password and its secret",
+        ),
+        (
+            "Peer authentication failed",
+            Cause::Host,
+            "check `os_user`, or configure a password",
+        ),
+        (
+            "canceling statement due to statement timeout",
+            Cause::Step,
+            "another session holds a table's lock for longer than `lock_wait`: see \
+             pg_blocking_pids()",
+        ),
+        (
+            "canceling statement due to lock timeout",
+            Cause::Step,
+            "another session holds a table's lock for longer than `lock_wait`: see \
+             pg_blocking_pids()",
+        ),
+        (
+            "Permission denied",
+            Cause::Host,
+            "let the user that it runs as get to the directory",
+        ),
+    ];
+    let said = |text: &str| {
+        failure
+            .last_lines
+            .iter()
+            .rev()
+            .find(|line| line.contains(text))
+    };
+    for (text, cause, hint) in KNOWN {
+        if let Some(line) = said(text) {
+            let message = format!("{tool}: {}", line.trim());
+            return Failure {
+                cause: *cause,
+                message,
+                hint: Some((*hint).into()),
+                ..failure
+            };
+        }
+    }
+    let line = said("error:").map(|line| line.trim().to_owned());
+    let message = line.map_or(failure.message.clone(), |line| format!("{tool}: {line}"));
+    Failure { message, ..failure }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::step::failure;
+
+    #[test]
+    fn the_newest_version_that_is_not_older_than_the_server_is_taken() {
+        let root = tempfile::tempdir().unwrap();
+        for version in ["9", "14", "15", "17", "common"] {
+            let bin = root.path().join(version).join("bin");
+            std::fs::create_dir_all(&bin).unwrap();
+            std::fs::write(bin.join("pg_dump"), "").unwrap();
+        }
+        std::fs::create_dir_all(root.path().join("18/bin")).unwrap();
+        let found = |major| newest(root.path(), major);
+        assert_eq!(found(15), Some(root.path().join("17/bin")));
+        assert_eq!(found(9), Some(root.path().join("17/bin")));
+        assert_eq!(found(18), None);
+    }
+
+    #[test]
+    fn a_full_disk_is_the_hosts_fault_and_said_so() {
+        let lines = ["pg_dump: error: could not write to output file: No space left on device"];
+        let last_lines = lines.map(str::to_owned).to_vec();
+        let failed = clarify(
+            Failure {
+                last_lines,
+                ..failure(Cause::Step, "`pg_dump` exited with 1")
+            },
+            "pg_dump",
+        );
+        assert_eq!(failed.cause, Cause::Host);
+        assert!(
+            failed.message.contains("No space left"),
+            "{}",
+            failed.message
+        );
+        assert!(failed.hint.unwrap().contains("make room"));
+    }
+}

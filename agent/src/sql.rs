@@ -1,0 +1,321 @@
+//! Connections to the databases of the host's configuration.
+//!
+//! Every session carries its attempt in `application_name`
+//! (`lockstep:<rollout>:<phase.step>:<direction>:<attempt>`), the agent's own as well as those of
+//! the tools that it starts. So what an attempt left behind can be found and ended, which is what
+//! makes a later probe count as proof (INV-1).
+//!
+//! Through a socket PostgreSQL may ask for the operating system's user (`peer`). Tools then run
+//! as `os_user`; the agent's own connection cannot change its user, and logs in as the configured
+//! role. Recommended is a role of Lockstep's own with a password, or, in `pg_hba.conf`, a line
+//! with `peer map=lockstep` and in `pg_ident.conf` one that lets `root` be that role.
+
+use std::path::Path;
+use std::time::Duration;
+
+use lockstep_proto::ids::StepKey;
+use lockstep_proto::report::{Cause, Failure};
+use tokio::time::{Instant, timeout};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage};
+
+use crate::config::Postgres;
+use crate::step::{Context, failure};
+
+#[cfg(test)]
+pub(crate) mod cluster;
+mod error;
+mod private;
+mod quote;
+
+pub(crate) use error::{Place, explain};
+pub(crate) use private::{PrivateDir, can_enter};
+pub(crate) use quote::{conninfo_dbname, ident, literal, url};
+
+/// How long the server may take to let us in.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// How long a statement of the agent's own waits for a lock.
+const LOCK: Duration = Duration::from_secs(5);
+
+/// How long ended sessions may take to be gone: a backend that writes a large file looks up only
+/// now and then.
+const GONE: Duration = Duration::from_secs(60);
+
+/// The name under which an attempt's sessions stand in `pg_stat_activity`. At most 48 bytes long,
+/// so that the server's 63 never cut it.
+pub(crate) fn application_name(key: &StepKey) -> String {
+    format!("{}{}:{}", step_prefix(key), key.direction, key.attempt)
+}
+
+/// What the names of all attempts at a step begin with.
+fn step_prefix(key: &StepKey) -> String {
+    format!("lockstep:{}:{}:", key.rollout, key.at)
+}
+
+/// A database of the host's configuration.
+#[derive(Debug, Clone)]
+pub(crate) struct Database {
+    /// The name that plans use.
+    pub(crate) name: String,
+    /// How it is reached.
+    pub(crate) config: Postgres,
+}
+
+impl Database {
+    /// Looks a database up by the name that plans use.
+    pub(crate) fn find(cx: &Context, name: &str) -> Result<Self, Failure> {
+        let config = cx
+            .config
+            .postgres
+            .get(name)
+            .cloned()
+            .ok_or_else(|| Failure {
+                hint: Some(format!("add a section [postgres.{name}] to its agent.toml")),
+                ..failure(Cause::Host, format!("this host knows no database `{name}`"))
+            })?;
+        Ok(Self {
+            name: name.to_owned(),
+            config,
+        })
+    }
+
+    /// Its name on the server.
+    pub(crate) fn dbname(&self) -> &str {
+        self.config.dbname.as_deref().unwrap_or(&self.name)
+    }
+
+    /// The role's password, if the configuration names a secret for it.
+    pub(crate) fn password(&self, cx: &Context) -> Result<Option<String>, Failure> {
+        let secret = self.config.password.as_deref();
+        let name = secret.map(|secret| secret.strip_prefix("secret://").unwrap_or(secret));
+        name.map(|name| cx.secret(&format!("secret://{name}")))
+            .transpose()
+    }
+
+    /// Whether the server is on this host.
+    pub(crate) fn is_local(&self) -> bool {
+        let host = self.config.host.as_str();
+        host.starts_with('/') || matches!(host, "localhost" | "127.0.0.1" | "::1")
+    }
+
+    /// Opens a session of the attempt.
+    pub(crate) async fn connect(&self, cx: &Context) -> Result<Session, Failure> {
+        self.connect_to(cx, self.dbname()).await
+    }
+
+    /// Opens a session in another database of the same server.
+    pub(crate) async fn connect_to(&self, cx: &Context, dbname: &str) -> Result<Session, Failure> {
+        let Postgres {
+            host, port, user, ..
+        } = &self.config;
+        let place = Place {
+            database: self.name.clone(),
+            dbname: dbname.to_owned(),
+            server: format!("{host}:{port}"),
+            role: user.clone(),
+            secret: self.config.password.clone(),
+        };
+        let mut config = tokio_postgres::Config::new();
+        config
+            .port(*port)
+            .user(user)
+            .dbname(dbname)
+            .application_name(application_name(&cx.key))
+            .connect_timeout(CONNECT);
+        if host.starts_with('/') {
+            config.host_path(Path::new(host));
+        } else {
+            config.host(host);
+        }
+        if let Some(password) = self.password(cx)? {
+            config.password(password);
+        }
+        let connected = timeout(CONNECT, config.connect(NoTls)).await;
+        let (client, connection) = connected
+            .map_err(|_| place.silent(CONNECT))?
+            .map_err(|error| explain(&error, "cannot connect", &place))?;
+        // It ends when the client is dropped.
+        tokio::spawn(connection);
+        let mut session = Session {
+            client,
+            version: 0,
+            place,
+        };
+        session.prepare(cx).await?;
+        Ok(session)
+    }
+}
+
+/// A session in a database. Names are looked up in `pg_catalog` only: nobody's functions of the
+/// same name come before the server's.
+pub(crate) struct Session {
+    client: Client,
+    /// The server's version: 150018 for 15.18.
+    pub(crate) version: u32,
+    place: Place,
+}
+
+impl Session {
+    async fn prepare(&mut self, cx: &Context) -> Result<(), Failure> {
+        let left = cx.deadline.saturating_duration_since(Instant::now());
+        // A period of zero would mean none at all.
+        let left = left.as_millis().clamp(1, i32::MAX.unsigned_abs().into());
+        let lock = LOCK.as_millis();
+        self.run(
+            "setting up the session",
+            &format!(
+                "SET statement_timeout = {left}; SET lock_timeout = {lock}; \
+                 SET idle_in_transaction_session_timeout = 0; \
+                 SET search_path = pg_catalog, pg_temp"
+            ),
+        )
+        .await?;
+        let sql = "SELECT current_setting('server_version_num')::int4";
+        let version: i32 = self.one("asking for the version", sql, &[]).await?.get(0);
+        self.version = version.unsigned_abs();
+        if self.version >= 140_000 {
+            // A statement then ends soon after the agent has died.
+            self.run(
+                "setting up the session",
+                "SET client_connection_check_interval = '1s'",
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// The server's major version.
+    pub(crate) fn major(&self) -> u32 {
+        self.version / 10_000
+    }
+
+    /// Where the session is.
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Runs one statement; `what` says for people what it was for.
+    pub(crate) async fn query(
+        &self,
+        what: &str,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Failure> {
+        let rows = self.client.query(sql, params).await;
+        rows.map_err(|error| explain(&error, what, &self.place))
+    }
+
+    /// The same for a statement with exactly one row.
+    pub(crate) async fn one(
+        &self,
+        what: &str,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Row, Failure> {
+        let row = self.client.query_one(sql, params).await;
+        row.map_err(|error| explain(&error, what, &self.place))
+    }
+
+    /// Runs statements without results.
+    pub(crate) async fn run(&self, what: &str, sql: &str) -> Result<(), Failure> {
+        let done = self.client.batch_execute(sql).await;
+        done.map_err(|error| explain(&error, what, &self.place))
+    }
+
+    /// Runs one statement of the plan's author, which must return one value, in a transaction
+    /// that cannot write. The value is as PostgreSQL prints it; `None` if it is NULL.
+    pub(crate) async fn value(&self, what: &str, sql: &str) -> Result<Option<String>, Failure> {
+        self.run(what, "BEGIN READ ONLY; SET LOCAL search_path TO DEFAULT")
+            .await?;
+        let value = self.value_inside(what, sql).await;
+        let ended = self.run(what, "ROLLBACK").await;
+        let value = value?;
+        ended.map(|()| value)
+    }
+
+    async fn value_inside(&self, what: &str, sql: &str) -> Result<Option<String>, Failure> {
+        let unmet = |why: String| failure(Cause::CheckUnmet, format!("{what}: {why}"));
+        // What is prepared is one statement. One that returns a column is neither COMMIT nor COPY,
+        // which could leave the transaction or run programs.
+        let statement = self.client.prepare(sql).await;
+        let statement = statement.map_err(|error| explain(&error, what, &self.place))?;
+        if statement.columns().len() != 1 {
+            let columns = statement.columns().len();
+            return Err(unmet(format!(
+                "it returns {columns} columns, and must return one"
+            )));
+        }
+        let messages = self.client.simple_query(sql).await;
+        let messages = messages.map_err(|error| explain(&error, what, &self.place))?;
+        let mut rows = messages.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row.get(0).map(str::to_owned)),
+            _ => None,
+        });
+        match (rows.next(), rows.count()) {
+            (Some(value), 0) => Ok(value),
+            (None, _) => Err(unmet("it returns no row, and must return one".into())),
+            (Some(_), more) => Err(unmet(format!(
+                "it returns {} rows, and must return one",
+                more + 1
+            ))),
+        }
+    }
+
+    /// Ends what sessions attempts at this step have left, on the whole server, and waits until
+    /// they are gone. Returns how many there were.
+    pub(crate) async fn end_left_over(&self, cx: &Context) -> Result<usize, Failure> {
+        let prefix = step_prefix(&cx.key);
+        let condition = "left(application_name, length($1)) = $1";
+        let ended = self.end_sessions(condition, &[&prefix]).await?;
+        if ended > 0 {
+            cx.log.line(&format!(
+                "ended {ended} sessions that an earlier attempt had left"
+            ));
+        }
+        Ok(ended)
+    }
+
+    /// Ends the sessions that a condition over `pg_stat_activity` selects, but never this one, and
+    /// waits until they are gone. Returns how many there were.
+    pub(crate) async fn end_sessions(
+        &self,
+        condition: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<usize, Failure> {
+        let sql = format!(
+            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE {condition} AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        );
+        let what = "ending sessions";
+        let mut ended = std::collections::BTreeSet::new();
+        let began = Instant::now();
+        let mut quiet = 0;
+        // A session that was being let in shows only a moment later: it takes two quiet looks.
+        while quiet < 2 {
+            let rows = self.query(what, &sql, params).await?;
+            quiet = if rows.is_empty() { quiet + 1 } else { 0 };
+            ended.extend(rows.iter().map(|row| row.get::<_, i32>(0)));
+            if began.elapsed() > GONE {
+                let left: Vec<String> = rows
+                    .iter()
+                    .map(|row| row.get::<_, i32>(0).to_string())
+                    .collect();
+                return Err(Failure {
+                    hint: Some("look at these processes on the database's host".into()),
+                    ..failure(
+                        Cause::Step,
+                        format!("sessions do not end: processes {}", left.join(", ")),
+                    )
+                });
+            }
+            if quiet < 2 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(ended.len())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,307 @@
+//! A PostgreSQL server for tests: started by the first test that needs it, shared by those that
+//! run at the same time, stopped and removed by the last.
+
+use std::net::TcpListener;
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use lockstep_proto::ids::{Direction, RolloutId, StepRef};
+use lockstep_proto::order::{Binding, Fact};
+
+use super::{Database, Session};
+use crate::config::Postgres;
+use crate::process::User;
+use crate::step::Context;
+use crate::testing::Host;
+
+static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// The password of every role in tests.
+pub(crate) const PASSWORD: &str = "canary-pa55:word\\x";
+
+/// A running server.
+pub(crate) struct Cluster {
+    server: Child,
+    port: u16,
+    directory: tempfile::TempDir,
+}
+
+impl Cluster {
+    fn shared() -> Arc<Self> {
+        let mut shared = SHARED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let cluster = Arc::new(Self::start());
+            *shared = Arc::downgrade(&cluster);
+            cluster
+        })
+    }
+
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (root, data) = (directory.path(), directory.path().join("data"));
+        if rustix::process::geteuid().is_root() {
+            let user = User::find("postgres").unwrap();
+            chown(root, Some(user.uid), Some(user.gid)).unwrap();
+        }
+        let secret = root.join("password");
+        std::fs::write(&secret, PASSWORD).unwrap();
+        let initialised = server_program("initdb")
+            .args([
+                "--auth=scram-sha-256",
+                "--no-sync",
+                "--encoding=UTF8",
+                "--locale=C",
+            ])
+            .args(["--username=postgres", "-D"])
+            .arg(&data)
+            .arg(format!("--pwfile={}", secret.display()))
+            .output()
+            .unwrap();
+        assert!(
+            initialised.status.success(),
+            "{}",
+            String::from_utf8_lossy(&initialised.stderr)
+        );
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let server = server_program("postgres")
+            .arg("-D")
+            .arg(&data)
+            .args([
+                "-c",
+                "listen_addresses=127.0.0.1",
+                "-c",
+                &format!("port={port}"),
+            ])
+            .args(["-c", &format!("unix_socket_directories={}", root.display())])
+            .args(["-c", "fsync=off", "-c", "max_connections=60"])
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(root.join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let ready = data.join("postmaster.pid");
+        let began = Instant::now();
+        while !std::fs::read_to_string(&ready).is_ok_and(|text| text.contains("ready")) {
+            let log = || std::fs::read_to_string(root.join("log")).unwrap_or_default();
+            assert!(began.elapsed() < Duration::from_secs(60), "{}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Self {
+            server,
+            port,
+            directory,
+        }
+    }
+
+    fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        use rustix::process::{Pid, Signal, kill_process};
+        // SIGINT: end all sessions and stop.
+        let _ = kill_process(Pid::from_child(&self.server), Signal::INT);
+        let _ = self.server.wait();
+    }
+}
+
+/// One of the server's programs, as a user that it accepts.
+fn server_program(name: &str) -> Command {
+    let path = bin_dir().join(name);
+    if !rustix::process::geteuid().is_root() {
+        return Command::new(path);
+    }
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid=postgres", "--regid=postgres", "--clear-groups"])
+        .arg(path);
+    command
+}
+
+fn bin_dir() -> PathBuf {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
+    let newest = versions.flatten().filter_map(|entry| {
+        let version: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let directory = entry.path().join("bin");
+        directory
+            .join("initdb")
+            .exists()
+            .then_some((version, directory))
+    });
+    newest.max().expect("a server is installed").1
+}
+
+/// A host with one database of its own, called `staff` in plans: owned by `<name>_owner`, used by
+/// `<name>_app`, reached by the superuser.
+pub(crate) struct Bench {
+    /// The host.
+    pub(crate) host: Host,
+    /// The database's name on the server, and the beginning of its roles' names.
+    pub(crate) name: String,
+    rollout: RolloutId,
+    cluster: Arc<Cluster>,
+}
+
+impl Bench {
+    /// A host with an empty database that only its owner and the application may enter.
+    pub(crate) async fn new() -> Self {
+        let cluster = Cluster::shared();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("staff_{number}");
+        let mut host = Host::new();
+        host.secret("db", PASSWORD);
+        host.secret("wrong", "not it");
+        let config = |dbname: &str, user: &str| Postgres {
+            host: cluster.directory().display().to_string(),
+            port: cluster.port,
+            dbname: Some(dbname.to_owned()),
+            user: user.to_owned(),
+            password: Some("db".into()),
+            os_user: None,
+            bin_dir: None,
+            backup_dir: None,
+        };
+        let (owner, app) = (format!("{name}_owner"), format!("{name}_app"));
+        let sections = [
+            ("staff", config(&name, "postgres")),
+            ("as_owner", config(&name, &owner)),
+            ("as_app", config(&name, &app)),
+            ("maintenance", config("postgres", "postgres")),
+        ];
+        host.config.postgres = sections
+            .into_iter()
+            .map(|(name, config)| (name.to_owned(), config))
+            .collect();
+        let mut rollout = [0; 6];
+        rollout[..4].copy_from_slice(&std::process::id().to_be_bytes());
+        rollout[4..].copy_from_slice(&u16::try_from(number).unwrap().to_be_bytes());
+        let bench = Self {
+            host,
+            name,
+            rollout: RolloutId::from_random(rollout),
+            cluster,
+        };
+        let setup = bench.session("maintenance").await;
+        for sql in [
+            format!(
+                "CREATE ROLE {owner} LOGIN PASSWORD {}",
+                super::literal(PASSWORD)
+            ),
+            format!(
+                "CREATE ROLE {app} LOGIN PASSWORD {}",
+                super::literal(PASSWORD)
+            ),
+            format!(
+                "CREATE DATABASE {} OWNER {owner} TEMPLATE template0",
+                bench.name
+            ),
+            format!("REVOKE ALL ON DATABASE {} FROM PUBLIC", bench.name),
+            format!("GRANT CONNECT ON DATABASE {} TO {app}", bench.name),
+        ] {
+            setup.run("setup", &sql).await.unwrap();
+        }
+        bench
+    }
+
+    /// The same with two tables, one of them in a schema of its own, and 300 rows.
+    pub(crate) async fn with_rows() -> Self {
+        let bench = Self::new().await;
+        let app = bench.app();
+        bench
+            .sql(&format!(
+                "CREATE TABLE public.users (id int PRIMARY KEY, name text NOT NULL); \
+                 CREATE SCHEMA hr; \
+                 CREATE TABLE hr.notes (id int PRIMARY KEY, user_id int REFERENCES public.users, body text); \
+                 INSERT INTO public.users SELECT n, 'user ' || n FROM generate_series(1, 200) n; \
+                 INSERT INTO hr.notes SELECT n, n, repeat(md5(n::text), 20) FROM generate_series(1, 100) n; \
+                 GRANT SELECT, INSERT, UPDATE, DELETE ON public.users TO {app}"
+            ))
+            .await;
+        bench
+    }
+
+    /// The application's role.
+    pub(crate) fn app(&self) -> String {
+        format!("{}_app", self.name)
+    }
+
+    /// What the next attempt at a step of phase 0 sees.
+    pub(crate) fn cx(&self, step: u16, facts: Vec<Fact>) -> Context {
+        let mut cx = self.host.context();
+        cx.key.rollout = self.rollout.clone();
+        cx.key.at = StepRef { phase: 0, step };
+        let origin = cx.key.clone();
+        let bind = |fact| Binding {
+            origin: origin.clone(),
+            fact,
+        };
+        cx.bindings = facts.into_iter().map(bind).collect();
+        cx
+    }
+
+    /// The same for an undo.
+    pub(crate) fn undo(&self, step: u16, facts: Vec<Fact>) -> Context {
+        let mut cx = self.cx(step, facts);
+        cx.key.direction = Direction::Undo;
+        cx
+    }
+
+    /// A session in one of the host's databases, under a name of the test's own.
+    pub(crate) async fn session(&self, database: &str) -> Session {
+        self.try_session(database).await.unwrap()
+    }
+
+    /// The same if it can be had.
+    pub(crate) async fn try_session(
+        &self,
+        database: &str,
+    ) -> Result<Session, lockstep_proto::report::Failure> {
+        let cx = self.cx(999, vec![]);
+        let session = Database::find(&cx, database)?.connect(&cx).await?;
+        session
+            .run("naming the test's session", "SET application_name = 'test'")
+            .await?;
+        Ok(session)
+    }
+
+    /// Runs statements in the database as its owner.
+    pub(crate) async fn sql(&self, sql: &str) {
+        self.session("as_owner")
+            .await
+            .run("test", sql)
+            .await
+            .unwrap();
+    }
+
+    /// One value, as text, from the server.
+    pub(crate) async fn ask(&self, sql: &str) -> String {
+        let session = self.session("maintenance").await;
+        session
+            .value("test", sql)
+            .await
+            .unwrap()
+            .unwrap_or_default()
+    }
+
+    /// The server's directory.
+    pub(crate) fn server_directory(&self) -> &Path {
+        self.cluster.directory()
+    }
+
+    /// The server's port on loopback.
+    pub(crate) fn port(&self) -> u16 {
+        self.cluster.port
+    }
+}
