@@ -11,10 +11,13 @@
 //! it sends anything (INV-2). Barriers (INV-3), the five outcomes (INV-5), rollback (INV-6) and
 //! ends (INV-8) are decided in [`rollout`]; start reading at [`Coordinator::handle`].
 
+pub mod compile;
 pub mod coordinator;
 pub mod event;
+pub mod plan;
 pub mod record;
 pub mod rollout;
+pub mod schema;
 
 pub use coordinator::{Config, Coordinator, RecoverError, Summary};
 pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent};

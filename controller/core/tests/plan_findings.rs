@@ -1,0 +1,155 @@
+//! What is wrong with a plan is said in full, in one pass, and in the same words every time.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use lockstep_core::plan::{Code, Findings, Plan, Severity};
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/plans/bad")
+}
+
+fn refused(name: &str) -> (String, Findings) {
+    let text = std::fs::read_to_string(folder().join(name)).unwrap();
+    let findings = Plan::parse(name, &text).expect_err("a plan with mistakes");
+    (text, findings)
+}
+
+/// Holds every `bad/*.yaml` against the findings in the `.txt` beside it.
+#[test]
+fn findings_are_as_recorded() {
+    let mut differing = Vec::new();
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "yaml") {
+            continue;
+        }
+        seen += 1;
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let (_, findings) = refused(name);
+        let shown = format!("{findings}\n");
+        let golden = path.with_extension("txt");
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(&golden, &shown).unwrap();
+        } else if std::fs::read_to_string(&golden).unwrap_or_default() != shown {
+            differing.push(format!("{name}:\n{shown}"));
+        }
+    }
+    assert!(seen >= 9, "only {seen} plans found");
+    assert!(
+        differing.is_empty(),
+        "look at the differences, then record them with UPDATE_GOLDEN=1:\n{}",
+        differing.join("\n")
+    );
+}
+
+#[test]
+fn eight_mistakes_are_eight_findings_each_at_its_line() {
+    let (text, findings) = refused("eight.yaml");
+    let found: Vec<(usize, Code)> = findings.iter().map(|f| (f.line, f.code)).collect();
+    let line = |start: &str| {
+        1 + text
+            .lines()
+            .position(|l| l.trim().starts_with(start))
+            .unwrap()
+    };
+    let expected: [_; 8] = [
+        (line("deadlin:"), Code::UnknownKey),
+        (line("on: [app, dbs]"), Code::UnknownGroup),
+        (line("- check.disk"), Code::WrongValue),
+        (line("- check.htp"), Code::UnknownAction),
+        (line("- migration.apply"), Code::UnknownVariable),
+        (line("- exec.run"), Code::BadCommand),
+        (line("- exec.run") + 1, Code::DuplicateName),
+        (line("bake:"), Code::NotInThisVersion),
+    ];
+    for one in &expected {
+        assert!(found.contains(one), "{one:?} is missing in {found:?}");
+    }
+    assert_eq!(found.len(), expected.len(), "{findings}");
+    for finding in &findings {
+        assert_eq!(
+            finding.source_line,
+            text.lines().nth(finding.line - 1).unwrap()
+        );
+    }
+}
+
+#[test]
+fn findings_come_in_the_order_of_the_file() {
+    for name in ["eight.yaml", "shape.yaml", "order.yaml", "arguments.yaml"] {
+        let (_, findings) = refused(name);
+        let places: Vec<_> = findings.iter().map(|f| (f.line, f.column)).collect();
+        assert!(places.is_sorted(), "{name}: {places:?}");
+    }
+}
+
+/// The recorded plans together make every kind of finding that a file alone can make.
+#[test]
+fn every_kind_of_finding_is_recorded() {
+    let mut seen = BTreeSet::new();
+    for entry in std::fs::read_dir(folder()).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "yaml")
+        {
+            let (_, findings) = refused(path.file_name().unwrap().to_str().unwrap());
+            seen.extend(findings.iter().map(|finding| finding.code));
+        }
+    }
+    // These need values of inputs, or a very large plan: see plan_compile.rs.
+    seen.extend([Code::BadInputValue, Code::TooLarge]);
+    let missing: Vec<_> = Code::ALL
+        .iter()
+        .filter(|code| !seen.contains(code))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn findings_have_a_form_for_programs() {
+    let (_, findings) = refused("eight.yaml");
+    let json = findings.to_json();
+    assert_eq!(json["version"], 1);
+    assert_eq!(json["errors"], findings.errors());
+    let first = &json["findings"][0];
+    assert_eq!(first["code"], "LS0004");
+    assert_eq!(first["severity"], "error");
+    assert_eq!(first["file"], "eight.yaml");
+    assert_eq!((&first["line"], &first["column"]), (&4.into(), &1.into()));
+    assert_eq!(first["hint"], "did you mean `deadline`?");
+}
+
+#[test]
+fn control_characters_and_long_lines_do_not_reach_the_terminal() {
+    let long = "x".repeat(5000);
+    let text = format!("version: 1\nplan: \"\\e[31m{long}\" # \u{7f}\nnope: \u{85}\n");
+    let findings = Plan::parse("x.yaml", &text).expect_err("not a plan");
+    let shown = findings.to_string();
+    assert!(shown.lines().all(|line| line.len() < 6000));
+    for finding in &findings {
+        assert!(!finding.source_line.contains(char::is_control), "{finding}");
+    }
+}
+
+#[test]
+fn warnings_do_not_keep_a_plan_from_being_one() {
+    let text = "
+version: 1
+plan: p
+inputs: {unused: {}}
+fleet: {app: {labels: {role: app}}}
+phases: [{name: a, on: app, steps: [{release.activate: {app: p, release: v1}}]}]
+";
+    let plan = Plan::parse("p.yaml", text).unwrap();
+    let codes: Vec<Code> = plan.warnings().iter().map(|f| f.code).collect();
+    assert_eq!(codes, [Code::UnusedInput, Code::NeverFetched]);
+    assert!(
+        plan.warnings()
+            .iter()
+            .all(|f| f.severity == Severity::Warning)
+    );
+    assert!(!plan.warnings().has_errors());
+}
