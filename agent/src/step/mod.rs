@@ -1,5 +1,22 @@
 //! The step process: claims one attempt, does it, and leaves an outcome that outlives everybody.
+//!
+//! ```text
+//! steps/<key>/  job.json       what to do; written by exec after the intent is durable
+//!               claim          made with O_EXCL by whoever settles what happens: the step process
+//!                              before it acts, or exec to prove that it never will (INV-1)
+//!               outcome.json   how it ended; whole or absent
+//!               log            output, followed by exec
+//!               output         what the step process itself said, such as a panic
+//!               cancel         asks it to stop
+//!               files/         the action's own
+//! ```
 
+mod claim;
 mod context;
+mod job;
+mod run;
 
+pub(crate) use claim::{Claim, Claimed};
 pub(crate) use context::{Context, StepLog, failure};
+pub(crate) use job::{Ended, Job, StepDir};
+pub(crate) use run::{StepExit, run, would};

@@ -1,0 +1,130 @@
+//! `lockstep-agent run`: builds the parts, runs them on one thread, stops them in order.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::LocalSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::errors::chain;
+use crate::exec::{Exec, ExecError, Policy};
+use crate::identity::{IdentityError, StateLock, private_dir};
+use crate::journal::JournalError;
+use crate::link::Link;
+use crate::notify::notify;
+use crate::tls::Identity;
+use crate::{exit, runtime, say};
+
+/// Messages of the controller that wait for exec. It answers each in the time of a disk write.
+const INBOUND: usize = 64;
+
+/// Pieces of output, 64 KiB each at most, that wait for the network. Beyond they are dropped.
+const LOGS: usize = 32;
+
+/// A quarantined agent says so again after this: the log of the first time may be gone.
+const REMIND: Duration = Duration::from_secs(3600);
+
+/// Runs until SIGTERM or SIGINT. Step processes go on without it.
+pub(crate) fn run(config: Config, config_path: &Path) -> u8 {
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error, exit::INTERNAL),
+    };
+    let local = LocalSet::new();
+    local.block_on(&runtime, async {
+        match serve(Arc::new(config), config_path).await {
+            Ok(()) => exit::DONE,
+            Err(code) => code,
+        }
+    })
+}
+
+fn failed(error: &dyn std::error::Error, code: u8) -> u8 {
+    let why = chain(error);
+    say(&why);
+    notify(&format!("STATUS={why}"));
+    code
+}
+
+async fn serve(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
+    let code = |error: &IdentityError| match error {
+        IdentityError::InUse(_) => exit::IN_USE,
+        IdentityError::Io { .. } => exit::INTERNAL,
+    };
+    let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
+    private_dir(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
+    let _lock = StateLock::take(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
+    let identity = Identity::load(&config.tls).map_err(|error| {
+        say("run `lockstep-agent check` for everything that is wrong");
+        failed(&error, exit::USAGE)
+    })?;
+    // A policy that cannot be used allows nothing, and this is the time to say so.
+    if let Err(error) = Policy::load(config.policy.as_deref().unwrap_or(Path::new(""))) {
+        return Err(failed(&error, exit::USAGE));
+    }
+    let (logs, pieces) = mpsc::channel(LOGS);
+    let exec = match Exec::open(config.clone(), config_path, &identity.domain, logs) {
+        Ok(exec) => exec,
+        Err(ExecError::Journal(error @ JournalError::Quarantined { .. })) => {
+            return quarantined(&config, &error, &stop).await;
+        }
+        Err(error) => return Err(failed(&error, exit::INTERNAL)),
+    };
+    let (to_exec, inbound) = mpsc::channel(INBOUND);
+    let link = tokio::task::spawn_local(Link::new(config, to_exec, pieces).run(stop.clone()));
+    notify("READY=1\nSTATUS=connecting to the controller");
+    let ended = exec.run(inbound, stop.clone()).await;
+    notify("STOPPING=1");
+    stop.cancel();
+    // It closes its stream; a panic in it has been printed already.
+    let _ = link.await;
+    ended.map_err(|error| failed(&error, exit::INTERNAL))
+}
+
+/// The journal has lost something: nothing can be done safely, and nothing is repaired. The agent
+/// stays, so that the service is not started again and again, and says why it does nothing.
+async fn quarantined(
+    config: &Config,
+    error: &JournalError,
+    stop: &CancellationToken,
+) -> Result<(), u8> {
+    let why = chain(error);
+    notify(&format!("READY=1\nSTATUS=quarantined: {why}"));
+    loop {
+        tracing::error!(
+            why,
+            hint = format!(
+                "no order is taken, and nothing is changed; what ran on this host is in the \
+                 controller's journal. Keep {0} for the inquiry: stop the agent, move {0} aside, \
+                 and start it with a new one",
+                config.state_dir.display()
+            ),
+            "quarantined"
+        );
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(REMIND) => {}
+        }
+    }
+}
+
+/// Cancelled by the first SIGTERM or SIGINT.
+fn stop_on_signals() -> std::io::Result<CancellationToken> {
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let token = stop.clone();
+    tokio::task::spawn_local(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; steps that are running go on");
+        token.cancel();
+    });
+    Ok(stop)
+}

@@ -1,0 +1,374 @@
+//! Attends one attempt from its start to its outcome, whoever else dies meanwhile (INV-1).
+//!
+//! ```text
+//! start -> outcome file                                   what it says
+//!       -> process gone, no outcome -> end what is left -> settle by the action's class
+//!       -> never claimed -> claim it here, so that it never will be -> failed, unchanged
+//! ```
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_proto::action::Class;
+use lockstep_proto::ids::{BootId, Direction, StepKey};
+use lockstep_proto::report::{Cause, Failure, StepOutcome};
+use lockstep_proto::values::{Period, Timestamp};
+use tokio::process::Child;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::runner::Runner;
+use super::seam::LogPiece;
+use super::tail::Tail;
+use crate::actions::{self, Probe};
+use crate::config::Config;
+use crate::step::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
+
+/// How long asking the host may take: `before`, `probe`, `state` of one action.
+pub(crate) const LOOK: Duration = Duration::from_secs(30);
+
+/// How often the outcome is looked for: often at first, for many steps take no time, and then at
+/// leisure. Only while something runs.
+const POLL_FIRST: Duration = Duration::from_millis(5);
+const POLL_LATER: Duration = Duration::from_millis(50);
+const SOON: Duration = Duration::from_millis(500);
+
+/// How long a step process may take to claim its attempt. One that is later finds the claim taken.
+const CLAIM_WITHIN: Duration = Duration::from_secs(30);
+
+/// An attempt that was journalled, but had no step process when the daemon died, is still started
+/// this much later: the controller waits for it. Beyond, nobody expects it any more.
+const START_LATE: Period = Period::seconds(300);
+
+/// The parts of the host that attending needs.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) config: Arc<Config>,
+    pub(crate) boot: BootId,
+    pub(crate) runner: Runner,
+    /// Where output goes; dropped while nobody takes it.
+    pub(crate) logs: mpsc::Sender<LogPiece>,
+}
+
+/// How an attempt is met.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Met {
+    /// Its intent has just been written.
+    New,
+    /// The daemon finds it at its start.
+    Found { boot: BootId, at: Timestamp },
+}
+
+impl Host {
+    pub(crate) fn dir(&self, key: &StepKey) -> StepDir {
+        StepDir::of(&self.config.state_dir, key)
+    }
+
+    /// What asking the host sees.
+    pub(crate) fn context(&self, job: &Job, dir: std::path::PathBuf, limit: Duration) -> Context {
+        Context {
+            key: job.key.clone(),
+            config: self.config.clone(),
+            bindings: job.bindings.clone().into(),
+            dir,
+            log: StepLog::nowhere(),
+            deadline: Instant::now() + limit,
+            log_offsets: Arc::new(job.log_offsets.clone()),
+            dry_run: job.key.direction == Direction::Probe,
+        }
+    }
+
+    /// Asks the host, with a time limit.
+    pub(crate) async fn look<T>(
+        &self,
+        job: &Job,
+        ask: impl AsyncFnOnce(&Context) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let dir = self.dir(&job.key).files();
+        let dir = if dir.is_dir() {
+            dir
+        } else {
+            self.config.run_dir.clone()
+        };
+        let context = self.context(job, dir, LOOK);
+        timeout(LOOK, ask(&context)).await.unwrap_or_else(|_| {
+            Err(failure(
+                Cause::TimedOut,
+                format!("the host did not answer within {} s", LOOK.as_secs()),
+            ))
+        })
+    }
+}
+
+/// Attends an attempt until its outcome is known.
+pub(crate) async fn attend(host: Rc<Host>, key: StepKey, met: Met) -> Ended {
+    let dir = host.dir(&key);
+    let mut tail = Tail::new(key.clone(), dir.log(), host.logs.clone());
+    let begun = Instant::now();
+    let mut ended = tokio::select! {
+        biased;
+        ended = outcome(&host, &key, &dir, met) => ended,
+        never = tail.follow() => match never {},
+    };
+    tail.catch_up();
+    if ended.took == Period(0) {
+        let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        ended.took = Period(millis);
+    }
+    ended
+}
+
+async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
+    let child = match met {
+        Met::New => match host.runner.start(key, dir).await {
+            Ok(child) => child,
+            Err(error) => return cannot_start(host, key, dir, &error.to_string()).await,
+        },
+        Met::Found { boot, at } => {
+            let claimed = dir.claim().exists();
+            let fresh = boot == host.boot && wall_clock() <= at.plus(START_LATE);
+            if !claimed && !fresh {
+                let why = "the agent was stopped before the step began, too long ago to begin it";
+                return cannot_start(host, key, dir, why).await;
+            }
+            // Claiming decides: if a process that was started before is still on its way, one of
+            // the two finds the claim taken.
+            match claimed {
+                true => None,
+                false => match host.runner.start(key, dir).await {
+                    Ok(child) => child,
+                    // Most likely the unit of the first start is there already.
+                    Err(error) => {
+                        tracing::info!(step = %key, %error, "not started again");
+                        None
+                    }
+                },
+            }
+        }
+    };
+    match wait(host, dir, child).await {
+        Waited::Outcome(ended) => ended,
+        Waited::Gone => settle(host, key, dir).await,
+        Waited::NeverClaimed => {
+            cannot_start(host, key, dir, "the step process did not begin").await
+        }
+    }
+}
+
+enum Waited {
+    Outcome(Ended),
+    Gone,
+    NeverClaimed,
+}
+
+/// Waits for the outcome file, or for the end of the process that should write it.
+async fn wait(host: &Host, dir: &StepDir, mut child: Option<Child>) -> Waited {
+    let start = Instant::now();
+    loop {
+        let pause = if start.elapsed() < SOON {
+            POLL_FIRST
+        } else {
+            POLL_LATER
+        };
+        let exited = match &mut child {
+            Some(process) => tokio::select! {
+                _ = process.wait() => true,
+                () = sleep(pause) => false,
+            },
+            None => {
+                sleep(pause).await;
+                false
+            }
+        };
+        // The order matters: a process that is gone may have written the outcome just before.
+        let claim = Claim::read(dir);
+        let alive = claim
+            .as_ref()
+            .is_some_and(|claim| claim.is_alive(&host.boot));
+        match dir.read_outcome() {
+            Ok(Some(ended)) => return Waited::Outcome(ended),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(%error, "an outcome cannot be read");
+                if !alive {
+                    return Waited::Gone;
+                }
+            }
+        }
+        if alive {
+            continue;
+        }
+        if claim.is_some() {
+            return Waited::Gone;
+        }
+        if dir.claim().exists() && start.elapsed() < CLAIM_WITHIN && !exited {
+            // It is being written.
+            continue;
+        }
+        if exited || start.elapsed() > CLAIM_WITHIN {
+            return if dir.claim().exists() {
+                Waited::Gone
+            } else {
+                Waited::NeverClaimed
+            };
+        }
+    }
+}
+
+/// Claims an attempt that nobody has claimed, so that it can never be carried out.
+async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: &str) -> Ended {
+    let claimed = Claim::own(host.boot.clone()).and_then(|claim| claim.take(dir));
+    match claimed {
+        Ok(Claimed::Now) => {
+            let said = std::fs::read_to_string(dir.output()).unwrap_or_default();
+            let lines = said.lines().rev().take(20).map(cut_line);
+            let mut last_lines: Vec<String> = lines.collect();
+            last_lines.reverse();
+            failed(Failure {
+                hint: Some(
+                    "nothing was done; run `lockstep-agent check` on the host, then order it again"
+                        .into(),
+                ),
+                last_lines,
+                ..failure(Cause::Host, why)
+            })
+        }
+        Ok(Claimed::Before) => match wait(host, dir, None).await {
+            Waited::Outcome(ended) => ended,
+            _ => settle(host, key, dir).await,
+        },
+        Err(error) => unknown(format!(
+            "the step process could not be started ({why}), and that it never will be cannot be \
+             recorded: {error}"
+        )),
+    }
+}
+
+fn cut_line(line: &str) -> String {
+    line[..line.floor_char_boundary(400)].to_owned()
+}
+
+/// The outcome of an attempt whose process ended without one.
+async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
+    if !host.runner.end_all(key, dir, &host.boot).await {
+        return unknown(
+            "the step process ended without an outcome, and processes that it started cannot be \
+             ended: as long as they live nothing is proven"
+                .into(),
+        );
+    }
+    if let Ok(Some(ended)) = dir.read_outcome() {
+        return ended;
+    }
+    let job = match dir.read_job() {
+        Ok(job) => job,
+        Err(error) => return unknown(format!("the job file cannot be read: {error}")),
+    };
+    let class = job.action.info().class;
+    let ended = match class {
+        Class::Observing => failed(failure(Cause::Step, NO_OUTCOME)),
+        Class::Blind => unknown(format!(
+            "{NO_OUTCOME}, and whether {} had its effect cannot be found out",
+            job.action.name()
+        )),
+        Class::Convergent | Class::Receipted => {
+            let probe = host.look(&job, async |cx| actions::probe(&job.action, cx).await);
+            judge(key.direction, probe.await)
+        }
+    };
+    match ended.outcome {
+        StepOutcome::Failed(was) if dir.cancel().exists() => failed(Failure {
+            cause: Cause::Cancelled,
+            message: format!("stopped, as people asked for ({})", was.message),
+            ..was
+        }),
+        _ => ended,
+    }
+}
+
+const NO_OUTCOME: &str = "the step process ended without an outcome";
+
+/// What the host's answer says about an attempt that left no outcome.
+fn judge(direction: Direction, probe: Result<Probe, Failure>) -> Ended {
+    let step = |text: &str, changed| {
+        failed(Failure {
+            hint: Some("the host was asked what is there; another attempt is safe".into()),
+            changed,
+            ..failure(Cause::Step, format!("{NO_OUTCOME}; {text}"))
+        })
+    };
+    let done = |text: String| Ended {
+        outcome: StepOutcome::Ok {
+            changed: true,
+            summary: format!("{text} ({NO_OUTCOME}; the host was asked)"),
+        },
+        facts: vec![],
+        took: Period(0),
+    };
+    match (direction, probe) {
+        (Direction::Undo, Ok(Probe::Absent(text))) => done(text),
+        // An undo is safe to run again: from whatever is there.
+        (Direction::Undo, Ok(Probe::Present(text) | Probe::Partial(text))) => step(&text, true),
+        (_, Ok(Probe::Present(text))) => done(text),
+        (_, Ok(Probe::Absent(text))) => step(&format!("not done: {text}"), false),
+        (_, Ok(Probe::Partial(text))) => step(&format!("done in part: {text}"), true),
+        (_, Ok(Probe::NoProof(text) | Probe::NotYet(text))) => {
+            unknown(format!("{NO_OUTCOME}, and the host cannot say: {text}"))
+        }
+        (_, Err(failure)) => unknown(format!(
+            "{NO_OUTCOME}, and asking the host failed: {}",
+            failure.message
+        )),
+    }
+}
+
+pub(crate) fn failed(failure: Failure) -> Ended {
+    Ended {
+        outcome: StepOutcome::Failed(failure),
+        facts: vec![],
+        took: Period(0),
+    }
+}
+
+fn unknown(why: String) -> Ended {
+    Ended {
+        outcome: StepOutcome::Unknown { why },
+        facts: vec![],
+        took: Period(0),
+    }
+}
+
+/// The host's own clock.
+pub(crate) fn wall_clock() -> Timestamp {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Timestamp(since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_without_an_outcome_is_judged_by_the_hosts_answer() {
+        use Direction::{Do, Undo};
+        let text = || "t".to_owned();
+        let changed = |direction, probe| match judge(direction, probe).outcome {
+            StepOutcome::Ok { changed, .. } => ("ok", changed),
+            StepOutcome::Failed(failure) => ("failed", failure.changed),
+            StepOutcome::Unknown { .. } => ("unknown", false),
+        };
+        assert_eq!(changed(Do, Ok(Probe::Present(text()))), ("ok", true));
+        assert_eq!(changed(Do, Ok(Probe::Absent(text()))), ("failed", false));
+        assert_eq!(changed(Do, Ok(Probe::Partial(text()))), ("failed", true));
+        assert_eq!(changed(Do, Ok(Probe::NoProof(text()))), ("unknown", false));
+        assert_eq!(changed(Do, Ok(Probe::NotYet(text()))), ("unknown", false));
+        let error = || Err(failure(Cause::Host, "no answer"));
+        assert_eq!(changed(Do, error()), ("unknown", false));
+        assert_eq!(changed(Undo, Ok(Probe::Absent(text()))), ("ok", true));
+        assert_eq!(changed(Undo, Ok(Probe::Present(text()))), ("failed", true));
+        assert_eq!(changed(Undo, error()), ("unknown", false));
+    }
+}

@@ -1,0 +1,384 @@
+use super::*;
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::HostId;
+use lockstep_proto::values::Period;
+use serde_json::{Value, json};
+
+use crate::journal::{Held, Intent, Journal, Need};
+
+/// A memory with the journal that it comes from, so that every test also proves the replay.
+struct Agent {
+    dir: tempfile::TempDir,
+    journal: Journal,
+    memory: Memory,
+    steps: Vec<HeldStep>,
+    clock: u64,
+}
+
+const EPOCH: Epoch = Epoch { counter: 3, id: 30 };
+
+fn rollout(byte: u8) -> RolloutId {
+    RolloutId::from_random([byte; 6])
+}
+
+fn plan() -> PlanDigest {
+    PlanDigest::of(b"plan")
+}
+
+fn held_step(step: u16, action: &str, args: Value) -> HeldStep {
+    HeldStep {
+        at: StepRef { phase: 0, step },
+        action: Action::deserialize_args(action, args).unwrap().unwrap(),
+        timeout: Period::seconds(5),
+        undo: Undo::Auto,
+        line: 1,
+    }
+}
+
+fn key(step: u16, direction: Direction, attempt: u16) -> StepKey {
+    StepKey {
+        rollout: rollout(1),
+        host: HostId::try_from("app-1".to_owned()).unwrap(),
+        at: StepRef { phase: 0, step },
+        direction,
+        attempt,
+    }
+}
+
+fn order(key: StepKey) -> Order {
+    Order {
+        key,
+        plan: plan(),
+        epoch: EPOCH,
+        not_after: Timestamp(1000),
+        bindings: vec![],
+    }
+}
+
+use Direction::{Do, Undo as Back};
+
+impl Agent {
+    /// Holds for rollout 1, with a service to stop, a check, and a service to start.
+    fn holding() -> Self {
+        let mut agent = Self::fresh();
+        agent.write(Record::Held(Held {
+            rollout: rollout(1),
+            plan: plan(),
+            steps: Digest::of(b"steps"),
+            log_offsets: BTreeMap::new(),
+        }));
+        agent
+    }
+
+    fn fresh() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+        let mut agent = Self {
+            dir,
+            journal,
+            memory: Memory::default(),
+            steps: vec![
+                held_step(0, "service.stop", json!({"service": "web"})),
+                held_step(1, "check.port", json!({"port": 1})),
+                held_step(2, "service.start", json!({"service": "web"})),
+                held_step(3, "service.restart", json!({"service": "web"})),
+            ],
+            clock: 500,
+        };
+        agent.write(Record::Epoch(EPOCH));
+        agent
+    }
+
+    fn write(&mut self, record: Record) {
+        let positions = self.journal.append(&[record.clone()], Need::Opens).unwrap();
+        self.memory.apply(positions[0], &record);
+    }
+
+    fn begin(&mut self, key: &StepKey) {
+        self.write(Record::Intent(Intent {
+            key: key.clone(),
+            before: json!({"of": key.to_string()}),
+            boot: BootId::from_bytes([1; 8]),
+            at: Timestamp(1),
+        }));
+    }
+
+    fn end(&mut self, key: &StepKey, outcome: StepOutcome) {
+        let number = self.memory.last_report + 1;
+        let body = ReportBody::Finished {
+            key: key.clone(),
+            outcome,
+            facts: vec![],
+            took: Period(1),
+        };
+        self.write(Record::Report { number, body });
+    }
+
+    fn run(&mut self, key: &StepKey, outcome: StepOutcome) {
+        self.begin(key);
+        self.end(key, outcome);
+    }
+
+    fn decide(&self, order: &Order) -> Decision {
+        let mut again = Memory::default();
+        // Dropped at once: the lock is `identity::StateLock`, not the file.
+        drop(Journal::open(self.dir.path(), |at, record| again.apply(at, &record)).unwrap());
+        let decide = |memory: &Memory| {
+            memory.decide(
+                order,
+                Now {
+                    controller: Timestamp(self.clock),
+                    busy: None,
+                    steps: &self.steps,
+                },
+            )
+        };
+        let decision = decide(&self.memory);
+        assert_eq!(decide(&again), decision, "replay decides alike");
+        decision
+    }
+
+    fn before(&self, decision: &Decision) -> Option<String> {
+        let Decision::Begin(Begin { before }) = decision else {
+            panic!("{decision:?} does not begin");
+        };
+        before.map(|position| match self.journal.read(position).unwrap() {
+            Record::Intent(intent) => intent.before["of"].as_str().unwrap().to_owned(),
+            other => panic!("{other:?}"),
+        })
+    }
+}
+
+fn ok(changed: bool) -> StepOutcome {
+    StepOutcome::Ok {
+        changed,
+        summary: "s".into(),
+    }
+}
+
+fn failed(changed: bool) -> StepOutcome {
+    StepOutcome::Failed(Failure {
+        changed,
+        ..failure(Cause::Step, "f")
+    })
+}
+
+fn unknown() -> StepOutcome {
+    StepOutcome::Unknown { why: "w".into() }
+}
+
+fn refusal(decision: Decision) -> String {
+    match decision {
+        Decision::Refuse(failure) => {
+            assert_eq!(failure.cause, Cause::Refused);
+            assert!(!failure.changed && failure.hint.is_some());
+            failure.message
+        }
+        other => panic!("{other:?} is no refusal"),
+    }
+}
+
+#[test]
+fn a_first_order_begins_and_asks_for_the_before_state() {
+    let agent = Agent::holding();
+    let decision = agent.decide(&order(key(0, Do, 1)));
+    assert_eq!(decision, Decision::Begin(Begin { before: None }));
+}
+
+#[test]
+fn a_repeated_order_is_never_carried_out_twice() {
+    let mut agent = Agent::holding();
+    agent.begin(&key(0, Do, 1));
+    assert_eq!(agent.decide(&order(key(0, Do, 1))), Decision::Running);
+    agent.end(&key(0, Do, 1), ok(true));
+    agent.clock = 5000;
+    match agent.decide(&order(key(0, Do, 1))) {
+        Decision::Repeat(recorded) => assert_eq!(recorded.number, 1, "even when it is late"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_term_that_ended_is_refused_and_so_is_its_double() {
+    let agent = Agent::holding();
+    for epoch in [Epoch { counter: 2, id: 30 }, Epoch { counter: 3, id: 31 }] {
+        let stale = Order {
+            epoch,
+            ..order(key(0, Do, 1))
+        };
+        assert!(
+            matches!(agent.decide(&stale), Decision::Stale(_)),
+            "{epoch}"
+        );
+    }
+    let newer = Order {
+        epoch: Epoch { counter: 4, id: 1 },
+        ..order(key(0, Do, 1))
+    };
+    assert!(matches!(agent.decide(&newer), Decision::Begin(_)));
+}
+
+#[test]
+fn a_late_order_is_refused() {
+    let mut agent = Agent::holding();
+    agent.clock = 1000;
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 1))),
+        Decision::Begin(_)
+    ));
+    agent.clock = 1001;
+    assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("too late"));
+}
+
+#[test]
+fn an_order_needs_the_hold_and_its_plan() {
+    let mut agent = Agent::fresh();
+    assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("holds for no rollout"));
+    agent = Agent::holding();
+    let other_plan = Order {
+        plan: PlanDigest::of(b"other"),
+        ..order(key(0, Do, 1))
+    };
+    assert!(refusal(agent.decide(&other_plan)).contains("consented to plan"));
+    let other_rollout = StepKey {
+        rollout: rollout(2),
+        ..key(0, Do, 1)
+    };
+    assert!(refusal(agent.decide(&order(other_rollout))).contains(rollout(1).as_str()));
+    assert!(refusal(agent.decide(&order(key(9, Do, 1)))).contains("not meant for this host"));
+    agent.write(Record::Released {
+        rollout: rollout(1),
+    });
+    assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("has ended"));
+}
+
+#[test]
+fn a_host_takes_one_step_at_a_time_and_in_plan_order() {
+    let mut agent = Agent::holding();
+    agent.begin(&key(1, Do, 1));
+    assert!(refusal(agent.decide(&order(key(2, Do, 1)))).contains("still running"));
+    assert!(refusal(agent.decide(&order(key(1, Do, 2)))).contains("still running"));
+    agent.end(&key(1, Do, 1), failed(true));
+    assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("comes before"));
+    assert!(matches!(
+        agent.decide(&order(key(1, Do, 2))),
+        Decision::Begin(_)
+    ));
+    assert!(matches!(
+        agent.decide(&order(key(2, Do, 1))),
+        Decision::Begin(_)
+    ));
+}
+
+#[test]
+fn attempts_go_upwards() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 2), failed(false));
+    assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("attempt 2"));
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 3))),
+        Decision::Begin(_)
+    ));
+}
+
+#[test]
+fn a_later_attempt_returns_to_the_state_before_the_first_that_changed_something() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 1), failed(false));
+    let decision = agent.decide(&order(key(0, Do, 2)));
+    assert_eq!(
+        agent.before(&decision),
+        None,
+        "nothing was changed: look again"
+    );
+    agent.run(&key(0, Do, 2), failed(true));
+    agent.run(&key(0, Do, 3), ok(false));
+    let undo = agent.decide(&order(key(0, Back, 1)));
+    assert_eq!(agent.before(&undo), Some(key(0, Do, 2).to_string()));
+    let hold = agent.memory.hold.as_ref().unwrap();
+    assert!(hold.changed_by_others(&key(0, Do, 3)));
+    assert!(!hold.changed_by_others(&key(0, Do, 2)), "only by itself");
+}
+
+#[test]
+fn only_what_was_done_here_is_undone() {
+    let mut agent = Agent::holding();
+    let undo = |agent: &Agent, step| agent.decide(&order(key(step, Back, 1)));
+    assert_eq!(
+        undo(&agent, 0),
+        Decision::Nothing("nothing was done here".into())
+    );
+    agent.run(&key(0, Do, 1), ok(false));
+    assert!(
+        matches!(undo(&agent, 0), Decision::Nothing(_)),
+        "it was so before"
+    );
+    agent.run(&key(2, Do, 1), unknown());
+    assert!(
+        matches!(undo(&agent, 2), Decision::Begin(_)),
+        "it may have been done"
+    );
+    agent.run(&key(3, Do, 1), ok(true));
+    assert!(
+        matches!(undo(&agent, 3), Decision::Nothing(_)),
+        "a restart has no undo"
+    );
+    agent.steps[2].undo = Undo::Keep;
+    assert_eq!(
+        undo(&agent, 2),
+        Decision::Nothing("kept, as the plan says".into())
+    );
+}
+
+#[test]
+fn a_refused_attempt_is_nothing_to_undo() {
+    let mut agent = Agent::holding();
+    agent.end(&key(0, Do, 1), StepOutcome::Failed(refused("no", "hint")));
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 1))),
+        Decision::Repeat(_)
+    ));
+    assert!(matches!(
+        agent.decide(&order(key(0, Back, 1))),
+        Decision::Nothing(_)
+    ));
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 2))),
+        Decision::Begin(_)
+    ));
+}
+
+#[test]
+fn what_was_undone_is_not_undone_again_but_a_failed_undo_is() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 1), ok(true));
+    agent.run(&key(0, Back, 1), failed(true));
+    let again = agent.decide(&order(key(0, Back, 2)));
+    assert_eq!(agent.before(&again), Some(key(0, Do, 1).to_string()));
+    agent.run(&key(0, Back, 2), ok(true));
+    assert!(matches!(
+        agent.decide(&order(key(0, Back, 3))),
+        Decision::Nothing(_)
+    ));
+}
+
+#[test]
+fn a_probe_needs_no_hold() {
+    let agent = Agent::fresh();
+    let mut probe = order(key(0, Direction::Probe, 1));
+    assert_eq!(agent.decide(&probe), Decision::Look);
+    probe.not_after = Timestamp(1);
+    assert!(refusal(agent.decide(&probe)).contains("too late"));
+}
+
+#[test]
+fn reports_are_kept_until_they_are_acknowledged() {
+    let mut agent = Agent::holding();
+    for attempt in 1..=3 {
+        agent.run(&key(0, Do, attempt), failed(false));
+    }
+    assert_eq!(agent.memory.outstanding.len(), 3);
+    assert!(agent.memory.acknowledge(2));
+    assert!(!agent.memory.acknowledge(1), "no news");
+    assert_eq!(agent.memory.outstanding.front().unwrap().0, 3);
+}

@@ -1,0 +1,518 @@
+//! Exec: decides about orders, remembers, and starts step processes. It does none of the work,
+//! and holds no connection.
+//!
+//! ```text
+//! Inbound (link) --+
+//! events of tasks -+--> handle_* : decide, append to the journal, then act
+//! room in outbox --+--> reports, in the order of their numbers, until acknowledged
+//! ```
+//!
+//! One task owns the journal and all decisions; tasks that look at the host or attend an attempt
+//! answer with an [`Event`]. An error of the journal ends the daemon: its next start replays.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use lockstep_proto::ids::{Epoch, InstanceId, StepKey};
+use lockstep_proto::order::{Fact, Order};
+use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
+use lockstep_proto::values::{Period, Timestamp};
+use lockstep_proto::wire::{Hello, PROTOCOL_VERSIONS, Welcome};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::identity::{IdentityError, boot_id, private_dir};
+use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record};
+use crate::step::{Ended, Job, StepDir};
+
+mod attend;
+mod consent;
+mod machine;
+mod offers;
+mod orders;
+mod plans;
+mod policy;
+mod report;
+mod runner;
+mod seam;
+mod tail;
+
+pub(crate) use attend::wall_clock;
+use attend::{Host, Met, attend};
+use machine::{Memory, Recorded};
+use plans::HeldPlan;
+pub(crate) use policy::{Policy, check_owner};
+pub(crate) use runner::Runner;
+pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
+
+/// Answers of tasks that wait for the journal's owner. A host runs one step at a time and looks
+/// at few things beside it.
+const EVENTS: usize = 32;
+
+/// Reports that the controller has not acknowledged. Beyond, the stream is ended: a controller
+/// that orders and never acknowledges is not well. A plan has far fewer steps.
+const OUTSTANDING: usize = 10_000;
+
+/// Why exec ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ExecError {
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Append(#[from] AppendError),
+    /// A directory or the boot's identity cannot be had.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The journal belongs to the agent of another domain.
+    #[error(
+        "the state directory belongs to the domain {journal}, the certificate to {certificate}"
+    )]
+    OtherDomain {
+        /// The domain in the journal.
+        journal: String,
+        /// The domain in the certificate.
+        certificate: String,
+    },
+    /// The operating system refused.
+    #[error("cannot find out how to start step processes")]
+    Runner(#[source] std::io::Error),
+}
+
+/// What a task has found out.
+#[derive(Debug)]
+enum Event {
+    /// The state of the host, for a consent or a survey.
+    Gathered(Gathered, Result<Vec<Fact>, Failure>),
+    /// The state before an attempt.
+    Prepared(Box<Order>, Box<Job>, Result<Value, Failure>),
+    /// How an attempt ended.
+    Ended(StepKey, Box<Ended>),
+    /// What a dry run saw.
+    Looked(StepKey, Box<Ended>),
+}
+
+/// What the host's state was gathered for.
+#[derive(Debug)]
+enum Gathered {
+    Consent(Offer, HeldPlan),
+    Survey(lockstep_proto::ids::RolloutId),
+}
+
+/// A controller that is connected.
+#[derive(Debug)]
+struct Session {
+    epoch: Epoch,
+    /// The controller's clock at the Welcome, and when that was.
+    clock: Timestamp,
+    since: Instant,
+    outbox: mpsc::Sender<Outbound>,
+    /// The newest report sent in this session.
+    sent: u64,
+    /// What goes out before reports.
+    first: VecDeque<Outbound>,
+}
+
+impl Session {
+    fn now(&self) -> Timestamp {
+        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.clock.plus(Period(millis))
+    }
+}
+
+/// An attempt that has no intent yet.
+#[derive(Debug)]
+struct Preparing {
+    key: StepKey,
+    cancelled: bool,
+}
+
+/// The daemon's deciding half.
+#[derive(Debug)]
+pub(crate) struct Exec {
+    host: Rc<Host>,
+    instance: InstanceId,
+    journal: Journal,
+    memory: Memory,
+    /// The steps of the rollout that the host holds itself for.
+    held: Option<HeldPlan>,
+    /// The steps of the last plan that was looked at in a dry run.
+    looked_at: Option<(lockstep_proto::ids::PlanDigest, HeldPlan)>,
+    session: Option<Session>,
+    /// Offers whose plan has not arrived.
+    awaiting_plan: Vec<Offer>,
+    /// Rollouts whose consent is being considered.
+    considering: Vec<lockstep_proto::ids::RolloutId>,
+    preparing: Option<Preparing>,
+    /// The rollout whose end came while an attempt was still running.
+    release_later: Option<lockstep_proto::ids::RolloutId>,
+    /// Whether an acknowledgement waits to be written with the next records.
+    acknowledged: bool,
+    events: mpsc::Receiver<Event>,
+    answers: mpsc::Sender<Event>,
+}
+
+impl Exec {
+    /// Opens the journal, and takes up again what was running.
+    pub(crate) fn open(
+        config: Arc<Config>,
+        config_path: &Path,
+        domain: &str,
+        logs: mpsc::Sender<LogPiece>,
+    ) -> Result<Self, ExecError> {
+        let state = &config.state_dir;
+        private_dir(&StepDir::parent(state))?;
+        private_dir(&plans::dir(state))?;
+        let mut memory = Memory::default();
+        let mut journal = Journal::open(state, |at, record| memory.apply(at, &record))?;
+        if journal.is_empty() {
+            let opened = Record::Opened {
+                format: FORMAT,
+                domain: domain.to_owned(),
+                instance: InstanceId::from_random(rand::random()),
+            };
+            let positions = journal.append(std::slice::from_ref(&opened), Need::Opens)?;
+            memory.apply(positions[0], &opened);
+        }
+        let (journal_domain, instance) = memory
+            .opened
+            .clone()
+            .expect("a journal begins with its opening record");
+        if journal_domain != domain {
+            return Err(ExecError::OtherDomain {
+                journal: journal_domain,
+                certificate: domain.to_owned(),
+            });
+        }
+        let host = Rc::new(Host {
+            boot: boot_id(&config.run_dir)?,
+            runner: Runner::new(config.steps, config_path).map_err(ExecError::Runner)?,
+            config: config.clone(),
+            logs,
+        });
+        let held = memory.hold.as_ref().and_then(|hold| {
+            HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps)
+                .inspect_err(|error| {
+                    tracing::error!(%error, rollout = %hold.rollout, "the steps that this host \
+                        consented to cannot be read; its orders are refused");
+                })
+                .ok()
+        });
+        let (answers, events) = mpsc::channel(EVENTS);
+        tracing::info!(
+            host = %config.host,
+            %instance,
+            boot = %host.boot,
+            steps = host.runner.describe(),
+            holds = memory.hold.as_ref().map(|hold| tracing::field::display(&hold.rollout)),
+            reports = memory.last_report,
+            "journal open"
+        );
+        Ok(Self {
+            host,
+            instance,
+            journal,
+            memory,
+            held,
+            looked_at: None,
+            session: None,
+            awaiting_plan: vec![],
+            considering: vec![],
+            preparing: None,
+            release_later: None,
+            acknowledged: false,
+            events,
+            answers,
+        })
+    }
+
+    /// Runs until `stop`; what is running on the host then goes on without the daemon. Must be
+    /// called within a `LocalSet`.
+    pub(crate) async fn run(
+        mut self,
+        mut inbound: mpsc::Receiver<Inbound>,
+        stop: CancellationToken,
+    ) -> Result<(), ExecError> {
+        self.take_up();
+        loop {
+            let outbox = self.outgoing();
+            let room = async {
+                match outbox {
+                    Some(outbox) => outbox.reserve_owned().await.ok(),
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Some(event) = self.events.recv() => self.handle_event(event)?,
+                message = inbound.recv() => match message {
+                    Some(message) => self.handle_inbound(message)?,
+                    None => return Ok(()),
+                },
+                permit = room => match permit {
+                    Some(permit) => if let Some(next) = self.next_outbound()? {
+                        permit.send(next);
+                    },
+                    None => self.session = None,
+                },
+            }
+        }
+    }
+
+    /// Attends again what was running when the daemon ended.
+    fn take_up(&self) {
+        let Some(hold) = &self.memory.hold else {
+            return;
+        };
+        for (at, attempt) in hold.running() {
+            let began = attempt.began.as_ref().expect("what runs has begun");
+            let key = StepKey {
+                rollout: hold.rollout.clone(),
+                host: self.host.config.host.clone(),
+                at,
+                direction: attempt.direction,
+                attempt: attempt.number,
+            };
+            tracing::info!(step = %key, "found again");
+            let met = Met::Found {
+                boot: began.boot.clone(),
+                at: began.at,
+            };
+            self.spawn_attend(key, met);
+        }
+    }
+
+    fn spawn_attend(&self, key: StepKey, met: Met) {
+        let (host, answers) = (self.host.clone(), self.answers.clone());
+        tokio::task::spawn_local(async move {
+            let ended = attend(host, key.clone(), met).await;
+            let _ = answers.send(Event::Ended(key, Box::new(ended))).await;
+        });
+    }
+
+    fn handle_event(&mut self, event: Event) -> Result<(), ExecError> {
+        match event {
+            Event::Gathered(purpose, state) => self.handle_gathered(purpose, state),
+            Event::Prepared(order, job, before) => self.handle_prepared(*order, *job, before),
+            Event::Ended(key, ended) => self.handle_ended(key, *ended),
+            Event::Looked(key, ended) => self.finish(key, *ended),
+        }
+    }
+
+    fn handle_inbound(&mut self, message: Inbound) -> Result<(), ExecError> {
+        match message {
+            Inbound::Dial(reply) => {
+                // The link may have given up meanwhile.
+                let _ = reply.send(self.hello());
+                Ok(())
+            }
+            Inbound::Connected { welcome, outbox } => self.handle_welcome(&welcome, outbox),
+            Inbound::Disconnected => {
+                self.session = None;
+                self.awaiting_plan.clear();
+                Ok(())
+            }
+            Inbound::Acknowledged(number) => {
+                self.handle_acknowledged(number);
+                Ok(())
+            }
+            Inbound::Offer(offer) => self.handle_offer(offer),
+            Inbound::Plan(digest, content) => self.handle_plan(digest, content),
+            Inbound::Order(order) => self.handle_order(*order),
+            Inbound::Release(rollout, epoch) => self.handle_release(rollout, epoch),
+            Inbound::Cancel(rollout, epoch) => self.handle_cancel(&rollout, epoch),
+            Inbound::Survey(rollout, epoch) => self.handle_survey(rollout, epoch),
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            versions: PROTOCOL_VERSIONS,
+            host: self.host.config.host.clone(),
+            instance: self.instance.clone(),
+            boot: self.host.boot.clone(),
+            highest_epoch: self.memory.epoch.unwrap_or(Epoch::NONE),
+            last_report: self.memory.last_report,
+            labels: self.host.config.labels.clone(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            held_rollout: self.memory.hold.as_ref().map(|hold| hold.rollout.clone()),
+        }
+    }
+
+    fn handle_welcome(
+        &mut self,
+        welcome: &Welcome,
+        outbox: mpsc::Sender<Outbound>,
+    ) -> Result<(), ExecError> {
+        self.session = Some(Session {
+            epoch: welcome.epoch,
+            clock: welcome.clock,
+            since: Instant::now(),
+            outbox,
+            sent: welcome.acknowledged,
+            first: VecDeque::new(),
+        });
+        if welcome.acknowledged > self.memory.last_report {
+            // INV-2: a loss is detected, never silent.
+            self.refuse_session(format!(
+                "the controller has {} reports of this agent, its journal has {}: the state \
+                 directory was put back to an earlier time, and what was done since is not known \
+                 here; move {} aside and start the agent afresh",
+                welcome.acknowledged,
+                self.memory.last_report,
+                self.host.config.state_dir.display()
+            ));
+            return Ok(());
+        }
+        if !self.admit(welcome.epoch)? {
+            return Ok(());
+        }
+        self.handle_acknowledged(welcome.acknowledged);
+        tracing::info!(epoch = %welcome.epoch, "connected");
+        Ok(())
+    }
+
+    fn handle_acknowledged(&mut self, number: u64) {
+        if number <= self.memory.last_report {
+            self.acknowledged |= self.memory.acknowledge(number);
+        }
+    }
+
+    /// Whether a controller of this term may be obeyed; a higher term is durable when this
+    /// returns (INV-4).
+    fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
+        if let Err(why) = self.memory.check_epoch(epoch) {
+            self.refuse_session(why);
+            return Ok(false);
+        }
+        if self
+            .session
+            .as_ref()
+            .is_some_and(|session| session.epoch != epoch)
+        {
+            self.refuse_session(format!(
+                "the controller has welcomed this host with another epoch than {epoch}"
+            ));
+            return Ok(false);
+        }
+        if self.memory.epoch != Some(epoch) {
+            self.commit(vec![Record::Epoch(epoch)], Need::Closes)?;
+        }
+        Ok(true)
+    }
+
+    fn refuse_session(&mut self, why: String) {
+        tracing::error!(%why, "the controller is refused");
+        if let Some(session) = &mut self.session {
+            session.first.push_back(Outbound::Refuse(why));
+        }
+    }
+
+    /// Appends records and folds them in.
+    fn commit(&mut self, mut records: Vec<Record>, need: Need) -> Result<(), AppendError> {
+        if self.acknowledged {
+            records.insert(
+                0,
+                Record::Acknowledged {
+                    number: self.memory.acknowledged,
+                },
+            );
+        }
+        let positions = self.journal.append(&records, need)?;
+        for (position, record) in positions.into_iter().zip(&records) {
+            self.memory.apply(position, record);
+        }
+        self.acknowledged = false;
+        if self.memory.outstanding.len() > OUTSTANDING {
+            self.refuse_session(format!(
+                "more than {OUTSTANDING} reports are not acknowledged"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes a report durable; it goes out by itself, and again until it is acknowledged.
+    fn report(&mut self, body: ReportBody) -> Result<(), ExecError> {
+        let record = self.numbered(body);
+        Ok(self.commit(vec![record], Need::Closes)?)
+    }
+
+    fn numbered(&self, body: ReportBody) -> Record {
+        Record::Report {
+            number: self.memory.last_report + 1,
+            body: report::fit(body),
+        }
+    }
+
+    fn finish(&mut self, key: StepKey, ended: Ended) -> Result<(), ExecError> {
+        let Ended {
+            outcome,
+            facts,
+            took,
+        } = ended;
+        match &outcome {
+            StepOutcome::Ok { changed, summary } => {
+                tracing::info!(step = %key, changed, summary, "ok");
+            }
+            StepOutcome::Failed(failure) => tracing::warn!(
+                step = %key,
+                cause = failure.cause.as_str(),
+                message = failure.message,
+                "failed"
+            ),
+            StepOutcome::Unknown { why } => tracing::error!(step = %key, why, "unknown"),
+        }
+        self.report(ReportBody::Finished {
+            key,
+            outcome,
+            facts,
+            took,
+        })
+    }
+
+    /// Sends a report once more, for the sake of a controller that asks again.
+    fn send_again(&mut self, recorded: Recorded) -> Result<(), ExecError> {
+        if recorded.number > self.memory.acknowledged {
+            // It is on its way, or goes out after the next reconnect.
+            return Ok(());
+        }
+        match self.journal.read(recorded.position)? {
+            Record::Report { body, .. } => self.report(body),
+            other => unreachable!("{other:?} stands where a report was written"),
+        }
+    }
+
+    /// The way out, if there is something to send.
+    fn outgoing(&self) -> Option<mpsc::Sender<Outbound>> {
+        let session = self.session.as_ref()?;
+        let waiting = !session.first.is_empty() || session.sent < self.memory.last_report;
+        waiting.then(|| session.outbox.clone())
+    }
+
+    fn next_outbound(&mut self) -> Result<Option<Outbound>, ExecError> {
+        let Some(session) = &mut self.session else {
+            return Ok(None);
+        };
+        if let Some(first) = session.first.pop_front() {
+            return Ok(Some(first));
+        }
+        let outstanding = &self.memory.outstanding;
+        let index = outstanding.partition_point(|(number, _)| *number <= session.sent);
+        let Some((number, position)) = outstanding.get(index).copied() else {
+            session.sent = self.memory.last_report;
+            return Ok(None);
+        };
+        session.sent = number;
+        match self.journal.read(position)? {
+            Record::Report { number, body } => Ok(Some(Outbound::Report(Report { number, body }))),
+            other => unreachable!("{other:?} stands where report {number} was written"),
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! Offers: fetch the plan, review it, gather the host's state, consent or decline.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{Direction, Epoch, PlanDigest, RolloutId, StepKey};
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Failure, Refusal, ReportBody};
+use lockstep_proto::seal::SealedPlan;
+use serde_json::Value;
+
+use super::attend::{Host, wall_clock};
+use super::consent;
+use super::plans::{self, HeldPlan};
+use super::{Event, Exec, ExecError, Gathered, Offer, Outbound};
+use crate::actions;
+use crate::journal::{AppendError, Held, Need, Record};
+use crate::step::Job;
+
+/// Offers that wait for their plan. A controller offers few rollouts to one host at a time.
+const AWAITING: usize = 16;
+
+impl Exec {
+    pub(super) fn handle_offer(&mut self, offer: Offer) -> Result<(), ExecError> {
+        if !self.admit(offer.epoch)? {
+            return Ok(());
+        }
+        if self.considering.contains(&offer.rollout) || self.awaiting_plan.contains(&offer) {
+            return Ok(());
+        }
+        if !offer.dry_run {
+            if let Some(hold) = &self.memory.hold {
+                if hold.rollout != offer.rollout {
+                    let why = format!(
+                        "this host holds for {}; end that rollout first",
+                        hold.rollout
+                    );
+                    return self.decline(offer.rollout, vec![whole(why)]);
+                }
+                if hold.plan == offer.plan
+                    && let Some(consent) = hold.consent
+                {
+                    return self.send_again(consent);
+                }
+                let why = format!("{} has another plan on this host", offer.rollout);
+                return self.decline(offer.rollout, vec![whole(why)]);
+            }
+            if self.memory.has_ended(&offer.rollout) {
+                let why = format!("{} has ended on this host", offer.rollout);
+                return self.decline(offer.rollout, vec![whole(why)]);
+            }
+        }
+        if let Some(plan) = plans::load(&self.host.config.state_dir, offer.plan) {
+            return self.consider(offer, &plan);
+        }
+        if self.awaiting_plan.len() == AWAITING {
+            let why = "too many plans are offered to this host at once".to_owned();
+            return self.decline(offer.rollout, vec![whole(why)]);
+        }
+        if let Some(session) = &mut self.session {
+            if !self
+                .awaiting_plan
+                .iter()
+                .any(|other| other.plan == offer.plan)
+            {
+                session.first.push_back(Outbound::Fetch(offer.plan));
+            }
+            self.awaiting_plan.push(offer);
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle_plan(
+        &mut self,
+        digest: PlanDigest,
+        content: Result<Vec<u8>, String>,
+    ) -> Result<(), ExecError> {
+        let waiting = self
+            .awaiting_plan
+            .extract_if(.., |offer| offer.plan == digest);
+        let offers: Vec<Offer> = waiting.collect();
+        let stored = content.and_then(|bytes| {
+            plans::store(&self.host.config.state_dir, digest, &bytes)
+                .map_err(|error| crate::errors::chain(&error))
+        });
+        for offer in offers {
+            match &stored {
+                Ok(plan) => self.consider(offer, plan)?,
+                Err(why) => {
+                    let why = format!("the plan {} cannot be had: {why}", digest.short());
+                    self.decline(offer.rollout, vec![whole(why)])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds a plan against the host's configuration and policy.
+    pub(super) fn review(&self, plan: &SealedPlan) -> Result<HeldPlan, Vec<Refusal>> {
+        let policy = self.policy().map_err(|why| {
+            vec![whole(format!(
+                "{why}; until it is repaired nothing is allowed"
+            ))]
+        })?;
+        let steps = consent::review(plan.plan(), &self.host.config, &policy, wall_clock())?;
+        Ok(HeldPlan {
+            expires: plan.plan().expires,
+            steps,
+        })
+    }
+
+    fn consider(&mut self, offer: Offer, plan: &SealedPlan) -> Result<(), ExecError> {
+        let held = match self.review(plan) {
+            Ok(held) => held,
+            Err(refusals) => return self.decline(offer.rollout, refusals),
+        };
+        if offer.dry_run {
+            self.looked_at = Some((offer.plan, held.clone()));
+        }
+        self.considering.push(offer.rollout.clone());
+        let rollout = offer.rollout.clone();
+        self.gather(Gathered::Consent(offer, held.clone()), rollout, held);
+        Ok(())
+    }
+
+    fn gather(&self, purpose: Gathered, rollout: RolloutId, held: HeldPlan) {
+        let (host, answers) = (self.host.clone(), self.answers.clone());
+        tokio::task::spawn_local(async move {
+            let state = gather(&host, &rollout, &held).await;
+            let _ = answers.send(Event::Gathered(purpose, state)).await;
+        });
+    }
+
+    pub(super) fn handle_gathered(
+        &mut self,
+        purpose: Gathered,
+        state: Result<Vec<Fact>, Failure>,
+    ) -> Result<(), ExecError> {
+        match purpose {
+            Gathered::Consent(offer, held) => self.conclude(offer, &held, state),
+            Gathered::Survey(rollout) => {
+                let state = state.unwrap_or_else(|failure| vec![not_surveyed(&failure.message)]);
+                self.report(ReportBody::Surveyed { rollout, state })
+            }
+        }
+    }
+
+    /// Consents: the hold and its report are one record, so that neither is without the other.
+    fn conclude(
+        &mut self,
+        offer: Offer,
+        held: &HeldPlan,
+        state: Result<Vec<Fact>, Failure>,
+    ) -> Result<(), ExecError> {
+        let Offer {
+            rollout,
+            plan,
+            epoch: _,
+            dry_run,
+        } = offer;
+        self.considering.retain(|other| *other != rollout);
+        let state = match state {
+            Ok(state) => state,
+            Err(failure) => {
+                let hint = failure
+                    .hint
+                    .map(|hint| format!("; {hint}"))
+                    .unwrap_or_default();
+                let why = format!("the host's state cannot be read: {}{hint}", failure.message);
+                return self.decline(rollout, vec![whole(why)]);
+            }
+        };
+        let consented = ReportBody::Consented {
+            rollout: rollout.clone(),
+            plan,
+            state,
+        };
+        if dry_run {
+            return self.report(consented);
+        }
+        // Another rollout may have been faster.
+        if let Some(hold) = &self.memory.hold {
+            let why = format!(
+                "this host holds for {}; end that rollout first",
+                hold.rollout
+            );
+            return self.decline(rollout, vec![whole(why)]);
+        }
+        let full = |error: &dyn std::error::Error| {
+            vec![whole(format!(
+                "the consent cannot be recorded: {}; make room in the agent's state directory",
+                crate::errors::chain(error)
+            ))]
+        };
+        let steps = match held.write(&self.host.config.state_dir, &rollout) {
+            Ok(steps) => steps,
+            Err(error) => return self.decline(rollout, full(&error)),
+        };
+        let hold = Record::Held(Held {
+            rollout: rollout.clone(),
+            plan,
+            steps,
+            log_offsets: log_offsets(held),
+        });
+        let report = self.numbered(consented);
+        match self.commit(vec![hold, report], Need::Opens) {
+            Ok(()) => {
+                tracing::info!(%rollout, plan = %plan.short(), "consented");
+                self.held = Some(held.clone());
+                Ok(())
+            }
+            Err(error @ (AppendError::Full(_) | AppendError::TooLarge(_))) => {
+                self.decline(rollout, full(&error))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn decline(&mut self, rollout: RolloutId, refusals: Vec<Refusal>) -> Result<(), ExecError> {
+        for refusal in &refusals {
+            let at = refusal.at.map(tracing::field::display);
+            tracing::warn!(%rollout, at, reason = refusal.reason, "declined");
+        }
+        self.report(ReportBody::Declined { rollout, refusals })
+    }
+
+    pub(super) fn handle_survey(
+        &mut self,
+        rollout: RolloutId,
+        epoch: Epoch,
+    ) -> Result<(), ExecError> {
+        if !self.admit(epoch)? {
+            return Ok(());
+        }
+        let holds = self
+            .memory
+            .hold
+            .as_ref()
+            .is_some_and(|hold| hold.rollout == rollout);
+        match self.held.clone().filter(|_| holds) {
+            Some(held) => {
+                self.gather(Gathered::Survey(rollout.clone()), rollout, held);
+                Ok(())
+            }
+            None => self.report(ReportBody::Surveyed {
+                state: vec![not_surveyed("this host does not hold for the rollout")],
+                rollout,
+            }),
+        }
+    }
+}
+
+fn whole(reason: String) -> Refusal {
+    Refusal { at: None, reason }
+}
+
+fn not_surveyed(why: &str) -> Fact {
+    Fact::Note {
+        name: "not surveyed".into(),
+        value: why.to_owned(),
+    }
+}
+
+/// The parts of the host's state that the plan's steps touch here, each once.
+async fn gather(host: &Host, rollout: &RolloutId, held: &HeldPlan) -> Result<Vec<Fact>, Failure> {
+    let mut state: Vec<Fact> = Vec::new();
+    for step in held.steps.iter().filter(|step| step.action.changes()) {
+        let job = Job {
+            key: StepKey {
+                rollout: rollout.clone(),
+                host: host.config.host.clone(),
+                at: step.at,
+                direction: Direction::Do,
+                attempt: 1,
+            },
+            action: step.action.clone(),
+            before: Value::Null,
+            bindings: vec![],
+            timeout: step.timeout,
+            log_offsets: BTreeMap::new(),
+        };
+        let parts = host
+            .look(&job, async |cx| actions::state(&job.action, cx).await)
+            .await
+            .map_err(|failure| Failure {
+                message: format!("{}: {}", step.action.name(), failure.message),
+                ..failure
+            })?;
+        for part in parts {
+            if !state.iter().any(|known| name(known) == name(&part)) {
+                state.push(part);
+            }
+        }
+    }
+    Ok(state)
+}
+
+fn name(fact: &Fact) -> &str {
+    match fact {
+        Fact::State { name, .. } | Fact::Note { name, .. } => name,
+        _ => "",
+    }
+}
+
+/// Where the log files that the plan reads end now: what they hold already is older than the
+/// rollout.
+fn log_offsets(held: &HeldPlan) -> BTreeMap<PathBuf, u64> {
+    let logs = held.steps.iter().filter_map(|step| match &step.action {
+        Action::CheckLog(log) => Some(PathBuf::from(&log.path)),
+        _ => None,
+    });
+    logs.map(|path| {
+        let size = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        (path, size)
+    })
+    .collect()
+}

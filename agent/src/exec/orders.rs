@@ -1,0 +1,408 @@
+//! Orders, from the decision to the report; cancelling; the end of a rollout.
+
+use lockstep_proto::ids::{Direction, Epoch, RolloutId, StepKey};
+use lockstep_proto::order::{Fact, Order};
+use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
+use lockstep_proto::values::{Period, Timestamp};
+use serde_json::Value;
+
+use super::attend::{Met, failed, wall_clock};
+use super::consent::HeldStep;
+use super::machine::{Begin, Decision, Now, refused};
+use super::plans::{self, HeldPlan};
+use super::policy::Policy;
+use super::runner::Runner;
+use super::{Event, Exec, ExecError, Preparing};
+use crate::actions;
+use crate::journal::{AppendError, Intent, Need, Record};
+use crate::step::{Ended, Job, StepDir, failure, would};
+
+impl Exec {
+    pub(super) fn handle_order(&mut self, order: Order) -> Result<(), ExecError> {
+        if !self.admit(order.epoch)? {
+            return Ok(());
+        }
+        let Some(session) = &self.session else {
+            return Ok(());
+        };
+        let decision = self.memory.decide(
+            &order,
+            Now {
+                controller: session.now(),
+                busy: self.preparing.as_ref().map(|preparing| &preparing.key),
+                steps: self.held.as_ref().map_or(&[][..], |held| &held.steps),
+            },
+        );
+        tracing::debug!(step = %order.key, ?decision, "ordered");
+        match decision {
+            Decision::Stale(why) => {
+                self.refuse_session(why);
+                Ok(())
+            }
+            Decision::Repeat(recorded) => self.send_again(recorded),
+            // Its reports are on their way.
+            Decision::Running => Ok(()),
+            Decision::Refuse(failure) => self.finish(order.key, failed(failure)),
+            Decision::Nothing(summary) => self.finish(order.key, unchanged(summary)),
+            Decision::Look => self.look(order),
+            Decision::Begin(begin) => self.begin(order, begin),
+        }
+    }
+
+    fn begin(&mut self, order: Order, begin: Begin) -> Result<(), ExecError> {
+        let step = match self.step_for(&order) {
+            Ok(step) => step.clone(),
+            Err(failure) => return self.finish(order.key, failed(failure)),
+        };
+        let hold = self.memory.hold.as_ref().expect("begun under the hold");
+        let job = Job {
+            key: order.key.clone(),
+            action: step.action,
+            before: Value::Null,
+            bindings: order.bindings.clone(),
+            timeout: step.timeout,
+            log_offsets: hold.log_offsets.clone(),
+        };
+        let dir = self.host.dir(&order.key);
+        if let Err(error) = dir.make() {
+            return self.finish(order.key, failed(no_room(&error)));
+        }
+        self.preparing = Some(Preparing {
+            key: order.key.clone(),
+            cancelled: false,
+        });
+        if let Some(position) = begin.before {
+            let before = match self.journal.read(position)? {
+                Record::Intent(intent) => intent.before,
+                other => unreachable!("{other:?} stands where an intent was written"),
+            };
+            return self.handle_prepared(order, job, Ok(before));
+        }
+        let (host, answers) = (self.host.clone(), self.answers.clone());
+        tokio::task::spawn_local(async move {
+            let before = host
+                .look(&job, async |cx| actions::before(&job.action, cx).await)
+                .await;
+            let event = Event::Prepared(Box::new(order), Box::new(job), before);
+            let _ = answers.send(event).await;
+        });
+        Ok(())
+    }
+
+    /// The step that is ordered; refused if the host's policy has changed, or the plan expired,
+    /// since it consented. What was done may always be undone.
+    fn step_for(&self, order: &Order) -> Result<&HeldStep, Failure> {
+        let held = self.held.as_ref().ok_or_else(|| {
+            refused(
+                "the steps that this host consented to cannot be read",
+                "the agent's log says why",
+            )
+        })?;
+        let step = held
+            .steps
+            .iter()
+            .find(|step| step.at == order.key.at)
+            .expect("decided to begin a step of this host");
+        if order.key.direction != Direction::Undo {
+            check_expiry(held.expires, self.session.as_ref().map(super::Session::now))?;
+            let policy = self
+                .policy()
+                .map_err(|why| refused(why, "repair it first"))?;
+            policy.check(&step.action).map_err(|why| {
+                refused(why, "the policy was changed after this host had consented")
+            })?;
+        }
+        Ok(step)
+    }
+
+    pub(super) fn policy(&self) -> Result<Policy, String> {
+        let path = self.host.config.policy.as_deref();
+        let path = path.expect("`Config::load` fills it in");
+        Policy::load(path).map_err(|error| crate::errors::chain(&error))
+    }
+
+    /// The intent, then the step process: from here on something may have happened.
+    pub(super) fn handle_prepared(
+        &mut self,
+        order: Order,
+        mut job: Job,
+        before: Result<Value, Failure>,
+    ) -> Result<(), ExecError> {
+        let key = order.key;
+        let preparing = self.preparing.take();
+        if preparing.is_some_and(|preparing| preparing.cancelled) {
+            let stopped = failure(
+                Cause::Cancelled,
+                "stopped before it began, as people asked for",
+            );
+            return self.ended_without_intent(key, stopped);
+        }
+        job.before = match before {
+            Ok(before) => before,
+            Err(failure) => return self.ended_without_intent(key, failure),
+        };
+        if let Err(error) = self.host.dir(&key).write_job(&job) {
+            return self.ended_without_intent(key, no_room(&error));
+        }
+        let intent = Record::Intent(Intent {
+            key: key.clone(),
+            before: job.before,
+            boot: self.host.boot.clone(),
+            at: wall_clock(),
+        });
+        let started = self.numbered(ReportBody::Started { key: key.clone() });
+        match self.commit(vec![intent, started], Need::Opens) {
+            Ok(()) => {}
+            Err(error @ (AppendError::Full(_) | AppendError::TooLarge(_))) => {
+                return self.ended_without_intent(key, no_room(&error));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.spawn_attend(key, Met::New);
+        Ok(())
+    }
+
+    /// Nothing has happened, whatever the failure says.
+    fn ended_without_intent(&mut self, key: StepKey, why: Failure) -> Result<(), ExecError> {
+        let _ = std::fs::remove_dir_all(self.host.dir(&key).path());
+        self.finish(
+            key,
+            failed(Failure {
+                changed: false,
+                ..why
+            }),
+        )?;
+        self.release_now_if_due()
+    }
+
+    pub(super) fn handle_ended(&mut self, key: StepKey, mut ended: Ended) -> Result<(), ExecError> {
+        let changed_before = self
+            .memory
+            .hold
+            .as_ref()
+            .is_some_and(|hold| hold.changed_by_others(&key));
+        if let StepOutcome::Ok { changed, .. } = &mut ended.outcome {
+            // An earlier attempt made what this one found: a rollback has it to undo.
+            *changed |= changed_before;
+        }
+        self.finish(key, ended)?;
+        self.release_now_if_due()
+    }
+
+    pub(super) fn handle_cancel(
+        &mut self,
+        rollout: &RolloutId,
+        epoch: Epoch,
+    ) -> Result<(), ExecError> {
+        if !self.admit(epoch)? {
+            return Ok(());
+        }
+        if let Some(preparing) = &mut self.preparing
+            && preparing.key.rollout == *rollout
+        {
+            preparing.cancelled = true;
+        }
+        let Some(hold) = self
+            .memory
+            .hold
+            .as_ref()
+            .filter(|hold| hold.rollout == *rollout)
+        else {
+            return Ok(());
+        };
+        let running: Vec<StepKey> = hold
+            .running()
+            .filter(|(_, attempt)| !attempt.cancelled)
+            .map(|(at, attempt)| StepKey {
+                rollout: rollout.clone(),
+                host: self.host.config.host.clone(),
+                at,
+                direction: attempt.direction,
+                attempt: attempt.number,
+            })
+            .collect();
+        for key in running {
+            tracing::info!(step = %key, "to be stopped");
+            self.commit(vec![Record::Cancelled { key: key.clone() }], Need::Closes)?;
+            Runner::cancel(&self.host.dir(&key), &self.host.boot);
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle_release(
+        &mut self,
+        rollout: RolloutId,
+        epoch: Epoch,
+    ) -> Result<(), ExecError> {
+        if !self.admit(epoch)? {
+            return Ok(());
+        }
+        if self
+            .memory
+            .hold
+            .as_ref()
+            .is_some_and(|hold| hold.rollout == rollout)
+        {
+            self.release_later = Some(rollout);
+        }
+        self.release_now_if_due()
+    }
+
+    /// Ends the hold, once nothing of the rollout runs any more.
+    fn release_now_if_due(&mut self) -> Result<(), ExecError> {
+        let idle = self.preparing.is_none()
+            && self
+                .memory
+                .hold
+                .as_ref()
+                .is_none_or(|hold| hold.running().next().is_none());
+        if !idle {
+            return Ok(());
+        }
+        let Some(rollout) = self.release_later.take() else {
+            return Ok(());
+        };
+        self.commit(
+            vec![Record::Released {
+                rollout: rollout.clone(),
+            }],
+            Need::Closes,
+        )?;
+        self.held = None;
+        tracing::info!(%rollout, "released");
+        let state_dir = &self.host.config.state_dir;
+        HeldPlan::forget(state_dir, &rollout);
+        remove_steps(state_dir, &rollout);
+        Ok(())
+    }
+
+    /// A dry run: only asks, here in the daemon.
+    fn look(&mut self, order: Order) -> Result<(), ExecError> {
+        let step = match self.step_to_look_at(&order) {
+            Ok(step) => step,
+            Err(failure) => return self.finish(order.key, failed(failure)),
+        };
+        let job = Job {
+            key: order.key,
+            action: step.action,
+            before: Value::Null,
+            bindings: order.bindings,
+            timeout: step.timeout,
+            log_offsets: std::collections::BTreeMap::new(),
+        };
+        let (host, answers) = (self.host.clone(), self.answers.clone());
+        tokio::task::spawn_local(async move {
+            let begun = tokio::time::Instant::now();
+            let probe = host
+                .look(&job, async |cx| actions::probe(&job.action, cx).await)
+                .await;
+            let mut ended = match probe {
+                Ok(probe) => {
+                    let done = would(probe);
+                    Ended {
+                        outcome: StepOutcome::Ok {
+                            changed: false,
+                            summary: done.summary,
+                        },
+                        facts: vec![Fact::Note {
+                            name: "step".into(),
+                            value: actions::describe(&job.action),
+                        }],
+                        took: Period(0),
+                    }
+                }
+                Err(failure) => failed(failure),
+            };
+            ended.took = Period(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+            let _ = answers.send(Event::Looked(job.key, Box::new(ended))).await;
+        });
+        Ok(())
+    }
+
+    fn step_to_look_at(&mut self, order: &Order) -> Result<HeldStep, Failure> {
+        let known = self
+            .looked_at
+            .as_ref()
+            .is_some_and(|(digest, _)| *digest == order.plan);
+        if !known {
+            let plan = plans::load(&self.host.config.state_dir, order.plan).ok_or_else(|| {
+                refused(
+                    "this host does not have the plan",
+                    "offer it first, as a dry run",
+                )
+            })?;
+            let held = self.review(&plan).map_err(|refusals| {
+                let reasons: Vec<String> = refusals.into_iter().map(|r| r.reason).collect();
+                refused(
+                    reasons.join("; "),
+                    "offer the plan again for the whole list",
+                )
+            })?;
+            self.looked_at = Some((order.plan, held));
+        }
+        let (_, held) = self.looked_at.as_ref().expect("filled above");
+        held.steps
+            .iter()
+            .find(|step| step.at == order.key.at)
+            .cloned()
+            .ok_or_else(|| {
+                refused(
+                    format!(
+                        "step {} of the plan is not meant for this host",
+                        order.key.at
+                    ),
+                    "the labels that decide it are in the host's own agent.toml",
+                )
+            })
+    }
+}
+
+/// Both clocks must allow it: a controller that lies about the time revives no expired plan.
+fn check_expiry(expires: Timestamp, controller: Option<Timestamp>) -> Result<(), Failure> {
+    let expired = |now: Timestamp| now > expires.plus(super::consent::CLOCK_TOLERANCE);
+    if expired(wall_clock()) || controller.is_some_and(expired) {
+        return Err(refused(
+            "the plan has expired",
+            "what was done can still be undone; compile the plan again for a new rollout",
+        ));
+    }
+    Ok(())
+}
+
+fn unchanged(summary: String) -> Ended {
+    Ended {
+        outcome: StepOutcome::Ok {
+            changed: false,
+            summary,
+        },
+        facts: vec![],
+        took: Period(0),
+    }
+}
+
+fn no_room(error: &dyn std::error::Error) -> Failure {
+    Failure {
+        hint: Some("nothing was done; make room in the agent's state directory".into()),
+        ..failure(
+            Cause::Host,
+            format!(
+                "the attempt cannot be recorded: {}",
+                crate::errors::chain(error)
+            ),
+        )
+    }
+}
+
+fn remove_steps(state_dir: &std::path::Path, rollout: &RolloutId) {
+    let Ok(entries) = std::fs::read_dir(StepDir::parent(state_dir)) else {
+        return;
+    };
+    let prefix = format!("{rollout}.");
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&prefix)
+            && let Err(error) = std::fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!(%error, path = %entry.path().display(), "cannot be removed");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Plans on the disk: the compiled plan by its digest, and, for each rollout, the steps that this
+//! host consented to, with its own variables put in. Later changes of the host's configuration do
+//! not change what was consented to.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::ids::{Digest, PlanDigest, RolloutId};
+use lockstep_proto::seal::{self, InvalidPlan, SealedPlan};
+use lockstep_proto::values::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::consent::HeldStep;
+use crate::identity::replace_file;
+
+/// Compiled plans that are kept. Those of dry runs go when there are more.
+const KEPT: usize = 16;
+
+/// The host's part of a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct HeldPlan {
+    /// No step is begun afterwards but to undo.
+    pub(crate) expires: Timestamp,
+    /// The steps meant for this host.
+    pub(crate) steps: Vec<HeldStep>,
+}
+
+/// Where plans are kept.
+pub(crate) fn dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("plans")
+}
+
+fn compiled(state_dir: &Path, digest: PlanDigest) -> PathBuf {
+    dir(state_dir).join(format!("{}.json", digest.hex()))
+}
+
+fn held(state_dir: &Path, rollout: &RolloutId) -> PathBuf {
+    dir(state_dir).join(format!("{rollout}.steps.json"))
+}
+
+/// A compiled plan that is on the disk. One that has changed there is as good as none.
+pub(crate) fn load(state_dir: &Path, digest: PlanDigest) -> Option<SealedPlan> {
+    let bytes = std::fs::read(compiled(state_dir, digest)).ok()?;
+    seal::open_expecting(&bytes, digest)
+        .inspect_err(|error| tracing::warn!(%error, "a stored plan is not used"))
+        .ok()
+}
+
+/// Checks and keeps a compiled plan that has arrived.
+pub(crate) fn store(
+    state_dir: &Path,
+    digest: PlanDigest,
+    bytes: &[u8],
+) -> Result<SealedPlan, StoreError> {
+    let sealed = seal::open_expecting(bytes, digest)?;
+    forget_old(state_dir)?;
+    replace_file(&compiled(state_dir, digest), bytes)?;
+    Ok(sealed)
+}
+
+/// A plan that is not kept.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    /// It is not what was asked for.
+    #[error(transparent)]
+    Invalid(#[from] InvalidPlan),
+    /// It cannot be written.
+    #[error("the plan cannot be stored")]
+    Io(#[from] io::Error),
+}
+
+fn forget_old(state_dir: &Path) -> io::Result<()> {
+    let mut plans: Vec<_> = std::fs::read_dir(dir(state_dir))?
+        .flatten()
+        .filter(|entry| !entry.file_name().to_string_lossy().contains(".steps."))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    plans.sort();
+    let surplus = (plans.len() + 1).saturating_sub(KEPT);
+    for (_, path) in plans.into_iter().take(surplus) {
+        std::fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+impl HeldPlan {
+    /// Keeps it for a rollout; answers with the digest that the hold records.
+    pub(crate) fn write(&self, state_dir: &Path, rollout: &RolloutId) -> io::Result<Digest> {
+        let text = serde_json::to_vec(self).expect("steps are plain data");
+        replace_file(&held(state_dir, rollout), &text)?;
+        Ok(Digest::of(&text))
+    }
+
+    /// Reads what was kept, if it is still the same.
+    pub(crate) fn read(
+        state_dir: &Path,
+        rollout: &RolloutId,
+        expected: Digest,
+    ) -> io::Result<Self> {
+        let path = held(state_dir, rollout);
+        let text = std::fs::read(&path)?;
+        if Digest::of(&text) != expected {
+            return Err(io::Error::other(format!("{} was changed", path.display())));
+        }
+        serde_json::from_slice(&text).map_err(io::Error::other)
+    }
+
+    /// Forgets what was kept for a rollout that has ended.
+    pub(crate) fn forget(state_dir: &Path, rollout: &RolloutId) {
+        let _ = std::fs::remove_file(held(state_dir, rollout));
+    }
+}

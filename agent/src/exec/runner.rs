@@ -1,0 +1,226 @@
+//! Starts step processes where they outlive the daemon, and ends what an attempt left behind.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use lockstep_proto::ids::{BootId, StepKey};
+use rustix::process::{Signal, kill_process};
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep};
+use zbus::Variant;
+
+use crate::config::StepRunner;
+use crate::process::base_env;
+use crate::step::{Claim, StepDir};
+
+/// How long processes have to end after SIGTERM, before SIGKILL.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long the end of an attempt's processes is waited for in all. A process in uninterruptible
+/// sleep can hold out longer; then nothing can be proven.
+const GONE_WITHIN: Duration = Duration::from_secs(60);
+
+/// The bus answers at once or is not well.
+const BUS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How step processes are started on this host.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    program: PathBuf,
+    config: PathBuf,
+    systemd: bool,
+}
+
+impl Runner {
+    /// Decides how; `config` is the file that step processes read too.
+    pub(crate) fn new(kind: StepRunner, config: &Path) -> io::Result<Self> {
+        let root = rustix::process::geteuid().is_root();
+        // What sd_booted(3) looks at.
+        let booted = Path::new("/run/systemd/system").is_dir();
+        Ok(Self {
+            program: std::env::current_exe()?,
+            config: std::path::absolute(config)?,
+            systemd: match kind {
+                StepRunner::Auto => root && booted,
+                StepRunner::Systemd => true,
+                StepRunner::Session => false,
+            },
+        })
+    }
+
+    /// In words, for `check` and the log.
+    pub(crate) fn describe(&self) -> &'static str {
+        if self.systemd {
+            "transient units of systemd"
+        } else {
+            "sessions of their own"
+        }
+    }
+
+    /// Starts the step process of an attempt. The child, if it is one, only says sooner that the
+    /// process has ended.
+    pub(crate) async fn start(&self, key: &StepKey, dir: &StepDir) -> io::Result<Option<Child>> {
+        if self.systemd {
+            self.start_unit(key, dir).await?;
+            return Ok(None);
+        }
+        let output = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(dir.output())?;
+        Command::new(&self.program)
+            .args(self.arguments(key))
+            .env_clear()
+            .envs(environment())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            // Signals from a terminal reach the daemon only, even before the step process has
+            // made its own session.
+            .process_group(0)
+            .kill_on_drop(false)
+            .spawn()
+            .map(Some)
+    }
+
+    fn arguments(&self, key: &StepKey) -> [String; 4] {
+        let config = self.config.to_string_lossy().into_owned();
+        ["step".into(), "--config".into(), config, key.to_string()]
+    }
+
+    async fn start_unit(&self, key: &StepKey, dir: &StepDir) -> io::Result<()> {
+        let program = self.program.to_string_lossy().into_owned();
+        let argv: Vec<String> = std::iter::once(program.clone())
+            .chain(self.arguments(key))
+            .collect();
+        let environment: Vec<String> = environment()
+            .into_iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        let output = dir.output().to_string_lossy().into_owned();
+        // No secret is among these: everybody on the host can read a unit's properties.
+        let properties: Vec<(&str, Variant<'_>)> = vec![
+            ("Description", Variant::from(format!("Lockstep step {key}"))),
+            ("Type", Variant::from("exec")),
+            ("Slice", Variant::from("lockstep-steps.slice")),
+            ("ExecStart", Variant::from(vec![(program, argv, false)])),
+            ("Environment", Variant::from(environment)),
+            ("StandardOutputFileToAppend", Variant::from(output.clone())),
+            ("StandardErrorFileToAppend", Variant::from(output)),
+            ("KillMode", Variant::from("control-group")),
+            ("CollectMode", Variant::from("inactive-or-failed")),
+            ("LimitCORE", Variant::from(0_u64)),
+            ("UMask", Variant::from(0o077_u32)),
+        ];
+        let unit = unit_name(key);
+        let auxiliary: Vec<(&str, Vec<(&str, Variant<'_>)>)> = vec![];
+        manager_call(
+            "StartTransientUnit",
+            &(unit.as_str(), "fail", properties, auxiliary),
+        )
+        .await
+        .map(|_| ())
+        .map_err(|error| io::Error::other(format!("systemd does not start {unit}: {error}")))
+    }
+
+    /// Ends whatever an attempt left behind; false if something of it is still there afterwards.
+    pub(crate) async fn end_all(&self, key: &StepKey, dir: &StepDir, boot: &BootId) -> bool {
+        if self.systemd {
+            // No such unit means that systemd has seen the end of its last process.
+            let _ = manager_call("StopUnit", &(unit_name(key).as_str(), "replace")).await;
+        }
+        let start = Instant::now();
+        loop {
+            let alive = Claim::read(dir).map_or_else(Vec::new, |claim| claim.alive(boot));
+            let in_unit = self.systemd && unit_exists(key).await;
+            if alive.is_empty() && !in_unit {
+                return true;
+            }
+            let signal = if start.elapsed() < GRACE {
+                Signal::TERM
+            } else {
+                Signal::KILL
+            };
+            for pid in alive {
+                // It may have ended meanwhile.
+                let _ = kill_process(pid, signal);
+            }
+            if start.elapsed() > GONE_WITHIN {
+                return false;
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Asks the step process to stop: it ends its programs, and says so in its outcome.
+    pub(crate) fn cancel(dir: &StepDir, boot: &BootId) {
+        if let Err(error) = std::fs::write(dir.cancel(), b"") {
+            tracing::warn!(%error, "the cancel file cannot be written; a signal must do");
+        }
+        if let Some(claim) = Claim::read(dir).filter(|claim| claim.is_alive(boot))
+            && let Some(pid) = rustix::process::Pid::from_raw(claim.pid)
+        {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+    }
+}
+
+/// The environment of step processes: the plain one, and where systemd keeps the daemon's
+/// credentials. The directory's name is no secret.
+fn environment() -> BTreeMap<String, String> {
+    let mut environment: BTreeMap<String, String> = base_env(None)
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect();
+    if let Ok(directory) = std::env::var("CREDENTIALS_DIRECTORY") {
+        environment.insert("CREDENTIALS_DIRECTORY".into(), directory);
+    }
+    environment
+}
+
+/// `lockstep-step-<key>.service`. An `@` would make it an instance of a template.
+fn unit_name(key: &StepKey) -> String {
+    format!(
+        "lockstep-step-{}.service",
+        key.to_string().replace('@', "\\x40")
+    )
+}
+
+/// Whether systemd still knows the unit. A bus that does not answer proves nothing.
+async fn unit_exists(key: &StepKey) -> bool {
+    match manager_call("GetUnit", &unit_name(key).as_str()).await {
+        Err(zbus::Error::MethodError(name, ..)) => {
+            name.as_str() != "org.freedesktop.systemd1.NoSuchUnit"
+        }
+        _ => true,
+    }
+}
+
+/// A call to systemd. A connection of its own: steps are rare, and the bus may be restarted.
+async fn manager_call<B>(method: &str, body: &B) -> zbus::Result<zbus::Message>
+where
+    B: serde::ser::Serialize + zbus::zvariant::DynamicType,
+{
+    let call = async {
+        let connection = zbus::Connection::system().await?;
+        connection
+            .call_method(
+                Some("org.freedesktop.systemd1"),
+                "/org/freedesktop/systemd1",
+                Some("org.freedesktop.systemd1.Manager"),
+                method,
+                body,
+            )
+            .await
+    };
+    tokio::time::timeout(BUS_TIMEOUT, call)
+        .await
+        .unwrap_or_else(|_| Err(zbus::Error::Failure("the bus does not answer".into())))
+}

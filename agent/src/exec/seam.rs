@@ -1,0 +1,67 @@
+//! What link and exec say to each other: values of the domain, no transport. They run in one
+//! process today; nothing here keeps them there.
+
+use lockstep_proto::ids::{Epoch, PlanDigest, RolloutId, StepKey};
+use lockstep_proto::order::Order;
+use lockstep_proto::report::Report;
+use lockstep_proto::wire::{Hello, Welcome};
+use tokio::sync::{mpsc, oneshot};
+
+/// From link to exec. Exec never waits for the link, so that the link may wait here.
+#[derive(Debug)]
+pub(crate) enum Inbound {
+    /// The link is about to introduce the agent.
+    Dial(oneshot::Sender<Hello>),
+    /// A controller has answered. What exec says goes to `outbox` until it is dropped.
+    Connected {
+        welcome: Welcome,
+        outbox: mpsc::Sender<Outbound>,
+    },
+    /// The stream has ended.
+    Disconnected,
+    /// Reports up to this one are durable at the controller.
+    Acknowledged(u64),
+    /// The controller asks for consent.
+    Offer(Offer),
+    /// The controller orders a step.
+    Order(Box<Order>),
+    /// A rollout has ended.
+    Release(RolloutId, Epoch),
+    /// What runs of a rollout is to be stopped.
+    Cancel(RolloutId, Epoch),
+    /// The host's state is asked for.
+    Survey(RolloutId, Epoch),
+    /// A compiled plan that was asked for, or why it cannot be had.
+    Plan(PlanDigest, Result<Vec<u8>, String>),
+}
+
+/// Asks for consent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) rollout: RolloutId,
+    pub(crate) plan: PlanDigest,
+    pub(crate) epoch: Epoch,
+    pub(crate) dry_run: bool,
+}
+
+/// From exec to link.
+#[derive(Debug)]
+pub(crate) enum Outbound {
+    /// A report for the controller.
+    Report(Report),
+    /// A compiled plan is needed.
+    Fetch(PlanDigest),
+    /// This controller is not to be obeyed: end the stream.
+    Refuse(String),
+}
+
+/// Output of a running step, on its way to the controller. Lossy.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct LogPiece {
+    pub(crate) key: StepKey,
+    /// Where the data begins in the step's whole output, in bytes.
+    pub(crate) offset: u64,
+    pub(crate) data: Vec<u8>,
+    /// How far the step is, from 0 to 1000, and what it is at.
+    pub(crate) progress: Option<(u32, String)>,
+}

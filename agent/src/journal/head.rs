@@ -1,0 +1,82 @@
+//! The head file: which record was relied on last. Two slots, written in turn, so that one of
+//! them is whole whenever the power fails.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Hash, sync_dir};
+
+/// The slots lie in different blocks: a torn write harms one only.
+const SLOT_DISTANCE: u64 = 4096;
+
+const MAGIC: [u8; 8] = *b"LSHEAD1\n";
+const BODY: usize = 8 + 8 + 32;
+const SLOT: usize = BODY + 32;
+
+/// The open head file.
+#[derive(Debug)]
+pub(super) struct Head {
+    file: File,
+    next: u64,
+}
+
+impl Head {
+    /// Opens or makes the file; answers with the newest head in it, if there is one.
+    pub(super) fn open(path: &Path) -> io::Result<(Self, Option<(u64, Hash)>)> {
+        let existed = path.exists();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        if !existed {
+            sync_dir(path.parent().unwrap_or(Path::new(".")))?;
+        }
+        let slots = [read_slot(&file, 0)?, read_slot(&file, 1)?];
+        let newest = match (slots[0], slots[1]) {
+            (Some(a), Some(b)) if a.0 > b.0 => Some((0, a)),
+            (_, Some(b)) => Some((1, b)),
+            (Some(a), None) => Some((0, a)),
+            (None, None) => None,
+        };
+        // The older slot, or the broken one, is written next.
+        let next = newest.map_or(0, |(slot, _)| 1 - slot);
+        Ok((Self { file, next }, newest.map(|(_, head)| head)))
+    }
+
+    /// Makes a new head durable.
+    pub(super) fn write(&mut self, number: u64, hash: Hash) -> io::Result<()> {
+        let mut slot = Vec::with_capacity(SLOT);
+        slot.extend_from_slice(&MAGIC);
+        slot.extend_from_slice(&number.to_le_bytes());
+        slot.extend_from_slice(&hash);
+        let check = Sha256::digest(&slot);
+        slot.extend_from_slice(&check);
+        self.file.write_all_at(&slot, self.next * SLOT_DISTANCE)?;
+        self.file.sync_data()?;
+        self.next = 1 - self.next;
+        Ok(())
+    }
+}
+
+fn read_slot(file: &File, slot: u64) -> io::Result<Option<(u64, Hash)>> {
+    let mut bytes = [0; SLOT];
+    match file.read_exact_at(&mut bytes, slot * SLOT_DISTANCE) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let (body, check) = bytes.split_at(BODY);
+    if body[..8] != MAGIC || Sha256::digest(body)[..] != *check {
+        return Ok(None);
+    }
+    let number = u64::from_le_bytes(body[8..16].try_into().expect("8 bytes"));
+    let hash = body[16..].try_into().expect("32 bytes");
+    Ok(Some((number, hash)))
+}

@@ -1,0 +1,435 @@
+//! The agent's memory: an append-only file of numbered, hash-chained records (INV-2, INV-11).
+//!
+//! ```text
+//! journal:  [length u32][number u64][hash 32][payload]  [length ...
+//!           hash = SHA-256(hash before | length | number | payload)
+//! head:     two slots, each (number, hash) with a checksum; written in turn
+//! reserve:  space that is given back when the disk is full, to record how steps ended
+//! ```
+//!
+//! [`Journal::append`] returns when the records are on the disk *and* the head names them, so at
+//! the next start a journal that does not reach its head has lost something that was relied on:
+//! it is quarantined, never repaired and never deleted. What lies beyond the head was relied on
+//! by nobody: a torn end there is cut.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+
+mod head;
+mod record;
+mod reserve;
+
+use head::Head;
+pub(crate) use record::{FORMAT, Held, Intent, Record};
+use reserve::Reserve;
+
+/// The largest payload, in bytes.
+pub(crate) const MAX_RECORD: usize = 32 << 10;
+
+const FRAME: usize = 4 + 8 + 32;
+
+/// The hash before the first record.
+const GENESIS: &[u8] = b"lockstep agent journal 1\n";
+
+type Hash = [u8; 32];
+
+/// Where a record begins in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Position(u64);
+
+/// How much a record matters when the disk is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// It opens something new, and may be refused.
+    Opens,
+    /// It closes something that runs already: the reserve is given back for it.
+    Closes,
+}
+
+/// A journal that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum JournalError {
+    /// The operating system refused.
+    #[error("cannot {what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that was relied on is missing or changed. The files are left as they are.
+    #[error("the journal {path} is broken: {why}")]
+    Quarantined {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the record's number.
+        why: String,
+    },
+    /// It holds something that this release does not know.
+    #[error("record {number} of {path} is of a kind that this release does not know")]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The record.
+        number: u64,
+        /// Why it cannot be read.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Records that were not written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AppendError {
+    /// There is no space; nothing has changed.
+    #[error("the disk that holds {0} is full")]
+    Full(PathBuf),
+    /// A record is larger than [`MAX_RECORD`]; nothing has changed.
+    #[error("a record of {0} bytes does not fit into the journal")]
+    TooLarge(usize),
+    /// It is not known what is on the disk: the agent must end, and look again at its next start.
+    #[error("the journal {path} cannot be written")]
+    Fatal {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The open journal. One process holds it: see `identity::StateLock`.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    number: u64,
+    hash: Hash,
+    head: Head,
+    reserve: Reserve,
+}
+
+impl Journal {
+    /// Opens or makes the journal of a state directory, and hands every record to `visit`.
+    pub(crate) fn open(
+        dir: &Path,
+        mut visit: impl FnMut(Position, Record),
+    ) -> Result<Self, JournalError> {
+        let path = dir.join("journal");
+        let broken = |why: String| JournalError::Quarantined {
+            path: path.clone(),
+            why,
+        };
+        let io_error = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| JournalError::Io { what, path, source }
+        };
+        let head_path = dir.join("head");
+        let (head, known) = Head::open(&head_path).map_err(io_error("open", &head_path))?;
+        let existed = path.exists();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("open", &path))?;
+        if !existed {
+            sync_dir(dir).map_err(io_error("synchronise", dir))?;
+        }
+        let size = file.metadata().map_err(io_error("read", &path))?.len();
+        let scan = Scan::run(&file, known.map(|(number, _)| number), &mut visit)
+            .map_err(|error| error.locate(&path))?;
+        match known {
+            Some((number, _)) if scan.number < number => {
+                return Err(broken(format!(
+                    "it ends after record {}, and {number} were written{}",
+                    scan.number,
+                    scan.stopped
+                        .map(|why| format!(" ({why})"))
+                        .unwrap_or_default(),
+                )));
+            }
+            Some((number, hash)) if scan.at_known != Some(hash) => {
+                return Err(broken(format!(
+                    "record {number} is not the one that was written"
+                )));
+            }
+            // Nothing was relied on before the first head: that is written after the first record.
+            None if scan.number > 1 => {
+                return Err(broken("its head is missing or broken".to_owned()));
+            }
+            _ => {}
+        }
+        if scan.length < size {
+            tracing::warn!(
+                path = %path.display(),
+                bytes = size - scan.length,
+                "the end of the journal was torn before anybody relied on it, and is cut"
+            );
+            file.set_len(scan.length).map_err(io_error("cut", &path))?;
+            file.sync_data().map_err(io_error("synchronise", &path))?;
+        }
+        let mut journal = Self {
+            reserve: Reserve::new(dir),
+            path,
+            file,
+            length: scan.length,
+            number: scan.number,
+            hash: scan.hash,
+            head,
+        };
+        // Records beyond the head are whole: from here on they are relied on.
+        if known.is_none_or(|(number, _)| number < journal.number) && journal.number > 0 {
+            journal
+                .head
+                .write(journal.number, journal.hash)
+                .map_err(io_error("write", &head_path))?;
+        }
+        Ok(journal)
+    }
+
+    /// Whether nothing has ever been written.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.number == 0
+    }
+
+    /// Appends records as one: afterwards all are on the disk, or none is.
+    pub(crate) fn append(
+        &mut self,
+        records: &[Record],
+        need: Need,
+    ) -> Result<Vec<Position>, AppendError> {
+        let mut bytes = Vec::new();
+        let mut positions = Vec::with_capacity(records.len());
+        let (mut number, mut hash) = (self.number, self.hash);
+        for record in records {
+            let payload =
+                serde_json::to_vec(record).expect("a record has no map with other keys than text");
+            if payload.len() > MAX_RECORD {
+                return Err(AppendError::TooLarge(payload.len()));
+            }
+            number += 1;
+            positions.push(Position(self.length + bytes.len() as u64));
+            hash = push_frame(&mut bytes, hash, number, &payload);
+        }
+        if need == Need::Opens && !self.reserve.ensure() {
+            return Err(AppendError::Full(self.path.clone()));
+        }
+        if let Err(error) = self.write(&bytes) {
+            if need == Need::Opens || !self.reserve.give_back() {
+                return Err(self.refused(error));
+            }
+            tracing::warn!("the disk is full: the reserve is given back to record what has ended");
+            self.write(&bytes).map_err(|error| self.refused(error))?;
+        }
+        self.head
+            .write(number, hash)
+            .map_err(|source| self.fatal(source))?;
+        self.length += bytes.len() as u64;
+        (self.number, self.hash) = (number, hash);
+        Ok(positions)
+    }
+
+    /// Writes at the end and makes it durable; undoes a partial write.
+    fn write(&self, bytes: &[u8]) -> Result<(), WriteError> {
+        if let Err(source) = self.file.write_all_at(bytes, self.length) {
+            self.file.set_len(self.length).map_err(WriteError::Fatal)?;
+            return Err(match source.raw_os_error() {
+                Some(NO_SPACE | OVER_QUOTA) => WriteError::Full,
+                _ => WriteError::Fatal(source),
+            });
+        }
+        // A failed sync may have dropped the data and says so only once, so that nothing may be
+        // concluded from a second one that succeeds.
+        self.file.sync_data().map_err(WriteError::Fatal)
+    }
+
+    fn refused(&self, error: WriteError) -> AppendError {
+        match error {
+            WriteError::Full => AppendError::Full(self.path.clone()),
+            WriteError::Fatal(source) => self.fatal(source),
+        }
+    }
+
+    fn fatal(&self, source: io::Error) -> AppendError {
+        AppendError::Fatal {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    /// Reads one record again.
+    pub(crate) fn read(&self, position: Position) -> Result<Record, JournalError> {
+        let io_error = |source| JournalError::Io {
+            what: "read",
+            path: self.path.clone(),
+            source,
+        };
+        let mut frame = [0; FRAME];
+        self.file
+            .read_exact_at(&mut frame, position.0)
+            .map_err(io_error)?;
+        let (length, number, _) = split_frame(&frame);
+        let mut payload = vec![0; length.min(MAX_RECORD)];
+        self.file
+            .read_exact_at(&mut payload, position.0 + FRAME as u64)
+            .map_err(io_error)?;
+        serde_json::from_slice(&payload).map_err(|source| JournalError::Newer {
+            path: self.path.clone(),
+            number,
+            source,
+        })
+    }
+}
+
+enum WriteError {
+    Full,
+    Fatal(io::Error),
+}
+
+const NO_SPACE: i32 = rustix::io::Errno::NOSPC.raw_os_error();
+const OVER_QUOTA: i32 = rustix::io::Errno::DQUOT.raw_os_error();
+
+/// Makes a directory's entries durable.
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+fn chain(before: Hash, length: u32, number: u64, payload: &[u8]) -> Hash {
+    let mut hasher = Sha256::new();
+    hasher.update(before);
+    hasher.update(length.to_le_bytes());
+    hasher.update(number.to_le_bytes());
+    hasher.update(payload);
+    hasher.finalize().into()
+}
+
+fn push_frame(bytes: &mut Vec<u8>, before: Hash, number: u64, payload: &[u8]) -> Hash {
+    let length = u32::try_from(payload.len()).expect("a payload is at most MAX_RECORD long");
+    let hash = chain(before, length, number, payload);
+    bytes.extend_from_slice(&length.to_le_bytes());
+    bytes.extend_from_slice(&number.to_le_bytes());
+    bytes.extend_from_slice(&hash);
+    bytes.extend_from_slice(payload);
+    hash
+}
+
+fn split_frame(frame: &[u8; FRAME]) -> (usize, u64, Hash) {
+    let length = u32::from_le_bytes(frame[..4].try_into().expect("4 bytes"));
+    let number = u64::from_le_bytes(frame[4..12].try_into().expect("8 bytes"));
+    let hash = frame[12..].try_into().expect("32 bytes");
+    (length as usize, number, hash)
+}
+
+/// What reading a journal from its beginning finds.
+struct Scan {
+    /// Bytes of whole records.
+    length: u64,
+    /// The last whole record, and its hash.
+    number: u64,
+    hash: Hash,
+    /// The hash of the record that the head names.
+    at_known: Option<Hash>,
+    /// Why it ended before the end of the file.
+    stopped: Option<&'static str>,
+}
+
+enum ScanError {
+    Io(io::Error),
+    Newer(u64, serde_json::Error),
+}
+
+impl ScanError {
+    fn locate(self, path: &Path) -> JournalError {
+        let path = path.to_owned();
+        match self {
+            Self::Io(source) => JournalError::Io {
+                what: "read",
+                path,
+                source,
+            },
+            Self::Newer(number, source) => JournalError::Newer {
+                path,
+                number,
+                source,
+            },
+        }
+    }
+}
+
+impl Scan {
+    fn run(
+        file: &File,
+        known: Option<u64>,
+        visit: &mut impl FnMut(Position, Record),
+    ) -> Result<Self, ScanError> {
+        let mut reader = BufReader::new(file);
+        let mut scan = Self {
+            length: 0,
+            number: 0,
+            hash: Sha256::digest(GENESIS).into(),
+            at_known: None,
+            stopped: None,
+        };
+        loop {
+            let mut frame = [0; FRAME];
+            match fill(&mut reader, &mut frame).map_err(ScanError::Io)? {
+                0 => return Ok(scan),
+                FRAME => {}
+                _ => return Ok(scan.stop("a record is incomplete")),
+            }
+            let (length, number, hash) = split_frame(&frame);
+            if length > MAX_RECORD || number != scan.number + 1 {
+                return Ok(scan.stop("a record has no valid beginning"));
+            }
+            let mut payload = vec![0; length];
+            if fill(&mut reader, &mut payload).map_err(ScanError::Io)? < length {
+                return Ok(scan.stop("a record is incomplete"));
+            }
+            let short = u32::try_from(length).expect("a payload is at most MAX_RECORD long");
+            if chain(scan.hash, short, number, &payload) != hash {
+                return Ok(scan.stop("a record does not match its hash"));
+            }
+            let record =
+                serde_json::from_slice(&payload).map_err(|e| ScanError::Newer(number, e))?;
+            visit(Position(scan.length), record);
+            scan.length += (FRAME + length) as u64;
+            (scan.number, scan.hash) = (number, hash);
+            if known == Some(number) {
+                scan.at_known = Some(hash);
+            }
+        }
+    }
+
+    fn stop(mut self, why: &'static str) -> Self {
+        self.stopped = Some(why);
+        self
+    }
+}
+
+/// Reads until the buffer is full or the file ends; says how much there was.
+fn fill(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match reader.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+mod tests;

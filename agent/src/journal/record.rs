@@ -1,0 +1,83 @@
+//! What the agent remembers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use lockstep_proto::ids::{BootId, Digest, Epoch, InstanceId, PlanDigest, RolloutId, StepKey};
+use lockstep_proto::report::ReportBody;
+use lockstep_proto::values::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The version of this vocabulary. Readers refuse kinds of records that they do not know.
+pub(crate) const FORMAT: u32 = 1;
+
+/// A record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Record {
+    /// The first record.
+    Opened {
+        /// [`FORMAT`].
+        format: u32,
+        /// The domain of the certificates: a journal belongs to one.
+        domain: String,
+        /// The installation that writes it.
+        instance: InstanceId,
+    },
+    /// A controller's term was obeyed for the first time (INV-4).
+    Epoch(Epoch),
+    /// The host holds itself for a rollout.
+    Held(Held),
+    /// The rollout has ended, and the hold with it.
+    Released {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// An attempt begins: written before its step process starts (INV-1).
+    Intent(Intent),
+    /// People asked for an attempt to be stopped.
+    Cancelled {
+        /// The attempt.
+        key: StepKey,
+    },
+    /// A report; for `Finished` also the record of how the attempt ended.
+    Report {
+        /// Its number.
+        number: u64,
+        /// What it says.
+        body: ReportBody,
+    },
+    /// Reports up to this one are durable at the controller. Losing this record costs nothing.
+    Acknowledged {
+        /// The number.
+        number: u64,
+    },
+}
+
+/// A hold on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Held {
+    /// The rollout.
+    pub(crate) rollout: RolloutId,
+    /// Its plan.
+    pub(crate) plan: PlanDigest,
+    /// Digest of the file with this host's steps, as it consented to them.
+    pub(crate) steps: Digest,
+    /// Sizes of the log files that the plan's `check.log` steps name, at the time of consent.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) log_offsets: BTreeMap<PathBuf, u64>,
+}
+
+/// The beginning of an attempt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Intent {
+    /// The attempt.
+    pub(crate) key: StepKey,
+    /// The host's state before anything was changed, for the undo.
+    pub(crate) before: Value,
+    /// The boot in which it began.
+    pub(crate) boot: BootId,
+    /// When it began, on the host's own clock.
+    pub(crate) at: Timestamp,
+}

@@ -1,0 +1,381 @@
+//! The network side: dials the controller, introduces the agent, and carries messages to and from
+//! exec. It decides nothing.
+//!
+//! ```text
+//! Dial -> Hello -> TLS 1.3, mutual -> Session: Hello up, Welcome down
+//!      -> Connected -> [ read | write | logs ] until one ends -> Disconnected -> back off
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_proto::plan::MAX_PLAN_BYTES;
+use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
+use lockstep_proto::wire::agent_v1::{self as wire, down, up};
+use lockstep_proto::wire::{Hello, InvalidMessage, MAX_AGENT_MESSAGE, Welcome};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+
+use crate::config::Config;
+use crate::errors::chain;
+use crate::exec::{Inbound, LogPiece, Offer, Outbound};
+use crate::notify::notify;
+use crate::tls::TlsError;
+
+mod connect;
+mod logs;
+
+/// Messages up that wait for the network. Reports beyond wait in the journal.
+const UP: usize = 16;
+
+/// Messages from exec that wait for the writer.
+const OUTBOX: usize = 16;
+
+/// From the request to the Welcome: the controller may be restarting, with thousands dialling.
+const WELCOME_WITHIN: Duration = Duration::from_secs(20);
+
+/// A plan has at most 1 MiB.
+const FETCH_WITHIN: Duration = Duration::from_secs(60);
+
+/// The first pause between two dials; each is longer than the one before, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const PAUSE_FACTOR: f64 = 1.6;
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// A session that lasted so long was a good one: the next dial is a first one.
+const GOOD_SESSION: Duration = Duration::from_secs(10);
+
+/// The controller asks for a pause before it stops; a wrong number keeps nobody away for long.
+const LONGEST_DRAIN: Duration = Duration::from_secs(60);
+
+/// Why a session ended, or did not begin.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    /// The agent's own files cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The certificate names another host.
+    #[error("the certificate is that of `{certificate}`, agent.toml says `{config}`")]
+    OtherHost {
+        /// The host in the certificate.
+        certificate: String,
+        /// The host in the configuration.
+        config: String,
+    },
+    /// The configured address or name cannot be used.
+    #[error("`{0}` in agent.toml is not host:port")]
+    Address(String),
+    /// No connection.
+    #[error("cannot connect to the controller at {address}")]
+    Connect {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The controller has ended the stream or refused it.
+    #[error("the controller ended the session ({})", .0.code())]
+    Status(#[source] Box<Status>),
+    /// The controller says something that breaks the contract.
+    #[error("the controller's message cannot be understood")]
+    Message(#[from] InvalidMessage),
+    /// Silence.
+    #[error("the controller did not answer within {} s", .0.as_secs())]
+    Silent(Duration),
+    /// The stream has ended without a word.
+    #[error("the controller closed the session")]
+    Closed,
+    /// Exec does not obey this controller.
+    #[error("this host refuses the controller: {0}")]
+    Refused(String),
+    /// The daemon is stopping.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+impl From<Status> for LinkError {
+    fn from(status: Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+impl LinkError {
+    /// What people can do about it.
+    fn hint(&self) -> Option<&'static str> {
+        let text = chain(self);
+        let has = |words: &str| text.contains(words);
+        Some(match self {
+            Self::Tls(_) => "run `lockstep-agent check`",
+            Self::OtherHost { .. } => "correct `host`, or get a certificate for this host",
+            Self::Address(_) => "write it as name:port",
+            Self::Refused(_) => "find out which controller is the right one before anything else",
+            Self::Status(status) if status.code() == Code::AlreadyExists => {
+                "another agent runs under this host's name: end it, and find out who started it"
+            }
+            _ if has("CertificateExpired") || has("expired") => {
+                "a certificate has expired, or a clock is wrong"
+            }
+            _ if has("CertificateRevoked") || has("Revoked") => "this host has been suspended",
+            _ if has("UnknownIssuer") || has("UnknownCA") => {
+                "the certificates are not of the same domain: look at `controller_ca`"
+            }
+            _ if has("NotValidForName") => {
+                "set `controller_name` to the name in the controller's certificate"
+            }
+            _ if has("Connection refused") => "the controller does not run there",
+            _ if has("failed to lookup address") => "the controller's name is not known here",
+            _ => return None,
+        })
+    }
+}
+
+/// How a session ended well.
+enum Ended {
+    /// The controller is about to stop.
+    Drained(Duration),
+}
+
+/// The network side.
+#[derive(Debug)]
+pub(crate) struct Link {
+    config: Arc<Config>,
+    exec: mpsc::Sender<Inbound>,
+    logs: mpsc::Receiver<LogPiece>,
+}
+
+impl Link {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        exec: mpsc::Sender<Inbound>,
+        logs: mpsc::Receiver<LogPiece>,
+    ) -> Self {
+        Self { config, exec, logs }
+    }
+
+    /// Keeps a session open until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut failures = 0;
+        loop {
+            let begun = Instant::now();
+            let result = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                result = self.session() => result,
+            };
+            if self.exec.send(Inbound::Disconnected).await.is_err() {
+                return;
+            }
+            if begun.elapsed() > GOOD_SESSION {
+                failures = 0;
+            }
+            let pause = match result {
+                Ok(Ended::Drained(pause)) => pause + jitter(0),
+                Err(error) => {
+                    let pause = jitter(failures);
+                    failures += 1;
+                    let hint = error.hint().map(tracing::field::display);
+                    let why = chain(&error);
+                    tracing::warn!(why, hint, again_in = ?pause, "no session");
+                    notify(&format!("STATUS=not connected: {why}"));
+                    pause
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn session(&mut self) -> Result<Ended, LinkError> {
+        let hello = self.hello().await?;
+        let channel = connect::connect(&self.config).await?;
+        let mut client = AgentServiceClient::new(channel)
+            // Orders with their bindings; no plan travels here.
+            .max_decoding_message_size(MAX_AGENT_MESSAGE)
+            .max_encoding_message_size(MAX_AGENT_MESSAGE);
+        let (up, messages) = mpsc::channel(UP);
+        send_up(&up, up::Message::Hello(hello.into())).await?;
+        let begin = async {
+            let mut down = client
+                .session(ReceiverStream::new(messages))
+                .await?
+                .into_inner();
+            let welcome = welcome(&mut down).await?;
+            Ok::<_, LinkError>((down, welcome))
+        };
+        let (down, welcome) = timeout(WELCOME_WITHIN, begin)
+            .await
+            .map_err(|_| LinkError::Silent(WELCOME_WITHIN))??;
+        let (outbox, from_exec) = mpsc::channel(OUTBOX);
+        self.tell(Inbound::Connected { welcome, outbox }).await?;
+        notify("STATUS=connected to the controller");
+        // Reading, writing and logs wait for the network each on its own: a controller that does
+        // not read must not keep this side from reading.
+        tokio::select! {
+            biased;
+            ended = read(&self.config, &self.exec, down) => ended,
+            ended = write(&self.exec, client.clone(), &up, from_exec) => ended,
+            never = logs::forward(client.clone(), &mut self.logs) => match never {},
+        }
+    }
+
+    async fn hello(&self) -> Result<Hello, LinkError> {
+        let (reply, hello) = oneshot::channel();
+        self.tell(Inbound::Dial(reply)).await?;
+        hello.await.map_err(|_| LinkError::Stopping)
+    }
+
+    async fn tell(&self, message: Inbound) -> Result<(), LinkError> {
+        tell(&self.exec, message).await
+    }
+}
+
+async fn tell(exec: &mpsc::Sender<Inbound>, message: Inbound) -> Result<(), LinkError> {
+    exec.send(message).await.map_err(|_| LinkError::Stopping)
+}
+
+async fn send_up(up: &mpsc::Sender<wire::Up>, message: up::Message) -> Result<(), LinkError> {
+    let message = wire::Up {
+        message: Some(message),
+    };
+    up.send(message).await.map_err(|_| LinkError::Closed)
+}
+
+async fn welcome(down: &mut Streaming<wire::Down>) -> Result<Welcome, LinkError> {
+    match down.message().await?.and_then(|down| down.message) {
+        Some(down::Message::Welcome(welcome)) => Ok(welcome.try_into()?),
+        Some(_) => Err(InvalidMessage::Field("the first message").into()),
+        None => Err(LinkError::Closed),
+    }
+}
+
+/// Messages down, to exec.
+async fn read(
+    config: &Config,
+    exec: &mpsc::Sender<Inbound>,
+    mut down: Streaming<wire::Down>,
+) -> Result<Ended, LinkError> {
+    use down::Message;
+    loop {
+        let Some(message) = down.message().await? else {
+            return Err(LinkError::Closed);
+        };
+        let message = match message.message {
+            Some(Message::Acknowledged(number)) => Inbound::Acknowledged(number),
+            Some(Message::Offer(offer)) => {
+                let (rollout, plan, epoch, dry_run) = offer.into_parts()?;
+                Inbound::Offer(Offer {
+                    rollout,
+                    plan,
+                    epoch,
+                    dry_run,
+                })
+            }
+            Some(Message::Order(order)) => {
+                Inbound::Order(Box::new(order.into_order(config.host.clone())?))
+            }
+            Some(Message::Release(release)) => {
+                let (rollout, epoch) = release.into_parts()?;
+                Inbound::Release(rollout, epoch)
+            }
+            Some(Message::Cancel(cancel)) => {
+                let (rollout, epoch) = cancel.into_parts()?;
+                Inbound::Cancel(rollout, epoch)
+            }
+            Some(Message::Survey(survey)) => {
+                let (rollout, epoch) = survey.into_parts()?;
+                Inbound::Survey(rollout, epoch)
+            }
+            Some(Message::Drain(drain)) => {
+                let pause = Duration::from_millis(drain.reconnect_after_ms.into());
+                tracing::info!(?pause, "the controller is about to stop");
+                return Ok(Ended::Drained(pause.min(LONGEST_DRAIN)));
+            }
+            Some(Message::Welcome(_)) => {
+                return Err(InvalidMessage::Field("a second welcome").into());
+            }
+            // A newer controller that says something else relies on its being understood.
+            None => return Err(InvalidMessage::Missing("message").into()),
+        };
+        tell(exec, message).await?;
+    }
+}
+
+/// Messages of exec, up.
+async fn write(
+    exec: &mpsc::Sender<Inbound>,
+    client: AgentServiceClient<Channel>,
+    up: &mpsc::Sender<wire::Up>,
+    mut outbox: mpsc::Receiver<Outbound>,
+) -> Result<Ended, LinkError> {
+    while let Some(message) = outbox.recv().await {
+        match message {
+            Outbound::Report(report) => {
+                send_up(up, up::Message::Report(report.into())).await?;
+            }
+            Outbound::Fetch(digest) => {
+                let (exec, client) = (exec.clone(), client.clone());
+                // It ends with the session at the latest: its channel is the session's.
+                tokio::spawn(async move {
+                    let content = timeout(FETCH_WITHIN, fetch(client, digest.0.to_vec()))
+                        .await
+                        .unwrap_or_else(|_| Err("the controller does not send it".into()));
+                    let _ = exec.send(Inbound::Plan(digest, content)).await;
+                });
+            }
+            Outbound::Refuse(why) => return Err(LinkError::Refused(why)),
+        }
+    }
+    Err(LinkError::Stopping)
+}
+
+async fn fetch(
+    mut client: AgentServiceClient<Channel>,
+    digest: Vec<u8>,
+) -> Result<Vec<u8>, String> {
+    let failed = |status: Status| format!("{} ({})", status.message(), status.code());
+    let request = wire::FetchBlobRequest {
+        digest: digest.into(),
+    };
+    let mut chunks = client
+        .fetch_blob(request)
+        .await
+        .map_err(failed)?
+        .into_inner();
+    let mut content = Vec::new();
+    while let Some(chunk) = chunks.message().await.map_err(failed)? {
+        if content.len() + chunk.data.len() > MAX_PLAN_BYTES {
+            return Err(format!("it is larger than {MAX_PLAN_BYTES} bytes"));
+        }
+        content.extend_from_slice(&chunk.data);
+    }
+    Ok(content)
+}
+
+/// Full jitter: anything up to a bound that grows with each failure, so that thousands of agents
+/// do not come back together.
+fn jitter(failures: i32) -> Duration {
+    let bound = FIRST_PAUSE.as_secs_f64() * PAUSE_FACTOR.powi(failures.min(32));
+    let bound = bound.min(LONGEST_PAUSE.as_secs_f64());
+    Duration::from_secs_f64(rand::random_range(0.0..=bound))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_their_bound() {
+        let longest = |failures| (0..500).map(|_| jitter(failures)).max().unwrap();
+        assert!(longest(0) <= FIRST_PAUSE);
+        assert!(longest(3) > FIRST_PAUSE);
+        assert!(longest(i32::MAX) <= LONGEST_PAUSE);
+        assert!(longest(40) > LONGEST_PAUSE / 2);
+    }
+}

@@ -1,0 +1,151 @@
+//! Claims: at most one process ever acts for a step key (INV-1).
+
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use lockstep_proto::ids::BootId;
+use rustix::process::Pid;
+use serde::{Deserialize, Serialize};
+
+use super::StepDir;
+use crate::journal::sync_dir;
+
+/// Who claimed an attempt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Claim {
+    /// The process, which leads a session of its own.
+    pub(crate) pid: i32,
+    /// When it started, in the kernel's ticks since boot: a process id alone may be used again.
+    pub(crate) started: u64,
+    /// The boot that both belong to.
+    pub(crate) boot: BootId,
+}
+
+/// What came of claiming.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Claimed {
+    /// The caller has it, and nobody else ever will.
+    Now,
+    /// It was claimed before: the caller must not act.
+    Before,
+}
+
+impl Claim {
+    /// A claim of the calling process.
+    pub(crate) fn own(boot: BootId) -> io::Result<Self> {
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let started =
+            start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+        Ok(Self { pid, started, boot })
+    }
+
+    /// Claims the attempt for ever. Durable when it returns.
+    pub(crate) fn take(&self, dir: &StepDir) -> io::Result<Claimed> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(dir.claim());
+        let mut file = match file {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Ok(Claimed::Before);
+            }
+            Err(error) => return Err(error),
+        };
+        let text = serde_json::to_vec(self).expect("a claim is plain data");
+        file.write_all(&text)?;
+        file.sync_all()?;
+        sync_dir(dir.path())?;
+        Ok(Claimed::Now)
+    }
+
+    /// The claim of an attempt; `None` if it is not claimed, or not wholly written yet.
+    pub(crate) fn read(dir: &StepDir) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(dir.claim()).ok()?).ok()
+    }
+
+    /// Whether the process that claimed is alive.
+    pub(crate) fn is_alive(&self, boot: &BootId) -> bool {
+        self.boot == *boot && start_time(self.pid) == Some(self.started)
+    }
+
+    /// The processes of the attempt that are alive: those of its session. Daemons that left it,
+    /// such as a service that the step started, do not count.
+    pub(crate) fn alive(&self, boot: &BootId) -> Vec<Pid> {
+        if self.boot != *boot {
+            return vec![];
+        }
+        // Another process has the id now, so that the session it names is not ours.
+        if start_time(self.pid).is_some_and(|started| started != self.started) {
+            return vec![];
+        }
+        let Ok(entries) = std::fs::read_dir("/proc") else {
+            return vec![];
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+            .filter(|pid| stat(*pid).is_some_and(|stat| stat.session == self.pid && !stat.zombie))
+            .filter_map(Pid::from_raw)
+            .collect()
+    }
+}
+
+struct Stat {
+    session: i32,
+    started: u64,
+    zombie: bool,
+}
+
+/// The fields of /proc/<pid>/stat that matter here.
+fn stat(pid: i32) -> Option<Stat> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The program's name stands in parentheses and may hold anything, parentheses too.
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    Some(Stat {
+        zombie: matches!(*fields.first()?, "Z" | "X"),
+        session: fields.get(3)?.parse().ok()?,
+        started: fields.get(19)?.parse().ok()?,
+    })
+}
+
+/// When a live process started.
+fn start_time(pid: i32) -> Option<u64> {
+    stat(pid)
+        .filter(|stat| !stat.zombie)
+        .map(|stat| stat.started)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn boot(byte: u8) -> BootId {
+        BootId::from_bytes([byte; 8])
+    }
+
+    #[test]
+    fn an_attempt_is_claimed_once() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StepDir::at(root.path().to_owned());
+        let claim = Claim::own(boot(1)).unwrap();
+        assert_eq!(claim.take(&dir).unwrap(), Claimed::Now);
+        assert_eq!(claim.take(&dir).unwrap(), Claimed::Before);
+        assert_eq!(Claim::read(&dir), Some(claim));
+    }
+
+    #[test]
+    fn a_process_of_another_boot_or_with_a_used_id_is_gone() {
+        let claim = Claim::own(boot(1)).unwrap();
+        assert!(claim.is_alive(&boot(1)));
+        assert!(!claim.is_alive(&boot(2)));
+        let reused = Claim {
+            started: claim.started + 1,
+            ..claim
+        };
+        assert!(!reused.is_alive(&boot(1)));
+        assert!(reused.alive(&boot(1)).is_empty());
+    }
+}

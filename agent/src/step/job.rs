@@ -1,0 +1,137 @@
+//! The files through which exec and step processes speak. Both may die between any two of them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::StepKey;
+use lockstep_proto::order::{Binding, Fact};
+use lockstep_proto::report::StepOutcome;
+use lockstep_proto::values::Period;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::identity::{private_dir, replace_file};
+use crate::journal::sync_dir;
+
+/// What a step process is to do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// The attempt, with its direction.
+    pub(crate) key: StepKey,
+    /// The action, with the host's variables put in.
+    pub(crate) action: Action,
+    /// The before-state in the intent.
+    pub(crate) before: Value,
+    /// The order's facts.
+    pub(crate) bindings: Vec<Binding>,
+    /// The longest time, from the step process's start.
+    pub(crate) timeout: Period,
+    /// Where the log files that `check.log` reads ended at the time of consent.
+    pub(crate) log_offsets: BTreeMap<PathBuf, u64>,
+}
+
+/// How a step process ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Ended {
+    /// How.
+    pub(crate) outcome: StepOutcome,
+    /// What it proved.
+    pub(crate) facts: Vec<Fact>,
+    /// How long it ran.
+    pub(crate) took: Period,
+}
+
+/// The directory of one attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StepDir(PathBuf);
+
+impl StepDir {
+    /// Where the directories of all attempts are.
+    pub(crate) fn parent(state_dir: &Path) -> PathBuf {
+        state_dir.join("steps")
+    }
+
+    /// That of an attempt.
+    pub(crate) fn of(state_dir: &Path, key: &StepKey) -> Self {
+        Self(Self::parent(state_dir).join(key.to_string()))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn claim(&self) -> PathBuf {
+        self.0.join("claim")
+    }
+
+    pub(crate) fn outcome(&self) -> PathBuf {
+        self.0.join("outcome.json")
+    }
+
+    pub(crate) fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    pub(crate) fn output(&self) -> PathBuf {
+        self.0.join("output")
+    }
+
+    pub(crate) fn cancel(&self) -> PathBuf {
+        self.0.join("cancel")
+    }
+
+    pub(crate) fn files(&self) -> PathBuf {
+        self.0.join("files")
+    }
+
+    fn job(&self) -> PathBuf {
+        self.0.join("job.json")
+    }
+
+    /// Makes the directory, durably.
+    pub(crate) fn make(&self) -> io::Result<()> {
+        private_dir(&self.files()).map_err(io::Error::other)?;
+        sync_dir(&self.0)?;
+        sync_dir(self.0.parent().unwrap_or(Path::new(".")))
+    }
+
+    /// Writes the job.
+    pub(crate) fn write_job(&self, job: &Job) -> io::Result<()> {
+        let text = serde_json::to_vec(job).expect("a job has no map with other keys than text");
+        replace_file(&self.job(), &text)
+    }
+
+    /// Reads the job.
+    pub(crate) fn read_job(&self) -> io::Result<Job> {
+        read_json(&self.job())
+    }
+
+    /// Writes the outcome: whole and durable when this returns.
+    pub(crate) fn write_outcome(&self, ended: &Ended) -> io::Result<()> {
+        let text =
+            serde_json::to_vec(ended).expect("an outcome has no map with other keys than text");
+        replace_file(&self.outcome(), &text)
+    }
+
+    /// The outcome, if there is one.
+    pub(crate) fn read_outcome(&self) -> io::Result<Option<Ended>> {
+        match read_json(&self.outcome()) {
+            Ok(ended) => Ok(Some(ended)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<T> {
+    let text = std::fs::read(path)?;
+    serde_json::from_slice(&text)
+        .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
+}

@@ -1,0 +1,177 @@
+//! One attempt, from its claim to its outcome.
+
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_proto::action::Class;
+use lockstep_proto::ids::{Direction, StepKey};
+use lockstep_proto::report::{Cause, Failure, StepOutcome};
+use lockstep_proto::values::Period;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
+use crate::actions::{self, Done, Probe};
+use crate::config::Config;
+use crate::identity::boot_id;
+
+/// Beyond the deadline: programs end at the deadline by themselves, first politely, and their
+/// own account of it is better than ours.
+const LAST_WORDS: Duration = Duration::from_secs(15);
+
+/// How often the cancel file is looked for. A signal is faster; the file outlives a race with the
+/// process's start.
+const CANCEL_POLL: Duration = Duration::from_millis(200);
+
+/// How long an outcome is tried to be written: somebody may free space meanwhile.
+const WRITE_TRIES: u32 = 600;
+
+/// How a step process ended, other than by an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StepExit {
+    /// The outcome is on the disk.
+    Done,
+    /// Another process had claimed the attempt: nothing was done.
+    ClaimedBefore,
+}
+
+/// Does the attempt, unless anybody ever claimed it.
+pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
+    let begun = Instant::now();
+    // A group leader is refused: systemd has made this process the leader of a session already.
+    let _ = rustix::process::setsid();
+    let dir = StepDir::of(&config.state_dir, key);
+    let job = dir.read_job()?;
+    if job.key != *key {
+        return Err(io::Error::other(format!("the job is that of {}", job.key)));
+    }
+    let boot = boot_id(&config.run_dir).map_err(io::Error::other)?;
+    let log = StepLog::to_file(&dir.log())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    if Claim::own(boot)?.take(&dir)? == Claimed::Before {
+        return Ok(StepExit::ClaimedBefore);
+    }
+    let context = Context {
+        key: key.clone(),
+        config: Arc::new(config),
+        bindings: job.bindings.clone().into(),
+        dir: dir.files(),
+        log,
+        deadline: begun + job.timeout.to_std(),
+        log_offsets: Arc::new(job.log_offsets.clone()),
+        dry_run: false,
+    };
+    let cancelled = async {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return,
+                () = sleep(CANCEL_POLL) => if dir.cancel().exists() { return },
+            }
+        }
+    };
+    let changes = job.action.info().class != Class::Observing;
+    let limit = context.deadline + LAST_WORDS;
+    let result = tokio::select! {
+        biased;
+        () = cancelled => Err(Failure {
+            changed: changes,
+            last_lines: context.log.last_lines(),
+            ..failure(Cause::Cancelled, "stopped, as people asked for")
+        }),
+        result = timeout_at(limit, guarded(&job, &context)) => result.unwrap_or_else(|_| {
+            Err(Failure {
+                changed: changes,
+                hint: Some("raise the step's `timeout` if it needs longer".into()),
+                last_lines: context.log.last_lines(),
+                ..failure(Cause::TimedOut, format!("took longer than {}", job.timeout))
+            })
+        }),
+    };
+    let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let ended = ended(result, Period(millis));
+    write(&dir, &ended).await?;
+    Ok(StepExit::Done)
+}
+
+fn ended(result: Result<Done, Failure>, took: Period) -> Ended {
+    match result {
+        Ok(Done {
+            changed,
+            summary,
+            facts,
+        }) => Ended {
+            outcome: StepOutcome::Ok { changed, summary },
+            facts,
+            took,
+        },
+        Err(failure) => Ended {
+            outcome: StepOutcome::Failed(failure),
+            facts: vec![],
+            took,
+        },
+    }
+}
+
+/// The action; a panic in it is a failure with an outcome, not a process that vanished.
+async fn guarded(job: &Job, context: &Context) -> Result<Done, Failure> {
+    let mut work = std::pin::pin!(act(job, context));
+    let caught = std::future::poll_fn(|task| {
+        match std::panic::catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(task))) {
+            Ok(poll) => poll.map(Some),
+            Err(_) => std::task::Poll::Ready(None),
+        }
+    })
+    .await;
+    caught.unwrap_or_else(|| {
+        Err(Failure {
+            changed: true,
+            hint: Some(format!(
+                "this is a defect of the agent; {} on the host says where",
+                context.dir.with_file_name("output").display()
+            )),
+            last_lines: context.log.last_lines(),
+            ..failure(Cause::Step, "the agent's own code failed")
+        })
+    })
+}
+
+async fn act(job: &Job, context: &Context) -> Result<Done, Failure> {
+    match job.key.direction {
+        Direction::Do => actions::apply(&job.action, context, &job.before).await,
+        Direction::Undo => actions::undo(&job.action, context, &job.before).await,
+        Direction::Probe => actions::probe(&job.action, context).await.map(would),
+    }
+}
+
+/// A probe's answer as a dry run shows it.
+pub(crate) fn would(probe: Probe) -> Done {
+    let summary = match probe {
+        Probe::Present(text) => format!("nothing to do: {text}"),
+        Probe::Absent(text) => format!("would act: {text}"),
+        Probe::Partial(text) => format!("would finish: {text}"),
+        Probe::NotYet(text) => format!("depends on an earlier step: {text}"),
+        Probe::NoProof(text) => format!("the host cannot say: {text}"),
+    };
+    Done {
+        changed: false,
+        summary,
+        facts: vec![],
+    }
+}
+
+async fn write(dir: &StepDir, ended: &Ended) -> io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match dir.write_outcome(ended) {
+            Ok(()) => return Ok(()),
+            Err(error) if tries == WRITE_TRIES => return Err(error),
+            Err(error) => {
+                tracing::error!(%error, "the outcome cannot be written; trying again");
+                tries += 1;
+                sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Who the agent is to the controller, and who the controller must be: TLS 1.3, mutual, with roles
+//! in the certificates (`spiffe://<domain>/agent/<host>`, `spiffe://<domain>/controller/<name>`).
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lockstep_proto::ids::HostId;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
+    SignatureScheme,
+};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use crate::config::Tls;
+
+/// Certificates that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TlsError {
+    /// A file is missing, or holds no PEM.
+    #[error("cannot read {what} {path}")]
+    Read {
+        /// What it should hold.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::pki_types::pem::Error,
+    },
+    /// It holds no certificate.
+    #[error("{0} holds no certificate")]
+    Empty(PathBuf),
+    /// The agent's certificate names no agent.
+    #[error("{path} is not an agent's certificate: {why}")]
+    NotAnAgent {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// Certificate, key and trust anchors do not go together.
+    #[error("the certificate, the key and the controller's CA cannot be used")]
+    Unusable(#[from] rustls::Error),
+    /// The trust anchors cannot be used.
+    #[error("the controller's CA cannot be used")]
+    Anchors(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// The agent's certificate, with what it says.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    /// The domain that it belongs to.
+    pub(crate) domain: String,
+    /// The host that it names.
+    pub(crate) host: HostId,
+    /// When it ends, in seconds since 1970.
+    pub(crate) not_after: i64,
+    chain: Vec<CertificateDer<'static>>,
+}
+
+impl Identity {
+    /// Reads the certificate; asked anew for each connection, because it is renewed while the
+    /// agent runs.
+    pub(crate) fn load(tls: &Tls) -> Result<Self, TlsError> {
+        let chain = certificates("the agent's certificate", &tls.cert)?;
+        let wrong = |why: String| TlsError::NotAnAgent {
+            path: tls.cert.clone(),
+            why,
+        };
+        let leaf = chain
+            .first()
+            .ok_or_else(|| TlsError::Empty(tls.cert.clone()))?;
+        let names = Names::of(leaf).map_err(wrong)?;
+        let [(domain, role, name)] = names.spiffe.as_slice() else {
+            return Err(wrong(format!(
+                "it must have one name spiffe://<domain>/agent/<host>, it has {}",
+                names.spiffe.len()
+            )));
+        };
+        if role != "agent" {
+            return Err(wrong(format!("its role is `{role}`")));
+        }
+        Ok(Self {
+            domain: domain.clone(),
+            host: name.parse().map_err(|error| wrong(format!("{error}")))?,
+            not_after: names.not_after,
+            chain,
+        })
+    }
+}
+
+fn certificates(
+    what: &'static str,
+    path: &PathBuf,
+) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read = |source| TlsError::Read {
+        what,
+        path: path.clone(),
+        source,
+    };
+    let certificates: Vec<_> = CertificateDer::pem_file_iter(path)
+        .map_err(read)?
+        .collect::<Result<_, _>>()
+        .map_err(read)?;
+    if certificates.is_empty() {
+        return Err(TlsError::Empty(path.clone()));
+    }
+    Ok(certificates)
+}
+
+/// What one connection is made with.
+pub(crate) fn client_config(tls: &Tls, identity: &Identity) -> Result<Arc<ClientConfig>, TlsError> {
+    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(|source| TlsError::Read {
+        what: "the agent's key",
+        path: tls.key.clone(),
+        source,
+    })?;
+    let mut anchors = RootCertStore::empty();
+    for anchor in certificates("the controller's CA", &tls.controller_ca)? {
+        anchors.add(anchor)?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(anchors), provider.clone())
+        .build()
+        .map_err(|error| TlsError::Anchors(Box::new(error)))?;
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ControllerVerifier {
+            inner: verifier,
+            domain: identity.domain.clone(),
+        }))
+        .with_client_auth_cert(identity.chain.clone(), key)?;
+    // A resumed session would pass by certificates that have expired or been revoked since.
+    config.resumption = Resumption::disabled();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// The usual checks, and the role: another agent's certificate of the same domain is no
+/// controller's, whoever signed it.
+#[derive(Debug)]
+struct ControllerVerifier {
+    inner: Arc<WebPkiServerVerifier>,
+    domain: String,
+}
+
+/// A certificate with the right issuer and the wrong role.
+#[derive(Debug, thiserror::Error)]
+#[error("the certificate is not that of a controller of {domain}: {why}")]
+struct NotAController {
+    domain: String,
+    why: String,
+}
+
+impl ControllerVerifier {
+    fn check_role(&self, certificate: &CertificateDer<'_>) -> Result<(), String> {
+        let names = Names::of(certificate)?;
+        let [(domain, role, _)] = names.spiffe.as_slice() else {
+            return Err(format!("it has {} SPIFFE names", names.spiffe.len()));
+        };
+        if role != "controller" {
+            return Err(format!("its role is `{role}`"));
+        }
+        if *domain != self.domain {
+            return Err(format!("its domain is `{domain}`"));
+        }
+        Ok(())
+    }
+}
+
+impl ServerCertVerifier for ControllerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified =
+            self.inner
+                .verify_server_cert(end_entity, intermediates, server_name, ocsp, now)?;
+        self.check_role(end_entity).map_err(|why| {
+            let error = NotAController {
+                domain: self.domain.clone(),
+                why,
+            };
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+        })?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner
+            .verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// The names of a certificate.
+struct Names {
+    /// Domain, role and name of each `spiffe://` name.
+    spiffe: Vec<(String, String, String)>,
+    not_after: i64,
+}
+
+impl Names {
+    fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
+        let (_, parsed) =
+            X509Certificate::from_der(certificate).map_err(|error| error.to_string())?;
+        let names = parsed
+            .subject_alternative_name()
+            .map_err(|error| error.to_string())?;
+        let spiffe = names
+            .into_iter()
+            .flat_map(|names| &names.value.general_names)
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) => uri.strip_prefix("spiffe://"),
+                _ => None,
+            })
+            .map(|rest| {
+                let mut parts = rest.split('/');
+                match (parts.next(), parts.next(), parts.next(), parts.next()) {
+                    (Some(domain), Some(role), Some(name), None) if !domain.is_empty() => {
+                        Ok((domain.into(), role.into(), name.into()))
+                    }
+                    _ => Err(format!(
+                        "`spiffe://{rest}` is not spiffe://<domain>/<role>/<name>"
+                    )),
+                }
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            spiffe,
+            not_after: parsed.validity().not_after.timestamp(),
+        })
+    }
+}
