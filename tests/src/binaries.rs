@@ -19,7 +19,7 @@ impl Binaries {
     pub fn find() -> Result<Self> {
         let directory = match std::env::var_os("LOCKSTEP_BIN_DIR") {
             Some(directory) => PathBuf::from(directory),
-            None => beside_me()?,
+            None => directory()?,
         };
         let binary = |name: &str| {
             let path = directory.join(name);
@@ -39,8 +39,8 @@ impl Binaries {
     }
 }
 
-/// The profile's directory: tests lie one deeper, in `deps`.
-fn beside_me() -> Result<PathBuf> {
+/// Where this build puts its binaries; tests lie one deeper, in `deps`.
+pub fn directory() -> Result<PathBuf> {
     let me = std::env::current_exe().context("this executable has no path")?;
     let directory = me.parent().context("this executable has no directory")?;
     let profile = match directory.file_name() {

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Everything that a cluster starts ends with it: in order when the value is dropped, by the
-//! kernel when the test is killed. Waiting is level-triggered ([`wait`]), and says at the end what
+//! [`reaper`] when the test is killed. Waiting is level-triggered ([`wait`]), and says at the end what
 //! it saw last. Start with [`cluster::Cluster`].
 
 pub mod binaries;
@@ -22,7 +22,10 @@ pub mod mail;
 pub mod operator;
 pub mod postgres;
 pub mod processes;
+pub mod reaper;
 pub mod snapshot;
+pub mod story;
+pub mod timeline;
 pub mod wait;
 
 use std::path::{Path, PathBuf};

@@ -16,6 +16,8 @@ use crate::wait;
 pub struct Operator {
     /// The name in the certificate.
     pub name: String,
+    /// The groups in it.
+    pub groups: Vec<String>,
     /// The binary.
     pub binary: PathBuf,
     /// The profile: controller, trust anchor, certificate and key.
@@ -51,7 +53,10 @@ impl Operator {
             .env_clear()
             .env("PATH", PATH)
             .env("NO_COLOR", "1")
-            .env("HOME", self.profile.parent().unwrap_or_else(|| Path::new("/")))
+            .env(
+                "HOME",
+                self.profile.parent().unwrap_or_else(|| Path::new("/")),
+            )
             .env("LOCKSTEP_PROFILE", &self.profile)
             .stdin(Stdio::null());
         command
@@ -147,6 +152,8 @@ pub struct Gate {
     pub action: String,
     /// What a checklist asks to confirm.
     pub items: Vec<String>,
+    /// The groups that may decide; empty means anybody.
+    pub groups: Vec<String>,
     /// What is still missing.
     pub missing: String,
 }
@@ -166,6 +173,11 @@ pub fn gates(document: &Value) -> Vec<Gate> {
                 items: list(&gate["items"])
                     .map(|item| text(item).to_owned())
                     .collect(),
+                groups: match &step["args"]["from"] {
+                    Value::String(group) => vec![group.clone()],
+                    Value::Object(groups) => groups.keys().cloned().collect(),
+                    _ => vec![],
+                },
                 missing: text(&gate["missing"]).to_owned(),
             });
         }
@@ -225,7 +237,14 @@ pub fn answer_gates(
             Err(error) => format!("{error:#}"),
         };
         for gate in watcher.open_gates(rollout).unwrap_or_default() {
-            for person in people {
+            let may = |person: &&&Operator| {
+                gate.groups.is_empty()
+                    || gate
+                        .groups
+                        .iter()
+                        .any(|group| person.groups.contains(group))
+            };
+            for person in people.iter().filter(may) {
                 match person.approve(rollout, &gate, "checked by eye") {
                     Ok(said) if said.code == 0 => tell(person, &gate),
                     Ok(said) => refused = said.text(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::wait;
+use crate::{reaper, wait};
 
 /// A process as /proc shows it.
 #[derive(Debug, Clone)]
@@ -68,10 +68,16 @@ pub fn all() -> Vec<Process> {
 }
 
 /// The processes that have to do with a directory: in their arguments, environment or as the
-/// place where they run.
+/// place where they run. Its reaper is none of them.
 pub fn of(directory: &Path) -> Vec<Process> {
     let mut found = all();
-    found.retain(|process| process.mentions(directory));
+    let reaps = |process: &Process| {
+        process
+            .argv
+            .iter()
+            .any(|word| word.ends_with(reaper::PROGRAM))
+    };
+    found.retain(|process| process.mentions(directory) && !reaps(process));
     found
 }
 

@@ -27,6 +27,7 @@ use crate::hosts::Host;
 use crate::mail::Mailbox;
 use crate::operator::Operator;
 use crate::postgres::Postgres;
+use crate::reaper::Reaper;
 use crate::{example, processes, wait};
 
 mod setup;
@@ -39,10 +40,10 @@ pub const REQUESTER: &str = "alice";
 
 /// The people of an installation and what they may decide.
 pub const PEOPLE: [(&str, &[&str]); 5] = [
-    (REQUESTER, &["devops_lead"]),
-    ("bob", &["dba", "devops"]),
+    (REQUESTER, &["release_manager"]),
+    ("bob", &["dba"]),
     ("carol", &["qa_lead"]),
-    ("dave", &["dev_lead"]),
+    ("dave", &["dev_lead", "devops_lead"]),
     ("erin", &["product_manager"]),
 ];
 
@@ -70,6 +71,7 @@ pub struct Cluster {
     binaries: Binaries,
     address: String,
     root: tempfile::TempDir,
+    _reaper: Reaper,
 }
 
 impl Builder {
@@ -130,6 +132,7 @@ impl Builder {
             secrets: BTreeMap::new(),
             binaries,
             address: String::new(),
+            _reaper: Reaper::of_cluster(root.path())?,
             root,
         };
         cluster.make_secrets()?;
@@ -228,8 +231,11 @@ impl Cluster {
 
     /// A person at the command line.
     pub fn operator(&self, name: &str) -> Operator {
+        let groups = PEOPLE.iter().find(|(person, _)| *person == name);
+        let groups = groups.map(|(_, groups)| *groups).unwrap_or_default();
         Operator {
             name: name.to_owned(),
+            groups: groups.iter().map(|group| (*group).to_owned()).collect(),
             binary: self.binaries.lockstep.clone(),
             profile: self
                 .root()
