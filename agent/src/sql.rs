@@ -178,7 +178,7 @@ impl Session {
             // A statement then ends soon after the agent has died.
             self.run(
                 "setting up the session",
-                "SET client_connection_check_interval = '1s'",
+                "SET client_connection_check_interval = '1s'; SET idle_session_timeout = 0",
             )
             .await?;
         }

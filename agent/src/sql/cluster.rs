@@ -258,6 +258,14 @@ impl Bench {
         cx
     }
 
+    /// The same on a host where `staff` is reached as the database's owner, who is no superuser.
+    pub(crate) fn as_owner(&self, mut cx: Context) -> Context {
+        let config = Arc::make_mut(&mut cx.config);
+        let owner = config.postgres["as_owner"].clone();
+        config.postgres.insert("staff".into(), owner);
+        cx
+    }
+
     /// A session in one of the host's databases, under a name of the test's own.
     pub(crate) async fn session(&self, database: &str) -> Session {
         self.try_session(database).await.unwrap()

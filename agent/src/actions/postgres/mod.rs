@@ -14,7 +14,7 @@
 mod backup;
 mod check_sql;
 pub(crate) mod fence;
-mod look;
+pub(crate) mod look;
 mod manifest;
 pub(crate) mod measure;
 mod restore;

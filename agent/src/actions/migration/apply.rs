@@ -1,0 +1,253 @@
+//! `migration.apply` and `migration.downgrade`.
+
+use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup};
+use lockstep_proto::ids::Digest;
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Cause, Failure};
+use serde_json::{Value, json};
+
+use super::alembic::{Alembic, Limits, Source, Way};
+use super::guard::{self, revision, shown};
+use crate::actions::postgres::hinted;
+use crate::actions::{Act, Done, Probe, bound};
+use crate::sql::Database;
+use crate::step::{Context, failure};
+
+/// Where the database is, once the old attempt's sessions are gone; and where it is to be.
+async fn where_it_is(
+    cx: &Context,
+    source: Source<'_>,
+    to: &str,
+    what: String,
+) -> Result<Probe, Failure> {
+    let session = Database::find(cx, source.database)?.connect(cx).await?;
+    if !cx.dry_run {
+        session.end_left_over(cx).await?;
+    } else if !source.is_there(cx)? {
+        return Ok(Probe::NotYet(format!(
+            "release {} is not on this host yet",
+            source.release
+        )));
+    }
+    let now = revision(&session).await?;
+    let to = Alembic::of(cx, source)?.resolve(to).await?;
+    let name = source.database;
+    Ok(if now == to {
+        Probe::Present(format!("`{name}` is at {to}"))
+    } else {
+        Probe::Absent(format!("`{name}` is at {}; {what}", shown(&now)))
+    })
+}
+
+async fn before(cx: &Context, database: &str) -> Result<Value, Failure> {
+    let session = Database::find(cx, database)?.connect(cx).await?;
+    Ok(json!({"revision": revision(&session).await?}))
+}
+
+/// The revision that was recorded with the intent.
+fn recorded(before: &Value) -> Result<&str, Failure> {
+    before["revision"].as_str().ok_or_else(|| {
+        failure(
+            Cause::Step,
+            "the revision before the step was not recorded, so there is no way back",
+        )
+    })
+}
+
+fn moved(database: &str, before: &str, after: &str) -> Fact {
+    Fact::Revision {
+        database: database.to_owned(),
+        before: before.to_owned(),
+        after: after.to_owned(),
+    }
+}
+
+fn done(database: &str, from: &str, to: &str, changed: bool) -> Done {
+    let summary = if changed {
+        format!("`{database}` went from {} to {}", shown(from), shown(to))
+    } else {
+        format!("`{database}` is at {} already", shown(to))
+    };
+    Done {
+        changed,
+        summary,
+        facts: vec![moved(database, from, to)],
+    }
+}
+
+impl Act for Apply {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        where_it_is(cx, self.into(), &self.to, self.describe()).await
+    }
+
+    async fn before(&self, cx: &Context) -> Result<Value, Failure> {
+        before(cx, &self.database).await
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let tool = Alembic::of(cx, self.into())?;
+        let session = guard::lock(cx, &tool.database).await?;
+        if self.backup == RequiredBackup::Verified {
+            let otherwise = ", or say `backup: none` if its data can be lost";
+            guard::require_backup(cx, &session, &self.database, otherwise).await?;
+        }
+        let from = revision(&session).await?;
+        let to = tool.resolve(&self.to).await?;
+        if from == to {
+            return Ok(done(&self.database, &from, &to, false));
+        }
+        as_approved(cx, &tool, &self.database, &from, &to).await?;
+        let limits = Limits {
+            lock: self.lock_timeout,
+            statement: self.statement_timeout,
+        };
+        guard::go(cx, &tool, &session, Way::Up, (&from, &to), limits).await?;
+        Ok(done(&self.database, &from, &to, true))
+    }
+
+    async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
+        let to = recorded(before)?;
+        let session = Database::find(cx, &self.database)?.connect(cx).await?;
+        session.end_left_over(cx).await?;
+        let from = revision(&session).await?;
+        if from == to {
+            return Ok(done(&self.database, &from, to, false));
+        }
+        drop(session);
+        // Only this release knows the revision that it brought.
+        let tool = Alembic::of(cx, self.into())?;
+        let session = guard::lock(cx, &tool.database).await?;
+        if self.backup == RequiredBackup::Verified {
+            guard::require_fence(cx, &session, &self.database).await?;
+        }
+        let limits = Limits {
+            lock: self.lock_timeout,
+            statement: self.statement_timeout,
+        };
+        guard::go(cx, &tool, &session, Way::Down, (&from, to), limits).await?;
+        Ok(done(&self.database, &from, to, true))
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "migrates `{}` to {} of {}",
+            self.database, self.to, self.release
+        )
+    }
+}
+
+/// Refuses unless what people saw is what would run (INV-12).
+async fn as_approved(
+    cx: &Context,
+    tool: &Alembic<'_>,
+    database: &str,
+    from: &str,
+    to: &str,
+) -> Result<(), Failure> {
+    let seen = bound(&cx.bindings, |fact| match fact {
+        Fact::SqlPlan {
+            database: of,
+            from,
+            to,
+            digest,
+            ..
+        } if of == database => Some((from, to, digest)),
+        _ => None,
+    });
+    let Some((seen_from, seen_to, seen_digest)) = seen else {
+        return Ok(());
+    };
+    let refused = |why: String| {
+        Err(hinted(
+            Cause::Refused,
+            format!("the SQL for `{database}` is not what was shown: {why}"),
+            "start the rollout again, so that people see what would run now",
+        ))
+    };
+    if (seen_from.as_str(), seen_to.as_str()) != (from, to) {
+        return refused(format!(
+            "it went from {} to {seen_to}, and would go from {} to {to}",
+            shown(seen_from),
+            shown(from)
+        ));
+    }
+    let digest = Digest::of(tool.render(from, to).await?.as_bytes());
+    if digest != *seen_digest {
+        return refused(format!(
+            "its digest is {}, and was {}",
+            digest.short(),
+            seen_digest.short()
+        ));
+    }
+    Ok(())
+}
+
+impl Act for Downgrade {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        where_it_is(cx, self.into(), &self.to, self.describe()).await
+    }
+
+    async fn before(&self, cx: &Context) -> Result<Value, Failure> {
+        before(cx, &self.database).await
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let tool = Alembic::of(cx, self.into())?;
+        let session = guard::lock(cx, &tool.database).await?;
+        guard::require_backup(cx, &session, &self.database, "").await?;
+        let from = revision(&session).await?;
+        if self.to == "head" {
+            return Err(hinted(
+                Cause::Refused,
+                "`head` is no revision to go down to",
+                "name the revision by its id",
+            ));
+        }
+        let to = tool.resolve(&self.to).await?;
+        if from == to {
+            return Ok(done(&self.database, &from, &to, false));
+        }
+        let limits = Limits {
+            lock: self.lock_timeout,
+            statement: self.statement_timeout,
+        };
+        guard::go(cx, &tool, &session, Way::Down, (&from, &to), limits).await?;
+        Ok(done(&self.database, &from, &to, true))
+    }
+
+    /// Brings the schema back. What the columns and tables that were dropped held is in the backup
+    /// only; the comparison of the database's state says whether anything of it is missed.
+    async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
+        let to = recorded(before)?;
+        let tool = Alembic::of(cx, self.into())?;
+        let session = guard::lock(cx, &tool.database).await?;
+        let from = revision(&session).await?;
+        if from == to {
+            return Ok(done(&self.database, &from, to, false));
+        }
+        let limits = Limits {
+            lock: self.lock_timeout,
+            statement: self.statement_timeout,
+        };
+        guard::go(cx, &tool, &session, Way::Up, (&from, to), limits).await?;
+        let mut done = done(&self.database, &from, to, true);
+        if let Some((id, _)) = guard::verified(cx, &self.database) {
+            let value = format!("what the downgrade dropped is empty now, and in the backup {id}");
+            done.facts.push(Fact::Note {
+                name: format!("database {}", self.database),
+                value,
+            });
+        }
+        Ok(done)
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "takes `{}` back to {} with {}",
+            self.database, self.to, self.release
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,773 @@
+//! With the real tool on a real server: the migrations of the example application.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use lockstep_proto::action::migration::{Current, Plan, Tool, Verify};
+use lockstep_proto::action::postgres::VerifyBackup;
+use lockstep_proto::action::postgres::{Aspect, Backup, Fence, FenceVia, Format, RestoreInto};
+use lockstep_proto::values::{ByteSize, Period};
+
+use super::*;
+use crate::config::App;
+use crate::sql::cluster::Bench;
+
+const NULL: Value = Value::Null;
+
+/// A virtual environment with the application's requirements: made once, kept beside the build.
+fn environment(requirements: &Path) -> PathBuf {
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _one = ONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let wanted = fs::read(requirements).unwrap();
+    let exe = std::env::current_exe().unwrap();
+    let target = exe
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/debug/deps");
+    let venv = target.join(format!("test-venv-{}", Digest::of(&wanted).short()));
+    // Test processes may run at the same time, too.
+    let lock = fs::File::create(target.join("test-venv.lock")).unwrap();
+    lock.lock().unwrap();
+    let ready = venv.join("ready");
+    if !ready.exists() {
+        let run = |program: &mut Command| {
+            let output = program.output().unwrap();
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        };
+        run(Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(&venv));
+        run(Command::new(venv.join("bin/pip"))
+            .args(["install", "-q", "-r"])
+            .arg(requirements));
+        fs::write(ready, "").unwrap();
+    }
+    venv
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().flatten() {
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// A database host and an application host in one, with the releases v0.9.5 and v1.0.0 and rows
+/// of the former.
+struct Stage {
+    bench: Bench,
+    ledger: PathBuf,
+}
+
+impl Stage {
+    async fn new() -> Self {
+        let mut bench = Bench::new().await;
+        let root = bench.host.path().join("app");
+        let example =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/employee-system/app");
+        let venv = environment(&example.join("base/backend/requirements.txt"));
+        for release in ["v0.9.5", "v1.0.0"] {
+            let backend = root.join("releases").join(release).join("backend");
+            copy(&example.join("base/backend"), &backend);
+            if release == "v1.0.0" {
+                copy(&example.join("v1.0.0/backend"), &backend);
+            }
+            std::os::unix::fs::symlink(&venv, backend.join("venv")).unwrap();
+        }
+        let ledger = bench.host.path().join("ledger");
+        let env = [("MIGRATION_LEDGER".to_owned(), ledger.display().to_string())];
+        let app = App {
+            root,
+            user: None,
+            env: env.into(),
+        };
+        bench.host.config.apps.insert("employees".into(), app);
+        let stage = Self { bench, ledger };
+        stage
+            .free(&Apply {
+                release: "v0.9.5".into(),
+                ..apply()
+            })
+            .await
+            .unwrap();
+        stage
+            .bench
+            .sql(
+                "INSERT INTO public.departments (name) SELECT 'd' || n FROM generate_series(1, 5) n; \
+                 INSERT INTO public.employees (first_name, last_name, department_id) \
+                 SELECT 'f' || n, 'l' || n, 1 + n % 5 FROM generate_series(1, 200) n",
+            )
+            .await;
+        stage
+    }
+
+    /// What the application host sees.
+    fn cx(&self, step: u16, facts: Vec<Fact>) -> Context {
+        self.bench.as_owner(self.bench.cx(step, facts))
+    }
+
+    fn undo(&self, step: u16, facts: Vec<Fact>) -> Context {
+        self.bench.as_owner(self.bench.undo(step, facts))
+    }
+
+    /// Applies without asking for a backup.
+    async fn free(&self, act: &Apply) -> Result<Done, Failure> {
+        let act = Apply {
+            backup: RequiredBackup::None,
+            ..act.clone()
+        };
+        act.apply(&self.cx(50, vec![]), &NULL).await
+    }
+
+    fn fence(&self) -> Fence {
+        Fence {
+            database: "staff".into(),
+            via: FenceVia::Connect,
+            roles: vec![self.bench.app()],
+        }
+    }
+
+    /// A backup and its proof.
+    async fn backed_up(&self) -> Vec<Fact> {
+        let backup = Backup {
+            database: "staff".into(),
+            format: Format::Custom,
+            copies: vec![],
+            lock_wait: Period::seconds(5),
+            keep: 7,
+        };
+        let mut facts = backup
+            .apply(&self.bench.cx(2, vec![]), &NULL)
+            .await
+            .unwrap()
+            .facts;
+        let verify = VerifyBackup {
+            database: "staff".into(),
+            restore_into: RestoreInto::Scratch,
+            compare: vec![Aspect::RowCounts],
+            min_size: ByteSize(0),
+        };
+        let cx = self.bench.cx(3, facts.clone());
+        facts.extend(verify.apply(&cx, &NULL).await.unwrap().facts);
+        facts
+    }
+
+    async fn revision(&self) -> String {
+        revision(&self.bench.session("staff").await).await.unwrap()
+    }
+
+    /// What the application's own record says of migrations since the first.
+    fn ledger(&self) -> Vec<String> {
+        let text = fs::read_to_string(&self.ledger).unwrap();
+        let words = |line: &str| {
+            line.split_whitespace()
+                .take(2)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        text.lines().skip(1).map(words).collect()
+    }
+}
+
+fn apply() -> Apply {
+    Apply {
+        tool: Tool::Alembic,
+        database: "staff".into(),
+        app: "employees".into(),
+        release: "v1.0.0".into(),
+        dir: "backend".into(),
+        program: "venv/bin/alembic".into(),
+        to: "head".into(),
+        backup: RequiredBackup::Verified,
+        lock_timeout: Period::seconds(5),
+        statement_timeout: Period::seconds(60),
+    }
+}
+
+fn plan(to: &str) -> Plan {
+    let Apply {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+        ..
+    } = apply();
+    Plan {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+        to: to.into(),
+    }
+}
+
+fn downgrade(to: &str) -> Downgrade {
+    let Apply {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+        lock_timeout,
+        statement_timeout,
+        ..
+    } = apply();
+    Downgrade {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+        to: to.into(),
+        lock_timeout,
+        statement_timeout,
+    }
+}
+
+fn state(done: &Done) -> &Fact {
+    done.facts
+        .iter()
+        .find(|fact| matches!(fact, Fact::State { .. }))
+        .unwrap()
+}
+
+const OLD: &str = "0001_base";
+const NEW: &str = "0002_extended_fields";
+
+#[tokio::test]
+async fn a_migration_goes_up_behind_a_proven_backup_and_comes_back_to_the_same_state() {
+    let stage = Stage::new().await;
+    let fence = stage.fence();
+    let fenced = fence
+        .apply(&stage.bench.cx(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    let mut facts = plan("head")
+        .apply(&stage.cx(0, vec![]), &NULL)
+        .await
+        .unwrap()
+        .facts;
+    facts.extend(stage.backed_up().await);
+    let act = apply();
+    let cx = stage.cx(4, facts.clone());
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    let before = act.before(&cx).await.unwrap();
+    assert_eq!(before, json!({"revision": OLD}));
+    let done = act.apply(&cx, &before).await.unwrap();
+    assert!(done.changed);
+    let fact = Fact::Revision {
+        database: "staff".into(),
+        before: OLD.into(),
+        after: NEW.into(),
+    };
+    assert_eq!(done.facts, [fact]);
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Present(_)));
+    // Once is enough.
+    let again = act
+        .apply(&stage.cx(4, facts.clone()), &before)
+        .await
+        .unwrap();
+    assert!(!again.changed);
+    let back = act
+        .undo(&stage.undo(4, facts.clone()), &before)
+        .await
+        .unwrap();
+    assert!(back.changed);
+    assert!(
+        !act.undo(&stage.undo(4, facts), &before)
+            .await
+            .unwrap()
+            .changed
+    );
+    let undone = fence
+        .undo(&stage.bench.undo(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    assert_eq!(state(&fenced), state(&undone));
+    let Fact::State { text, .. } = state(&undone) else {
+        unreachable!("it is a state")
+    };
+    assert_eq!(text, "4 tables, 206 rows, revision 0001_base");
+    let ledger = [format!("upgrade {NEW}"), format!("downgrade {NEW}")];
+    assert_eq!(stage.ledger(), ledger);
+}
+
+#[tokio::test]
+async fn a_migration_is_refused_without_proof_or_behind_another_fence() {
+    let stage = Stage::new().await;
+    let failed = apply()
+        .apply(&stage.cx(4, vec![]), &NULL)
+        .await
+        .unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    assert!(
+        failed.message.contains("no backup of `staff` was verified"),
+        "{}",
+        failed.message
+    );
+    let fence = stage.fence();
+    fence
+        .apply(&stage.bench.cx(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    let mut facts = stage.backed_up().await;
+    fence
+        .undo(&stage.bench.undo(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    let failed = apply()
+        .apply(&stage.cx(4, facts.clone()), &NULL)
+        .await
+        .unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    assert!(
+        failed.message.contains("the fence has been lowered"),
+        "{}",
+        failed.message
+    );
+    // Only the backup, without its proof.
+    facts.retain(|fact| !matches!(fact, Fact::BackupVerified { .. }));
+    assert!(apply().apply(&stage.cx(4, facts), &NULL).await.is_err());
+    assert_eq!(stage.revision().await, OLD);
+    assert_eq!(stage.ledger(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_was_approved_is_what_runs() {
+    let stage = Stage::new().await;
+    let one = plan("head")
+        .apply(&stage.cx(0, vec![]), &NULL)
+        .await
+        .unwrap();
+    let two = plan(NEW).apply(&stage.cx(0, vec![]), &NULL).await.unwrap();
+    assert_eq!(one.facts, two.facts, "rendering is deterministic");
+    let [
+        Fact::SqlPlan {
+            from,
+            to,
+            sql,
+            digest,
+            ..
+        },
+    ] = one.facts.as_slice()
+    else {
+        panic!("{:?}", one.facts)
+    };
+    assert_eq!((from.as_str(), to.as_str()), (OLD, NEW));
+    assert!(
+        sql.contains("CREATE TABLE employee_fields") && sql.ends_with("COMMIT;\n"),
+        "{sql}"
+    );
+    assert_eq!(*digest, Digest::of(sql.as_bytes()));
+    let free = Apply {
+        backup: RequiredBackup::None,
+        ..apply()
+    };
+    // Somebody changes the release after people have seen the SQL.
+    let file = "app/releases/v1.0.0/backend/migrations/versions/0002_extended_fields.py";
+    let file = stage.bench.host.path().join(file);
+    let script = fs::read_to_string(&file).unwrap();
+    fs::write(&file, script.replace("employee_fields", "employee_field")).unwrap();
+    let failed = free
+        .apply(&stage.cx(4, one.facts.clone()), &NULL)
+        .await
+        .unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    assert!(
+        failed.message.contains("its digest is"),
+        "{}",
+        failed.message
+    );
+    fs::write(&file, script).unwrap();
+    free.apply(&stage.cx(4, one.facts.clone()), &NULL)
+        .await
+        .unwrap();
+    let nothing = plan("head")
+        .apply(&stage.cx(0, vec![]), &NULL)
+        .await
+        .unwrap();
+    assert!(matches!(&nothing.facts[..], [Fact::SqlPlan { sql, .. }] if sql.is_empty()));
+    // From another revision than was shown.
+    free.undo(&stage.undo(4, vec![]), &json!({"revision": ""}))
+        .await
+        .unwrap();
+    let failed = free
+        .apply(&stage.cx(4, one.facts), &NULL)
+        .await
+        .unwrap_err();
+    assert!(
+        failed.message.contains("would go from no revision"),
+        "{}",
+        failed.message
+    );
+}
+
+#[tokio::test]
+async fn without_the_fence_a_schema_does_not_go_back_by_itself() {
+    let stage = Stage::new().await;
+    let fence = stage.fence();
+    fence
+        .apply(&stage.bench.cx(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    let facts = stage.backed_up().await;
+    let act = apply();
+    let before = json!({"revision": OLD});
+    act.apply(&stage.cx(4, facts.clone()), &before)
+        .await
+        .unwrap();
+    fence
+        .undo(&stage.bench.undo(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    stage
+        .bench
+        .sql("INSERT INTO public.employees (first_name, last_name) VALUES ('n', 'n')")
+        .await;
+    let failed = act
+        .undo(&stage.undo(4, facts.clone()), &before)
+        .await
+        .unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    for why in [
+        "the fence has been lowered",
+        "employees: 201 rows, 200 in the backup",
+    ] {
+        assert!(failed.message.contains(why), "{}", failed.message);
+    }
+    assert!(
+        !failed.message.contains("departments"),
+        "{}",
+        failed.message
+    );
+    assert_eq!(stage.revision().await, NEW);
+    // A plan that says so may go down; its backup must then be behind the fence that is up.
+    let failed = downgrade(OLD)
+        .apply(&stage.cx(5, facts), &NULL)
+        .await
+        .unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    fence
+        .apply(&stage.bench.cx(1, vec![]), &NULL)
+        .await
+        .unwrap();
+    let facts = stage.backed_up().await;
+    let done = downgrade(OLD)
+        .apply(&stage.cx(5, facts.clone()), &NULL)
+        .await
+        .unwrap();
+    assert!(done.changed);
+    let before = json!({"revision": NEW});
+    let back = downgrade(OLD)
+        .undo(&stage.undo(5, facts), &before)
+        .await
+        .unwrap();
+    assert!(
+        back.changed && matches!(&back.facts[..], [_, Fact::Note { .. }]),
+        "{back:?}"
+    );
+    assert_eq!(stage.revision().await, NEW);
+}
+
+#[tokio::test]
+async fn lock_timeouts_are_tried_again_and_named_when_they_last() {
+    let stage = Stage::new().await;
+    let act = Apply {
+        lock_timeout: Period(150),
+        ..apply()
+    };
+    let holder = stage.bench.session("as_owner").await;
+    let hold = "BEGIN; LOCK public.employees IN ACCESS SHARE MODE";
+    holder.run("", hold).await.unwrap();
+    let release = async {
+        // Longer than one try takes.
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        holder.run("", "ROLLBACK").await.unwrap();
+    };
+    let (done, ()) = tokio::join!(stage.free(&act), release);
+    assert!(done.unwrap().changed);
+    assert!(
+        stage
+            .ledger()
+            .iter()
+            .all(|line| *line == format!("upgrade {NEW}"))
+    );
+    let free = Apply {
+        backup: RequiredBackup::None,
+        ..act
+    };
+    free.undo(&stage.undo(4, vec![]), &json!({"revision": OLD}))
+        .await
+        .unwrap();
+    holder.run("", hold).await.unwrap();
+    let failed = stage.free(&free).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Step);
+    assert!(
+        failed.message.contains("lock timeout"),
+        "{}",
+        failed.message
+    );
+    assert!(
+        failed.message.contains("still at 0001_base"),
+        "{}",
+        failed.message
+    );
+    assert!(failed.hint.unwrap().contains("pg_blocking_pids"));
+    assert!(!failed.changed);
+}
+
+#[tokio::test]
+async fn a_failed_migration_says_where_the_database_is() {
+    let stage = Stage::new().await;
+    stage
+        .bench
+        .sql("CREATE TABLE public.employee_fields (a int)")
+        .await;
+    let failed = stage.free(&apply()).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Step);
+    assert!(
+        failed.message.contains("already exists"),
+        "{}",
+        failed.message
+    );
+    assert!(
+        failed.message.contains("`staff` is still at 0001_base"),
+        "{}",
+        failed.message
+    );
+    assert!(!failed.changed && !failed.last_lines.is_empty());
+    stage.bench.sql("DROP TABLE public.employee_fields").await;
+    // The same, but a part of it was committed before.
+    let file = "app/releases/v1.0.0/backend/migrations/versions/0002_extended_fields.py";
+    let file = stage.bench.host.path().join(file);
+    let script = fs::read_to_string(&file).unwrap();
+    let script = script.replacen(
+        "def upgrade():\n",
+        "def upgrade():\n    op.execute('CREATE TABLE early (a int)')\n    with \
+         op.get_context().autocommit_block():\n        op.execute('CREATE INDEX CONCURRENTLY x ON \
+         users (id)')\n    op.execute('SELECT 1/0')\n",
+        1,
+    );
+    fs::write(&file, script).unwrap();
+    let failed = stage.free(&apply()).await.unwrap_err();
+    assert!(
+        failed.message.contains("division by zero"),
+        "{}",
+        failed.message
+    );
+    assert!(failed.changed);
+    assert!(failed.hint.unwrap().contains("outside of a transaction"));
+}
+
+#[tokio::test]
+async fn what_a_killed_attempt_left_is_ended_before_the_next_begins() {
+    let stage = Stage::new().await;
+    let old = stage.cx(4, vec![]);
+    // As a killed step process leaves it: a session with the lock, and the tool's backend at work.
+    let database = Database::find(&old, "staff").unwrap();
+    let left = guard::lock(&old, &database).await.unwrap();
+    let backend = database.connect(&old).await.unwrap();
+    backend
+        .run("", "BEGIN; LOCK public.employees IN ACCESS EXCLUSIVE MODE")
+        .await
+        .unwrap();
+    let act = Apply {
+        backup: RequiredBackup::None,
+        ..apply()
+    };
+    // Another step must wait.
+    let other = act.apply(&stage.cx(6, vec![]), &NULL).await.unwrap_err();
+    assert!(
+        other.message.contains("being migrated by lockstep:"),
+        "{}",
+        other.message
+    );
+    let cx = stage.cx(4, vec![]);
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    assert!(left.run("", "SELECT 1").await.is_err());
+    assert!(backend.run("", "SELECT 1").await.is_err());
+    assert!(act.apply(&cx, &NULL).await.unwrap().changed);
+}
+
+#[tokio::test]
+async fn the_revision_is_told_and_held_against_what_is_expected() {
+    let stage = Stage::new().await;
+    let Plan {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+        ..
+    } = plan("head");
+    let current = Current {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+    };
+    let done = current.apply(&stage.cx(0, vec![]), &NULL).await.unwrap();
+    assert_eq!(
+        done.summary,
+        "`staff` is at 0001_base (behind: 0002_extended_fields)"
+    );
+    let Current {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+    } = current;
+    let verify = Verify {
+        tool,
+        database,
+        app,
+        release,
+        dir,
+        program,
+        to: "head".into(),
+    };
+    let failed = verify.apply(&stage.cx(0, vec![]), &NULL).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::CheckUnmet);
+    let old = Verify {
+        to: OLD.into(),
+        ..verify.clone()
+    };
+    old.apply(&stage.cx(0, vec![]), &NULL).await.unwrap();
+    for (act, why) in [
+        (
+            Verify {
+                to: "-1".into(),
+                ..verify.clone()
+            },
+            "names no revision",
+        ),
+        (
+            Verify {
+                to: "+1".into(),
+                ..verify.clone()
+            },
+            "names no revision",
+        ),
+        (
+            Verify {
+                to: "nothing".into(),
+                ..verify.clone()
+            },
+            "Can't locate revision",
+        ),
+        (
+            Verify {
+                release: "v9".into(),
+                ..verify.clone()
+            },
+            "release v9 of `employees` is not on",
+        ),
+        (
+            Verify {
+                release: "../v9".into(),
+                ..verify.clone()
+            },
+            "leaves the release",
+        ),
+        (
+            Verify {
+                program: "venv/bin/none".into(),
+                ..verify.clone()
+            },
+            "venv/bin/none is not there",
+        ),
+        (
+            Verify {
+                app: "other".into(),
+                ..verify.clone()
+            },
+            "no application `other`",
+        ),
+    ] {
+        let failed = act.apply(&stage.cx(0, vec![]), &NULL).await.unwrap_err();
+        assert!(failed.message.contains(why), "{why}: {}", failed.message);
+    }
+    let mut dry = stage.cx(0, vec![]);
+    dry.dry_run = true;
+    let later = Verify {
+        release: "v9".into(),
+        ..verify
+    };
+    assert!(matches!(later.probe(&dry).await.unwrap(), Probe::NotYet(_)));
+    let later = Apply {
+        release: "v9".into(),
+        ..apply()
+    };
+    assert!(matches!(later.probe(&dry).await.unwrap(), Probe::NotYet(_)));
+}
+
+#[tokio::test]
+async fn no_password_is_in_the_tools_arguments_or_environment_or_left_behind() {
+    let stage = Stage::new().await;
+    let holder = stage.bench.session("as_owner").await;
+    holder
+        .run("", "BEGIN; LOCK public.employees IN ACCESS SHARE MODE")
+        .await
+        .unwrap();
+    let cx = stage.cx(4, vec![]);
+    let act = Apply {
+        backup: RequiredBackup::None,
+        lock_timeout: Period(30_000),
+        ..apply()
+    };
+    let look = async {
+        let mut seen = 0;
+        for _ in 0..400 {
+            for entry in fs::read_dir("/proc").unwrap().flatten() {
+                let read = |name| fs::read(entry.path().join(name)).unwrap_or_default();
+                let (argv, env) = (read("cmdline"), read("environ"));
+                let (argv, env) = (
+                    String::from_utf8_lossy(&argv),
+                    String::from_utf8_lossy(&env),
+                );
+                assert!(!argv.contains("canary-pa55"), "{argv}");
+                if env.contains(&format!("postgresql://{}_owner@", stage.bench.name)) {
+                    assert!(!env.contains("canary-pa55"));
+                    seen += 1;
+                }
+            }
+            // Until the tool waits for the lock.
+            let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND \
+                         starts_with(application_name, 'lockstep:')";
+            if seen > 0 && stage.bench.ask(waits).await != "0" {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        holder.run("", "ROLLBACK").await.unwrap();
+        seen
+    };
+    let (done, seen) = tokio::join!(act.apply(&cx, &NULL), look);
+    assert!(seen > 0, "the tool was seen");
+    assert!(done.unwrap().changed);
+    assert_eq!(fs::read_dir(&cx.dir).unwrap().count(), 0);
+}

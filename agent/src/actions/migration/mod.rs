@@ -1,0 +1,15 @@
+//! Schema migrations with the application's own tool, run from the release that holds them.
+//!
+//! ```text
+//! plan     render `upgrade <current>:<target> --sql`; people approve its digest
+//! apply    verified backup? fence still up? same SQL? -> lock -> upgrade -> look at the revision
+//! undo     fence still up? -> lock -> downgrade to the recorded revision, with the same release
+//! ```
+//!
+//! The tool keeps the revision in the database, in the transaction of the migration itself, so
+//! what an interrupted attempt has done can be read there once its sessions are gone (INV-7).
+
+mod alembic;
+mod apply;
+mod guard;
+mod look;
