@@ -12,6 +12,7 @@
 #[cfg(test)]
 mod contract;
 mod head;
+#[cfg(test)]
 pub mod memory;
 pub mod sled;
 

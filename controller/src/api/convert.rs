@@ -1,0 +1,148 @@
+//! The coordinator's values as `lockstep.control.v1`, and its refusals as gRPC statuses.
+
+use lockstep_core::event::EventKind;
+use lockstep_core::{Refused, RolloutEvent, Summary};
+use lockstep_proto::wire::control_v1 as wire;
+use tonic::{Code, Status};
+
+/// An event.
+pub fn event(event: &RolloutEvent) -> wire::RolloutEvent {
+    let RolloutEvent {
+        number,
+        at,
+        kind,
+        state,
+        phase,
+        step,
+        action,
+        host,
+        direction,
+        attempt,
+        message,
+        detail,
+        took_ms,
+    } = event;
+    wire::RolloutEvent {
+        number: *number,
+        at_ms: at.0,
+        kind: self::kind(*kind).into(),
+        state: (*state).to_owned(),
+        phase: phase.clone(),
+        step: step.map(|step| step.to_string()).unwrap_or_default(),
+        action: (*action).to_owned(),
+        host: host.as_ref().map(ToString::to_string).unwrap_or_default(),
+        direction: (*direction).to_owned(),
+        attempt: (*attempt).into(),
+        message: message.clone(),
+        detail: detail.clone(),
+        took_ms: *took_ms,
+        progress_permille: None,
+    }
+}
+
+fn kind(kind: EventKind) -> wire::EventKind {
+    match kind {
+        EventKind::Submitted => wire::EventKind::Submitted,
+        EventKind::Consent => wire::EventKind::Consent,
+        EventKind::PhaseOpened => wire::EventKind::PhaseOpened,
+        EventKind::PhaseClosed => wire::EventKind::PhaseClosed,
+        EventKind::StepOrdered => wire::EventKind::StepOrdered,
+        EventKind::StepStarted => wire::EventKind::StepStarted,
+        EventKind::StepOk => wire::EventKind::StepOk,
+        EventKind::StepFailed => wire::EventKind::StepFailed,
+        EventKind::GateOpened => wire::EventKind::GateOpened,
+        EventKind::GateDecided => wire::EventKind::GateDecided,
+        EventKind::GateClosed => wire::EventKind::GateClosed,
+        EventKind::Quarantined => wire::EventKind::Quarantined,
+        EventKind::RollbackStarted => wire::EventKind::RollbackStarted,
+        EventKind::Paused => wire::EventKind::Paused,
+        EventKind::Resumed => wire::EventKind::Resumed,
+        EventKind::Ended => wire::EventKind::Ended,
+        EventKind::Host => wire::EventKind::Host,
+        EventKind::Note => wire::EventKind::Note,
+    }
+}
+
+/// A rollout without its document.
+pub fn rollout(summary: Summary) -> wire::Rollout {
+    let Summary {
+        rollout,
+        plan,
+        digest,
+        state,
+        ended: _,
+        reason,
+        requester,
+        dry_run: _,
+        submitted,
+        ended_at,
+    } = summary;
+    wire::Rollout {
+        rollout: rollout.into(),
+        plan,
+        plan_digest: digest.to_string(),
+        state: state.to_owned(),
+        reason,
+        requester,
+        submitted_ms: submitted.0,
+        ended_ms: ended_at.map_or(0, |at| at.0),
+        document_json: bytes::Bytes::new(),
+    }
+}
+
+/// Why an operator is refused, as a status.
+pub fn refused(refused: Refused) -> Status {
+    let code = match &refused {
+        Refused::NotFound(_) => Code::NotFound,
+        Refused::SerialUsed(..) => Code::AlreadyExists,
+        Refused::Locked { .. } | Refused::NotNow(_) => Code::FailedPrecondition,
+        Refused::NotAllowed(_) => Code::PermissionDenied,
+        Refused::Invalid(_) => Code::InvalidArgument,
+    };
+    let message = match &refused {
+        // For people: a time, not a number.
+        Refused::Locked {
+            host,
+            holder,
+            plan,
+            state,
+            phase,
+            since_ms,
+        } => {
+            let since = i64::try_from(*since_ms).ok();
+            let since = since.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+            let since = since.map_or_else(|| "?".to_owned(), |since| format!("{since:.0}"));
+            format!(
+                "{host} is locked by {holder} ({plan}), {state} in phase `{phase}` since {since}; \
+                 wait for its end, or end it"
+            )
+        }
+        other => other.to_string(),
+    };
+    Status::new(code, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_proto::ids::RolloutId;
+
+    use super::*;
+
+    #[test]
+    fn a_lock_is_refused_with_its_holder_and_a_readable_time() {
+        let status = refused(Refused::Locked {
+            host: "db-1".parse().unwrap(),
+            holder: RolloutId::from_random([1; 6]),
+            plan: "p".into(),
+            state: "running",
+            phase: "backup".into(),
+            since_ms: 1_700_000_000_000,
+        });
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert_eq!(
+            status.message(),
+            "db-1 is locked by ro_010101010101 (p), running in phase `backup` since \
+             2023-11-14T22:13:20Z; wait for its end, or end it"
+        );
+    }
+}

@@ -1,0 +1,413 @@
+//! The operators' service: `lockstep.control.v1`.
+
+pub mod access;
+pub mod convert;
+mod follow;
+mod watch;
+
+use std::sync::Arc;
+
+use lockstep_core::{Answer, Call, Coordinator};
+use lockstep_proto::ids::{Digest, RolloutId};
+use lockstep_proto::seal;
+use lockstep_proto::wire::control_v1 as wire;
+use lockstep_proto::wire::control_v1::control_service_server::ControlService;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status};
+
+use crate::blobs::Blobs;
+use crate::driver::Handle;
+use crate::hub::Hub;
+use crate::identity::Peer;
+use crate::logs::Logs;
+
+/// Comments and reasons, in bytes of JSON: each is in one record of the journal.
+const MAX_TEXT: usize = 8 << 10;
+
+/// Items of one decision: no checklist is longer.
+const MAX_ITEMS: usize = 1000;
+
+/// The plan file's text, in bytes.
+const MAX_SOURCE: usize = 2 << 20;
+
+/// Rollouts in one list.
+const MAX_LIST: usize = 1000;
+
+/// Messages of one stream that wait for a slow operator; the rest waits where it is read from.
+const STREAM_QUEUE: usize = 64;
+
+/// The operators' service.
+#[derive(Debug, Clone)]
+pub struct Control {
+    /// The driver.
+    pub driver: Handle,
+    /// Compiled plans.
+    pub blobs: Arc<Blobs>,
+    /// Output of steps.
+    pub logs: Logs,
+    /// Live events.
+    pub hub: Hub,
+    /// Streams that are open.
+    pub tasks: TaskTracker,
+    /// Ends every stream.
+    pub draining: CancellationToken,
+}
+
+type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl ControlService for Control {
+    type WatchStream = Stream<wire::RolloutEvent>;
+    type LogsStream = Stream<wire::LogLine>;
+
+    async fn submit(
+        &self,
+        request: Request<wire::SubmitRequest>,
+    ) -> Result<Response<wire::SubmitResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::SubmitRequest {
+            compiled_plan,
+            source,
+            dry_run,
+        } = request.into_inner();
+        if source.len() > MAX_SOURCE {
+            let why = format!("the plan file has more than {MAX_SOURCE} bytes");
+            return Err(Status::invalid_argument(why));
+        }
+        let plan = seal::open(&compiled_plan).map_err(|error| {
+            let cause = std::error::Error::source(&error);
+            let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+            Status::invalid_argument(format!("{error}{cause}"))
+        })?;
+        let plan = Arc::new(plan);
+        let (blobs, stored) = (Arc::clone(&self.blobs), Arc::clone(&plan));
+        // The plan is on the disk before any record names it.
+        let stored = tokio::task::spawn_blocking(move || blobs.store_plan(&stored, &source)).await;
+        let stored = stored.map_err(|_| Status::internal("storing the plan has failed"))?;
+        stored.map_err(|error| {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "a plan cannot be stored"
+            );
+            Status::unavailable(format!("the plan cannot be stored: {error}"))
+        })?;
+        let rollout = self.unused_id().await?;
+        let plan_digest = plan.digest().to_string();
+        let call = Call::Submit {
+            rollout: rollout.clone(),
+            plan,
+            dry_run,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::SubmitResponse {
+            rollout: rollout.into(),
+            plan_digest,
+        }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<wire::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let peer = peer(&request)?;
+        let wire::WatchRequest { rollout, after } = request.into_inner();
+        let rollout = rollout_id(&rollout)?;
+        self.summary(&rollout).await?;
+        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        let watch = watch::watch(self.clone(), rollout, after, sender.clone());
+        self.spawn_stream(&peer, sender, watch);
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn get_rollout(
+        &self,
+        request: Request<wire::GetRolloutRequest>,
+    ) -> Result<Response<wire::Rollout>, Status> {
+        let rollout = rollout_id(&request.get_ref().rollout)?;
+        let asked = rollout.clone();
+        let read = move |coordinator: &Coordinator| {
+            coordinator
+                .summary(&asked)
+                .zip(coordinator.document(&asked))
+        };
+        let found = self.driver.read(read).await?;
+        let (summary, mut document) = found.ok_or_else(|| not_found(&rollout))?;
+        let blobs = Arc::clone(&self.blobs);
+        let digest = summary.digest;
+        let source = tokio::task::spawn_blocking(move || blobs.source(digest)).await;
+        if let (Ok(Ok(source)), Some(fields)) = (source, document.as_object_mut())
+            && !source.is_empty()
+        {
+            // Kept beside the plan, so the coordinator does not have it.
+            fields.insert("source".to_owned(), source.into());
+        }
+        let json = serde_json::to_vec(&document).expect("a JSON value has a text");
+        let mut rollout = convert::rollout(summary);
+        rollout.document_json = json.into();
+        Ok(Response::new(rollout))
+    }
+
+    async fn list_rollouts(
+        &self,
+        request: Request<wire::ListRolloutsRequest>,
+    ) -> Result<Response<wire::ListRolloutsResponse>, Status> {
+        let limit = match request.get_ref().limit {
+            0 => 50,
+            limit => (limit as usize).min(MAX_LIST),
+        };
+        let read = move |coordinator: &Coordinator| {
+            let ids: Vec<&RolloutId> = coordinator.rollouts().collect();
+            let newest = ids.into_iter().rev().take(limit);
+            newest
+                .filter_map(|id| coordinator.summary(id))
+                .collect::<Vec<_>>()
+        };
+        let summaries = self.driver.read(read).await?;
+        let rollouts = summaries.into_iter().map(convert::rollout).collect();
+        Ok(Response::new(wire::ListRolloutsResponse { rollouts }))
+    }
+
+    async fn decide(
+        &self,
+        request: Request<wire::DecideRequest>,
+    ) -> Result<Response<wire::DecideResponse>, Status> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let gate = request.place();
+        let gate = gate.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let wire::DecideRequest {
+            rollout,
+            gate: _,
+            evidence,
+            approve,
+            items,
+            comment,
+        } = request;
+        let evidence: Digest = evidence
+            .parse()
+            .map_err(|error| Status::invalid_argument(format!("evidence: {error}")))?;
+        if items.len() > MAX_ITEMS {
+            let why = format!("a decision has at most {MAX_ITEMS} items");
+            return Err(Status::invalid_argument(why));
+        }
+        let call = Call::Decide {
+            rollout: rollout_id(&rollout)?,
+            gate,
+            evidence,
+            approve,
+            items,
+            comment: text("comment", comment)?,
+        };
+        let missing = match self.call(&peer, call).await? {
+            Answer::Missing(missing) => missing,
+            Answer::Done => String::new(),
+        };
+        Ok(Response::new(wire::DecideResponse { missing }))
+    }
+
+    async fn pause(
+        &self,
+        request: Request<wire::PauseRequest>,
+    ) -> Result<Response<wire::PauseResponse>, Status> {
+        let peer = peer(&request)?;
+        let rollout = rollout_id(&request.get_ref().rollout)?;
+        self.call(&peer, Call::Pause { rollout }).await?;
+        Ok(Response::new(wire::PauseResponse {}))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<wire::ResumeRequest>,
+    ) -> Result<Response<wire::ResumeResponse>, Status> {
+        let peer = peer(&request)?;
+        let rollout = rollout_id(&request.get_ref().rollout)?;
+        self.call(&peer, Call::Resume { rollout }).await?;
+        Ok(Response::new(wire::ResumeResponse {}))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<wire::CancelRequest>,
+    ) -> Result<Response<wire::CancelResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::CancelRequest { rollout, reason } = request.into_inner();
+        let call = Call::Cancel {
+            rollout: rollout_id(&rollout)?,
+            reason: text("reason", reason)?,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::CancelResponse {}))
+    }
+
+    async fn roll_back(
+        &self,
+        request: Request<wire::RollBackRequest>,
+    ) -> Result<Response<wire::RollBackResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::RollBackRequest { rollout, reason } = request.into_inner();
+        let call = Call::RollBack {
+            rollout: rollout_id(&rollout)?,
+            reason: text("reason", reason)?,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::RollBackResponse {}))
+    }
+
+    async fn close(
+        &self,
+        request: Request<wire::CloseRequest>,
+    ) -> Result<Response<wire::CloseResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::CloseRequest { rollout, reason } = request.into_inner();
+        let call = Call::Close {
+            rollout: rollout_id(&rollout)?,
+            reason: text("reason", reason)?,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::CloseResponse {}))
+    }
+
+    async fn sign_off(
+        &self,
+        request: Request<wire::SignOffRequest>,
+    ) -> Result<Response<wire::SignOffResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::SignOffRequest {
+            rollout,
+            role,
+            comment,
+        } = request.into_inner();
+        let call = Call::SignOff {
+            rollout: rollout_id(&rollout)?,
+            role: text("role", role)?,
+            comment: text("comment", comment)?,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::SignOffResponse {}))
+    }
+
+    async fn list_hosts(
+        &self,
+        _: Request<wire::ListHostsRequest>,
+    ) -> Result<Response<wire::ListHostsResponse>, Status> {
+        let read = |coordinator: &Coordinator| {
+            let hosts = coordinator.hosts().map(|(host, info)| wire::Host {
+                host: host.to_string(),
+                connected: info.connected,
+                last_seen_ms: info.last_seen.0,
+                labels: info.labels.clone().into_iter().collect(),
+                agent_version: info.agent_version.clone(),
+                locked_by: coordinator
+                    .locked_by(host)
+                    .map(ToString::to_string)
+                    .unwrap_or_default(),
+            });
+            hosts.collect::<Vec<_>>()
+        };
+        let mut hosts = self.driver.read(read).await?;
+        hosts.sort_by(|one, other| one.host.cmp(&other.host));
+        Ok(Response::new(wire::ListHostsResponse { hosts }))
+    }
+
+    async fn logs(
+        &self,
+        request: Request<wire::LogsRequest>,
+    ) -> Result<Response<Self::LogsStream>, Status> {
+        let peer = peer(&request)?;
+        let wanted = follow::Wanted::read(request.into_inner())?;
+        self.summary(&wanted.rollout).await?;
+        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        let follow = follow::follow(self.clone(), wanted, sender.clone());
+        self.spawn_stream(&peer, sender, follow);
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+impl Control {
+    async fn call(&self, peer: &Peer, call: Call) -> Result<Answer, Status> {
+        let (name, groups) = peer.operator()?;
+        let answer = self
+            .driver
+            .call(name.clone(), groups.to_vec(), call)
+            .await?;
+        answer.map_err(|refused| {
+            tracing::info!(operator = name, %refused, "a call was refused");
+            convert::refused(refused)
+        })
+    }
+
+    async fn summary(&self, rollout: &RolloutId) -> Result<lockstep_core::Summary, Status> {
+        let asked = rollout.clone();
+        let read = move |coordinator: &Coordinator| coordinator.summary(&asked);
+        let summary = self.driver.read(read).await?;
+        summary.ok_or_else(|| not_found(rollout))
+    }
+
+    /// A random id that no rollout has.
+    async fn unused_id(&self) -> Result<RolloutId, Status> {
+        loop {
+            let id = RolloutId::from_random(rand::random());
+            let asked = id.clone();
+            let read = move |coordinator: &Coordinator| coordinator.summary(&asked).is_some();
+            if !self.driver.read(read).await? {
+                return Ok(id);
+            }
+        }
+    }
+
+    /// Runs a stream until it ends by itself, the operator's certificate ends, or the controller
+    /// drains.
+    fn spawn_stream<T: Send + 'static>(
+        &self,
+        peer: &Peer,
+        sender: mpsc::Sender<Result<T, Status>>,
+        stream: impl Future<Output = Result<(), Status>> + Send + 'static,
+    ) {
+        let draining = self.draining.clone();
+        let valid_for = peer.remaining();
+        self.tasks.spawn(async move {
+            let end = tokio::select! {
+                end = stream => end,
+                () = draining.cancelled() => Err(crate::driver::Stopping.into()),
+                () = tokio::time::sleep(valid_for) => {
+                    Err(Status::unauthenticated("the operator's certificate has ended"))
+                }
+                () = sender.closed() => Ok(()),
+            };
+            if let Err(status) = end {
+                // An operator who does not read finds out by the end of the stream.
+                let _ = sender.try_send(Err(status));
+            }
+        });
+    }
+}
+
+fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
+    let peer = request.extensions().get::<Peer>();
+    peer.cloned()
+        .ok_or_else(|| Status::unauthenticated("no certificate"))
+}
+
+fn rollout_id(text: &str) -> Result<RolloutId, Status> {
+    text.parse()
+        .map_err(|error: lockstep_proto::ids::InvalidId| {
+            Status::invalid_argument(error.to_string())
+        })
+}
+
+fn not_found(rollout: &RolloutId) -> Status {
+    Status::not_found(format!("there is no rollout {rollout}"))
+}
+
+/// A text that fits into a record of the journal.
+fn text(field: &str, text: String) -> Result<String, Status> {
+    let size = serde_json::to_string(&text).map_or(usize::MAX, |json| json.len());
+    if size > MAX_TEXT {
+        let why = format!("{field} has more than {MAX_TEXT} bytes");
+        return Err(Status::invalid_argument(why));
+    }
+    Ok(text)
+}

@@ -1,0 +1,530 @@
+//! The controller's life: `Config -> App -> Running -> Drained`.
+//!
+//! ```text
+//! App::build    lock and read the journal, read certificates, bind: everything that can fail
+//! App::start    a new term begins; sessions and calls are taken
+//! Running::run  until a signal, or the driver ends
+//! Running::drain  stop accepting -> tell agents -> finish in-flight -> flush and close
+//! ```
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
+use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
+use lockstep_proto::wire::{MAX_AGENT_MESSAGE, MAX_CONTROL_MESSAGE};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::api::Control;
+use crate::api::access::AccessLayer;
+use crate::blobs::{BlobError, Blobs};
+use crate::config::{Config, ConfigError};
+use crate::driver::{Driver, DriverError, Handle, Parts, StartError};
+use crate::hub::Hub;
+use crate::journal::OpenError;
+use crate::journal::sled::SledJournal;
+use crate::logs::Logs;
+use crate::notify::{self, Notifier};
+use crate::secrets::Secrets;
+use crate::session::Agents;
+use crate::tls::{Settings, TlsError, spawn_accepting};
+
+/// From the first signal to the end. Agents do without the controller meanwhile; systemd kills
+/// what takes longer.
+const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Of that, what open calls have to come to their end.
+const FINISH_WITHIN: Duration = Duration::from_secs(7);
+
+/// A ping on every connection, so that a peer that is gone is noticed within 10 s (DESIGN 7).
+const PING_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a ping may take.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Streams of one connection: an agent has a session, its output and a plan; a person watches a
+/// few rollouts.
+const STREAMS: u32 = 32;
+
+/// Calls of one connection that are being answered; open streams do not count.
+const CALLS: usize = 32;
+
+/// One stream's flow-control window, in bytes: reports are small, and what an agent sends ahead
+/// of the driver is memory here. HTTP/2's own default, written down because it is a bound.
+const STREAM_WINDOW: u32 = 64 << 10;
+
+/// All streams of one connection together.
+const CONNECTION_WINDOW: u32 = 256 << 10;
+
+/// The largest HTTP/2 frame, in bytes: the smallest that HTTP/2 allows.
+const FRAME: u32 = 16 << 10;
+
+/// Headers of one call, in bytes.
+const HEADERS: u32 = 16 << 10;
+
+/// Streams that a peer may reset before they are looked at (rapid reset).
+const PENDING_RESETS: usize = 20;
+
+/// The largest answer to an operator, in bytes: the document of a rollout on 10,000 hosts.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// The largest message to an agent, in bytes; the same as what agents take.
+const MAX_TO_AGENT: usize = MAX_AGENT_MESSAGE;
+
+/// What `lockstep serve` is told on its command line.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Where to write the address that was bound, once calls are taken.
+    pub ready_file: Option<PathBuf>,
+    /// Begin a term above this one: after the state came back from a backup.
+    pub epoch_above: u64,
+}
+
+/// Why the controller did not start, or did not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] OpenError),
+    /// The state that the journal holds.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The driver ended.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// The plans' directory.
+    #[error("the plans' directory cannot be used")]
+    Blobs(#[from] BlobError),
+    /// There is state of a controller, but no journal.
+    #[error(
+        "{0} holds plans or logs of a controller, but no journal; put the journal back from a \
+         backup, or move the directory away to begin anew"
+    )]
+    JournalMissing(PathBuf),
+    /// The address cannot be bound.
+    #[error("{address} cannot be bound")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The client for webhooks cannot be made.
+    #[error("messages cannot be sent")]
+    Notify(#[from] reqwest::Error),
+    /// Something of the operating system's.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The server's part has failed.
+    #[error("the server has failed")]
+    Server(#[from] tonic::transport::Error),
+    /// A second signal came while draining.
+    #[error("left at once, at a second signal; what was acknowledged is durable")]
+    Hurried,
+}
+
+impl ServeError {
+    /// The process's exit code. 2: the configuration or what it names; 4: a fault; 10: the state
+    /// directory must be looked at by a person, and a restart does not help; 11: the journal
+    /// could not be written, and a restart finds out what was; 12: another controller has the
+    /// state directory or took over, and a restart does not help.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Tls(_) | Self::Bind { .. } => 2,
+            Self::Journal(OpenError::InUse { .. })
+            | Self::Driver(DriverError::Superseded { .. }) => 12,
+            Self::Journal(OpenError::Quarantined { .. } | OpenError::Format { .. })
+            | Self::JournalMissing(_)
+            | Self::Start(_) => 10,
+            Self::Driver(DriverError::Append(_)) => 11,
+            _ => 4,
+        }
+    }
+}
+
+/// Runs a controller until it is told to stop.
+pub fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
+    let config = Config::load(&options.config)?;
+    // One provider for TLS of every kind; an error says that it is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(io_error("start the runtime"))?;
+    let result = runtime.block_on(async {
+        let app = App::build(config, options.epoch_above).await?;
+        let running = app.start()?;
+        running.announce(options.ready_file.as_deref())?;
+        running.run().await
+    });
+    // What still runs has nothing to lose: what counts is in the journal.
+    runtime.shutdown_background();
+    result
+}
+
+/// Everything that a controller needs, before it takes the first call.
+#[derive(Debug)]
+pub struct App {
+    config: Config,
+    driver: Driver,
+    notices: mpsc::Receiver<lockstep_core::Notify>,
+    notifier: Notifier,
+    blobs: Arc<Blobs>,
+    logs: Logs,
+    hub: Hub,
+    tls: Arc<Settings>,
+    listener: TcpListener,
+    signals: Signals,
+}
+
+impl App {
+    /// Does everything that can fail: a controller that starts is one that works.
+    pub async fn build(config: Config, epoch_above: u64) -> Result<Self, ServeError> {
+        let signals = Signals::new()?;
+        let tls = Settings::load(&config.tls, &config.domain)?;
+        let state = &config.state_dir;
+        let (blobs_dir, logs_dir) = (state.join("blobs"), state.join("logs"));
+        if !state.join("journal").exists() && (blobs_dir.exists() || logs_dir.exists()) {
+            return Err(ServeError::JournalMissing(state.clone()));
+        }
+        let journal = SledJournal::open(state)?;
+        let blobs = Arc::new(Blobs::open(blobs_dir)?);
+        let logs = Logs::open(logs_dir).map_err(io_error("open the logs' directory"))?;
+        let hub = Hub::default();
+        let (sender, notices) = mpsc::channel(notify::WAITING);
+        let secrets = Secrets::new(config.secrets_dir.clone());
+        let notifier = Notifier::new(config.email.clone(), secrets)?;
+        let parts = Parts {
+            journal: Box::new(journal),
+            hub: hub.clone(),
+            notices: sender,
+            epoch_above,
+        };
+        let driver = Driver::recover(parts, |digest| {
+            blobs.plan(digest).unwrap_or_else(|error| {
+                tracing::error!(error = &error as &dyn std::error::Error, "a plan is lost");
+                None
+            })
+        })?;
+        let address = config.listen;
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.map_err(|source| ServeError::Bind { address, source })?;
+        Ok(Self {
+            config,
+            driver,
+            notices,
+            notifier,
+            blobs,
+            logs,
+            hub,
+            tls,
+            listener,
+            signals,
+        })
+    }
+
+    /// Starts every part.
+    pub fn start(self) -> Result<Running, ServeError> {
+        let Self {
+            config,
+            driver,
+            notices,
+            notifier,
+            blobs,
+            logs,
+            hub,
+            tls,
+            listener,
+            signals,
+        } = self;
+        let address = listener
+            .local_addr()
+            .map_err(io_error("ask for the address"))?;
+        let (driver, driver_end) = driver.spawn();
+        let stop_accepting = CancellationToken::new();
+        let draining = CancellationToken::new();
+        let (calls, tasks) = (TaskTracker::new(), TaskTracker::new());
+
+        let (reload, asked) = mpsc::channel(1);
+        tokio::spawn(Arc::clone(&tls).keep_fresh(asked, draining.clone()));
+        tasks.spawn(notifier.run(notices, driver.clone(), tasks.clone()));
+        let agents = Agents {
+            driver: driver.clone(),
+            blobs: Arc::clone(&blobs),
+            logs: logs.clone(),
+            hub: hub.clone(),
+            tasks: calls.clone(),
+        };
+        let control = Control {
+            driver: driver.clone(),
+            blobs,
+            logs,
+            hub,
+            tasks: calls.clone(),
+            draining: draining.clone(),
+        };
+        let connections = spawn_accepting(listener, tls, stop_accepting.clone());
+        let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
+        let serving = tonic::transport::Server::builder()
+            .layer(AccessLayer)
+            .http2_keepalive_interval(Some(PING_EVERY))
+            .http2_keepalive_timeout(Some(PING_TIMEOUT))
+            .max_concurrent_streams(STREAMS)
+            .concurrency_limit_per_connection(CALLS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME)
+            .http2_max_header_list_size(HEADERS)
+            .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS))
+            .http2_max_local_error_reset_streams(Some(PENDING_RESETS))
+            // Calls wait for the driver, which answers in milliseconds or is gone; a time limit
+            // here would also cut the agents' output streams, whose answer comes at their end.
+            .add_service(
+                AgentServiceServer::new(agents)
+                    .max_decoding_message_size(MAX_AGENT_MESSAGE)
+                    .max_encoding_message_size(MAX_TO_AGENT),
+            )
+            .add_service(
+                ControlServiceServer::new(control)
+                    .max_decoding_message_size(MAX_CONTROL_MESSAGE)
+                    .max_encoding_message_size(MAX_ANSWER),
+            )
+            .serve_with_incoming_shutdown(connections, stop_accepting.clone().cancelled_owned());
+        let server = tokio::spawn(serving);
+        tracing::info!(%address, domain = config.domain, "started");
+        Ok(Running {
+            address,
+            driver,
+            driver_end,
+            server,
+            stop_accepting,
+            draining,
+            calls,
+            tasks,
+            reload,
+            signals,
+        })
+    }
+}
+
+/// A controller that takes calls.
+#[derive(Debug)]
+pub struct Running {
+    address: SocketAddr,
+    driver: Handle,
+    driver_end: oneshot::Receiver<Result<(), DriverError>>,
+    server: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+    stop_accepting: CancellationToken,
+    draining: CancellationToken,
+    /// Sessions and streams.
+    calls: TaskTracker,
+    /// Everything else.
+    tasks: TaskTracker,
+    reload: mpsc::Sender<()>,
+    signals: Signals,
+}
+
+/// A controller that has come to its end, with nothing left to lose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drained;
+
+impl Running {
+    /// Tells everyone who waits for it that calls are taken: the log, a file, systemd.
+    pub fn announce(&self, ready_file: Option<&Path>) -> Result<(), ServeError> {
+        tracing::info!("listening on {}", self.address);
+        if let Some(path) = ready_file {
+            let temporary = path.with_extension("tmp");
+            fs::write(&temporary, format!("{}\n", self.address))
+                .and_then(|()| fs::rename(&temporary, path))
+                .map_err(io_error("write the ready file"))?;
+        }
+        notify_systemd("READY=1");
+        Ok(())
+    }
+
+    /// Runs until a signal or an error, then drains.
+    pub async fn run(mut self) -> Result<Drained, ServeError> {
+        loop {
+            tokio::select! {
+                end = &mut self.driver_end => return Err(ended_early(end)),
+                end = &mut self.server => {
+                    // It ends by itself only if accepting has.
+                    end.map_err(|error| io_error("run the server")(io::Error::other(error)))??;
+                    return Err(io_error("go on accepting")(io::Error::other("the server ended")));
+                }
+                asked = self.signals.next() => match asked {
+                    // A reload that is asked for already does.
+                    Asked::Reload => _ = self.reload.try_send(()),
+                    Asked::Stop => break,
+                }
+            }
+        }
+        self.drain().await
+    }
+
+    /// Ends in phases, within ten seconds; a second signal ends it at once.
+    async fn drain(self) -> Result<Drained, ServeError> {
+        notify_systemd("STOPPING=1");
+        let Self {
+            driver,
+            mut driver_end,
+            server,
+            stop_accepting,
+            draining,
+            calls,
+            tasks,
+            mut signals,
+            ..
+        } = self;
+        let phases = async {
+            tracing::info!("draining: no more connections");
+            stop_accepting.cancel();
+            tracing::info!("draining: agents are told to come back, watchers are sent away");
+            // If the driver has ended, its result is below.
+            let _ = driver.drain().await;
+            draining.cancel();
+            tracing::info!("draining: finishing what is open");
+            calls.close();
+            tasks.close();
+            let finishing = async {
+                calls.wait().await;
+                let _ = server.await;
+            };
+            if tokio::time::timeout(FINISH_WITHIN, finishing)
+                .await
+                .is_err()
+            {
+                tracing::warn!(
+                    streams = calls.len(),
+                    messages = tasks.len(),
+                    "draining: some calls did not end in time; they are cut"
+                );
+            }
+            tracing::info!("draining: closing the journal");
+            let _ = driver.stop().await;
+            match (&mut driver_end).await {
+                Ok(Ok(())) => Ok(Drained),
+                end => Err(ended_early(end)),
+            }
+        };
+        tokio::select! {
+            result = tokio::time::timeout(DRAIN_WITHIN, phases) => result.unwrap_or_else(|_| {
+                Err(io_error("end in time")(io::ErrorKind::TimedOut.into()))
+            }),
+            () = signals.stop() => Err(ServeError::Hurried),
+        }
+    }
+}
+
+fn ended_early(end: Result<Result<(), DriverError>, oneshot::error::RecvError>) -> ServeError {
+    match end {
+        Ok(Err(error)) => error.into(),
+        Ok(Ok(())) => DriverError::Thread("it ended without being asked to".to_owned()).into(),
+        Err(_) => DriverError::Thread("it panicked; see the lines above".to_owned()).into(),
+    }
+}
+
+/// The signals that a controller listens to. Taken early: one that comes while the journal is
+/// read ends the controller properly too.
+#[derive(Debug)]
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, ServeError> {
+        let listen = |kind| signal(kind).map_err(io_error("listen to signals"));
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.hangup.recv() => Asked::Reload,
+        }
+    }
+
+    async fn stop(&mut self) {
+        while self.next().await != Asked::Stop {}
+    }
+}
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Stop,
+    Reload,
+}
+
+/// Each agent is a descriptor: the soft limit of 1,024 would end a fleet's growth early.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => tracing::info!(limit = ?limit.maximum, "descriptors"),
+        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
+    }
+}
+
+/// Tells systemd of a change, if systemd asked for it. Not being heard is no reason to stop.
+fn notify_systemd(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let send = || -> io::Result<()> {
+        use std::os::linux::net::SocketAddrExt as _;
+        use std::os::unix::ffi::OsStrExt as _;
+        let bytes = path.as_bytes();
+        let address = match bytes.strip_prefix(b"@") {
+            Some(name) => std::os::unix::net::SocketAddr::from_abstract_name(name)?,
+            None => std::os::unix::net::SocketAddr::from_pathname(Path::new(&path))?,
+        };
+        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
+        Ok(())
+    };
+    if let Err(error) = send() {
+        tracing::warn!(%error, state, "systemd was not told");
+    }
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
+    move |source| ServeError::Io { what, source }
+}

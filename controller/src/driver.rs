@@ -1,0 +1,611 @@
+//! The one task that owns the coordinator and the journal.
+//!
+//! ```text
+//! sessions, operators, notices, the clock -> batch of inputs
+//!   -> Coordinator::handle, each
+//!   -> Journal::append, once for all of them        INV-2 persisted before sent
+//!   -> messages to agents, notices, events, answers, reads; in this order
+//! ```
+//!
+//! It runs on a thread of its own, because an append waits for the disk. If one fails, the driver
+//! ends without sending anything of that batch, and the process with it; the next process folds
+//! what was persisted.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use lockstep_core::event::EventKind;
+use lockstep_core::{
+    Answer, Call, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
+};
+use lockstep_proto::ids::{Epoch, HostId, OperatorName, PlanDigest};
+use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::values::{Period, Timestamp};
+use lockstep_proto::wire::{Hello, Welcome, agent_v1 as wire};
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+
+use crate::api::convert;
+use crate::hub::Hub;
+use crate::journal::{AppendError, Journal, OpenError};
+use crate::session::registry::{self, Candidate, Registry, SessionNumber};
+
+/// Inputs that wait for the driver. When it is full, sessions stop reading from their sockets,
+/// and HTTP/2's flow control holds the agents back: enough for every tenth of 10,000 agents.
+const INPUTS: usize = 1024;
+
+/// Inputs that are persisted together. One batch of 1,024 reports takes about 10 ms on the disk;
+/// larger ones would make operators wait.
+const BATCH: usize = 1024;
+
+/// After `Drain`, agents wait at least this long before they dial again.
+const RECONNECT_AFTER_MS: u32 = 1000;
+
+/// Something for the driver.
+enum Input {
+    Event(Event),
+    Call {
+        operator: OperatorName,
+        groups: Vec<String>,
+        call: Call,
+        answer: oneshot::Sender<Result<Answer, Refused>>,
+    },
+    Open {
+        hello: Box<Hello>,
+        version: u32,
+        candidate: Candidate,
+        admitted: oneshot::Sender<Result<SessionNumber, Status>>,
+    },
+    Closed {
+        host: HostId,
+        session: SessionNumber,
+    },
+    Read(Read),
+    Drain,
+    Stop,
+}
+
+type Read = Box<dyn FnOnce(&Coordinator) + Send>;
+
+/// The driver has ended, or is about to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the controller is stopping")]
+pub struct Stopping;
+
+impl From<Stopping> for Status {
+    fn from(stopping: Stopping) -> Self {
+        Self::unavailable(stopping.to_string())
+    }
+}
+
+/// What everyone else has of the driver.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    inputs: mpsc::Sender<Input>,
+}
+
+impl Handle {
+    /// Hands over an event; waits while the driver is busy.
+    pub async fn event(&self, event: Event) -> Result<(), Stopping> {
+        self.send(Input::Event(event)).await
+    }
+
+    /// Asks for what an operator wants; the answer is durable.
+    pub async fn call(
+        &self,
+        operator: OperatorName,
+        groups: Vec<String>,
+        call: Call,
+    ) -> Result<Result<Answer, Refused>, Stopping> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Input::Call {
+            operator,
+            groups,
+            call,
+            answer,
+        })
+        .await?;
+        answered.await.map_err(|_| Stopping)
+    }
+
+    /// Asks for a session to be admitted. `Welcome` is the first message in its queue.
+    pub async fn open(
+        &self,
+        hello: Hello,
+        version: u32,
+        candidate: Candidate,
+    ) -> Result<SessionNumber, Status> {
+        let (admitted, answered) = oneshot::channel();
+        self.send(Input::Open {
+            hello: Box::new(hello),
+            version,
+            candidate,
+            admitted,
+        })
+        .await?;
+        answered.await.map_err(|_| Status::from(Stopping))?
+    }
+
+    /// Says that a session is gone.
+    pub async fn closed(&self, host: HostId, session: SessionNumber) -> Result<(), Stopping> {
+        self.send(Input::Closed { host, session }).await
+    }
+
+    /// Reads the coordinator's state; everything that is seen is durable.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Coordinator) -> T + Send + 'static,
+    ) -> Result<T, Stopping> {
+        let (answer, answered) = oneshot::channel();
+        let read = move |coordinator: &Coordinator| {
+            // Who asked may be gone.
+            let _ = answer.send(read(coordinator));
+        };
+        self.send(Input::Read(Box::new(read))).await?;
+        answered.await.map_err(|_| Stopping)
+    }
+
+    /// Tells every agent to come back later, ends all sessions and admits no more.
+    pub async fn drain(&self) -> Result<(), Stopping> {
+        self.send(Input::Drain).await
+    }
+
+    /// Asks the driver to finish what it was handed before, and to close the journal.
+    pub async fn stop(&self) -> Result<(), Stopping> {
+        self.send(Input::Stop).await
+    }
+
+    async fn send(&self, input: Input) -> Result<(), Stopping> {
+        self.inputs.send(input).await.map_err(|_| Stopping)
+    }
+}
+
+/// Why the driver ended before it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// A batch could not be made durable; nothing of it was sent.
+    #[error("a batch could not be made durable, so the controller stops")]
+    Append(#[from] AppendError),
+    /// An agent has obeyed a newer controller (INV-4).
+    #[error(
+        "{host} has seen the term {theirs}, this controller has {ours}: another controller took \
+         over, or this one's state came from a backup. If this one is to go on, end the other one \
+         and start this one with `--epoch-above {}`", .theirs.counter
+    )]
+    Superseded {
+        /// The host.
+        host: HostId,
+        /// The term that its agent has seen.
+        theirs: Epoch,
+        /// The term of this controller.
+        ours: Epoch,
+    },
+    /// The thread could not be started, or ended by a panic.
+    #[error("the driver's thread has failed: {0}")]
+    Thread(String),
+}
+
+/// Why a controller cannot go on from its journal.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The journal cannot be read.
+    #[error(transparent)]
+    Journal(#[from] OpenError),
+    /// A record of a newer release, or none at all.
+    #[error("record {number} of the journal cannot be read by this release")]
+    Record {
+        /// Its number.
+        number: u64,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The records do not fit together.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
+}
+
+/// What a driver is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The journal, open.
+    pub journal: Box<dyn Journal>,
+    /// Live events.
+    pub hub: Hub,
+    /// Notices on their way to be sent.
+    pub notices: mpsc::Sender<Notify>,
+    /// The new term's counter is above this, and above the journal's last one.
+    pub epoch_above: u64,
+}
+
+/// The driver, before it runs.
+#[derive(Debug)]
+pub struct Driver {
+    coordinator: Coordinator,
+    journal: Box<dyn Journal>,
+    sessions: Registry,
+    hub: Hub,
+    notices: mpsc::Sender<Notify>,
+    clock: Clock,
+    epoch: Epoch,
+    draining: bool,
+    stopping: bool,
+    /// Events that the driver owes itself.
+    own: VecDeque<Event>,
+}
+
+impl Driver {
+    /// Recovers the state from the journal and begins a new term. `plan` finds compiled plans.
+    pub fn recover(
+        parts: Parts,
+        plan: impl Fn(PlanDigest) -> Option<Arc<SealedPlan>>,
+    ) -> Result<Self, StartError> {
+        let Parts {
+            journal,
+            hub,
+            notices,
+            epoch_above,
+        } = parts;
+        let entries = read_entries(&*journal)?;
+        let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
+        let epoch = Epoch {
+            counter: last_term(&entries).max(epoch_above) + 1,
+            id: rand::random(),
+        };
+        let head = journal.head().number;
+        let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
+        tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
+        Ok(Self {
+            coordinator,
+            journal,
+            sessions: Registry::default(),
+            hub,
+            notices,
+            clock: Clock::starting_at(last),
+            epoch,
+            draining: false,
+            stopping: false,
+            own: VecDeque::new(),
+        })
+    }
+
+    /// Runs the driver on a thread of its own until it is stopped. What it ended with comes out
+    /// of the receiver; nothing at all after a panic.
+    pub fn spawn(self) -> (Handle, oneshot::Receiver<Result<(), DriverError>>) {
+        let (inputs, receiver) = mpsc::channel(INPUTS);
+        let (ended, end) = oneshot::channel();
+        let run = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_time()
+                .build();
+            let result = match runtime {
+                Ok(runtime) => runtime.block_on(self.run(receiver)),
+                Err(error) => Err(DriverError::Thread(error.to_string())),
+            };
+            // Who started the driver may have stopped waiting for it.
+            let _ = ended.send(result);
+        };
+        let thread = thread::Builder::new().name("driver".to_owned());
+        match thread.spawn(run) {
+            Ok(_) => (Handle { inputs }, end),
+            Err(error) => {
+                // `ended` went with the closure, so a new pair tells.
+                let (failed, end) = oneshot::channel();
+                let _ = failed.send(Err(DriverError::Thread(error.to_string())));
+                (Handle { inputs }, end)
+            }
+        }
+    }
+
+    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), DriverError> {
+        let effects = self.coordinator.resume(self.clock.now());
+        let mut round = Round::default();
+        round.take(&self.sessions, effects);
+        self.finish(round)?;
+
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            let deadline = self.coordinator.next_deadline();
+            let deadline = deadline.map(|at| self.clock.instant(at));
+            tokio::select! {
+                received = inputs.recv_many(&mut batch, BATCH), if self.own.is_empty() => {
+                    if received == 0 {
+                        break;
+                    }
+                }
+                () = sleep_until(deadline) => {}
+                () = std::future::ready(()), if !self.own.is_empty() => {}
+            }
+            self.round(&mut batch)?;
+            if self.stopping {
+                // What was sent before is still received; what comes now is refused.
+                inputs.close();
+            }
+        }
+        self.journal.close();
+        Ok(())
+    }
+
+    /// One batch: handle each input, persist once, then let the world know.
+    fn round(&mut self, batch: &mut Vec<Input>) -> Result<(), DriverError> {
+        let mut round = Round::default();
+        for event in std::mem::take(&mut self.own) {
+            self.handle(&mut round, event);
+        }
+        for input in batch.drain(..) {
+            self.take_input(&mut round, input)?;
+        }
+        // A stream of inputs must not keep deadlines waiting.
+        let now = self.clock.now();
+        if self.coordinator.next_deadline().is_some_and(|at| at <= now) {
+            self.handle(&mut round, Event::Tick);
+        }
+        self.finish(round)
+    }
+
+    fn take_input(&mut self, round: &mut Round, input: Input) -> Result<(), DriverError> {
+        match input {
+            Input::Event(event) => self.handle(round, event),
+            Input::Call {
+                operator,
+                groups,
+                call,
+                answer,
+            } => {
+                let event = Event::Operator {
+                    operator,
+                    groups,
+                    call,
+                };
+                let mut effects = self.coordinator.handle(self.clock.now(), event);
+                if let Some(result) = effects.answer.take() {
+                    round.answers.push((answer, result));
+                }
+                round.take(&self.sessions, effects);
+            }
+            Input::Open {
+                hello,
+                version,
+                candidate,
+                admitted,
+            } => {
+                let result = self.open(round, *hello, version, candidate)?;
+                round.admitted.push((admitted, result));
+            }
+            Input::Closed { host, session } => {
+                if self.sessions.closed(&host, session) {
+                    self.handle(round, Event::HostDown { host });
+                }
+            }
+            Input::Read(read) => round.reads.push(read),
+            Input::Drain => {
+                self.draining = true;
+                self.sessions.drain(RECONNECT_AFTER_MS);
+            }
+            Input::Stop => self.stopping = true,
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, round: &mut Round, event: Event) {
+        let effects = self.coordinator.handle(self.clock.now(), event);
+        round.take(&self.sessions, effects);
+    }
+
+    /// Admits a session, or says why not.
+    fn open(
+        &mut self,
+        round: &mut Round,
+        hello: Hello,
+        version: u32,
+        candidate: Candidate,
+    ) -> Result<Result<SessionNumber, Status>, DriverError> {
+        let host = candidate.host.clone();
+        if !self.epoch.is_current(hello.highest_epoch) {
+            return Err(DriverError::Superseded {
+                host,
+                theirs: hello.highest_epoch,
+                ours: self.epoch,
+            });
+        }
+        if self.draining {
+            return Ok(Err(Stopping.into()));
+        }
+        let acknowledged = self.coordinator.acknowledged(&host);
+        if hello.last_report < acknowledged {
+            let rollout = self.coordinator.locked_by(&host);
+            tracing::error!(
+                %host, last_report = hello.last_report, acknowledged, locked_by = ?rollout,
+                "the agent has lost its journal, or was installed anew"
+            );
+            if let Some(rollout) = rollout {
+                return Ok(Err(Status::failed_precondition(format!(
+                    "{host}'s agent knows of {} reports, but {acknowledged} are stored here: it \
+                     lost its journal in the middle of {rollout}, and could do a step twice. Put \
+                     the agent's state directory back, or end {rollout} first",
+                    hello.last_report
+                ))));
+            }
+        }
+        let replaced = self.sessions.current(&host).is_some();
+        let number = match self.sessions.admit(candidate) {
+            Ok(number) => number,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if replaced {
+            self.handle(round, Event::HostDown { host: host.clone() });
+        }
+        let welcome = Welcome {
+            version,
+            epoch: self.epoch,
+            clock: self.clock.now(),
+            acknowledged,
+        };
+        let welcome = wire::down::Message::Welcome(welcome.into());
+        round
+            .sends
+            .push((host.clone(), number, registry::down(welcome)));
+        let event = Event::HostUp {
+            host,
+            labels: hello.labels,
+            agent_version: hello.agent_version,
+            held: hello.held_rollout,
+        };
+        self.handle(round, event);
+        Ok(Ok(number))
+    }
+
+    /// Persists a round, and only then lets anybody know of it (INV-2).
+    fn finish(&mut self, round: Round) -> Result<(), DriverError> {
+        let payloads: Vec<Vec<u8>> = round
+            .persist
+            .iter()
+            .map(|entry| serde_json::to_vec(entry).expect("a record's maps have text as keys"))
+            .collect();
+        self.journal.append(&payloads)?;
+
+        for (host, number, message) in round.sends {
+            if self.sessions.send(&host, number, message) {
+                self.own.push_back(Event::HostDown { host });
+            }
+        }
+        for notify in round.notify {
+            let (rollout, which) = (notify.rollout.clone(), notify.which);
+            if self.notices.try_send(notify).is_err() {
+                self.own.push_back(Event::NoticeSent {
+                    rollout,
+                    which,
+                    error: Some("too many messages wait to be sent".to_owned()),
+                });
+            }
+        }
+        for (rollout, event) in round.published {
+            if event.kind == EventKind::Ended {
+                tracing::info!(%rollout, state = event.state, why = event.message, "ended");
+            }
+            self.hub.publish(&rollout, || convert::event(&event));
+        }
+        // Whoever asked may be gone; that changes nothing.
+        for (answer, result) in round.answers {
+            let _ = answer.send(result);
+        }
+        for (admitted, result) in round.admitted {
+            let _ = admitted.send(result);
+        }
+        for read in round.reads {
+            read(&self.coordinator);
+        }
+        Ok(())
+    }
+}
+
+/// What one batch leads to.
+#[derive(Default)]
+struct Round {
+    persist: Vec<Entry>,
+    sends: Vec<(HostId, SessionNumber, registry::Down)>,
+    notify: Vec<Notify>,
+    published: Vec<(lockstep_proto::ids::RolloutId, lockstep_core::RolloutEvent)>,
+    answers: Vec<(
+        oneshot::Sender<Result<Answer, Refused>>,
+        Result<Answer, Refused>,
+    )>,
+    admitted: Vec<(
+        oneshot::Sender<Result<SessionNumber, Status>>,
+        Result<SessionNumber, Status>,
+    )>,
+    reads: Vec<Read>,
+}
+
+impl Round {
+    /// Adds effects. Messages are meant for the sessions of this moment: a later one of the same
+    /// host, admitted in the same batch, begins with its own `Welcome`.
+    fn take(&mut self, sessions: &Registry, effects: Effects) {
+        let Effects {
+            persist,
+            send,
+            notify,
+            published,
+            answer,
+        } = effects;
+        debug_assert!(answer.is_none(), "calls take their answer out first");
+        self.persist.extend(persist);
+        for (host, message) in send {
+            if let Some(number) = sessions.current(&host) {
+                let message = registry::from_message(message);
+                self.sends.push((host, number, message));
+            }
+        }
+        self.notify.extend(notify);
+        self.published.extend(published);
+    }
+}
+
+/// The controller's time: it begins at the wall clock or the last persisted entry, whichever is
+/// later, goes on with the monotonic clock, and never goes back.
+#[derive(Debug)]
+struct Clock {
+    base: Timestamp,
+    since: Instant,
+}
+
+impl Clock {
+    fn starting_at(last: Timestamp) -> Self {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
+        let wall = wall.unwrap_or_default().as_millis();
+        let wall = Timestamp(u64::try_from(wall).unwrap_or(u64::MAX));
+        let ahead = last.since(wall);
+        if ahead > Period::seconds(60) {
+            tracing::warn!(
+                %ahead,
+                "the journal's last record is in the future of this machine's clock; the \
+                 controller's time goes on from there"
+            );
+        }
+        Self {
+            base: wall.max(last),
+            since: Instant::now(),
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        let elapsed = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.base.plus(Period(elapsed))
+    }
+
+    /// When the clock shows a time; a year from now stands for everything later.
+    fn instant(&self, at: Timestamp) -> Instant {
+        const LATEST: Duration = Duration::from_hours(365 * 24);
+        self.since
+            + at.since(self.base)
+                .to_std()
+                .min(self.since.elapsed() + LATEST)
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn read_entries(journal: &dyn Journal) -> Result<Vec<Entry>, StartError> {
+    let mut entries = Vec::new();
+    for (payload, number) in journal.payloads().zip(1..) {
+        let entry = serde_json::from_slice(&payload?);
+        entries.push(entry.map_err(|source| StartError::Record { number, source })?);
+    }
+    Ok(entries)
+}
+
+/// The counter of the last term that began; 0 if none has.
+fn last_term(entries: &[Entry]) -> u64 {
+    let terms = entries.iter().rev().find_map(|entry| match &entry.record {
+        Record::TermBegan { epoch } => Some(epoch.counter),
+        _ => None,
+    });
+    terms.unwrap_or(0)
+}

@@ -1,0 +1,245 @@
+//! Who is at the other end of a connection.
+//!
+//! An identity is two things that must agree: the URI in the certificate says what it claims to
+//! be, and the issuer says what it may be. The TLS handshake holds them against each other
+//! ([`crate::tls`]), so a [`Peer`] exists only where they do.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lockstep_proto::ids::{HostId, OperatorName};
+use rustls::pki_types::CertificateDer;
+use tonic::Status;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+/// What a peer may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It does the work on a host.
+    Agent,
+    /// It speaks for a person.
+    Operator,
+}
+
+/// A peer's name, by role.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Identity {
+    /// The agent of a host.
+    Agent(HostId),
+    /// A person, with the groups that the person may decide for.
+    Operator {
+        /// The person's name.
+        name: OperatorName,
+        /// The groups of the certificate's organisational units.
+        groups: Vec<String>,
+    },
+}
+
+impl Identity {
+    /// What the peer may be.
+    pub fn role(&self) -> Role {
+        match self {
+            Self::Agent(_) => Role::Agent,
+            Self::Operator { .. } => Role::Operator,
+        }
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Agent(host) => write!(f, "agent {host}"),
+            Self::Operator { name, .. } => write!(f, "operator {name}"),
+        }
+    }
+}
+
+/// A certificate that names nobody.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidIdentity {
+    /// Not readable.
+    #[error("the certificate cannot be read")]
+    Unreadable,
+    /// The certificate has no URI, or several.
+    #[error("the certificate has {0} URIs, but an identity is exactly one")]
+    Uris(usize),
+    /// The URI is not one of ours.
+    #[error(
+        "the certificate's URI `{uri}` is neither `spiffe://{domain}/agent/<host>` nor \
+         `spiffe://{domain}/operator/<name>`"
+    )]
+    Uri {
+        /// The URI.
+        uri: String,
+        /// The trust domain that is expected.
+        domain: String,
+    },
+}
+
+/// A peer whose certificate was verified.
+#[derive(Debug, Clone)]
+pub struct Peer(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    identity: Identity,
+    address: SocketAddr,
+    not_after: SystemTime,
+}
+
+impl Peer {
+    /// The peer with a certificate that the handshake has verified.
+    pub fn new(
+        certificate: &CertificateDer<'_>,
+        domain: &str,
+        address: SocketAddr,
+    ) -> Result<Self, InvalidIdentity> {
+        let (identity, not_after) = read(certificate, domain)?;
+        Ok(Self(Arc::new(Inner {
+            identity,
+            address,
+            not_after,
+        })))
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &Identity {
+        &self.0.identity
+    }
+
+    /// Where it dials from.
+    pub fn address(&self) -> SocketAddr {
+        self.0.address
+    }
+
+    /// How long its certificate is valid; zero once it has ended. A connection may outlive it,
+    /// so each call and each stream asks.
+    pub fn remaining(&self) -> Duration {
+        let left = self.0.not_after.duration_since(SystemTime::now());
+        left.unwrap_or_default()
+    }
+
+    /// The host that this agent acts for.
+    pub fn agent(&self) -> Result<&HostId, Status> {
+        match &self.0.identity {
+            Identity::Agent(host) => Ok(host),
+            Identity::Operator { name, .. } => Err(Status::permission_denied(format!(
+                "this is for agents, and {name} is an operator"
+            ))),
+        }
+    }
+
+    /// The operator, with groups.
+    pub fn operator(&self) -> Result<(&OperatorName, &[String]), Status> {
+        match &self.0.identity {
+            Identity::Operator { name, groups } => Ok((name, groups)),
+            Identity::Agent(host) => Err(Status::permission_denied(format!(
+                "this is for operators, and {host} is an agent"
+            ))),
+        }
+    }
+}
+
+/// What a certificate claims, and until when.
+pub fn read(
+    certificate: &CertificateDer<'_>,
+    domain: &str,
+) -> Result<(Identity, SystemTime), InvalidIdentity> {
+    let unreadable = InvalidIdentity::Unreadable;
+    let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|_| unreadable.clone())?;
+    if !rest.is_empty() {
+        return Err(unreadable);
+    }
+    let names = parsed.subject_alternative_name();
+    let names = names.map_err(|_| unreadable.clone())?;
+    let names = names.map_or(&[][..], |names| &names.value.general_names[..]);
+    let uris: Vec<&str> = names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect();
+    let [uri] = uris[..] else {
+        return Err(InvalidIdentity::Uris(uris.len()));
+    };
+    let invalid = || InvalidIdentity::Uri {
+        uri: uri.to_owned(),
+        domain: domain.to_owned(),
+    };
+    let path = uri
+        .strip_prefix("spiffe://")
+        .and_then(|rest| rest.strip_prefix(domain))
+        .ok_or_else(invalid)?;
+    let identity = if let Some(host) = path.strip_prefix("/agent/") {
+        Identity::Agent(host.parse().map_err(|_| invalid())?)
+    } else if let Some(name) = path.strip_prefix("/operator/") {
+        let ok = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        if !(1..=63).contains(&name.len()) || !name.bytes().all(ok) {
+            return Err(invalid());
+        }
+        let units = parsed.subject().iter_organizational_unit();
+        let groups = units
+            .filter_map(|unit| unit.as_str().ok())
+            .flat_map(|unit| unit.split(','))
+            .map(|group| group.trim().to_owned())
+            .filter(|group| !group.is_empty())
+            .collect();
+        Identity::Operator {
+            name: name.to_owned(),
+            groups,
+        }
+    } else {
+        return Err(invalid());
+    };
+    let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
+    Ok((identity, UNIX_EPOCH + Duration::from_secs(seconds)))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::pem::PemObject as _;
+
+    use super::*;
+    use crate::pki;
+
+    #[test]
+    fn a_certificate_names_its_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        pki::init(dir, "example.com").unwrap();
+        let agent = pki::issue_agent(dir, "app-1", dir).unwrap();
+        let groups = ["dba".to_owned(), "qa_lead".to_owned()];
+        let operator = pki::issue_operator(dir, "dora", &groups, dir).unwrap();
+        let controller = pki::issue_controller(dir, "c1", &["localhost".into()], dir).unwrap();
+        let read_file = |path| {
+            let certificate = CertificateDer::from_pem_file(path).unwrap();
+            read(&certificate, "example.com")
+        };
+
+        let (identity, not_after) = read_file(&agent.certificate).unwrap();
+        assert_eq!(identity, Identity::Agent("app-1".parse().unwrap()));
+        let life = agent.not_after.duration_since(not_after).unwrap();
+        assert!(life < Duration::from_secs(1), "{life:?}");
+        let (identity, _) = read_file(&operator.certificate).unwrap();
+        assert_eq!(
+            identity,
+            Identity::Operator {
+                name: "dora".into(),
+                groups: groups.to_vec()
+            }
+        );
+        // A controller is nobody that may dial a controller.
+        assert!(matches!(
+            read_file(&controller.certificate),
+            Err(InvalidIdentity::Uri { .. })
+        ));
+        let certificate = CertificateDer::from_pem_file(&agent.certificate).unwrap();
+        for domain in ["example.org", "example.co", "example.com/agent", ""] {
+            assert!(read(&certificate, domain).is_err(), "{domain}");
+        }
+    }
+}

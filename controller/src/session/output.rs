@@ -1,0 +1,163 @@
+//! Output of steps and their progress: bounded, never in the way of reports.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lockstep_core::Coordinator;
+use lockstep_proto::ids::{HostId, PlanDigest, RolloutId, StepKey};
+use lockstep_proto::wire::CHUNK;
+use lockstep_proto::wire::agent_v1::LogChunk;
+use lockstep_proto::wire::control_v1::{EventKind, RolloutEvent};
+use tonic::{Status, Streaming};
+
+use super::Agents;
+use crate::logs::{Writer, harmless};
+
+/// Attempts that one stream may write at a time. A host runs one step at a time; the others are
+/// those that have just ended.
+const OPEN_ATTEMPTS: usize = 8;
+
+/// Progress of one attempt is published at most this often.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+
+/// The longest progress text, in characters.
+const MAX_PROGRESS_TEXT: usize = 200;
+
+/// One attempt that is being written.
+struct Attempt {
+    writer: Writer,
+    /// The end of what the agent has sent, stored or not.
+    end: u64,
+    published: Option<Instant>,
+    used: Instant,
+    /// What its events say of it, so that they look like the others.
+    phase: String,
+    action: &'static str,
+}
+
+/// Takes an agent's output until it ends. Returns how many bytes were kept.
+pub(super) async fn receive(
+    agents: &Agents,
+    host: &HostId,
+    mut chunks: Streaming<LogChunk>,
+) -> Result<u64, Status> {
+    let mut attempts: HashMap<StepKey, Attempt> = HashMap::new();
+    let mut kept = 0;
+    let result = loop {
+        let chunk = match chunks.message().await {
+            Ok(Some(chunk)) => chunk,
+            Ok(None) => break Ok(()),
+            Err(status) => break Err(status),
+        };
+        if let Err(status) = take(agents, host, &mut attempts, &mut kept, chunk).await {
+            break Err(status);
+        }
+    };
+    for (_, attempt) in attempts {
+        kept += finish(attempt);
+    }
+    result.map(|()| kept)
+}
+
+async fn take(
+    agents: &Agents,
+    host: &HostId,
+    attempts: &mut HashMap<StepKey, Attempt>,
+    kept: &mut u64,
+    chunk: LogChunk,
+) -> Result<(), Status> {
+    let LogChunk {
+        key,
+        offset,
+        data,
+        progress_permille,
+        progress_text,
+    } = chunk;
+    let key: StepKey = key
+        .parse()
+        .map_err(|error| Status::invalid_argument(format!("{error}")))?;
+    if key.host != *host {
+        let why = format!("the certificate is {host}'s, but the output {}'s", key.host);
+        return Err(Status::permission_denied(why));
+    }
+    if data.len() > CHUNK || offset > u64::MAX / 2 {
+        return Err(Status::invalid_argument("a piece of output is too large"));
+    }
+    if !attempts.contains_key(&key) {
+        if attempts.len() == OPEN_ATTEMPTS {
+            let oldest = attempts.iter().min_by_key(|(_, attempt)| attempt.used);
+            let oldest = oldest.map(|(key, _)| key.clone());
+            if let Some(attempt) = oldest.and_then(|oldest| attempts.remove(&oldest)) {
+                *kept += finish(attempt);
+            }
+        }
+        let attempt = open(agents, &key).await?;
+        attempts.insert(key.clone(), attempt);
+    }
+    let attempt = attempts.get_mut(&key).expect("inserted above");
+    attempt.used = Instant::now();
+    attempt.end = attempt.end.max(offset + data.len() as u64);
+    // At most 64 KiB into the page cache: nothing that others would have to wait for.
+    let appended = attempt.writer.append(offset, &data);
+    appended.map_err(|error| Status::resource_exhausted(format!("no output is kept: {error}")))?;
+
+    let due = attempt
+        .published
+        .is_none_or(|last| last.elapsed() >= PROGRESS_EVERY);
+    let says_something = progress_permille.is_some() || !progress_text.is_empty();
+    if due && says_something {
+        attempt.published = Some(Instant::now());
+        let text: String = progress_text.chars().take(MAX_PROGRESS_TEXT).collect();
+        agents.hub.publish(&key.rollout, || RolloutEvent {
+            kind: EventKind::StepProgress.into(),
+            phase: attempt.phase.clone(),
+            step: key.at.to_string(),
+            action: attempt.action.to_owned(),
+            host: key.host.to_string(),
+            direction: key.direction.to_string(),
+            attempt: key.attempt.into(),
+            message: harmless(&text),
+            progress_permille: progress_permille.map(|progress| progress.min(1000)),
+            ..RolloutEvent::default()
+        });
+    }
+    Ok(())
+}
+
+/// Opens an attempt's file; only for rollouts and steps that there are.
+async fn open(agents: &Agents, key: &StepKey) -> Result<Attempt, Status> {
+    let unknown = || Status::not_found(format!("there is no step {}", key.at));
+    let digest = plan_of(agents, &key.rollout).await?;
+    let blobs = Arc::clone(&agents.blobs);
+    let plan = tokio::task::spawn_blocking(move || blobs.plan(digest)).await;
+    let plan = plan.map_err(|_| Status::internal("reading the plan has failed"))?;
+    let plan = plan.map_err(|error| Status::data_loss(error.to_string()))?;
+    let plan = plan.ok_or_else(unknown)?;
+    let placed = plan.plan().step(key.at).ok_or_else(unknown)?;
+    let writer = agents.logs.writer(key);
+    let writer = writer
+        .map_err(|error| Status::resource_exhausted(format!("no output is kept: {error}")))?;
+    Ok(Attempt {
+        writer,
+        end: 0,
+        published: None,
+        used: Instant::now(),
+        phase: placed.phase.name.clone(),
+        action: placed.step.action.info().name,
+    })
+}
+
+async fn plan_of(agents: &Agents, rollout: &RolloutId) -> Result<PlanDigest, Status> {
+    let asked = rollout.clone();
+    let read = move |coordinator: &Coordinator| coordinator.summary(&asked).map(|s| s.digest);
+    let digest = agents.driver.read(read).await?;
+    digest.ok_or_else(|| Status::not_found(format!("there is no rollout {rollout}")))
+}
+
+fn finish(mut attempt: Attempt) -> u64 {
+    if let Err(error) = attempt.writer.finish(attempt.end) {
+        tracing::debug!(%error, "the end of an output is not kept");
+    }
+    attempt.writer.kept()
+}

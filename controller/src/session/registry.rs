@@ -1,0 +1,282 @@
+//! The sessions that are up: one for each host, owned by the driver.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+
+use lockstep_core::Message;
+use lockstep_proto::ids::{HostId, InstanceId};
+use lockstep_proto::wire::agent_v1 as wire;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// Messages that wait for one agent. A host has one order at a time, and after a reconnect an
+/// acknowledgement, an offer and what is outstanding; an agent that lets more than these pile up
+/// does not read.
+pub const QUEUE: usize = 16;
+
+/// A message on its way down. Boxed, because a channel reserves room for 32 of them: 256 bytes
+/// for an idle agent instead of 8 KiB.
+pub type Down = Box<wire::Down>;
+
+/// Tells one session from the next one of the same host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionNumber(u64);
+
+/// The end of a session, decided by one side of it and noticed by the others.
+#[derive(Debug, Clone, Default)]
+pub struct Ending {
+    token: CancellationToken,
+    status: Arc<OnceLock<Status>>,
+}
+
+impl Ending {
+    /// Ends the session with a status; the first one counts.
+    pub fn end(&self, status: Status) {
+        let _ = self.status.set(status);
+        self.token.cancel();
+    }
+
+    /// Ends the session without an error.
+    pub fn end_well(&self) {
+        self.token.cancel();
+    }
+
+    /// Resolves when the session is to end.
+    pub fn token(&self) -> &CancellationToken {
+        &self.token
+    }
+
+    /// The error that it ended with.
+    pub fn status(&self) -> Option<Status> {
+        self.status.get().cloned()
+    }
+}
+
+/// A session that wants to be admitted.
+#[derive(Debug)]
+pub struct Candidate {
+    /// The host, by certificate.
+    pub host: HostId,
+    /// Which installation of the agent.
+    pub instance: InstanceId,
+    /// Where it dials from.
+    pub peer: SocketAddr,
+    /// The way down.
+    pub queue: mpsc::Sender<Down>,
+    /// How it is ended.
+    pub ending: Ending,
+}
+
+#[derive(Debug)]
+struct Session {
+    number: SessionNumber,
+    instance: InstanceId,
+    peer: SocketAddr,
+    queue: mpsc::Sender<Down>,
+    ending: Ending,
+}
+
+/// All sessions.
+#[derive(Debug, Default)]
+pub struct Registry {
+    sessions: HashMap<HostId, Session>,
+    last: u64,
+}
+
+impl Registry {
+    /// Admits a session. One of the same agent instance replaces the older one at once; another
+    /// instance under the same name is refused, because one of the two is not what it says.
+    pub fn admit(&mut self, candidate: Candidate) -> Result<SessionNumber, Status> {
+        let Candidate {
+            host,
+            instance,
+            peer,
+            queue,
+            ending,
+        } = candidate;
+        if let Some(older) = self.sessions.get(&host) {
+            if older.instance != instance {
+                tracing::error!(
+                    %host, %instance, %peer, connected_instance = %older.instance,
+                    connected_peer = %older.peer,
+                    "two agents claim the same host: the later one is refused. Two machines have \
+                     the same certificate, or an agent was installed anew while the old one runs"
+                );
+                return Err(Status::already_exists(format!(
+                    "another agent ({}) is connected as {host} from {}; end it, or give this \
+                     machine a certificate of its own",
+                    older.instance, older.peer
+                )));
+            }
+            tracing::info!(%host, %peer, "the agent has connected again; its older session ends");
+            let status = Status::aborted("the same agent has connected again");
+            older.ending.end(status);
+        }
+        self.last += 1;
+        let number = SessionNumber(self.last);
+        self.sessions.insert(
+            host,
+            Session {
+                number,
+                instance,
+                peer,
+                queue,
+                ending,
+            },
+        );
+        Ok(number)
+    }
+
+    /// The number of the session that a message to a host would take now.
+    pub fn current(&self, host: &HostId) -> Option<SessionNumber> {
+        self.sessions.get(host).map(|session| session.number)
+    }
+
+    /// Hands a message to a session, if that is still the host's. An agent that does not read
+    /// loses its session: it connects again, and is told what is outstanding. Returns whether
+    /// that happened.
+    #[must_use]
+    pub fn send(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
+        let Some(session) = self.sessions.get(host) else {
+            return false;
+        };
+        if session.number != number {
+            return false;
+        }
+        match session.queue.try_send(message) {
+            // A closed queue: its reader is about to say that the session is gone.
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => false,
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                tracing::warn!(%host, peer = %session.peer, "the agent does not read what it is \
+                    sent; its session ends");
+                let why = format!("{QUEUE} messages wait for this agent; connect again");
+                session.ending.end(Status::resource_exhausted(why));
+                self.sessions.remove(host);
+                true
+            }
+        }
+    }
+
+    /// Forgets a session that is gone. Returns whether it was still the host's.
+    pub fn closed(&mut self, host: &HostId, number: SessionNumber) -> bool {
+        let current = self.current(host) == Some(number);
+        if current {
+            self.sessions.remove(host);
+        }
+        current
+    }
+
+    /// Tells every agent to come back later, and ends its session.
+    pub fn drain(&mut self, reconnect_after_ms: u32) {
+        for (_, session) in self.sessions.drain() {
+            let drain = wire::Drain { reconnect_after_ms };
+            let message = wire::down::Message::Drain(drain);
+            // One whose queue is full finds out by the end of its stream.
+            let _ = session.queue.try_send(down(message));
+            session.ending.end_well();
+        }
+    }
+}
+
+/// Puts a message into its envelope.
+pub fn down(message: wire::down::Message) -> Down {
+    Box::new(wire::Down {
+        message: Some(message),
+    })
+}
+
+/// A message of the coordinator's as it goes over the wire.
+pub fn from_message(message: Message) -> Down {
+    use wire::down::Message as Wire;
+    down(match message {
+        Message::Acknowledged(number) => Wire::Acknowledged(number),
+        Message::Offer {
+            rollout,
+            plan,
+            epoch,
+            dry_run,
+        } => Wire::Offer(wire::Offer {
+            rollout: rollout.into(),
+            plan_digest: plan.0.to_vec().into(),
+            epoch: Some(epoch.into()),
+            dry_run,
+        }),
+        Message::Order(order) => Wire::Order(order.into()),
+        Message::Release { rollout, epoch } => Wire::Release(wire::Release {
+            rollout: rollout.into(),
+            epoch: Some(epoch.into()),
+        }),
+        Message::Cancel { rollout, epoch } => Wire::Cancel(wire::Cancel {
+            rollout: rollout.into(),
+            epoch: Some(epoch.into()),
+        }),
+        Message::Survey { rollout, epoch } => Wire::Survey(wire::Survey {
+            rollout: rollout.into(),
+            epoch: Some(epoch.into()),
+        }),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(instance: u8) -> (Candidate, mpsc::Receiver<Down>, Ending) {
+        let (queue, receiver) = mpsc::channel(QUEUE);
+        let ending = Ending::default();
+        let candidate = Candidate {
+            host: "app-1".parse().unwrap(),
+            instance: InstanceId::from_random([instance; 8]),
+            peer: "127.0.0.1:1".parse().unwrap(),
+            queue,
+            ending: ending.clone(),
+        };
+        (candidate, receiver, ending)
+    }
+
+    fn acknowledged() -> Down {
+        from_message(Message::Acknowledged(1))
+    }
+
+    #[test]
+    fn the_same_instance_replaces_its_session_and_another_one_is_refused() {
+        let host = "app-1".parse().unwrap();
+        let mut registry = Registry::default();
+        let (first, mut first_queue, first_ending) = candidate(1);
+        let first = registry.admit(first).unwrap();
+        let (other, _, _) = candidate(2);
+        let refused = registry.admit(other).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::AlreadyExists);
+        assert!(!first_ending.token().is_cancelled());
+
+        let (second, mut second_queue, _) = candidate(1);
+        let second = registry.admit(second).unwrap();
+        assert_eq!(first_ending.status().unwrap().code(), tonic::Code::Aborted);
+        // What was meant for the older session does not reach the newer one.
+        assert!(!registry.send(&host, first, acknowledged()));
+        assert!(second_queue.try_recv().is_err());
+        assert!(first_queue.try_recv().is_err());
+        assert!(!registry.send(&host, second, acknowledged()));
+        assert!(second_queue.try_recv().is_ok());
+        // The older one's end does not end the newer one.
+        assert!(!registry.closed(&host, first));
+        assert!(registry.closed(&host, second));
+    }
+
+    #[test]
+    fn an_agent_that_does_not_read_loses_its_session() {
+        let host = "app-1".parse().unwrap();
+        let mut registry = Registry::default();
+        let (candidate, _queue, ending) = candidate(1);
+        let number = registry.admit(candidate).unwrap();
+        for _ in 0..QUEUE {
+            assert!(!registry.send(&host, number, acknowledged()));
+        }
+        assert!(registry.send(&host, number, acknowledged()));
+        let status = ending.status().unwrap();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(registry.current(&host), None);
+    }
+}
