@@ -38,8 +38,9 @@ pub fn schema() -> Value {
     schema
 }
 
-/// Allows `x-` keys wherever other unknown ones are refused, and drops `null` as a value of
-/// optional keys: what is optional is left out.
+/// Says of a schema from the types what the reader adds to it: `x-` keys are free wherever other
+/// unknown ones are refused; what is optional is left out, and never `null`; a text may be written
+/// without quotes, though YAML would make a number of it.
 fn complete(schema: &mut Value) {
     match schema {
         Value::Object(object) => {
@@ -54,6 +55,12 @@ fn complete(schema: &mut Value) {
                     let only = only.clone();
                     object.insert("type".to_owned(), only);
                 }
+            }
+            let is_free = !["pattern", "enum", "const"]
+                .iter()
+                .any(|word| object.contains_key(*word));
+            if is_free && object.get("type") == Some(&json!("string")) {
+                object.insert("type".to_owned(), json!(["string", "number", "boolean"]));
             }
             if let Some(Value::Array(choices)) = object.get_mut("anyOf") {
                 choices.retain(|choice| *choice != json!({"type": "null"}));
@@ -198,7 +205,10 @@ fn write_arguments(page: &mut String, definition: &Value, named: &mut BTreeSet<S
         .filter_map(Value::as_str)
         .collect();
     page.push_str("| Argument | Type | | Meaning |\n|---|---|---|---|\n");
-    for (name, schema) in definition["properties"].as_object().into_iter().flatten() {
+    let properties = definition["properties"].as_object();
+    let mut rows: Vec<(&String, &Value)> = properties.into_iter().flatten().collect();
+    rows.sort_by_key(|(name, _)| !required.contains(&name.as_str()));
+    for (name, schema) in rows {
         let is_required = required.contains(&name.as_str());
         let needed = if is_required { "required" } else { "" };
         let kind = type_name(schema, named);

@@ -26,15 +26,15 @@ pub enum Day {
     /// Monday.
     #[default]
     Mon,
-    /// Tueday.
+    /// Tuesday.
     Tue,
-    /// Wedday.
+    /// Wednesday.
     Wed,
-    /// Thuday.
+    /// Thursday.
     Thu,
     /// Friday.
     Fri,
-    /// Satday.
+    /// Saturday.
     Sat,
     /// Sunday.
     Sun,

@@ -3,16 +3,15 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_proto::action::check::{Expect, Http, Request};
 use lockstep_proto::action::gate::Window;
 use lockstep_proto::action::{Action, Site};
 use regex::Regex;
 
-use super::de::Reader;
 use super::draft::{Draft, DraftStep};
 use super::finding::{Code, did_you_mean};
 use super::inputs::{LATER, cause};
 use super::node::{NodeId, Step};
+use super::reader::Reader;
 
 /// Programs that take a command line as text. Lockstep has argument lists only.
 const SHELLS: [&str; 14] = [
@@ -125,7 +124,7 @@ fn elsewhere(reader: &Reader<'_>, draft: &Draft) {
 }
 
 /// The names in `${...}` that are put in later.
-fn later_names(text: &str) -> impl Iterator<Item = &str> {
+pub(super) fn later_names(text: &str) -> impl Iterator<Item = &str> {
     let after = text.split("${").skip(1);
     let names = after.filter_map(|rest| rest.split_once('}').map(|(name, _)| name));
     names.filter(|name| LATER.iter().any(|family| name.starts_with(family)))
@@ -133,20 +132,26 @@ fn later_names(text: &str) -> impl Iterator<Item = &str> {
 
 /// The arguments of one action.
 #[derive(Clone, Copy)]
-struct Args<'a> {
-    reader: &'a Reader<'a>,
-    args: NodeId,
+pub(super) struct Args<'a> {
+    pub(super) reader: &'a Reader<'a>,
+    pub(super) args: NodeId,
 }
 
-type Path<'p> = [Step<'p>];
+pub(super) type Path<'p> = [Step<'p>];
 
 /// Whether a text is known in full already.
-fn is_known(text: &str) -> bool {
+pub(super) fn is_known(text: &str) -> bool {
     !text.contains("${")
 }
 
 impl Args<'_> {
-    fn report(&self, code: Code, path: &Path<'_>, message: impl Into<String>, hint: &str) {
+    pub(super) fn report(
+        &self,
+        code: Code,
+        path: &Path<'_>,
+        message: impl Into<String>,
+        hint: &str,
+    ) {
         let at = self.reader.at(self.args, path);
         let hint = (!hint.is_empty()).then(|| hint.to_owned());
         self.reader.report(code, at, message, hint);
@@ -443,7 +448,7 @@ impl Args<'_> {
         }
     }
 
-    fn some_regex(&self, pattern: Option<&str>, path: &Path<'_>) {
+    pub(super) fn some_regex(&self, pattern: Option<&str>, path: &Path<'_>) {
         if let Some(pattern) = pattern {
             self.regex(pattern, path);
         }
@@ -465,7 +470,7 @@ impl Args<'_> {
         }
     }
 
-    fn url(&self, url: &str, path: &Path<'_>) {
+    pub(super) fn url(&self, url: &str, path: &Path<'_>) {
         // A variable may stand for the beginning, too.
         if url.starts_with("${") {
             return;
@@ -486,82 +491,6 @@ impl Args<'_> {
                 self.report(Code::BadUrl, path, message, hint);
             }
             Some(_) => {}
-        }
-    }
-
-    /// A chain of requests: each may use what those before it captured.
-    fn http(&self, http: &Http) {
-        let mut captured = BTreeSet::new();
-        self.request(&http.first(), &[], &mut captured);
-        for (key, requests) in [("then", &http.then), ("cleanup", &http.cleanup)] {
-            for (index, request) in requests.iter().enumerate() {
-                self.request(request, &[key.into(), index.into()], &mut captured);
-            }
-        }
-    }
-
-    fn request(&self, request: &Request, path: &Path<'_>, captured: &mut BTreeSet<String>) {
-        let tree = self.reader.tree;
-        let holder = self.reader.at(self.args, path);
-        let below = |keys: &[&'static str]| -> Vec<Step<'_>> {
-            let keys = keys.iter().map(|key| Step::Key(key));
-            path.iter().copied().chain(keys).collect()
-        };
-        self.url(&request.url, &below(&["url"]));
-        self.expect(&request.expect, &below(&["expect"]));
-        for (key, value) in tree.entries(holder) {
-            if ["then", "cleanup"].contains(&tree.text(*key)) {
-                continue;
-            }
-            tree.each_scalar(*value, &mut |id, scalar| {
-                for name in later_names(&scalar.text) {
-                    let Some(name) = name.strip_prefix("capture.") else {
-                        continue;
-                    };
-                    if !captured.contains(name) {
-                        let known: Vec<&str> = captured.iter().map(String::as_str).collect();
-                        let message = format!("no earlier request captures `{name}`");
-                        let hint = did_you_mean(name, &known);
-                        self.reader.report(Code::UnknownCapture, id, message, hint);
-                    }
-                }
-            });
-        }
-        for (name, json_path) in &request.capture {
-            let mut at = below(&["capture"]);
-            at.push(Step::Key(name));
-            self.json_path(json_path, self.reader.at(self.args, &at));
-        }
-        captured.extend(request.capture.keys().cloned());
-    }
-
-    fn expect(&self, expect: &Expect, path: &Path<'_>) {
-        for json_path in expect.json.keys() {
-            let mut at = path.to_vec();
-            at.extend([Step::Key("json"), Step::Key(json_path)]);
-            // The path is the key.
-            let value = self.reader.at(self.args, &at);
-            let key = self.reader.tree.node(value).parent.and_then(|(_, key)| key);
-            self.json_path(json_path, key.unwrap_or(value));
-        }
-        let mut at = path.to_vec();
-        at.push(Step::Key("matches"));
-        self.some_regex(expect.matches.as_deref(), &at);
-        if !(100..=599).contains(&expect.status) {
-            at.pop();
-            at.push(Step::Key("status"));
-            let message = format!("{} is no HTTP status", expect.status);
-            self.report(Code::WrongValue, &at, message, "");
-        }
-    }
-
-    fn json_path(&self, text: &str, at: NodeId) {
-        if is_known(text)
-            && let Err(error) = serde_json_path::JsonPath::parse(text)
-        {
-            let message = format!("`{text}` is no JSONPath: {error}");
-            let hint = Some("such as `$.items[0].id`".to_owned());
-            self.reader.report(Code::BadJsonPath, at, message, hint);
         }
     }
 

@@ -8,11 +8,11 @@ use lockstep_proto::action::{Action, Class};
 use lockstep_proto::plan::{NoticeWhen, Undo};
 use lockstep_proto::values::Period;
 
-use super::de::Reader;
 use super::draft::{Draft, DraftFence, DraftPhase, DraftStep, On};
 use super::finding::{Code, did_you_mean};
 use super::node::NodeId;
 use super::raw::{At, RawStrategy};
+use super::reader::Reader;
 
 /// The deadline of a plan that names none.
 pub(crate) const DEADLINE: Period = Period::seconds(2 * 3600);
@@ -449,14 +449,14 @@ impl Check<'_> {
 
     fn times(&self) {
         let raw = &self.draft.raw;
-        let known = |key: &str| {
+        let absent = |key: &str| {
             let tree = self.reader.tree;
             tree.get(tree.root, key).is_none()
         };
         let deadline = raw.deadline.as_ref().map(|at| at.value);
-        let deadline = deadline.or(known("deadline").then_some(DEADLINE));
+        let deadline = deadline.or_else(|| absent("deadline").then_some(DEADLINE));
         let expires = raw.expires.as_ref().map(|at| at.value);
-        let expires = expires.or(known("expires").then_some(EXPIRES));
+        let expires = expires.or_else(|| absent("expires").then_some(EXPIRES));
         if let Some(At {
             node,
             value: Period(0),

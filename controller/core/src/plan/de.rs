@@ -1,12 +1,6 @@
-//! From [`Tree`] to typed values with serde, collecting every problem in one pass.
-//!
-//! serde stops at its first error. So [`Reader::read`] notes the error at the node it belongs to,
-//! takes that node out, and reads again, until it gets a value or the node that was asked for is
-//! itself out. What only follows from a node that is out (a key that is now missing) is not
-//! reported. Unknown keys never get as far as serde: a struct names its keys before it reads.
+//! serde's way into a tree: each value is read as what the type that asks for it wants, and each
+//! error knows its node. [`Reader`] makes of that one pass that collects every problem.
 
-use std::cell::RefCell;
-use std::collections::HashSet;
 use std::fmt;
 
 use serde::de::value::StrDeserializer;
@@ -15,225 +9,25 @@ use serde::de::{
     Unexpected, VariantAccess, Visitor,
 };
 
-use super::finding::{Code, Finding, Source, did_you_mean, list, nearest};
-use super::node::{Kind, NodeId, Scalar, Step, Tree};
-use super::words;
-use crate::schema;
+use super::finding::list;
+use super::node::{Kind, NodeId, Scalar};
+use super::reader::Reader;
 
 /// The name under which [`At`](super::raw::At) asks for the place of a value along with it.
 pub(crate) const PLACED: &str = "$lockstep.placed";
 
-/// So many readings of one value: more mistakes than anybody reads, and reading is not free.
-const MAX_ROUNDS: usize = 500;
-
-/// Reads values of one tree.
-pub(crate) struct Reader<'a> {
-    pub(crate) tree: &'a Tree,
-    pub(crate) source: &'a Source,
-    findings: RefCell<Vec<Finding>>,
-    /// Nodes that cannot be read, and are no longer looked at.
-    out: RefCell<HashSet<NodeId>>,
-    /// Keys that were reported, because a value is read more than once.
-    reported: RefCell<HashSet<NodeId>>,
-    /// Mappings with keys that unknown ones were probably meant to be: not missing, too.
-    meant: RefCell<HashSet<(NodeId, String)>>,
-}
-
-impl<'a> Reader<'a> {
-    pub(crate) fn new(tree: &'a Tree, source: &'a Source) -> Self {
-        Self {
-            tree,
-            source,
-            findings: RefCell::default(),
-            out: RefCell::default(),
-            reported: RefCell::default(),
-            meant: RefCell::default(),
-        }
-    }
-
-    pub(crate) fn into_findings(self) -> Vec<Finding> {
-        self.findings.into_inner()
-    }
-
-    /// Adds a finding at a node.
-    pub(crate) fn report(
-        &self,
-        code: Code,
-        at: NodeId,
-        message: impl Into<String>,
-        hint: Option<String>,
-    ) {
-        let finding = self.source.finding(code, self.tree.span(at), message, hint);
-        self.findings.borrow_mut().push(finding);
-    }
-
-    /// Adds a finding that does not keep the plan from running.
-    pub(crate) fn warn(&self, code: Code, at: NodeId, message: impl Into<String>, hint: &str) {
-        let mut finding =
-            self.source
-                .finding(code, self.tree.span(at), message, Some(hint.to_owned()));
-        finding.severity = super::Severity::Warning;
-        self.findings.borrow_mut().push(finding);
-    }
-
-    /// Reads the value at a node; `None` if it cannot be, which then is reported.
-    pub(crate) fn read<T: de::DeserializeOwned>(&self, node: NodeId) -> Option<T> {
-        self.read_with(node, |de| T::deserialize(de))
-    }
-
-    /// Like [`Self::read`], for what is not simply `Deserialize`.
-    pub(crate) fn read_with<T>(
-        &self,
-        node: NodeId,
-        mut read: impl FnMut(De<'_>) -> Result<T, Fault>,
-    ) -> Option<T> {
-        for _ in 0..MAX_ROUNDS {
-            let fault = match read(De { reader: self, node }) {
-                Ok(value) => return Some(value),
-                Err(fault) => fault,
-            };
-            let at = fault.node.unwrap_or(node);
-            self.report_fault(&fault, at);
-            let is_new = self.out.borrow_mut().insert(at);
-            if at == node || !is_new {
-                return None;
-            }
-        }
-        None
-    }
-
-    /// Whether a mapping has no such key, and no other that was meant to be it.
-    pub(crate) fn lacks(&self, mapping: NodeId, key: &str) -> bool {
-        let is_meant = |(holder, meant): &(NodeId, String)| *holder == mapping && meant == key;
-        self.tree.get(mapping, key).is_none() && !self.meant.borrow().iter().any(is_meant)
-    }
-
-    /// Follows keys and list positions down from `id`, as far as there is something. Positions
-    /// count what could be read, like those of the typed value.
-    pub(crate) fn at(&self, id: NodeId, path: &[Step<'_>]) -> NodeId {
-        let mut here = id;
-        for step in path {
-            let next = match step {
-                Step::Key(key) => self.tree.get(here, key),
-                Step::Item(index) => {
-                    let items = self.tree.items(here).iter();
-                    items
-                        .filter(|item| !self.is_out(**item))
-                        .nth(*index)
-                        .copied()
-                }
-            };
-            match next {
-                Some(next) => here = next,
-                None => break,
-            }
-        }
-        here
-    }
-
-    fn is_out(&self, node: NodeId) -> bool {
-        self.out.borrow().contains(&node)
-    }
-
-    /// Whether a value is read from an entry of this mapping that is out.
-    fn lost_a_child(&self, node: NodeId) -> bool {
-        let out = self.out.borrow();
-        let mut values = self.tree.entries(node).iter().map(|(_, value)| value);
-        values.any(|value| out.contains(value))
-            || self.tree.items(node).iter().any(|item| out.contains(item))
-    }
-
-    fn report_fault(&self, fault: &Fault, at: NodeId) {
-        let open = self.tree.scalar(at).is_some_and(|scalar| scalar.open);
-        let broken = matches!(self.tree.node(at).kind, Kind::Broken);
-        if open || broken {
-            return;
-        }
-        let label = |message: &str| match self.tree.key_of(at) {
-            Some(key) => format!("`{key}`: {message}"),
-            None => message.to_owned(),
-        };
-        match &fault.kind {
-            FaultKind::Missing(field) => self.report_missing(at, field, fault.fields),
-            _ if self.lost_a_child(at) => {}
-            FaultKind::Type { expected, found } => {
-                let message = label(&format!("expected {expected}, found {found}"));
-                self.report(Code::WrongValue, at, message, None);
-            }
-            FaultKind::Variant { given, known, of } => {
-                if words::is_for_later(of, given) {
-                    let message = label(&format!("`{given}` is not in this version"));
-                    let hint = format!("this version has {}", list(known, "and"));
-                    self.report(Code::NotInThisVersion, at, message, Some(hint));
-                } else {
-                    let message = label(&format!("there is no `{given}` here"));
-                    self.report(Code::WrongValue, at, message, did_you_mean(given, known));
-                }
-            }
-            FaultKind::Custom(message) => {
-                self.report(Code::WrongValue, at, label(message), None);
-            }
-        }
-    }
-
-    /// Reports the keys that a mapping lacks: serde names the first only, the schema all.
-    fn report_missing(&self, at: NodeId, field: &str, fields: &'static [&'static str]) {
-        let required = schema::required(fields);
-        let mut missing: Vec<&str> = required.iter().map(String::as_str).collect();
-        if !missing.contains(&field) {
-            missing.push(field);
-        }
-        missing.retain(|name| self.lacks(at, name));
-        if missing.is_empty() {
-            return;
-        }
-        let holder = self
-            .tree
-            .key_of(at)
-            .map_or("this mapping".to_owned(), |key| format!("`{key}`"));
-        let message = format!("{holder} lacks {}", list(&missing, "and"));
-        self.report(Code::MissingKey, at, message, None);
-    }
-
-    /// Somebody else reads the value under this key: it is not unknown.
-    pub(crate) fn set_aside(&self, mapping: NodeId, key: &str) {
-        let mut entries = self.tree.entries(mapping).iter();
-        if let Some((key, _)) = entries.find(|(name, _)| self.tree.text(*name) == key) {
-            self.reported.borrow_mut().insert(*key);
-        }
-    }
-
-    /// Reports a key that a mapping of the language does not have, once.
-    pub(crate) fn report_unknown_key(&self, key: NodeId, known: &[&str]) {
-        if !self.reported.borrow_mut().insert(key) {
-            return;
-        }
-        let name = self.tree.text(key);
-        if words::KEYS_FOR_LATER.contains(&name) {
-            let message = format!("`{name}` is not in this version");
-            let hint = "take it out of the plan, or put `x-` before it to keep it as a note";
-            self.report(Code::NotInThisVersion, key, message, Some(hint.to_owned()));
-        } else {
-            let near = nearest(name, known.iter().copied());
-            if let (Some(near), Some(holder)) = (near, self.tree.holder(key)) {
-                self.meant.borrow_mut().insert((holder, near.to_owned()));
-            }
-            let message = format!("unknown key `{name}`");
-            self.report(Code::UnknownKey, key, message, did_you_mean(name, known));
-        }
-    }
-}
-
 /// Why a value could not be read, and the node that is to blame.
 #[derive(Debug)]
 pub(crate) struct Fault {
-    node: Option<NodeId>,
-    fields: &'static [&'static str],
-    kind: FaultKind,
+    pub(super) node: Option<NodeId>,
+    /// The keys of the struct that lacks one.
+    pub(super) fields: &'static [&'static str],
+    pub(super) kind: FaultKind,
 }
 
+/// What is wrong.
 #[derive(Debug)]
-enum FaultKind {
+pub(super) enum FaultKind {
     Missing(&'static str),
     Type {
         expected: String,
@@ -337,6 +131,10 @@ pub(crate) struct De<'r> {
 }
 
 impl<'r> De<'r> {
+    pub(super) fn new(reader: &'r Reader<'r>, node: NodeId) -> Self {
+        Self { reader, node }
+    }
+
     fn kind(self) -> &'r Kind {
         &self.reader.tree.node(self.node).kind
     }
@@ -407,7 +205,7 @@ impl<'r> De<'r> {
         };
         let access = Entries {
             reader: self.reader,
-            entries: entries.iter(),
+            rest: entries.iter(),
             fields,
             value: None,
         };
@@ -682,7 +480,7 @@ impl<'de> SeqAccess<'de> for Items<'_> {
 
 struct Entries<'r> {
     reader: &'r Reader<'r>,
-    entries: std::slice::Iter<'r, (NodeId, NodeId)>,
+    rest: std::slice::Iter<'r, (NodeId, NodeId)>,
     /// The keys of a struct; `None` for a mapping whose keys are free.
     fields: Option<&'static [&'static str]>,
     value: Option<NodeId>,
@@ -696,7 +494,7 @@ impl<'de> MapAccess<'de> for Entries<'_> {
         seed: K,
     ) -> Result<Option<K::Value>, Fault> {
         let reader = self.reader;
-        for (key, value) in self.entries.by_ref() {
+        for (key, value) in self.rest.by_ref() {
             if reader.is_out(*value) || reader.is_out(*key) {
                 continue;
             }

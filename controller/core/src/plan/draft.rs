@@ -7,12 +7,13 @@ use lockstep_proto::values::Period;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 
-use super::de::{Reader, is_null};
+use super::de::is_null;
 use super::finding::{Code, list, nearest};
 use super::node::{Kind, NodeId};
 use super::raw::{
     At, Place, RawAfterRollback, RawFence, RawPhase, RawPlan, RawPlanned, RawStrategy,
 };
+use super::reader::Reader;
 use super::words;
 use crate::schema;
 

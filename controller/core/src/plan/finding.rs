@@ -248,11 +248,29 @@ impl std::error::Error for Findings {}
 /// A plan file: what findings quote from.
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
-    pub(crate) file: String,
+    file: String,
     pub(crate) text: String,
+    /// Where each line begins.
+    lines: Vec<usize>,
 }
 
 impl Source {
+    pub(crate) fn new(file: &str, text: &str) -> Self {
+        let ends = text.match_indices('\n').map(|(end, _)| end + 1);
+        Self {
+            file: file.to_owned(),
+            text: text.to_owned(),
+            lines: std::iter::once(0).chain(ends).collect(),
+        }
+    }
+
+    /// A line, from 1, without its end; empty after the last.
+    pub(crate) fn line(&self, number: usize) -> &str {
+        let begin = self.lines.get(number - 1).copied();
+        let rest = begin.map_or("", |begin| &self.text[begin..]);
+        rest.lines().next().unwrap_or_default()
+    }
+
     /// A finding at a place of this file.
     pub(crate) fn finding(
         &self,
@@ -261,17 +279,7 @@ impl Source {
         message: impl Into<String>,
         hint: Option<String>,
     ) -> Finding {
-        let line = self.text.lines().nth(span.line - 1).unwrap_or("");
-        let visible = |c: char| match c {
-            '\t' => ' ',
-            c if c.is_control() => char::REPLACEMENT_CHARACTER,
-            c => c,
-        };
-        let source_line: String = line
-            .trim_start_matches('\u{feff}')
-            .chars()
-            .map(visible)
-            .collect();
+        let source_line = visible(self.line(span.line).trim_start_matches('\u{feff}'));
         let rest = source_line.chars().count().saturating_sub(span.column - 1);
         let width = if span.end_line == span.line {
             span.end_column.saturating_sub(span.column)
@@ -286,10 +294,20 @@ impl Source {
             column: span.column,
             width: width.clamp(1, rest.max(1)),
             source_line,
-            message: message.into(),
-            hint,
+            message: visible(&message.into()),
+            hint: hint.map(|hint| visible(&hint)),
         }
     }
+}
+
+/// A text of the file without what a terminal would obey, on one line.
+fn visible(text: &str) -> String {
+    let seen = |c: char| match c {
+        '\t' => ' ',
+        c if c.is_control() => char::REPLACEMENT_CHARACTER,
+        c => c,
+    };
+    text.chars().map(seen).collect()
 }
 
 /// The known word that is most like `given`, if one is like enough to have been meant.

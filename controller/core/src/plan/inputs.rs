@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use regex::Regex;
 
-use super::de::Reader;
 use super::finding::{Code, did_you_mean, list, nearest};
 use super::node::{Kind, NodeId, Tree};
 use super::raw::{At, RawInput};
+use super::reader::Reader;
 
 /// Variables of these families are put in later: by agents, by a chain of requests, in messages.
 pub(crate) const LATER: [&str; 3] = ["host.", "capture.", "rollout."];
@@ -277,20 +277,20 @@ impl Walk<'_> {
                 return;
             };
             let name = &name_and_more[..end];
+            let whole = &original[original.len() - rest.len() - 1..][..name.len() + 3];
             rest = &name_and_more[end + 1..];
             match self.values.get(name) {
                 Some(value) => {
                     self.used.insert(name.to_owned());
-                    match value {
-                        Some(value) => text.push_str(value),
-                        None => {
-                            open = true;
-                            text.push_str(&format!("${{{name}}}"));
-                        }
+                    if let Some(value) = value {
+                        text.push_str(value);
+                    } else {
+                        open = true;
+                        text.push_str(whole);
                     }
                 }
                 None if is_note || LATER.iter().any(|family| name.starts_with(family)) => {
-                    text.push_str(&format!("${{{name}}}"));
+                    text.push_str(whole);
                 }
                 None => {
                     self.report_unknown(id, name);

@@ -14,18 +14,20 @@ pub(crate) mod check;
 mod de;
 pub(crate) mod draft;
 mod finding;
+mod http;
 mod inputs;
 mod node;
 pub(crate) mod raw;
+mod reader;
 mod words;
 mod yaml;
 
 use std::collections::BTreeMap;
 
-use de::Reader;
 use draft::Draft;
 use finding::Source;
 use node::Tree;
+use reader::Reader;
 
 pub use finding::{Code, Finding, Findings, Severity};
 pub use inputs::Input;
@@ -45,10 +47,7 @@ impl Plan {
     /// Reads a plan file. `file_name` is only for the findings, which are all of the file, in one
     /// pass.
     pub fn parse(file_name: &str, text: &str) -> Result<Self, Findings> {
-        let source = Source {
-            file: file_name.to_owned(),
-            text: text.to_owned(),
-        };
+        let source = Source::new(file_name, text);
         let mut findings = Vec::new();
         let Some(tree) = yaml::read(&source, &mut findings) else {
             return Err(Findings::sorted(findings));

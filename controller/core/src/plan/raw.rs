@@ -146,7 +146,7 @@ impl<T: JsonSchema> JsonSchema for Named<T> {
 /// A plan file.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(rename = "Plan")]
+#[schemars(rename = "PlanFile")]
 pub(crate) struct RawPlan {
     /// The version of the plan language: 1.
     #[schemars(required, range(min = 1, max = 1))]

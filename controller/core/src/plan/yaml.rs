@@ -210,7 +210,7 @@ impl Builder<'_> {
 
     fn report_syntax(&mut self, at: Span, cause: &str) {
         let message = format!("this is not YAML: {cause}");
-        let line = self.source.text.lines().nth(at.line - 1).unwrap_or("");
+        let line = self.source.line(at.line);
         let hint = if line.contains('\t') {
             Some("indent with spaces, not tabs".to_owned())
         } else if line.trim_start().starts_with('%') {
