@@ -17,6 +17,7 @@ pub mod binaries;
 pub mod cluster;
 pub mod daemon;
 pub mod example;
+pub mod fleet;
 pub mod hosts;
 pub mod mail;
 pub mod operator;

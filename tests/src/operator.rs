@@ -137,7 +137,20 @@ impl Operator {
 
     /// Approves a gate, or confirms all of a checklist.
     pub fn approve(&self, rollout: &str, gate: &Gate, comment: &str) -> Result<Said> {
-        self.run(&["approve", rollout, "--gate", &gate.at, "--comment", comment])
+        let command = if gate.items.is_empty() {
+            "approve"
+        } else {
+            "confirm"
+        };
+        self.run(&[
+            command,
+            rollout,
+            "--gate",
+            &gate.at,
+            "--comment",
+            comment,
+            "--yes",
+        ])
     }
 }
 

@@ -32,6 +32,8 @@ use crate::{example, processes, wait};
 
 mod setup;
 
+pub(crate) use setup::token;
+
 /// The trust domain of test installations.
 pub const DOMAIN: &str = "lockstep.test";
 

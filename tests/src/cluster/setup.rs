@@ -305,7 +305,7 @@ fn free_network() -> Result<String> {
 }
 
 /// A word that stands nowhere else.
-fn token() -> Result<String> {
+pub(crate) fn token() -> Result<String> {
     Ok(format!("{:016x}", u64::from_be_bytes(random()?)))
 }
 
