@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::app::ServeError;
+
 /// The exit codes. Their numbers never change; `docs/cli.md` explains them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -24,6 +26,12 @@ pub(crate) enum Exit {
     Detached = 7,
     /// The controller answered, and refused.
     Refused = 8,
+    /// `serve`: a person must look at the state directory; a restart does not help.
+    State = 10,
+    /// `serve`: the journal could not be written; a restart finds out what was.
+    Journal = 11,
+    /// `serve`: another controller has the state directory, or took over.
+    Superseded = 12,
 }
 
 impl Exit {
@@ -35,6 +43,17 @@ impl Exit {
             "rolled_back" | "halted" => Self::Failed,
             "cancelled" => Self::Cancelled,
             _ => Self::Detached,
+        }
+    }
+
+    /// The exit code that a controller ends with.
+    pub(crate) fn of_controller(error: &ServeError) -> Self {
+        match error.exit_code() {
+            2 => Self::Usage,
+            10 => Self::State,
+            11 => Self::Journal,
+            12 => Self::Superseded,
+            _ => Self::Internal,
         }
     }
 }

@@ -1,0 +1,263 @@
+//! `lockstep approve`, `reject` and `confirm`: what people decide at gates. A decision is bound to
+//! the digest of what was shown (INV-12); it is taken from the document that was just printed.
+
+use lockstep_proto::ids::{Digest, RolloutId};
+use lockstep_proto::order::Fact;
+use lockstep_proto::wire::control_v1 as wire;
+use serde_json::json;
+
+use super::client::Client;
+use super::document::{Document, Gate, Step};
+use super::error::CliError;
+use super::exit::Exit;
+use super::printer::Printer;
+use super::render::{Line, Tone, status, words};
+use super::{Session, clean, fetch};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Approve {
+    #[command(flatten)]
+    at: GateArgs,
+    /// Approve only if this is what the gate shows: the digest that somebody looked at before
+    #[arg(long, value_name = "DIGEST")]
+    evidence: Option<Digest>,
+    /// Do not ask
+    #[arg(short, long)]
+    yes: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Reject {
+    #[command(flatten)]
+    at: GateArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Confirm {
+    #[command(flatten)]
+    at: GateArgs,
+    /// Only these items, by number [default: all]
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',')]
+    items: Vec<u32>,
+    /// Do not ask
+    #[arg(short, long)]
+    yes: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct GateArgs {
+    /// The rollout that waits
+    rollout: RolloutId,
+    /// The gate, such as `3.1`; needed if several are open
+    #[arg(long, value_name = "PHASE.STEP")]
+    gate: Option<String>,
+    /// A comment for the report
+    #[arg(long, default_value = "")]
+    comment: String,
+}
+
+/// What is decided.
+struct Decision {
+    approve: bool,
+    /// From 0; empty means all.
+    items: Vec<u32>,
+    /// What the operator said was looked at; else what is shown now.
+    evidence: Option<Digest>,
+    /// The question to ask first, if any.
+    question: Option<&'static str>,
+}
+
+/// `lockstep approve`.
+pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exit, CliError> {
+    // Whoever names the digest has seen what it stands for.
+    let ask = !arguments.yes && arguments.evidence.is_none();
+    let decision = Decision {
+        approve: true,
+        items: vec![],
+        evidence: arguments.evidence,
+        question: ask.then_some("approve this?"),
+    };
+    decide(&arguments.at, decision, session).await
+}
+
+/// `lockstep reject`. Nothing is asked: to reject by mistake costs time, never a host.
+pub(crate) async fn reject(arguments: Reject, session: &Session) -> Result<Exit, CliError> {
+    let decision = Decision { approve: false, items: vec![], evidence: None, question: None };
+    decide(&arguments.at, decision, session).await
+}
+
+/// `lockstep confirm`.
+pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exit, CliError> {
+    let items: Option<Vec<u32>> = arguments.items.iter().map(|item| item.checked_sub(1)).collect();
+    let items = items
+        .ok_or_else(|| CliError::usage("there is no item 0", "items are numbered from 1, as shown"))?;
+    let question = (!arguments.yes).then_some("confirm this?");
+    let decision = Decision { approve: true, items, evidence: None, question };
+    decide(&arguments.at, decision, session).await
+}
+
+async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<Exit, CliError> {
+    let printer = session.printer;
+    let client = session.connect().await?;
+    let (document, _) = fetch(&client, &at.rollout).await?;
+    let (step, gate) = choose(&document, at)?;
+    if let Some(item) = decision.items.iter().find(|item| **item as usize >= gate.items.len()) {
+        return Err(CliError::usage(
+            format!("the checklist has no item {}", item + 1),
+            format!("it has {}", words::count(gate.items.len(), "item")),
+        ));
+    }
+    if decision.approve {
+        printer.talk(&shown(&document, step, gate, &decision.items));
+    }
+    if let Some(question) = decision.question {
+        if !Printer::can_ask() {
+            return Err(CliError::usage(
+                "nobody is there to be asked",
+                format!("--yes decides without a question; `lockstep status {}` shows what is decided", at.rollout),
+            ));
+        }
+        if !printer.ask(question)? {
+            printer.say("nothing was decided");
+            return Ok(Exit::Cancelled);
+        }
+    }
+    let missing = send(&client, at, step, gate, decision).await?;
+    let command = json!({
+        "format": "lockstep.decided/1",
+        "rollout": at.rollout.as_str(),
+        "gate": step.at,
+        "missing": missing,
+    });
+    if printer.is_json() {
+        printer.json(&command)?;
+    } else if missing.is_empty() {
+        printer.lines(&[Line::plain(format!("gate {} is decided", step.at))])?;
+    } else {
+        printer.lines(&[Line::plain(format!("gate {} still waits for {missing}", step.at))])?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn send(
+    client: &Client,
+    at: &GateArgs,
+    step: &Step,
+    gate: &Gate,
+    decision: Decision,
+) -> Result<String, CliError> {
+    let evidence = decision.evidence.map_or_else(|| gate.evidence.clone(), |digest| digest.to_string());
+    let request = wire::DecideRequest {
+        rollout: at.rollout.to_string(),
+        gate: step.at.clone(),
+        evidence,
+        approve: decision.approve,
+        items: decision.items,
+        comment: at.comment.clone(),
+    };
+    let answer = client.call(|mut api| async move { api.decide(request).await }).await?;
+    Ok(clean::line(&answer.missing))
+}
+
+/// The gate that is meant: the named one, or the only one that is open.
+fn choose<'a>(
+    document: &'a Document,
+    at: &GateArgs,
+) -> Result<(&'a Step, &'a Gate), CliError> {
+    let open: Vec<(&Step, &Gate)> = document.open_gates().collect();
+    let names = || open.iter().map(|(step, _)| step.at.as_str()).collect::<Vec<_>>().join(", ");
+    match (&at.gate, open.as_slice()) {
+        (Some(name), open) => open.iter().find(|(step, _)| step.at == *name).copied().ok_or_else(|| {
+            let hint = match open {
+                [] => format!("none is open; the rollout is {}", status::state(document)),
+                _ => format!("open: {}", names()),
+            };
+            CliError::usage(format!("gate {name} does not wait for a decision"), hint)
+        }),
+        (None, [one]) => Ok(*one),
+        (None, []) => Err(CliError::usage(
+            format!("{} does not wait for a decision", document.rollout),
+            format!("it is {}", status::state(document)),
+        )),
+        (None, _) => Err(CliError::usage(
+            format!("{} waits at several gates", document.rollout),
+            format!("name one of {} with --gate", names()),
+        )),
+    }
+}
+
+/// What is decided upon, whole: plan, hosts, SQL, items.
+fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Line> {
+    let mut lines = vec![
+        Line::new(Tone::Heading, format!("{} {} of {}", step.at, step.title(), document.rollout)),
+        Line::plain(format!("plan      {} {}", document.plan, document.digest)),
+    ];
+    if !document.inputs.is_empty() {
+        lines.push(Line::plain(format!("inputs    {}", status::inputs(document))));
+    }
+    lines.push(Line::plain(format!("by        {}", document.requester)));
+    let hosts = words::count(document.hosts.len(), "host");
+    lines.push(Line::plain(format!("on        {hosts}: {}", status::host_names(document, usize::MAX))));
+    if step.action == "gate.approval" {
+        lines.extend(sql(document));
+    }
+    for (index, item) in gate.items.iter().enumerate() {
+        let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
+        let mark = if chosen { "[x]" } else { "[ ]" };
+        lines.push(Line::plain(format!("  {:>2}. {mark} {}", index + 1, clean::line(item))));
+    }
+    lines.push(Line::plain(format!("missing   {}", clean::line(&gate.missing))));
+    lines.push(Line::plain(format!("evidence  {}", gate.evidence)));
+    lines
+}
+
+fn sql(document: &Document) -> Vec<Line> {
+    let mut lines = Vec::new();
+    for (_, step) in document.steps() {
+        for fact in step.attempts.iter().flat_map(super::document::Attempt::facts) {
+            if let Fact::SqlPlan { database, from, to, digest, sql } = fact {
+                let from = if from.is_empty() { "nothing" } else { &from };
+                lines.push(Line::plain(format!("SQL for   {database}, {from} -> {to}, {digest}")));
+                lines.extend(sql.lines().map(|line| Line::new(Tone::Quiet, format!("  | {line}"))));
+            }
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document() -> Document {
+        Document::read(include_bytes!("render/fixtures/waiting.json")).unwrap()
+    }
+
+    fn at(gate: Option<&str>) -> GateArgs {
+        GateArgs {
+            rollout: "ro_0123456789ab".parse().unwrap(),
+            gate: gate.map(ToOwned::to_owned),
+            comment: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_decision_shows_plan_hosts_sql_and_evidence() {
+        let document = document();
+        let (step, gate) = choose(&document, &at(None)).unwrap();
+        let text: Vec<String> =
+            shown(&document, step, gate, &[]).iter().map(|line| line.render(false)).collect();
+        insta::assert_snapshot!(text.join("\n"));
+    }
+
+    #[test]
+    fn a_gate_that_is_not_open_is_named_with_those_that_are() {
+        let document = document();
+        let error = choose(&document, &at(Some("0.0"))).unwrap_err();
+        let said: Vec<String> = error.lines().iter().map(|line| line.render(false)).collect();
+        assert_eq!(
+            said,
+            ["error: gate 0.0 does not wait for a decision", "  hint: open: 1.1"]
+        );
+    }
+}

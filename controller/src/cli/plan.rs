@@ -1,0 +1,168 @@
+//! `lockstep validate`, `schema` and `actions`: the plan language, without a controller. Also how
+//! every command reads and compiles a plan file.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use lockstep_core::compile::compile;
+use lockstep_core::plan::{Findings, Plan};
+use lockstep_proto::action::{CATALOGUE, Class, Site};
+use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::values::Timestamp;
+use serde_json::json;
+
+use super::error::CliError;
+use super::exit::Exit;
+use super::printer::Printer;
+use super::render::{Line, table};
+
+/// A plan file, and the values of its inputs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PlanArgs {
+    /// The plan file
+    pub(crate) plan: PathBuf,
+    /// A value for one of the plan's inputs
+    #[arg(short, long = "input", value_name = "NAME=VALUE", value_parser = parse_input)]
+    pub(crate) inputs: Vec<(String, String)>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Validate {
+    #[command(flatten)]
+    plan: PlanArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Actions {
+    /// Print the whole reference, with arguments, as Markdown
+    #[arg(long)]
+    markdown: bool,
+}
+
+/// `lockstep validate`. Without inputs, what depends on their values is not looked at.
+pub(crate) fn validate(arguments: &Validate, printer: Printer) -> Result<Exit, CliError> {
+    let (plan, _) = read(&arguments.plan.plan, printer)?;
+    let result = plan.and_then(|plan| {
+        let warnings = plan.warnings().clone();
+        if arguments.plan.inputs.is_empty() {
+            return Ok((plan, warnings, None));
+        }
+        let sealed = compile_now(&plan, &arguments.plan)?;
+        Ok((plan, warnings, Some(sealed)))
+    });
+    if printer.is_json() {
+        let findings = match &result {
+            Ok((_, warnings, _)) => warnings,
+            Err(findings) => findings,
+        };
+        let mut document = findings.to_json();
+        document["format"] = json!("lockstep.findings/1");
+        printer.json(&document)?;
+        return Ok(if result.is_ok() { Exit::Done } else { Exit::Usage });
+    }
+    match result {
+        Err(findings) => Err(CliError::Plan(Box::new(findings))),
+        Ok((plan, warnings, sealed)) => {
+            if !warnings.is_empty() {
+                printer.say(warnings.to_string());
+            }
+            let missing: Vec<&str> = match sealed {
+                Some(_) => vec![],
+                None => plan.inputs().iter().map(|input| input.name.as_str()).collect(),
+            };
+            let mut said = format!("{} is valid", plan.name());
+            if !missing.is_empty() {
+                said = format!(
+                    "{said}, as far as one can tell without values for {} (--input NAME=VALUE)",
+                    missing.join(", ")
+                );
+            }
+            printer.lines(&[Line::plain(said)])?;
+            Ok(Exit::Done)
+        }
+    }
+}
+
+/// `lockstep schema`.
+pub(crate) fn schema(printer: Printer) -> Result<Exit, CliError> {
+    printer.json(&lockstep_core::schema::schema())?;
+    Ok(Exit::Done)
+}
+
+/// `lockstep actions`.
+pub(crate) fn actions(arguments: &Actions, printer: Printer) -> Result<Exit, CliError> {
+    if arguments.markdown {
+        printer.text(&lockstep_core::schema::catalogue_markdown())?;
+    } else if printer.is_json() {
+        printer.json(&json!({"format": "lockstep.actions/1", "actions": CATALOGUE}))?;
+    } else {
+        let rows: Vec<Vec<String>> = CATALOGUE
+            .iter()
+            .map(|row| {
+                let site = match row.site {
+                    Site::Host => "hosts",
+                    Site::Controller => "controller",
+                };
+                let undo = if row.undo { "yes" } else { "-" };
+                let crash = match row.class {
+                    Class::Observing => "asked again",
+                    Class::Convergent | Class::Receipted => "settled by probe",
+                    Class::Blind => "a person decides",
+                };
+                vec![row.name.into(), site.into(), undo.into(), crash.into(), row.summary.into()]
+            })
+            .collect();
+        printer.lines(&table(&["ACTION", "ON", "UNDO", "AFTER A CRASH", "WHAT IT DOES"], &rows))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// Reads a plan file: the plan or its findings, and the text.
+pub(crate) fn read(
+    path: &Path,
+    printer: Printer,
+) -> Result<(Result<Plan, Findings>, String), CliError> {
+    let text = fs::read(path).map_err(|source| CliError::File {
+        path: path.to_owned(),
+        verb: "read",
+        source,
+    })?;
+    let text = String::from_utf8(text).map_err(|_| {
+        CliError::usage(format!("{} is not UTF-8", path.display()), "a plan file is YAML in UTF-8")
+    })?;
+    let _ = printer;
+    Ok((Plan::parse(&path.display().to_string(), &text), text))
+}
+
+/// Reads and compiles a plan file for a submission; the file's text comes along for the report.
+pub(crate) fn compiled(
+    arguments: &PlanArgs,
+    printer: Printer,
+) -> Result<(SealedPlan, String), CliError> {
+    let (plan, text) = read(&arguments.plan, printer)?;
+    let refused = |findings| CliError::Plan(Box::new(findings));
+    let plan = plan.map_err(refused)?;
+    if !plan.warnings().is_empty() {
+        printer.say(plan.warnings().to_string());
+    }
+    let sealed = compile_now(&plan, arguments).map_err(refused)?;
+    Ok((sealed, text))
+}
+
+fn compile_now(plan: &Plan, arguments: &PlanArgs) -> Result<SealedPlan, Findings> {
+    let given: BTreeMap<String, String> = arguments.inputs.iter().cloned().collect();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // A serial licenses one rollout, for ever; nobody compiles twice in a nanosecond.
+    let serial = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+    let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+    compile(plan, &given, serial, now)
+}
+
+fn parse_input(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
