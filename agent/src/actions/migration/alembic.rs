@@ -195,7 +195,7 @@ impl<'a> Alembic<'a> {
         if ended.code == 0 {
             return Ok(ended.stdout);
         }
-        Err(self.said(what, ended.code, &self.lines()))
+        Err(Self::said(what, ended.code, &self.lines()))
     }
 
     /// The one newest revision of the release.
@@ -289,9 +289,9 @@ impl<'a> Alembic<'a> {
             .iter()
             .any(|line| LOCKED.iter().any(|word| line.contains(word)))
         {
-            return Ok(Went::Locked(self.said(way.command(), ended.code, &lines)));
+            return Ok(Went::Locked(Self::said(way.command(), ended.code, &lines)));
         }
-        Ok(Went::Badly(self.said(way.command(), ended.code, &lines)))
+        Ok(Went::Badly(Self::said(way.command(), ended.code, &lines)))
     }
 
     /// What the log got since the last mark.
@@ -304,14 +304,14 @@ impl<'a> Alembic<'a> {
         lines[since..].to_vec()
     }
 
-    fn said(&self, what: &str, code: i32, lines: &[String]) -> Failure {
+    fn said(what: &str, code: i32, lines: &[String]) -> Failure {
         let telling = ["FAILED:", "psycopg.errors.", "Error:", "Error)", "error:"];
         let line = lines
             .iter()
             .rev()
             .find(|line| telling.iter().any(|word| line.contains(word)));
         let why = line
-            .or(lines.last())
+            .or_else(|| lines.last())
             .map_or_else(String::new, |line| format!(": {}", line.trim()));
         Failure {
             last_lines: lines.to_vec(),

@@ -250,4 +250,6 @@ impl Act for Downgrade {
 }
 
 #[cfg(test)]
+mod stage;
+#[cfg(test)]
 mod tests;

@@ -59,7 +59,10 @@ fn unmet(act: &Sql, value: Option<&str>) -> Option<String> {
     if act.at_least.is_none() && act.at_most.is_none() {
         return None;
     }
-    let Some(number) = value.and_then(|value| value.parse::<f64>().ok()) else {
+    let Some(number) = value
+        .and_then(|value| value.parse::<f64>().ok())
+        .filter(|number| !number.is_nan())
+    else {
         return Some("must return a number".into());
     };
     #[expect(
@@ -70,14 +73,13 @@ fn unmet(act: &Sql, value: Option<&str>) -> Option<String> {
         act.at_least.map(|low| low as f64),
         act.at_most.map(|high| high as f64),
     );
-    // NaN is within no bounds.
-    if low.is_some_and(|low| !(number >= low)) {
+    if low.is_some_and(|low| number < low) {
         return Some(format!(
             "must return at least {}",
             act.at_least.unwrap_or_default()
         ));
     }
-    if high.is_some_and(|high| !(number <= high)) {
+    if high.is_some_and(|high| number > high) {
         return Some(format!(
             "must return at most {}",
             act.at_most.unwrap_or_default()
@@ -131,7 +133,7 @@ mod tests {
             ),
             (check(count, None, (Some(201), None)), "at least 201"),
             (check(count, None, (None, Some(199))), "at most 199"),
-            (check("SELECT 'NaN'", None, (Some(1), None)), "at least 1"),
+            (check("SELECT 'NaN'", None, (Some(1), None)), "a number"),
             (check("SELECT 'x'", None, (Some(1), None)), "a number"),
             (
                 check("DELETE FROM users RETURNING 1", None, (None, None)),

@@ -297,18 +297,21 @@ async fn give_back(session: &Session, database: &Database) -> Result<(), Failure
         Some(role) => known.contains(&role),
         None => true,
     };
-    let mut sql = String::new();
-    for grant in raised.record.grants.iter().filter(is_there) {
-        let option = if grant.grantable {
-            " WITH GRANT OPTION"
-        } else {
-            ""
-        };
-        sql += &format!("GRANT CONNECT ON DATABASE {db} TO {}{option}; ", grant.to());
+    let grants = raised.record.grants.iter().filter(is_there);
+    let mut statements: Vec<String> = grants
+        .map(|grant| {
+            let option = if grant.grantable {
+                " WITH GRANT OPTION"
+            } else {
+                ""
+            };
+            format!("GRANT CONNECT ON DATABASE {db} TO {}{option}", grant.to())
+        })
+        .collect();
+    for setting in ["lockstep.fence", "lockstep.fence_acl"] {
+        statements.push(format!("ALTER DATABASE {db} RESET {setting}"));
     }
-    sql += &format!(
-        "ALTER DATABASE {db} RESET lockstep.fence; ALTER DATABASE {db} RESET lockstep.fence_acl"
-    );
+    let sql = statements.join("; ");
     session
         .run(what, &sql)
         .await

@@ -15,15 +15,17 @@ use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session};
 use crate::step::{Context, failure};
 
+/// A transaction that sees one state and all rows of it, or fails where it may not.
+const READ_ALL: &str =
+    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL row_security = off";
+
 /// Rows by table.
 pub(crate) type Tally = BTreeMap<String, u64>;
 
 /// Counts rows, of some tables or of all, in one state of the database.
 pub(crate) async fn count(session: &Session, only: &[String]) -> Result<Tally, Failure> {
     let what = "counting rows";
-    session
-        .run(what, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        .await?;
+    session.run(what, READ_ALL).await?;
     let counted = count_inside(session, only).await;
     let ended = session.run(what, "ROLLBACK").await;
     let counted = counted?;
@@ -178,7 +180,7 @@ impl Act for Compare {
                 (Some(was), Some(is)) if was == is => {}
                 (Some(was), Some(is)) if self.rows == Rows::Grown && is > was => {}
                 (Some(was), Some(is)) => {
-                    unmet.push(format!("{table} has {is} rows, and had {was}"))
+                    unmet.push(format!("{table} has {is} rows, and had {was}"));
                 }
                 (Some(_), None) => unmet.push(format!("{table} is gone")),
                 (None, _) => unmet.push(format!("{table} is not in the backup")),
@@ -278,9 +280,7 @@ async fn missing(session: &Session, tables: &[String]) -> Result<Vec<String>, Fa
 /// How many foreign keys there are, and those whose rows have no parent.
 async fn orphans(session: &Session) -> Result<(usize, Vec<String>), Failure> {
     let what = "looking for rows without parents";
-    session
-        .run(what, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        .await?;
+    session.run(what, READ_ALL).await?;
     let found = orphans_inside(session, what).await;
     let ended = session.run(what, "ROLLBACK").await;
     let found = found?;

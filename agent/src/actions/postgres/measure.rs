@@ -55,7 +55,7 @@ impl Snapshot {
                 "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; \
                  SET LOCAL timezone = 'UTC'; SET LOCAL datestyle = 'ISO'; \
                  SET LOCAL intervalstyle = 'postgres'; SET LOCAL extra_float_digits = 1; \
-                 SET LOCAL bytea_output = 'hex'",
+                 SET LOCAL bytea_output = 'hex'; SET LOCAL row_security = off",
             )
             .await?;
         let id = session

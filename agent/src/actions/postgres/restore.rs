@@ -236,13 +236,20 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
         } if database == name => Some((id, *digest)),
         _ => None,
     });
-    let found = store.all().into_iter().find_map(|made| match named {
-        Some((id, digest)) => (made.id == *id).then_some((made, digest)),
-        None => {
-            let verified = store.verified(&made)?;
-            (made.key.rollout == cx.key.rollout).then_some((made, verified.digest))
-        }
-    });
+    let of_fact = |made: Manifest| {
+        let (id, digest) = named?;
+        (made.id == *id).then_some((made, digest))
+    };
+    let of_rollout = |made: Manifest| {
+        let digest = store.verified(&made)?.digest;
+        (made.key.rollout == cx.key.rollout).then_some((made, digest))
+    };
+    let mut all = store.all().into_iter();
+    let found = if named.is_some() {
+        all.find_map(of_fact)
+    } else {
+        all.find_map(of_rollout)
+    };
     found.ok_or_else(|| {
         let directory = store.directory.display();
         hinted(
@@ -319,7 +326,7 @@ async fn properties(live: &Session, names: &Names) -> Result<(), Failure> {
     let settings = "SELECT r.rolname::text, s.setconfig FROM pg_db_role_setting s \
                     LEFT JOIN pg_roles r ON r.oid = s.setrole WHERE s.setdatabase = \
                     (SELECT oid FROM pg_database WHERE datname = current_database())";
-    let mut sql = String::new();
+    let mut statements = vec![];
     for row in live.query(what, settings, &[]).await? {
         let (role, values): (Option<&str>, Vec<&str>) = (row.get(0), row.get(1));
         let target = role.map_or_else(
@@ -327,16 +334,16 @@ async fn properties(live: &Session, names: &Names) -> Result<(), Failure> {
             |role| format!("ALTER ROLE {} IN DATABASE {new}", ident(role)),
         );
         for (name, value) in values.iter().filter_map(|value| value.split_once('=')) {
-            sql += &format!(
-                "{target} SET {} = {}; ",
+            statements.push(format!(
+                "{target} SET {} = {}",
                 setting(name),
                 value_of(name, value)
-            );
+            ));
         }
     }
     let limit = "SELECT datconnlimit FROM pg_database WHERE datname = current_database()";
     let limit: i32 = live.one(what, limit, &[]).await?.get(0);
-    sql += &format!("ALTER DATABASE {new} CONNECTION LIMIT {limit}; ");
+    statements.push(format!("ALTER DATABASE {new} CONNECTION LIMIT {limit}"));
     let rights = "SELECT a.privilege_type, CASE a.grantee WHEN 0 THEN NULL \
                   ELSE pg_get_userbyid(a.grantee)::text END, a.is_grantable FROM pg_database d, \
                   aclexplode(d.datacl) a WHERE d.datname = current_database() \
@@ -344,16 +351,18 @@ async fn properties(live: &Session, names: &Names) -> Result<(), Failure> {
     let explicit = "SELECT datacl IS NULL FROM pg_database WHERE datname = current_database()";
     if live.one(what, explicit, &[]).await?.get(0) {
         // The default: everybody may connect and make temporary tables.
-        sql += &format!("GRANT CONNECT, TEMPORARY ON DATABASE {new} TO PUBLIC; ");
+        statements.push(format!(
+            "GRANT CONNECT, TEMPORARY ON DATABASE {new} TO PUBLIC"
+        ));
     }
     for row in live.query(what, rights, &[]).await? {
         let (right, role, grantable): (&str, Option<&str>, bool) =
             (row.get(0), row.get(1), row.get(2));
         let role = role.map_or_else(|| "PUBLIC".to_owned(), ident);
         let option = if grantable { " WITH GRANT OPTION" } else { "" };
-        sql += &format!("GRANT {right} ON DATABASE {new} TO {role}{option}; ");
+        statements.push(format!("GRANT {right} ON DATABASE {new} TO {role}{option}"));
     }
-    live.run(what, &sql).await
+    live.run(what, &statements.join("; ")).await
 }
 
 /// The name of a setting: with a dot in it, it belongs to an extension.

@@ -42,7 +42,9 @@ pub(super) async fn progress(cx: &Context, session: &Session, tables: &Shares, u
     let mut furthest: f64 = 0.0;
     while let Ok(rows) = session.query("asking for progress", &sql, &[&name]).await {
         // What was at work and is no longer has ended.
-        seen.values_mut().for_each(|fraction| *fraction = 1.0);
+        for fraction in seen.values_mut() {
+            *fraction = 1.0;
+        }
         let mut at = String::new();
         for row in &rows {
             let (table, done): (String, i64) = (row.get(0), row.get(1));
@@ -100,38 +102,37 @@ pub(super) async fn create(session: &Session, dbname: &str) -> Result<(), Failur
     };
     let sql = format!(
         "SELECT pg_encoding_to_char(encoding)::text, datcollate::text, datctype::text, \
-         pg_get_userbyid(datdba)::text, (SELECT rolsuper FROM pg_roles WHERE rolname = current_user), \
+         pg_get_userbyid(datdba)::text, \
+         (SELECT rolsuper FROM pg_roles WHERE rolname = current_user), \
          {icu} FROM pg_database WHERE datname = current_database()"
     );
     let like = session.one(&what, &sql, &[]).await?;
     let text = |at| literal(like.get::<_, &str>(at));
-    let mut sql = format!(
-        "CREATE DATABASE {} TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}",
-        ident(dbname),
-        text(0),
-        text(1),
-        text(2)
-    );
+    let mut parts = vec![
+        format!("CREATE DATABASE {} TEMPLATE template0", ident(dbname)),
+        format!(
+            "ENCODING {} LC_COLLATE {} LC_CTYPE {}",
+            text(0),
+            text(1),
+            text(2)
+        ),
+    ];
     if like.get(4) {
-        sql += &format!(" OWNER {}", ident(like.get(3)));
+        parts.push(format!("OWNER {}", ident(like.get(3))));
     }
     let provider: Option<&str> = like.get(5);
     let (locale, rules): (Option<&str>, Option<&str>) = (like.get(6), like.get(7));
-    match (provider, locale) {
+    match (provider, locale.map(literal)) {
         (Some("i"), Some(locale)) => {
-            sql += &format!(" LOCALE_PROVIDER icu ICU_LOCALE {}", literal(locale));
-            if let Some(rules) = rules {
-                sql += &format!(" ICU_RULES {}", literal(rules));
-            }
+            parts.push(format!("LOCALE_PROVIDER icu ICU_LOCALE {locale}"));
+            parts.extend(rules.map(|rules| format!("ICU_RULES {}", literal(rules))));
         }
         (Some("b"), Some(locale)) => {
-            sql += &format!(
-                " LOCALE_PROVIDER builtin BUILTIN_LOCALE {}",
-                literal(locale)
-            );
+            parts.push(format!("LOCALE_PROVIDER builtin BUILTIN_LOCALE {locale}"));
         }
         _ => {}
     }
+    let sql = parts.join(" ");
     // What would end it in the middle is the step's own timeout, which drops it again.
     session
         .run(&what, &sql)

@@ -100,7 +100,8 @@ impl<'a> Tools<'a> {
                 "install postgresql-client in the server's version, or correct `bin_dir`",
             ));
         }
-        let mut argv = vec![path.map_or(tool.to_owned(), |path| path.display().to_string())];
+        let mut argv =
+            vec![path.map_or_else(|| tool.to_owned(), |path| path.display().to_string())];
         if let Some(dbname) = dbname {
             argv.extend([
                 "--no-password".to_owned(),
@@ -205,7 +206,7 @@ fn clarify(failure: Failure, tool: &str) -> Failure {
         }
     }
     let line = said("error:").map(|line| line.trim().to_owned());
-    let message = line.map_or(failure.message.clone(), |line| format!("{tool}: {line}"));
+    let message = line.map_or_else(|| failure.message.clone(), |line| format!("{tool}: {line}"));
     Failure { message, ..failure }
 }
 

@@ -1,0 +1,183 @@
+//! A database host and an application host, with the example application on it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lockstep_proto::action::postgres::{
+    Aspect, Backup, Fence, FenceVia, Format, RestoreInto, VerifyBackup,
+};
+use lockstep_proto::values::{ByteSize, Period};
+
+use super::tests::apply;
+use super::*;
+use crate::config::App;
+use crate::sql::cluster::Bench;
+
+const NULL: Value = Value::Null;
+
+/// A virtual environment with the application's requirements: made once, kept beside the build.
+fn environment(requirements: &Path) -> PathBuf {
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _one = ONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let wanted = fs::read(requirements).unwrap();
+    let exe = std::env::current_exe().unwrap();
+    let target = exe
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/debug/deps");
+    let venv = target.join(format!("test-venv-{}", Digest::of(&wanted).short()));
+    // Test processes may run at the same time, too.
+    let lock = fs::File::create(target.join("test-venv.lock")).unwrap();
+    lock.lock().unwrap();
+    let ready = venv.join("ready");
+    if !ready.exists() {
+        let run = |program: &mut Command| {
+            let output = program.output().unwrap();
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        };
+        run(Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(&venv));
+        run(Command::new(venv.join("bin/pip"))
+            .args(["install", "-q", "-r"])
+            .arg(requirements));
+        fs::write(ready, "").unwrap();
+    }
+    venv
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().flatten() {
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// A database host and an application host in one, with the releases v0.9.5 and v1.0.0 and rows
+/// of the former.
+pub(super) struct Stage {
+    pub(super) bench: Bench,
+    ledger: PathBuf,
+}
+
+impl Stage {
+    pub(super) async fn new() -> Self {
+        let mut bench = Bench::new().await;
+        let root = bench.host.path().join("app");
+        let example =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/employee-system/app");
+        let venv = environment(&example.join("base/backend/requirements.txt"));
+        for release in ["v0.9.5", "v1.0.0"] {
+            let backend = root.join("releases").join(release).join("backend");
+            copy(&example.join("base/backend"), &backend);
+            if release == "v1.0.0" {
+                copy(&example.join("v1.0.0/backend"), &backend);
+            }
+            std::os::unix::fs::symlink(&venv, backend.join("venv")).unwrap();
+        }
+        let ledger = bench.host.path().join("ledger");
+        let env = [("MIGRATION_LEDGER".to_owned(), ledger.display().to_string())];
+        let app = App {
+            root,
+            user: None,
+            env: env.into(),
+        };
+        bench.host.config.apps.insert("employees".into(), app);
+        let stage = Self { bench, ledger };
+        stage
+            .free(&Apply {
+                release: "v0.9.5".into(),
+                ..apply()
+            })
+            .await
+            .unwrap();
+        stage
+            .bench
+            .sql(
+                "INSERT INTO public.departments (name) SELECT 'd' || n FROM generate_series(1, 5) n; \
+                 INSERT INTO public.employees (first_name, last_name, department_id) \
+                 SELECT 'f' || n, 'l' || n, 1 + n % 5 FROM generate_series(1, 200) n",
+            )
+            .await;
+        stage
+    }
+
+    /// What the application host sees.
+    pub(super) fn cx(&self, step: u16, facts: Vec<Fact>) -> Context {
+        self.bench.as_owner(self.bench.cx(step, facts))
+    }
+
+    pub(super) fn undo(&self, step: u16, facts: Vec<Fact>) -> Context {
+        self.bench.as_owner(self.bench.undo(step, facts))
+    }
+
+    /// Applies without asking for a backup.
+    pub(super) async fn free(&self, act: &Apply) -> Result<Done, Failure> {
+        let act = Apply {
+            backup: RequiredBackup::None,
+            ..act.clone()
+        };
+        act.apply(&self.cx(50, vec![]), &NULL).await
+    }
+
+    pub(super) fn fence(&self) -> Fence {
+        Fence {
+            database: "staff".into(),
+            via: FenceVia::Connect,
+            roles: vec![self.bench.app()],
+        }
+    }
+
+    /// A backup and its proof.
+    pub(super) async fn backed_up(&self) -> Vec<Fact> {
+        let backup = Backup {
+            database: "staff".into(),
+            format: Format::Custom,
+            copies: vec![],
+            lock_wait: Period::seconds(5),
+            keep: 7,
+        };
+        let mut facts = backup
+            .apply(&self.bench.cx(2, vec![]), &NULL)
+            .await
+            .unwrap()
+            .facts;
+        let verify = VerifyBackup {
+            database: "staff".into(),
+            restore_into: RestoreInto::Scratch,
+            compare: vec![Aspect::RowCounts],
+            min_size: ByteSize(0),
+        };
+        let cx = self.bench.cx(3, facts.clone());
+        facts.extend(verify.apply(&cx, &NULL).await.unwrap().facts);
+        facts
+    }
+
+    pub(super) async fn revision(&self) -> String {
+        revision(&self.bench.session("staff").await).await.unwrap()
+    }
+
+    /// What the application's own record says of migrations since the first.
+    pub(super) fn ledger(&self) -> Vec<String> {
+        let text = fs::read_to_string(&self.ledger).unwrap();
+        let words = |line: &str| {
+            line.split_whitespace()
+                .take(2)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        text.lines().skip(1).map(words).collect()
+    }
+}
