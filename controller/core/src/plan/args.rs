@@ -166,6 +166,7 @@ impl Args<'_> {
             Action::ReleaseFetch(args) => {
                 self.release(&args.app, &args.release);
                 self.not_a_flag(&args.git.url, &["git".into(), "url".into()], "a repository");
+                self.no_password(&args.git.url, &["git".into(), "url".into()]);
                 self.file_name(&args.git.tag, &["git".into(), "tag".into()], "a tag", true);
                 if let Some(commit) = &args.git.commit {
                     self.commit(commit);
@@ -460,6 +461,19 @@ impl Args<'_> {
             let message = format!("`{}` is no window", window.utc);
             let hint = "such as `14:00-18:00`, in UTC, and not over midnight";
             self.report(Code::WrongValue, &["utc".into()], message, hint);
+        }
+    }
+
+    /// A repository may name a user, as ssh does, but no password.
+    fn no_password(&self, url: &str, path: &Path<'_>) {
+        let rest = url.split_once("://").map_or("", |(_, rest)| rest);
+        let authority = rest.split('/').next().unwrap_or_default();
+        if authority
+            .rsplit_once('@')
+            .is_some_and(|(user, _)| user.contains(':'))
+        {
+            let hint = "let git on the hosts know it, for example through a credential helper";
+            self.report(Code::BadUrl, path, "this URL holds a password", hint);
         }
     }
 
