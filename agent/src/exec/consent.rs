@@ -267,7 +267,7 @@ mod tests {
                 planned: None,
             }],
             after_rollback: None,
-            max_failures: 0,
+            max_failures: None,
             notices: vec![],
             slo: Slo::default(),
             signoff: vec![],

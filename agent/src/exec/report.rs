@@ -121,17 +121,17 @@ fn shorten_facts(facts: &mut Vec<Fact>) -> bool {
 const DROPPED: &str = "left out";
 
 fn shorten_refusals(refusals: &mut Vec<Refusal>) -> bool {
-    if refusals
+    let cuts = refusals
         .iter_mut()
-        .any(|refusal| cut(&mut refusal.reason, SENTENCE))
-    {
+        .map(|refusal| cut(&mut refusal.reason, SENTENCE));
+    if cuts.fold(false, |any, one| any | one) {
         return true;
     }
     if refusals.len() < 3 {
         return false;
     }
     // The last one says that there are more.
-    refusals.truncate(refusals.len() - 2);
+    refusals.truncate((refusals.len() - 1) * 3 / 4);
     refusals.push(Refusal {
         at: None,
         reason: "and more steps, which did not fit into the report".into(),

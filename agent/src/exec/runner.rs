@@ -82,9 +82,6 @@ impl Runner {
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
-            // Signals from a terminal reach the daemon only, even before the step process has
-            // made its own session.
-            .process_group(0)
             .kill_on_drop(false)
             .spawn()
             .map(Some)

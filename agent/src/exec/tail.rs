@@ -112,13 +112,13 @@ impl Tail {
         Ok((end > 0).then_some(bytes))
     }
 
-    /// Passes over what there was no room for.
+    /// Passes over what there was no room for, but for the newest lines.
     fn skip(&mut self) {
-        while let Ok(Some(bytes)) = self.next_bytes() {
-            if bytes.len() < CHUNK / 2 {
-                // The newest lines are left for the next round.
+        let length = |file: &File| file.metadata().map_or(0, |metadata| metadata.len());
+        while self.file.as_ref().map_or(0, length) > self.read + CHUNK as u64 {
+            let Ok(Some(bytes)) = self.next_bytes() else {
                 return;
-            }
+            };
             self.read += bytes.len() as u64;
             self.offset += split(&bytes).0.len() as u64;
         }

@@ -40,8 +40,7 @@ pub(crate) enum StepExit {
 /// Does the attempt, unless anybody ever claimed it.
 pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
     let begun = Instant::now();
-    // A group leader is refused: systemd has made this process the leader of a session already.
-    let _ = rustix::process::setsid();
+    lead_session()?;
     let dir = StepDir::of(&config.state_dir, key);
     let job = dir.read_job()?;
     if job.key != *key {
@@ -93,6 +92,16 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
     let ended = ended(result, Period(millis));
     write(&dir, &ended).await?;
     Ok(StepExit::Done)
+}
+
+/// Makes a session for all that the attempt starts, by which it is found again and ended. Under
+/// systemd there is one already.
+fn lead_session() -> io::Result<()> {
+    let own = rustix::process::getpid();
+    match rustix::process::setsid() {
+        Err(_) if rustix::process::getsid(None)? == own => Ok(()),
+        made => Ok(made.map(|_| ())?),
+    }
 }
 
 fn ended(result: Result<Done, Failure>, took: Period) -> Ended {

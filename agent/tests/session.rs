@@ -1,0 +1,360 @@
+//! The agent as a process, with real TLS, against a controller that the test plays.
+
+mod support;
+
+use lockstep_proto::ids::{Direction, StepKey};
+use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
+use lockstep_proto::wire::agent_v1::down;
+use rustix::process::{Signal, kill_process};
+use serde_json::{Value, json};
+
+use support::{Controller, Host, epoch, key, plan, rollout, wait_for};
+
+const ALLOW_RUN: &str = "[[allow]]\naction = 'exec.run'\n";
+
+/// Appends a line to a file, after a pause.
+fn append(line: &str, pause: &str) -> (&'static str, Value) {
+    let script = format!(
+        "import sys,time; print('begin', flush=True); time.sleep({pause}); \
+         open(sys.argv[1], 'a').write('{line}\\n'); print('end')"
+    );
+    let argv = json!(["python3", "-c", script, "${host.root}/effects"]);
+    ("exec.run", json!({"name": line, "argv": argv}))
+}
+
+fn effects(host: &Host) -> Vec<String> {
+    let text = std::fs::read_to_string(host.path("effects")).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+fn do_key(step: u16, attempt: u16) -> StepKey {
+    key(&rollout(1), step, Direction::Do, attempt)
+}
+
+fn failed(outcome: StepOutcome) -> Failure {
+    match outcome {
+        StepOutcome::Failed(failure) => failure,
+        other => panic!("{other:?} is no failure"),
+    }
+}
+
+#[tokio::test]
+async fn a_step_is_done_once_however_often_it_is_ordered() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("one", "0"), append("two", "0")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    assert_eq!(session.hello.last_report, 0);
+    session.consented(&controller, &rollout(1), &plan).await;
+    for step in [0, 1] {
+        let key = do_key(step, 1);
+        session.order(&plan, &key).await;
+        let outcome = session.outcome(&key).await;
+        assert!(matches!(outcome, StepOutcome::Ok { .. }), "{outcome:?}");
+    }
+    // Asked again, it says the same again.
+    session.order(&plan, &do_key(1, 1)).await;
+    let again = session.outcome(&do_key(1, 1)).await;
+    assert!(matches!(again, StepOutcome::Ok { .. }), "{again:?}");
+    assert_eq!(effects(&host), ["one", "two"]);
+    // Its output has come on a stream of its own.
+    let mut output = String::new();
+    while !output.contains("end") {
+        let chunk = controller.logs.recv().await.unwrap();
+        output.push_str(&String::from_utf8_lossy(&chunk.data));
+    }
+    // The step directories go with the rollout, and its orders are no longer taken.
+    session.release(&rollout(1)).await;
+    wait_for("release", || {
+        let left = std::fs::read_dir(host.path("state/steps")).unwrap().count();
+        (left == 0).then_some(())
+    })
+    .await;
+    session.order(&plan, &do_key(0, 2)).await;
+    let refused = failed(session.outcome(&do_key(0, 2)).await);
+    assert_eq!(refused.cause, Cause::Refused);
+    session.offer(&rollout(1), &plan, false).await;
+    match session.report().await {
+        ReportBody::Declined { refusals, .. } => {
+            assert!(refusals[0].reason.contains("has ended"), "{refusals:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(host.stop(), Some(0));
+}
+
+#[tokio::test]
+async fn a_killed_daemon_finds_the_step_and_its_outcome_again() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("slow", "3")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    host.claimed(&do_key(0, 1)).await;
+    host.kill();
+    drop(session);
+
+    host.start();
+    // It has one report that was acknowledged, and says again what was not.
+    let mut session = controller.accept(epoch(1), 1).await;
+    assert_eq!(session.hello.held_rollout, Some(rollout(1)));
+    session.order(&plan, &do_key(0, 1)).await;
+    let outcome = session.outcome(&do_key(0, 1)).await;
+    assert!(matches!(outcome, StepOutcome::Ok { .. }), "{outcome:?}");
+    assert_eq!(effects(&host), ["slow"]);
+}
+
+#[tokio::test]
+async fn a_killed_step_process_of_a_blind_action_is_unknown_and_leaves_nothing_running() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("never", "20")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    let step = host.claimed(&do_key(0, 1)).await;
+    let log = host
+        .path("state/steps")
+        .join(do_key(0, 1).to_string())
+        .join("log");
+    wait_for("output", || {
+        std::fs::read_to_string(&log)
+            .ok()
+            .filter(|text| text.contains("begin"))
+    })
+    .await;
+    kill_process(step, Signal::KILL).unwrap();
+    let outcome = session.outcome(&do_key(0, 1)).await;
+    assert!(
+        matches!(outcome, StepOutcome::Unknown { .. }),
+        "{outcome:?}"
+    );
+    // The program that the step process had started is gone too: that was waited for.
+    let alive = std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command).into_owned();
+        command.contains("python3") && command.contains(host.path("effects").to_str().unwrap())
+    });
+    assert!(!alive && effects(&host).is_empty());
+}
+
+#[tokio::test]
+async fn a_cancelled_step_ends_soon_and_says_so() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("never", "20")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    host.claimed(&do_key(0, 1)).await;
+    session.cancel(&rollout(1)).await;
+    let failure = failed(session.outcome(&do_key(0, 1)).await);
+    assert_eq!(failure.cause, Cause::Cancelled);
+    assert!(effects(&host).is_empty());
+}
+
+#[tokio::test]
+async fn an_older_controller_is_refused_even_after_a_restart() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let mut session = controller.accept(epoch(5), 0).await;
+    let empty = plan(&[("check.port", json!({"port": 1}))]);
+    session.consented(&controller, &rollout(1), &empty).await;
+    host.kill();
+    drop(session);
+    host.start();
+    for stale in [epoch(4), lockstep_proto::ids::Epoch { id: 1, ..epoch(5) }] {
+        let mut session = controller.accept(stale, 1).await;
+        assert_eq!(session.hello.highest_epoch, epoch(5));
+        assert!(session.next().await.is_none(), "the agent ends the stream");
+    }
+    assert!(host.log().contains("is refused"), "{}", host.log());
+}
+
+#[tokio::test]
+async fn a_controller_that_knows_more_reports_than_the_journal_is_refused() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let mut session = controller.accept(epoch(1), 9).await;
+    assert!(session.next().await.is_none());
+    assert!(
+        host.log().contains("put back to an earlier time"),
+        "{}",
+        host.log()
+    );
+}
+
+#[tokio::test]
+async fn only_a_controllers_certificate_makes_a_controller() {
+    let controller = Controller::start_as("agent/app-2").await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    wait_for("refusal", || {
+        host.log().contains("its role is `agent`").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_the_policy_does_not_allow_is_declined_with_its_line() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, "");
+    host.start();
+    let plan = plan(&[("check.port", json!({"port": 1})), append("no", "0")]);
+    controller.keep(&plan);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.offer(&rollout(1), &plan, false).await;
+    match session.report().await {
+        ReportBody::Declined { refusals, .. } => {
+            assert_eq!(refusals.len(), 1, "{refusals:?}");
+            assert_eq!(refusals[0].at.map(|at| at.step), Some(1));
+            for word in ["exec.run", "line 2", "[[allow]]", "policy.toml"] {
+                assert!(refusals[0].reason.contains(word), "{}", refusals[0].reason);
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+    // An order without consent is refused, whoever gives it.
+    session.order(&plan, &do_key(1, 1)).await;
+    assert_eq!(
+        failed(session.outcome(&do_key(1, 1)).await).cause,
+        Cause::Refused
+    );
+    assert!(effects(&host).is_empty());
+}
+
+#[tokio::test]
+async fn a_dry_run_looks_and_takes_no_hold() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("no", "0")]);
+    controller.keep(&plan);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.offer(&rollout(7), &plan, true).await;
+    assert!(matches!(
+        session.report().await,
+        ReportBody::Consented { .. }
+    ));
+    let probe = key(&rollout(7), 0, Direction::Probe, 1);
+    session.order(&plan, &probe).await;
+    let outcome = session.outcome(&probe).await;
+    assert!(
+        matches!(outcome, StepOutcome::Ok { changed: false, .. }),
+        "{outcome:?}"
+    );
+    assert!(effects(&host).is_empty());
+    // Another rollout may have the host.
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.offer(&rollout(2), &plan, false).await;
+    match session.report().await {
+        ReportBody::Declined { refusals, .. } => {
+            assert!(
+                refusals[0].reason.contains(rollout(1).as_str()),
+                "{refusals:?}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn reports_that_were_not_acknowledged_come_again_after_a_reconnect() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("one", "0")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    let started = session.next().await.unwrap();
+    let finished = session.next().await.unwrap();
+    assert_eq!((started.number, finished.number), (2, 3));
+    session
+        .send(down::Message::Drain(
+            lockstep_proto::wire::agent_v1::Drain {
+                reconnect_after_ms: 10,
+            },
+        ))
+        .await;
+    drop(session);
+    let mut session = controller.accept(epoch(2), 2).await;
+    assert_eq!(session.hello.last_report, 3);
+    assert_eq!(session.next().await.unwrap(), finished);
+    assert_eq!(effects(&host), ["one"]);
+}
+
+#[tokio::test]
+async fn a_second_agent_on_the_same_state_does_not_start() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, "");
+    host.start();
+    let _session = controller.accept(epoch(1), 0).await;
+    let second = host.command("run").output().unwrap();
+    assert_eq!(second.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another agent"));
+}
+
+#[tokio::test]
+async fn a_broken_journal_is_left_alone_and_said() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, "");
+    host.start();
+    drop(controller.accept(epoch(1), 0).await);
+    wait_for("epoch", || {
+        let length = std::fs::metadata(host.path("state/journal")).ok()?.len();
+        (length > 150).then_some(())
+    })
+    .await;
+    host.kill();
+    let mut journal = std::fs::read(host.path("state/journal")).unwrap();
+    journal[60] ^= 1;
+    std::fs::write(host.path("state/journal"), &journal).unwrap();
+    host.start();
+    wait_for("quarantine", || {
+        host.log().contains("quarantined").then_some(())
+    })
+    .await;
+    assert_eq!(host.stop(), Some(0));
+    assert_eq!(std::fs::read(host.path("state/journal")).unwrap(), journal);
+}
+
+#[tokio::test]
+async fn check_says_what_is_allowed_and_what_is_wrong() {
+    let controller = Controller::start().await;
+    let host = Host::new(&controller, ALLOW_RUN);
+    let fine = host.command("check").output().unwrap();
+    let text = String::from_utf8(fine.stdout).unwrap();
+    let errors = String::from_utf8(fine.stderr).unwrap();
+    assert_eq!(fine.status.code(), Some(0), "{errors}");
+    let says = |action: &str| {
+        text.lines()
+            .find(|line| line.contains(action))
+            .unwrap()
+            .to_owned()
+    };
+    assert!(says("exec.run").ends_with(" allowed"), "{text}");
+    assert!(says("postgres.backup").ends_with("not allowed"), "{text}");
+    assert!(says("check.disk").contains("only looks"), "{text}");
+    let open = |name: &str, mode: u32| {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(host.path(name), mode).unwrap();
+    };
+    open("agent.key", 0o644);
+    let wrong = host.command("check").output().unwrap();
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("chmod 0600"));
+    open("policy.toml", 0o666);
+    assert_eq!(
+        host.command("check").output().unwrap().status.code(),
+        Some(2)
+    );
+}
