@@ -41,13 +41,17 @@ fn table(text: &mut String, head: &[&str], rows: &[Vec<String>]) {
     text.push('\n');
 }
 
-/// Text in which nothing is markup, on one line. Underscores within words are none.
+/// Text in which nothing is markup, on one line. Brackets alone and underscores within words are
+/// none, and boxes such as `[x]` stay readable.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        let is_link = c == ']' && matches!(rest.peek(), Some('(' | '[' | ':'));
         match c {
             '\n' => escaped.push(' '),
-            '\\' | '`' | '*' | '[' | ']' | '<' | '>' | '|' | '~' | '&' => escaped.extend(['\\', c]),
+            '\\' | '`' | '*' | '<' | '|' | '~' | '&' => escaped.extend(['\\', c]),
+            c if is_link => escaped.extend(['\\', c]),
             c => escaped.push(c),
         }
     }
@@ -73,7 +77,7 @@ mod tests {
             },
             Block::Lines("```\n# not a heading".into()),
         ]);
-        assert!(text.contains("| x \\| y \\<script\\>\\[a\\](b) \\_\\_c\\_\\_ |"), "{text}");
+        assert!(text.contains("| x \\| y \\<script>[a\\](b) \\_\\_c\\_\\_ |"), "{text}");
         assert!(text.contains("````text\n```\n# not a heading\n````"), "{text}");
     }
 }

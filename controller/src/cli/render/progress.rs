@@ -24,7 +24,8 @@ pub(crate) struct Progress {
     gates: BTreeMap<String, OpenGate>,
     paused_since: Option<u64>,
     state: String,
-    began: u64,
+    /// When the last event came, and when anything was said last.
+    latest: u64,
     spoke: u64,
 }
 
@@ -70,9 +71,7 @@ impl Progress {
         if event.number > 0 {
             self.state.clone_from(&event.state);
         }
-        if self.began == 0 {
-            self.began = event.at_ms;
-        }
+        self.latest = self.latest.max(event.at_ms);
         self.remember(event);
         let lines = self.say(event);
         if !lines.is_empty() {
@@ -94,18 +93,8 @@ impl Progress {
     pub(crate) fn waiting(&self, now_ms: u64) -> String {
         let for_ms = |since: u64| words::since(now_ms.saturating_sub(since));
         if let Some((at, gate)) = self.gates.iter().next() {
-            let verb = match gate.action.as_str() {
-                "gate.approval" => "approve",
-                "gate.checklist" => "confirm",
-                _ => return format!("… {} {}", for_ms(gate.since), gate.message),
-            };
-            let which = if self.gates.len() > 1 { format!(" --gate {at}") } else { String::new() };
-            return format!(
-                "… {} {}: lockstep {verb} {}{which}",
-                for_ms(gate.since),
-                gate.message,
-                self.rollout
-            );
+            let answer = self.answer(at, &gate.action).map(|answer| format!(": {answer}"));
+            return format!("… {} {}{}", for_ms(gate.since), gate.message, answer.unwrap_or_default());
         }
         if let Some(since) = self.paused_since {
             return format!("… {} paused: lockstep resume {}", for_ms(since), self.rollout);
@@ -120,8 +109,19 @@ impl Progress {
                 let action = marked(&running.action, direction, 0);
                 format!("… {} {action} on {host}{more}", for_ms(running.since))
             }
-            None => format!("… {} {}", for_ms(self.began), self.between()),
+            None => format!("… {} {}", for_ms(self.latest), self.between()),
         }
+    }
+
+    /// How people answer at a gate; none if it waits for time.
+    fn answer(&self, at: &str, action: &str) -> Option<String> {
+        let verb = match action {
+            "gate.approval" => "approve",
+            "gate.checklist" => "confirm",
+            _ => return None,
+        };
+        let which = if self.gates.len() > 1 { format!(" --gate {at}") } else { String::new() };
+        Some(format!("lockstep {verb} {}{which}", self.rollout))
     }
 
     fn between(&self) -> &'static str {
@@ -229,12 +229,15 @@ impl Progress {
             EventKind::GateOpened => {
                 let mut lines = vec![self.step(event, Tone::Waiting, &event.message)];
                 lines.extend(below(&event.detail));
+                if let Some(answer) = self.answer(&event.step, &event.action) {
+                    lines.push(Line::plain(format!("{:>10}{answer}", "")));
+                }
                 lines
             }
             EventKind::GateDecided | EventKind::GateClosed => {
                 vec![self.step(event, Tone::Plain, &event.message)]
             }
-            EventKind::Consent if event.message.contains("refuses") => {
+            EventKind::Consent if !event.message.ends_with(" consents") => {
                 vec![self.about(event, Tone::Bad, &event.host, &event.message)]
             }
             EventKind::Quarantined => vec![self.about(event, Tone::Bad, &event.host, &event.message)],

@@ -7,7 +7,7 @@ use lockstep_proto::values::Period;
 use super::status::{failures, held, host_names, inputs, said, state};
 use super::words;
 use crate::cli::clean;
-use crate::cli::document::{Attempt, Document, Phase, Step};
+use crate::cli::document::{Attempt, Document, Phase, Planned, Step};
 
 /// A part of a report. Texts are plain: whoever writes them down escapes them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,7 +124,7 @@ fn timeline_row(document: &Document, phase: &Phase) -> Vec<String> {
     };
     let dash = || "-".to_owned();
     vec![
-        planned.map_or_else(dash, |planned| format!("T+{}", planned.at)),
+        planned.map_or_else(dash, planned_at),
         phase.name.clone(),
         planned.map_or_else(dash, |planned| planned.takes.clone()),
         started.unwrap_or_else(dash),
@@ -132,6 +132,14 @@ fn timeline_row(document: &Document, phase: &Phase) -> Vec<String> {
         compared,
         planned.and_then(|planned| planned.owner.clone()).unwrap_or_else(dash),
     ]
+}
+
+/// `T+2m`; the plan's own words, but for the beginning, which has a unit there.
+fn planned_at(planned: &Planned) -> String {
+    match planned.at.parse::<Period>() {
+        Ok(Period(0)) => "T+0".to_owned(),
+        _ => format!("T+{}", planned.at),
+    }
 }
 
 fn downtime(document: &Document) -> Vec<Block> {

@@ -107,7 +107,7 @@ pub(crate) fn ending(document: &Document) -> Vec<Line> {
     if let Some(downtime) = &document.downtime {
         lines.push(field("downtime", &match downtime.ms {
             Some(ms) => held(ms, document.slo.downtime.as_deref()),
-            None => format!("since {} until now", words::moment(downtime.from)),
+            None => format!("since {}, not proven to be over", words::moment(downtime.from)),
         }));
     }
     for host in document.hosts.iter().filter(|host| host.quarantined) {
