@@ -85,7 +85,12 @@ impl Host {
             direction: Direction::Do,
             attempt,
         };
-        let dir = self.config.state_dir.join("attempts").join(key.to_string());
+        let dir = self
+            .config
+            .state_dir
+            .join("steps")
+            .join(key.to_string())
+            .join("files");
         std::fs::create_dir_all(&dir).expect("an attempt's directory can be made");
         let bindings = facts.into_iter().map(|fact| Binding {
             origin: key.clone(),

@@ -18,10 +18,12 @@ use crate::step::Context;
 mod check;
 mod env;
 mod exec;
+mod files;
 mod migration;
+mod net;
 mod postgres;
 mod release;
-mod service;
+pub(crate) mod service;
 
 /// What a host answers when asked whether an action's effect is there.
 #[derive(Debug, Clone, PartialEq)]

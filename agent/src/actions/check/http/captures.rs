@@ -1,0 +1,282 @@
+//! What answers told, kept on the disk, and put into later requests.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::action::check::Request;
+use lockstep_proto::report::{Cause, Failure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::actions::files::{self, OrFailed as _};
+use crate::step::{Context, failure};
+
+/// The file's name in an attempt's directory.
+pub(super) const FILE: &str = "captures.json";
+
+/// What answers told. Tokens are among it, so its file is private and removed after the clean-up.
+#[derive(Debug, Default)]
+pub(super) struct Captures {
+    file: Option<PathBuf>,
+    kept: Kept,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Kept {
+    values: BTreeMap<String, Value>,
+    /// Clean-up requests that have been met, by their place in the plan.
+    cleaned: Vec<usize>,
+}
+
+impl Captures {
+    /// Those of a new attempt.
+    pub(super) fn new(cx: &Context) -> Self {
+        Self {
+            file: Some(cx.dir.join(FILE)),
+            kept: Kept::default(),
+        }
+    }
+
+    /// Captures that are never stored.
+    pub(super) fn none() -> Self {
+        Self::default()
+    }
+
+    /// Those of an earlier attempt.
+    pub(super) fn load(file: PathBuf) -> Result<Self, Failure> {
+        let read = |path: &Path| Ok(serde_json::from_slice(&std::fs::read(path)?)?);
+        let kept = read(&file).or_failed(|| format!("read {}", file.display()))?;
+        Ok(Self {
+            file: Some(file),
+            kept,
+        })
+    }
+
+    /// Adds what an answer told.
+    pub(super) fn add(&mut self, told: Vec<(String, Value)>) {
+        self.kept.values.extend(told);
+    }
+
+    /// Returns when they are on the disk.
+    pub(super) fn save(&self) -> Result<(), Failure> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let text = serde_json::to_vec(&self.kept).expect("captures have a JSON form");
+        files::write(file, &text, 0o600, None).or_failed(|| "keep what the answers told")
+    }
+
+    pub(super) fn is_cleaned(&self, request: usize) -> bool {
+        self.kept.cleaned.contains(&request)
+    }
+
+    /// Notes that a clean-up request was met, so that it is not sent again.
+    pub(super) fn set_cleaned(&mut self, request: usize) -> Result<(), Failure> {
+        self.kept.cleaned.push(request);
+        if self.kept.values.is_empty() {
+            Ok(())
+        } else {
+            self.save()
+        }
+    }
+
+    /// Forgets them on the disk: there is nothing left to remove.
+    pub(super) fn remove(&self) -> Result<(), Failure> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        files::remove(file).or_failed(|| format!("remove {}", file.display()))
+    }
+
+    /// Captured texts that are long enough to be tokens.
+    pub(super) fn tokens(&self, from: usize) -> Vec<String> {
+        let texts = self.kept.values.values().filter_map(Value::as_str);
+        texts
+            .filter(|text| text.len() >= from)
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// The text with `${capture.NAME}` replaced, each value through `encode`. What was captured
+    /// is not looked through again: an answer cannot ask for secrets. Fails with the first name
+    /// that was not captured.
+    pub(super) fn fill(&self, text: &str, encode: fn(&str) -> String) -> Result<String, String> {
+        let mut filled = String::new();
+        for part in parts(text) {
+            match part {
+                Part::Text(text) => filled.push_str(text),
+                Part::Capture(name) => filled.push_str(&encode(&plain(self.get(name)?))),
+            }
+        }
+        Ok(filled)
+    }
+
+    /// The same in every string of a JSON value. A string that is one capture and nothing else
+    /// becomes the captured value with its type: an id stays a number.
+    pub(super) fn fill_json(
+        &self,
+        value: &Value,
+        resolve: &mut dyn FnMut(&str) -> Result<Option<String>, Failure>,
+    ) -> Result<Result<Value, String>, Failure> {
+        Ok(match value {
+            Value::String(text) => match (resolve(text)?, parts(text).as_slice()) {
+                (Some(secret), _) => Ok(Value::String(secret)),
+                (None, [Part::Capture(name)]) => self.get(name).cloned(),
+                (None, _) => self.fill(text, str::to_owned).map(Value::String),
+            },
+            Value::Array(values) => {
+                let mut filled = vec![];
+                for value in values {
+                    match self.fill_json(value, resolve)? {
+                        Ok(value) => filled.push(value),
+                        Err(name) => return Ok(Err(name)),
+                    }
+                }
+                Ok(Value::Array(filled))
+            }
+            Value::Object(fields) => {
+                let mut filled = serde_json::Map::new();
+                for (name, value) in fields {
+                    match self.fill_json(value, resolve)? {
+                        Ok(value) => filled.insert(name.clone(), value),
+                        Err(name) => return Ok(Err(name)),
+                    };
+                }
+                Ok(Value::Object(filled))
+            }
+            other => Ok(other.clone()),
+        })
+    }
+
+    fn get(&self, name: &str) -> Result<&Value, String> {
+        self.kept.values.get(name).ok_or_else(|| name.to_owned())
+    }
+}
+
+/// A captured value in a text: strings without their quotes.
+fn plain(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+enum Part<'a> {
+    Text(&'a str),
+    Capture(&'a str),
+}
+
+fn parts(text: &str) -> Vec<Part<'_>> {
+    const OPEN: &str = "${capture.";
+    let mut parts = vec![];
+    let mut rest = text;
+    while let Some((before, name, after)) = rest.split_once(OPEN).and_then(|(before, after)| {
+        let (name, after) = after.split_once('}')?;
+        Some((before, name, after))
+    }) {
+        if !before.is_empty() {
+            parts.push(Part::Text(before));
+        }
+        parts.push(Part::Capture(name));
+        rest = after;
+    }
+    if !rest.is_empty() {
+        parts.push(Part::Text(rest));
+    }
+    parts
+}
+
+/// The captures that a request needs.
+pub(super) fn used(request: &Request) -> Vec<String> {
+    fn in_json(value: &Value, names: &mut Vec<String>) {
+        match value {
+            Value::String(text) => in_text(text, names),
+            Value::Array(values) => values.iter().for_each(|value| in_json(value, names)),
+            Value::Object(fields) => fields.values().for_each(|value| in_json(value, names)),
+            _ => {}
+        }
+    }
+    fn in_text(text: &str, names: &mut Vec<String>) {
+        names.extend(parts(text).into_iter().filter_map(|part| match part {
+            Part::Capture(name) => Some(name.to_owned()),
+            Part::Text(_) => None,
+        }));
+    }
+    let mut names = vec![];
+    in_text(&request.url, &mut names);
+    let values = request.headers.values().chain(request.form.values());
+    values.for_each(|text| in_text(text, &mut names));
+    if let Some(json) = &request.json {
+        in_json(json, &mut names);
+    }
+    names
+}
+
+/// Bytes that stand for themselves in any part of a URL and in a form.
+const UNRESERVED: &[u8] = b"-._~";
+
+/// The text as a part of a URL or form: whatever has a meaning there is escaped.
+pub(super) fn percent_encode(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut encoded = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || UNRESERVED.contains(&byte) {
+            encoded.push(byte.into());
+        } else {
+            write!(encoded, "%{byte:02X}").expect("a string takes everything");
+        }
+    }
+    encoded
+}
+
+/// The failure for a value that was not captured, where there is no chain to say it.
+pub(super) fn refused(message: String) -> Failure {
+    failure(Cause::Refused, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn captures(values: Value) -> Captures {
+        let kept = Kept {
+            values: serde_json::from_value(values).unwrap(),
+            cleaned: vec![],
+        };
+        Captures { file: None, kept }
+    }
+
+    #[test]
+    fn captures_are_put_in_once_and_encoded() {
+        let captures = captures(json!({"id": 7, "name": "a/b ${capture.id}", "s": "secret://db"}));
+        let fill = |text| captures.fill(text, percent_encode);
+        assert_eq!(
+            fill("/x/${capture.id}?n=${capture.name}").unwrap(),
+            "/x/7?n=a%2Fb%20%24%7Bcapture.id%7D"
+        );
+        assert_eq!(
+            fill("${other} ${capture.open").unwrap(),
+            "${other} ${capture.open"
+        );
+        assert_eq!(fill("${capture.none}").unwrap_err(), "none");
+    }
+
+    #[test]
+    fn a_captured_value_keeps_its_type_in_json_and_cannot_name_a_secret() {
+        let captures = captures(json!({"id": 7, "s": "secret://db"}));
+        let mut asked = vec![];
+        let mut resolve = |text: &str| {
+            asked.push(text.to_owned());
+            Ok(text
+                .strip_prefix("secret://")
+                .map(|name| format!("<{name}>")))
+        };
+        let value = json!({"id": "${capture.id}", "t": ["no ${capture.id}", "secret://key"], "s": "${capture.s}"});
+        let filled = captures.fill_json(&value, &mut resolve).unwrap().unwrap();
+        assert_eq!(
+            filled,
+            json!({"id": 7, "t": ["no 7", "<key>"], "s": "secret://db"})
+        );
+        assert!(!asked.contains(&"secret://db".to_owned()));
+    }
+}

@@ -1,0 +1,254 @@
+//! What a log gained since the rollout began.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use lockstep_proto::action::check::Log;
+use lockstep_proto::report::{Cause, Failure};
+use regex::Regex;
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+
+use super::{Act, Done, Finding, Probe, until};
+use crate::actions::exec::pattern;
+use crate::actions::files;
+use crate::process::head;
+use crate::step::{Context, failure};
+
+/// Between two looks at a log that is watched.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// The most that is read of a log, in bytes: one that gains more has other troubles.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// The longest line that a failure shows, in bytes.
+const MAX_SHOWN: usize = 300;
+
+/// A log on the way through its new lines.
+struct Reader<'a> {
+    path: &'a Path,
+    /// Where the next line begins.
+    offset: u64,
+    /// The file that the offset is of: a rotated log begins anew.
+    inode: Option<u64>,
+    read: u64,
+}
+
+/// What was found so far.
+struct Patterns<'a> {
+    deny: Vec<Regex>,
+    require: Vec<(&'a str, Regex)>,
+    /// Lines that were read.
+    lines: u64,
+    /// The first line that is forbidden.
+    denied: Option<String>,
+}
+
+impl Reader<'_> {
+    /// Gives every new line to `each`; a last one without its end is left for later, unless this
+    /// is the last look.
+    fn read(&mut self, last: bool, mut each: impl FnMut(&str)) -> Result<bool, Failure> {
+        let failed =
+            |error: std::io::Error| files::failed(format!("read {}", self.path.display()), &error);
+        let file = match File::open(self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        let metadata = file.metadata().map_err(failed)?;
+        let rotated = self.inode.is_some_and(|inode| inode != metadata.ino());
+        // Shorter than before: it was emptied, and all that is in it is new.
+        if rotated || metadata.len() < self.offset {
+            self.offset = 0;
+        }
+        self.inode = Some(metadata.ino());
+        let mut file = BufReader::new(file);
+        file.seek(SeekFrom::Start(self.offset)).map_err(failed)?;
+        let mut line = vec![];
+        loop {
+            line.clear();
+            let length = file.read_until(b'\n', &mut line).map_err(failed)?;
+            if length == 0 || (!last && !line.ends_with(b"\n")) {
+                return Ok(true);
+            }
+            self.offset += length as u64;
+            self.read += length as u64;
+            if self.read > MAX_BYTES {
+                let message = format!("{} gained more than {MAX_BYTES} bytes", self.path.display());
+                return Err(failure(Cause::CheckUnmet, message));
+            }
+            each(String::from_utf8_lossy(&line).trim_end());
+        }
+    }
+}
+
+impl<'a> Patterns<'a> {
+    fn of(check: &'a Log) -> Result<Self, Failure> {
+        let require = check
+            .require
+            .iter()
+            .map(|text| Ok((text.as_str(), pattern(text)?)));
+        Ok(Self {
+            deny: check
+                .deny
+                .iter()
+                .map(|text| pattern(text))
+                .collect::<Result<_, _>>()?,
+            require: require.collect::<Result<_, Failure>>()?,
+            lines: 0,
+            denied: None,
+        })
+    }
+
+    fn see(&mut self, line: &str) {
+        self.lines += 1;
+        self.require.retain(|(_, pattern)| !pattern.is_match(line));
+        if self.denied.is_none() && self.deny.iter().any(|pattern| pattern.is_match(line)) {
+            self.denied = Some(head(line, MAX_SHOWN).to_owned());
+        }
+    }
+}
+
+async fn look(check: &Log, cx: &Context, until: Instant) -> Result<Finding, Failure> {
+    let path = Path::new(&check.path);
+    let offset = cx.log_offsets.get(path).copied().unwrap_or(0);
+    let mut reader = Reader {
+        path,
+        offset,
+        inode: None,
+        read: 0,
+    };
+    let mut patterns = Patterns::of(check)?;
+    loop {
+        let last = Instant::now() + PAUSE >= until;
+        let there = reader.read(last, |line| patterns.see(line))?;
+        if let Some(line) = patterns.denied {
+            let words = format!("{} has a forbidden line: {line}", check.path);
+            let hint = Some("see the log around that line");
+            return Ok(Finding {
+                hint,
+                ..Finding::new(false, words)
+            });
+        }
+        let all_seen = patterns.require.is_empty();
+        // Forbidden lines are waited for to the end; required ones only until they are there.
+        let enough = there && all_seen && patterns.deny.is_empty();
+        if !(last || enough) {
+            sleep(PAUSE).await;
+            continue;
+        }
+        let words = match patterns.require.first() {
+            _ if !there => format!("there is no log {}", check.path),
+            Some((text, _)) => format!("no new line of {} matches `{text}`", check.path),
+            None => format!("{} new lines of {} are clean", patterns.lines, check.path),
+        };
+        return Ok(Finding::new(there && all_seen, words));
+    }
+}
+
+impl Act for Log {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        Ok(look(self, cx, Instant::now()).await?.into_probe(cx))
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        look(self, cx, until(cx, self.watch)).await?.into_done()
+    }
+
+    fn describe(&self) -> String {
+        match self.watch {
+            Some(watch) => format!("watch the log {} for {watch}", self.path),
+            None => format!("check the new lines of {}", self.path),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::Write as _;
+    use std::sync::Arc;
+
+    use lockstep_proto::values::Period;
+
+    use super::*;
+    use crate::testing::Host;
+
+    fn check(host: &Host, deny: &[&str], require: &[&str], watch: Option<Period>) -> Log {
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        let path = host.path().join("app.log").to_string_lossy().into_owned();
+        Log {
+            path,
+            deny: texts(deny),
+            require: texts(require),
+            watch,
+        }
+    }
+
+    fn context(host: &Host, log: &Log, offset: u64) -> Context {
+        let offsets = BTreeMap::from([(log.path.clone().into(), offset)]);
+        Context {
+            log_offsets: Arc::new(offsets),
+            ..host.context()
+        }
+    }
+
+    #[tokio::test]
+    async fn only_lines_since_the_rollout_began_count() {
+        let host = Host::new();
+        let log = check(&host, &["ERROR"], &["started"], None);
+        std::fs::write(&log.path, "ERROR old\nINFO started\n").unwrap();
+        let apply = async |offset| log.apply(&context(&host, &log, offset), &Value::Null).await;
+        assert!(apply(10).await.is_ok());
+        let failed = apply(0).await.unwrap_err();
+        assert!(
+            failed.message.ends_with("forbidden line: ERROR old"),
+            "{}",
+            failed.message
+        );
+        // Nothing new: the required line is missing.
+        let failed = apply(23).await.unwrap_err();
+        assert!(
+            failed.message.contains("matches `started`"),
+            "{}",
+            failed.message
+        );
+        // Emptied since: all of it is new.
+        assert!(apply(500).await.unwrap_err().message.contains("ERROR old"));
+    }
+
+    #[tokio::test]
+    async fn a_watched_log_fails_when_the_forbidden_line_comes() {
+        let host = Host::new();
+        let log = check(&host, &["panic"], &[], Some(Period::seconds(20)));
+        std::fs::write(&log.path, "fine\n").unwrap();
+        let cx = context(&host, &log, 0);
+        let (result, ()) = tokio::join!(log.apply(&cx, &Value::Null), async {
+            sleep(Duration::from_millis(500)).await;
+            // Rotated, and written in two parts.
+            std::fs::rename(&log.path, format!("{}.1", log.path)).unwrap();
+            let mut file = File::create(&log.path).unwrap();
+            write!(file, "a long line before the pan").unwrap();
+            sleep(Duration::from_millis(500)).await;
+            writeln!(file, "ic").unwrap();
+        });
+        assert!(result.unwrap_err().message.ends_with("before the panic"));
+    }
+
+    #[tokio::test]
+    async fn a_watch_without_forbidden_lines_ends_with_the_required_one() {
+        let host = Host::new();
+        let log = check(&host, &[], &["ready"], Some(Period::seconds(20)));
+        let cx = context(&host, &log, 0);
+        let began = Instant::now();
+        let (result, ()) = tokio::join!(log.apply(&cx, &Value::Null), async {
+            sleep(Duration::from_millis(300)).await;
+            std::fs::write(&log.path, "ready\n").unwrap();
+        });
+        assert!(result.is_ok(), "{result:?}");
+        assert!(began.elapsed() < Duration::from_secs(10));
+    }
+}

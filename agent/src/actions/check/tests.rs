@@ -1,0 +1,190 @@
+use lockstep_proto::values::{ByteSize, Period};
+
+use super::*;
+use crate::testing::Host;
+
+fn argv(argv: &[&str]) -> Vec<String> {
+    argv.iter().map(|&argument| argument.to_owned()).collect()
+}
+
+fn command_of(of: &[&str]) -> Command {
+    let env = std::collections::BTreeMap::new();
+    Command {
+        argv: argv(of),
+        dir: None,
+        env,
+        exit: 0,
+        matches: None,
+        within: None,
+    }
+}
+
+async fn apply(act: &impl Act, cx: &Context) -> Result<Done, Failure> {
+    act.apply(cx, &Value::Null).await
+}
+
+#[test]
+fn the_kernels_table_of_sockets_is_read() {
+    let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 31337 1";
+    let found = parse_listener(line).unwrap();
+    assert_eq!((found.port, found.inode), (8080, 31337));
+    assert_eq!(found.address.to_string(), "127.0.0.1");
+    let line = "   0: 00000000000000000000000001000000:0050 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 5 1";
+    assert_eq!(parse_listener(line).unwrap().address.to_string(), "::1");
+    assert_eq!(parse_listener(&line.replace(" 0A ", " 01 ")), None);
+}
+
+#[tokio::test]
+async fn an_open_port_is_found_with_its_holder() {
+    let host = Host::new();
+    let cx = host.context();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let open = Port {
+        port,
+        expect: PortState::Open,
+    };
+    let refused = Port {
+        port,
+        expect: PortState::Refused,
+    };
+    let done = apply(&open, &cx).await.unwrap();
+    assert!(
+        done.summary
+            .contains(&format!("process {}", std::process::id())),
+        "{}",
+        done.summary
+    );
+    assert_eq!(
+        apply(&refused, &cx).await.unwrap_err().cause,
+        Cause::CheckUnmet
+    );
+    let address = Address(format!("localhost:{port}"));
+    assert!(holder_of(&address).is_some());
+    drop(listener);
+    assert!(apply(&open, &cx).await.is_err());
+    assert!(apply(&refused, &cx).await.is_ok());
+    let done = apply(
+        &Tcp {
+            address: address.clone(),
+            expect: PortState::Refused,
+            within: None,
+        },
+        &cx,
+    )
+    .await;
+    assert_eq!(done.unwrap().facts, [Fact::Refused { address: address.0 }]);
+}
+
+#[tokio::test]
+async fn in_a_dry_run_an_unmet_check_may_depend_on_an_earlier_step() {
+    let host = Host::new();
+    let mut cx = host.context();
+    let check = Process {
+        name: "no-such-process-anywhere".into(),
+        expect: ProcessState::Running,
+    };
+    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    cx.dry_run = true;
+    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::NotYet(_)));
+}
+
+#[tokio::test]
+async fn processes_are_found_by_name_and_zombies_do_not_count() {
+    let host = Host::new();
+    let cx = host.context();
+    let program = host.path().join("a-program-with-a-long-name");
+    fs::copy("/bin/sleep", &program).unwrap();
+    let mut child = std::process::Command::new(&program)
+        .arg("60")
+        .spawn()
+        .unwrap();
+    let name = "a-program-with-a-long-name".to_owned();
+    let running = Process {
+        name: name.clone(),
+        expect: ProcessState::Running,
+    };
+    let absent = Process {
+        name,
+        expect: ProcessState::Absent,
+    };
+    assert!(apply(&running, &cx).await.is_ok());
+    assert!(apply(&absent, &cx).await.is_err());
+    child.kill().unwrap();
+    // Killed, not yet waited for.
+    while !is_zombie(child.id().cast_signed()) {
+        sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert!(apply(&absent, &cx).await.is_ok());
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn free_space_is_held_against_the_minimum() {
+    let host = Host::new();
+    let cx = host.context();
+    let path = host.path().to_string_lossy().into_owned();
+    assert!(
+        apply(
+            &Disk {
+                path: path.clone(),
+                free: ByteSize(1)
+            },
+            &cx
+        )
+        .await
+        .is_ok()
+    );
+    let failed = apply(
+        &Disk {
+            path,
+            free: ByteSize(1 << 60),
+        },
+        &cx,
+    )
+    .await
+    .unwrap_err();
+    assert_eq!(failed.cause, Cause::CheckUnmet);
+    assert!(
+        failed.message.contains("1048576.0 TiB wanted"),
+        "{}",
+        failed.message
+    );
+    assert!(
+        apply(
+            &Disk {
+                path: "/no/such/path".into(),
+                free: ByteSize(1)
+            },
+            &cx
+        )
+        .await
+        .is_err()
+    );
+    assert_eq!(human(1536), "1.5 KiB");
+}
+
+#[tokio::test]
+async fn a_command_is_run_again_until_it_is_met() {
+    let host = Host::new();
+    let cx = host.context();
+    let file = host.path().join("ready");
+    let path = file.to_str().unwrap();
+    let check = Command {
+        within: Some(Period::seconds(20)),
+        ..command_of(&["test", "-e", path])
+    };
+    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    let (done, ()) = tokio::join!(apply(&check, &cx), async {
+        sleep(std::time::Duration::from_millis(500)).await;
+        fs::write(&file, "").unwrap();
+    });
+    assert!(!done.unwrap().changed);
+    let failed = apply(&command_of(&["test", "-e", "/no/such/file"]), &cx)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (failed.cause, failed.message.as_str()),
+        (Cause::CheckUnmet, "test exited with 1, not 0")
+    );
+}

@@ -1,0 +1,147 @@
+//! TLS: a server's certificate and its remaining life, and the trust of HTTPS checks.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lockstep_proto::action::check::Tls;
+use lockstep_proto::report::{Cause, Failure};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::{Act, Done, Finding, Probe};
+use crate::step::{Context, failure};
+
+/// The longest time for connection and handshake.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const DAY: i64 = 86_400;
+
+/// A client that trusts the certificates in a file, or the public authorities.
+pub(super) fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, Failure> {
+    let mut roots = RootCertStore::empty();
+    if let Some(path) = ca_file {
+        let unreadable = |error: &dyn std::fmt::Display| {
+            failure(
+                Cause::Host,
+                format!("cannot read certificates from {}: {error}", path.display()),
+            )
+        };
+        let found = CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))?;
+        for certificate in found {
+            let certificate = certificate.map_err(|error| unreadable(&error))?;
+            roots.add(certificate).map_err(|error| unreadable(&error))?;
+        }
+        if roots.is_empty() {
+            return Err(unreadable(&"there is none in it"));
+        }
+    } else {
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring has suites for every version")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// The name that a server's certificate must be valid for.
+pub(super) fn server_name(name: &str) -> Result<ServerName<'static>, Failure> {
+    let name = name.trim_matches(['[', ']']).to_owned();
+    ServerName::try_from(name.clone())
+        .map_err(|_| failure(Cause::Refused, format!("`{name}` is no name of a server")))
+}
+
+/// The certificates that a trusted server presents, its own first.
+async fn presented(check: &Tls) -> Result<Result<Vec<CertificateDer<'static>>, String>, Failure> {
+    let address = check.address.0.as_str();
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let name = server_name(check.name.as_deref().unwrap_or(host))?;
+    let connector = connector(check.ca_file.as_deref().map(Path::new))?;
+    let handshake = async {
+        let stream = TcpStream::connect(address)
+            .await
+            .map_err(|error| error.to_string())?;
+        let stream = connector
+            .connect(name, stream)
+            .await
+            .map_err(|error| error.to_string())?;
+        let (_, session) = stream.get_ref();
+        Ok(session.peer_certificates().unwrap_or_default().to_vec())
+    };
+    let found = timeout(PATIENCE, handshake).await;
+    Ok(found.unwrap_or_else(|_| Err(format!("no answer within {PATIENCE:?}"))))
+}
+
+/// The certificate of a chain that ends first: its subject, and when, in seconds since 1970.
+fn first_to_end(chain: &[CertificateDer<'_>]) -> Option<(String, i64)> {
+    let ends = chain.iter().filter_map(|der| {
+        let (_, certificate) = X509Certificate::from_der(der).ok()?;
+        Some((
+            certificate.subject().to_string(),
+            certificate.validity().not_after.timestamp(),
+        ))
+    });
+    ends.min_by_key(|(_, end)| *end)
+}
+
+async fn look(check: &Tls) -> Result<Finding, Failure> {
+    let address = &check.address.0;
+    let chain = match presented(check).await? {
+        Ok(chain) => chain,
+        Err(error) => {
+            let words = format!("{address} has no valid certificate: {error}");
+            let hint = Some("renew it, or name the authority with `ca_file`");
+            return Ok(Finding {
+                hint,
+                ..Finding::new(false, words)
+            });
+        }
+    };
+    let Some((subject, end)) = first_to_end(&chain) else {
+        return Ok(Finding::new(
+            false,
+            format!("{address} presents no certificate that can be read"),
+        ));
+    };
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let left = end - i64::try_from(now).unwrap_or(i64::MAX);
+    let wanted = i64::try_from(check.valid_for.0 / 1000).unwrap_or(i64::MAX);
+    let words = format!(
+        "{address}: {subject} is valid for {} more days",
+        left.div_euclid(DAY)
+    );
+    let hint = Some("renew the certificate");
+    Ok(Finding {
+        hint,
+        ..Finding::new(left >= wanted, words)
+    })
+}
+
+impl Act for Tls {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        Ok(look(self).await?.into_probe(cx))
+    }
+
+    async fn apply(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        look(self).await?.into_done()
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "check that the certificate of {} is valid for {}",
+            self.address.0, self.valid_for
+        )
+    }
+}

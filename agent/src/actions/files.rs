@@ -1,0 +1,215 @@
+//! Files and links that are there as a whole or not at all, also after a power loss.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::ids::StepKey;
+use lockstep_proto::report::{Cause, Failure};
+
+use crate::step::{Context, failure};
+
+/// Who owns a file: user and group, by number.
+pub(crate) type Owner = (u32, u32);
+
+/// Makes what happened in a directory durable.
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Puts a file in place with its content, permissions and owner, or leaves the old one. The
+/// content is never readable by more than `mode` says, not even for a moment.
+pub(crate) fn write(
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+    owner: Option<Owner>,
+) -> io::Result<()> {
+    let temporary = beside(path)?;
+    let result = write_new(&temporary, content, mode, owner)
+        .and_then(|()| fs::rename(&temporary, path))
+        .and_then(|()| sync_dir(parent(path)));
+    if result.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    result
+}
+
+fn write_new(path: &Path, content: &[u8], mode: u32, owner: Option<Owner>) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    if let Some((user, group)) = owner {
+        std::os::unix::fs::fchown(&file, Some(user), Some(group))?;
+    }
+    // After the owner: a change of owner takes set-user bits away.
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    file.write_all(content)?;
+    file.sync_all()
+}
+
+/// Points a symbolic link at a target, in one step.
+pub(crate) fn link(target: &Path, link: &Path) -> io::Result<()> {
+    let temporary = beside(link)?;
+    let result = std::os::unix::fs::symlink(target, &temporary)
+        .and_then(|()| fs::rename(&temporary, link))
+        .and_then(|()| sync_dir(parent(link)));
+    if result.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    result
+}
+
+/// Removes a file or link for good; that it is gone already is fine.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_dir(parent(path)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a directory that only its owner may enter, with those above it.
+pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// The private directories of all attempts at a step that this host has made, its own first.
+pub(crate) fn attempts(cx: &Context) -> Vec<PathBuf> {
+    let own = cx.key.to_string();
+    let mut found = vec![cx.dir.clone()];
+    let named = |path: &&Path| path.file_name().is_some_and(|name| name == own.as_str());
+    let Some(attempt) = cx.dir.ancestors().find(named) else {
+        return found;
+    };
+    let within = cx.dir.strip_prefix(attempt).expect("it is an ancestor");
+    let Ok(entries) = fs::read_dir(parent(attempt)) else {
+        return found;
+    };
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name();
+        let key = name.to_str().and_then(|name| name.parse::<StepKey>().ok());
+        if key.is_some_and(|key| {
+            key.rollout == cx.key.rollout && key.at == cx.key.at && key != cx.key
+        }) {
+            found.push(entry.path().join(within));
+        }
+    }
+    found
+}
+
+/// The directory that holds a path.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// A free name in the same directory, so that a rename stays within one file system.
+fn beside(path: &Path) -> io::Result<PathBuf> {
+    let name = path
+        .file_name()
+        .ok_or(ErrorKind::InvalidFilename)?
+        .to_string_lossy();
+    Ok(path.with_file_name(format!(".{name}.lockstep-{:016x}", rand::random::<u64>())))
+}
+
+/// The failure of a file operation: `cannot <what>: <error>`.
+pub(crate) fn failed(what: impl std::fmt::Display, error: &io::Error) -> Failure {
+    let (cause, hint) = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => (
+            Cause::Host,
+            Some("the file system is full: free space on it, then try again"),
+        ),
+        ErrorKind::ReadOnlyFilesystem => {
+            (Cause::Host, Some("the file system is mounted read-only"))
+        }
+        ErrorKind::PermissionDenied => (
+            Cause::Host,
+            Some("the agent's user needs the right to do this"),
+        ),
+        _ => (Cause::Step, None),
+    };
+    Failure {
+        hint: hint.map(str::to_owned),
+        ..failure(cause, format!("cannot {what}: {error}"))
+    }
+}
+
+/// Puts what was attempted before an error.
+pub(crate) trait OrFailed<T> {
+    /// The value, or [`failed`].
+    fn or_failed<W: std::fmt::Display>(self, what: impl FnOnce() -> W) -> Result<T, Failure>;
+}
+
+impl<T> OrFailed<T> for io::Result<T> {
+    fn or_failed<W: std::fmt::Display>(self, what: impl FnOnce() -> W) -> Result<T, Failure> {
+        self.map_err(|error| failed(what(), &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_with_its_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("env");
+        write(&path, b"one", 0o640, None).unwrap();
+        write(&path, b"two", 0o600, None).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o7777,
+            0o600
+        );
+        assert_eq!(names(dir.path()), ["env"]);
+    }
+
+    #[test]
+    fn nothing_is_left_when_a_file_cannot_be_put_in_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("env");
+        fs::create_dir(&path).unwrap();
+        assert!(write(&path, b"x", 0o600, None).is_err());
+        assert_eq!(names(dir.path()), ["env"]);
+    }
+
+    #[test]
+    fn a_link_is_swapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let current = dir.path().join("current");
+        link(Path::new("releases/v1"), &current).unwrap();
+        link(Path::new("releases/v2"), &current).unwrap();
+        assert_eq!(fs::read_link(&current).unwrap(), Path::new("releases/v2"));
+        assert_eq!(names(dir.path()), ["current"]);
+        remove(&current).unwrap();
+        remove(&current).unwrap();
+        assert_eq!(names(dir.path()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_full_disk_is_the_hosts_fault_and_says_so() {
+        let full = io::Error::from_raw_os_error(28);
+        let failure = failed("write /x", &full);
+        assert_eq!(failure.cause, Cause::Host);
+        assert!(
+            failure
+                .message
+                .starts_with("cannot write /x: No space left"),
+            "{failure:?}"
+        );
+        assert!(failure.hint.unwrap().contains("free space"));
+    }
+}
