@@ -20,7 +20,7 @@ pub(crate) fn check(path: &Path) -> u8 {
             return exit::USAGE;
         }
     };
-    let policy_path = config.policy.as_deref().unwrap_or(Path::new("policy.toml"));
+    let policy_path = config.policy_path();
     let policy = match Policy::load(policy_path) {
         Ok(policy) => policy,
         Err(error) => {

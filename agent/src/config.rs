@@ -220,4 +220,11 @@ impl Config {
         );
         Ok(config)
     }
+
+    /// What the host allows.
+    pub(crate) fn policy_path(&self) -> &Path {
+        self.policy
+            .as_deref()
+            .unwrap_or_else(|| Path::new("/etc/lockstep/policy.toml"))
+    }
 }

@@ -63,11 +63,11 @@ async fn serve(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
         failed(&error, exit::USAGE)
     })?;
     // A policy that cannot be used allows nothing, and this is the time to say so.
-    if let Err(error) = Policy::load(config.policy.as_deref().unwrap_or(Path::new(""))) {
+    if let Err(error) = Policy::load(config.policy_path()) {
         return Err(failed(&error, exit::USAGE));
     }
     let (logs, pieces) = mpsc::channel(LOGS);
-    let exec = match Exec::open(config.clone(), config_path, &identity.domain, logs) {
+    let exec = match Exec::open(&config, config_path, &identity.domain, logs) {
         Ok(exec) => exec,
         Err(ExecError::Journal(error @ JournalError::Quarantined { .. })) => {
             return quarantined(&config, &error, &stop).await;

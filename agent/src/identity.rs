@@ -117,7 +117,7 @@ pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let fresh = path.with_extension("new");
     write_durably(&fresh, bytes)?;
     std::fs::rename(&fresh, path)?;
-    sync_dir(path.parent().unwrap_or(Path::new(".")))
+    sync_dir(path.parent().unwrap_or_else(|| Path::new(".")))
 }
 
 #[cfg(test)]

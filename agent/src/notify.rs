@@ -1,6 +1,8 @@
 //! Tells systemd how the agent is, as sd_notify(3) does.
 
+use std::ffi::OsStr;
 use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Sends `READY=1`, `STATUS=...` and the like. Without systemd it does nothing, and it never
@@ -17,10 +19,7 @@ pub(crate) fn notify(state: &str) {
 fn send(path: &[u8], state: &str) -> std::io::Result<()> {
     let address = match path.split_first() {
         Some((b'@', name)) => SocketAddr::from_abstract_name(name)?,
-        _ => {
-            use std::os::unix::ffi::OsStrExt as _;
-            SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path))?
-        }
+        _ => SocketAddr::from_pathname(OsStr::from_bytes(path))?,
     };
     let socket = UnixDatagram::unbound()?;
     socket.send_to_addr(state.as_bytes(), &address)?;

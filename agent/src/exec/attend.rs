@@ -16,13 +16,14 @@ use lockstep_proto::report::{Cause, Failure, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
 use tokio::process::Child;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 
 use super::runner::Runner;
 use super::seam::LogPiece;
 use super::tail::Tail;
 use crate::actions::{self, Probe};
 use crate::config::Config;
+use crate::process::head;
 use crate::step::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
 
 /// How long asking the host may take: `before`, `probe`, `state` of one action.
@@ -134,16 +135,15 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
             }
             // Claiming decides: if a process that was started before is still on its way, one of
             // the two finds the claim taken.
-            match claimed {
-                true => None,
-                false => match host.runner.start(key, dir).await {
-                    Ok(child) => child,
-                    // Most likely the unit of the first start is there already.
-                    Err(error) => {
-                        tracing::info!(step = %key, %error, "not started again");
-                        None
-                    }
-                },
+            if claimed {
+                None
+            } else {
+                // Most likely it fails because the unit of the first start is there already.
+                let started = host.runner.start(key, dir).await;
+                started
+                    .inspect_err(|error| tracing::info!(step = %key, %error, "not started again"))
+                    .ok()
+                    .flatten()
             }
         }
     };
@@ -171,16 +171,13 @@ async fn wait(host: &Host, dir: &StepDir, mut child: Option<Child>) -> Waited {
         } else {
             POLL_LATER
         };
-        let exited = match &mut child {
-            Some(process) => tokio::select! {
-                _ = process.wait() => true,
-                () = sleep(pause) => false,
-            },
-            None => {
-                sleep(pause).await;
-                false
+        let exited = async {
+            match &mut child {
+                Some(process) => drop(process.wait().await),
+                None => std::future::pending().await,
             }
         };
+        let exited = timeout(pause, exited).await.is_ok();
         // The order matters: a process that is gone may have written the outcome just before.
         let claim = Claim::read(dir);
         let alive = claim
@@ -246,7 +243,7 @@ async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: &str) -> E
 }
 
 fn cut_line(line: &str) -> String {
-    line[..line.floor_char_boundary(400)].to_owned()
+    head(line, 400).to_owned()
 }
 
 /// The outcome of an attempt whose process ended without one.
@@ -307,10 +304,10 @@ fn judge(direction: Direction, probe: Result<Probe, Failure>) -> Ended {
         took: Period(0),
     };
     match (direction, probe) {
-        (Direction::Undo, Ok(Probe::Absent(text))) => done(text),
+        (Direction::Undo, Ok(Probe::Absent(text)))
+        | (Direction::Do | Direction::Probe, Ok(Probe::Present(text))) => done(text),
         // An undo is safe to run again: from whatever is there.
         (Direction::Undo, Ok(Probe::Present(text) | Probe::Partial(text))) => step(&text, true),
-        (_, Ok(Probe::Present(text))) => done(text),
         (_, Ok(Probe::Absent(text))) => step(&format!("not done: {text}"), false),
         (_, Ok(Probe::Partial(text))) => step(&format!("done in part: {text}"), true),
         (_, Ok(Probe::NoProof(text) | Probe::NotYet(text))) => {

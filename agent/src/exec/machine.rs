@@ -123,7 +123,7 @@ pub(crate) enum Decision {
 }
 
 /// How an attempt begins.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Begin {
     /// The intent whose before-state holds; none if the host has to be asked for it.
     pub(crate) before: Option<Position>,
@@ -200,7 +200,9 @@ impl Memory {
             }
             ReportBody::Finished { key, outcome, .. } => {
                 if let Some(attempt) = self.attempt_mut(key) {
-                    attempt.ended.get_or_insert((recorded, outcome.into()));
+                    attempt
+                        .ended
+                        .get_or_insert_with(|| (recorded, outcome.into()));
                 }
             }
             ReportBody::Started { .. }
@@ -276,7 +278,7 @@ impl Memory {
         }
         let key = &order.key;
         if key.direction == Direction::Probe {
-            return match self.check_freshness(order, now) {
+            return match check_freshness(order, now) {
                 Ok(()) => Decision::Look,
                 Err(failure) => Decision::Refuse(failure),
             };
@@ -295,24 +297,13 @@ impl Memory {
             return Decision::Running;
         }
         let decide = || {
-            self.check_freshness(order, now)?;
+            check_freshness(order, now)?;
             hold.check_order(key, now)
         };
         match decide() {
             Ok(decision) => decision,
             Err(failure) => Decision::Refuse(failure),
         }
-    }
-
-    fn check_freshness(&self, order: &Order, now: Now<'_>) -> Result<(), Failure> {
-        if now.controller > order.not_after {
-            let late = now.controller.since(order.not_after);
-            return Err(refused(
-                format!("the order came {} ms too late", late.0),
-                "nothing was done; the controller may give it again",
-            ));
-        }
-        Ok(())
     }
 
     fn check_hold(&self, order: &Order) -> Result<&Hold, Failure> {
@@ -343,6 +334,17 @@ impl Memory {
         }
         Ok(hold)
     }
+}
+
+fn check_freshness(order: &Order, now: Now<'_>) -> Result<(), Failure> {
+    if now.controller > order.not_after {
+        let late = now.controller.since(order.not_after);
+        return Err(refused(
+            format!("the order came {} ms too late", late.0),
+            "nothing was done; the controller may give it again",
+        ));
+    }
+    Ok(())
 }
 
 impl Hold {

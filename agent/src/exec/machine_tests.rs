@@ -90,8 +90,9 @@ impl Agent {
     }
 
     fn write(&mut self, record: Record) {
-        let positions = self.journal.append(&[record.clone()], Need::Opens).unwrap();
-        self.memory.apply(positions[0], &record);
+        let records = [record];
+        let positions = self.journal.append(&records, Need::Opens).unwrap();
+        self.memory.apply(positions[0], &records[0]);
     }
 
     fn begin(&mut self, key: &StepKey) {

@@ -161,7 +161,7 @@ pub(crate) struct Exec {
 impl Exec {
     /// Opens the journal, and takes up again what was running.
     pub(crate) fn open(
-        config: Arc<Config>,
+        config: &Arc<Config>,
         config_path: &Path,
         domain: &str,
         logs: mpsc::Sender<LogPiece>,

@@ -116,9 +116,7 @@ impl Exec {
     }
 
     pub(super) fn policy(&self) -> Result<Policy, String> {
-        let path = self.host.config.policy.as_deref();
-        let path = path.expect("`Config::load` fills it in");
-        Policy::load(path).map_err(|error| crate::errors::chain(&error))
+        Policy::load(self.host.config.policy_path()).map_err(|error| crate::errors::chain(&error))
     }
 
     /// The intent, then the step process: from here on something may have happened.

@@ -29,6 +29,8 @@ use lockstep_proto::action::{Action, CATALOGUE, Class};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::process::head;
+
 /// Probes that run a program or a statement that the plan names, or show what is in a file.
 const MUST_BE_LISTED: [&str; 8] = [
     "check.command",
@@ -182,7 +184,8 @@ impl Policy {
                 "{file} allows `{}` only with other values of `{argument}`; if it is right on this \
                  host, add {} to `{argument}` there",
                 rule.action,
-                args.get(&argument).map_or(format!("\"{DEFAULT}\""), short),
+                args.get(&argument)
+                    .map_or_else(|| format!("\"{DEFAULT}\""), short),
             ),
             None if self.exists => format!(
                 "{file} does not allow `{name}`; if it is right on this host, add {}",
@@ -363,11 +366,9 @@ fn glob(pattern: &str, text: &str) -> bool {
 
 fn short(value: &Value) -> String {
     let text = value.to_string();
-    let end = text.floor_char_boundary(160);
-    if end < text.len() {
-        format!("{}…", &text[..end])
-    } else {
-        text
+    match head(&text, 160) {
+        cut if cut.len() < text.len() => format!("{cut}…"),
+        _ => text,
     }
 }
 

@@ -4,6 +4,8 @@ use lockstep_proto::ids::Digest;
 use lockstep_proto::order::{Fact, MAX_FACTS};
 use lockstep_proto::report::{Failure, MAX_REPORT_BYTES, Refusal, ReportBody, StepOutcome};
 
+use crate::process::head;
+
 /// The longest sentence in a report that had to be shortened, in bytes.
 const SENTENCE: usize = 1000;
 
@@ -144,7 +146,7 @@ fn cut(text: &mut String, limit: usize) -> bool {
         return false;
     }
     // Each cut makes the text shorter, so that shortening ends.
-    text.truncate(text.floor_char_boundary(limit.saturating_sub(4)));
+    text.truncate(head(text, limit.saturating_sub(4)).len());
     text.push('…');
     true
 }

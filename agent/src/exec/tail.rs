@@ -11,6 +11,7 @@ use lockstep_proto::wire::CHUNK;
 use tokio::sync::mpsc;
 
 use super::seam::LogPiece;
+use crate::process::head;
 
 /// Five times a second: people watch it.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -148,8 +149,7 @@ fn parse_progress(mark: &[u8]) -> Option<(u32, String)> {
         reason = "clamped to 0..=1000"
     )]
     let permille = (fraction.clamp(0.0, 1.0) * 1000.0).round() as u32;
-    let end = words.floor_char_boundary(200);
-    Some((permille, words[..end].to_owned()))
+    Some((permille, head(words, 200).to_owned()))
 }
 
 #[cfg(test)]

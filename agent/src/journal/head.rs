@@ -36,7 +36,7 @@ impl Head {
             .mode(0o600)
             .open(path)?;
         if !existed {
-            sync_dir(path.parent().unwrap_or(Path::new(".")))?;
+            sync_dir(path.parent().unwrap_or_else(|| Path::new(".")))?;
         }
         let slots = [read_slot(&file, 0)?, read_slot(&file, 1)?];
         let newest = match (slots[0], slots[1]) {

@@ -26,7 +26,7 @@ impl Reserve {
 
     /// Makes the reserve if it is not there; false if there is no room for it and a new step.
     pub(super) fn ensure(&self) -> bool {
-        let dir = self.path.parent().unwrap_or(Path::new("."));
+        let dir = self.path.parent().unwrap_or_else(|| Path::new("."));
         let Ok(stat) = rustix::fs::statvfs(dir) else {
             return false;
         };

@@ -10,6 +10,7 @@ use lockstep_proto::report::{Cause, Failure};
 use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::process::head;
 
 /// What an action may use.
 #[derive(Clone)]
@@ -77,7 +78,7 @@ impl Context {
         self.config
             .secrets_dir
             .as_deref()
-            .unwrap_or(Path::new("/etc/lockstep/secrets"))
+            .unwrap_or_else(|| Path::new("/etc/lockstep/secrets"))
     }
 }
 
@@ -154,8 +155,7 @@ impl StepLog {
             if inner.last.len() == LAST_LINES {
                 inner.last.pop_front();
             }
-            let end = line.floor_char_boundary(MAX_LINE);
-            inner.last.push_back(line[..end].to_owned());
+            inner.last.push_back(head(line, MAX_LINE).to_owned());
         }
     }
 

@@ -99,7 +99,7 @@ impl StepDir {
     pub(crate) fn make(&self) -> io::Result<()> {
         private_dir(&self.files()).map_err(io::Error::other)?;
         sync_dir(&self.0)?;
-        sync_dir(self.0.parent().unwrap_or(Path::new(".")))
+        sync_dir(self.0.parent().unwrap_or_else(|| Path::new(".")))
     }
 
     /// Writes the job.

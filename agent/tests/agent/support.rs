@@ -36,11 +36,11 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
-pub const HOST: &str = "app-1";
-pub const DOMAIN: &str = "example.org";
+pub(crate) const HOST: &str = "app-1";
+pub(crate) const DOMAIN: &str = "example.org";
 
 /// Generous: machines of all kinds run these tests, and each wait ends as soon as it can.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Ca {
     issuer: Issuer<'static, KeyPair>,
@@ -168,22 +168,22 @@ impl AgentService for Service {
 }
 
 /// The controller.
-pub struct Controller {
-    pub address: SocketAddr,
+pub(crate) struct Controller {
+    pub(crate) address: SocketAddr,
     agents: Ca,
     controllers: Ca,
     sessions: mpsc::Receiver<(Hello, Streaming<wire::Up>, Downs)>,
-    pub logs: mpsc::Receiver<wire::LogChunk>,
+    pub(crate) logs: mpsc::Receiver<wire::LogChunk>,
     blobs: Arc<Mutex<HashMap<Vec<u8>, Vec<u8>>>>,
 }
 
 impl Controller {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::start_as("controller/main").await
     }
 
     /// One whose certificate says something else.
-    pub async fn start_as(role: &str) -> Self {
+    pub(crate) async fn start_as(role: &str) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let (agents, controllers) = (Ca::new(), Ca::new());
         let (pem, key) = controllers.issue(role, ExtendedKeyUsagePurpose::ServerAuth);
@@ -232,7 +232,7 @@ impl Controller {
     }
 
     /// Keeps a plan for agents to fetch.
-    pub fn keep(&self, plan: &SealedPlan) {
+    pub(crate) fn keep(&self, plan: &SealedPlan) {
         let digest = plan.digest().0.to_vec();
         self.blobs
             .lock()
@@ -241,7 +241,7 @@ impl Controller {
     }
 
     /// The next agent to dial, welcomed.
-    pub async fn accept(&mut self, epoch: Epoch, acknowledged: u64) -> Session {
+    pub(crate) async fn accept(&mut self, epoch: Epoch, acknowledged: u64) -> Session {
         let (hello, ups, downs) = timeout(PATIENCE, self.sessions.recv())
             .await
             .expect("an agent dials")
@@ -264,7 +264,7 @@ impl Controller {
 }
 
 /// The controller's clock at each welcome.
-pub const CLOCK: u64 = 1_000_000;
+pub(crate) const CLOCK: u64 = 1_000_000;
 
 fn der(pem: &str) -> CertificateDer<'static> {
     use rustls::pki_types::pem::PemObject as _;
@@ -272,22 +272,22 @@ fn der(pem: &str) -> CertificateDer<'static> {
 }
 
 /// A connected agent.
-pub struct Session {
-    pub hello: Hello,
+pub(crate) struct Session {
+    pub(crate) hello: Hello,
     ups: Streaming<wire::Up>,
     downs: Downs,
-    pub epoch: Epoch,
+    pub(crate) epoch: Epoch,
 }
 
 impl Session {
-    pub async fn send(&self, message: down::Message) {
+    pub(crate) async fn send(&self, message: down::Message) {
         let down = wire::Down {
             message: Some(message),
         };
         self.downs.send(Ok(down)).await.unwrap();
     }
 
-    pub async fn offer(&self, rollout: &RolloutId, plan: &SealedPlan, dry_run: bool) {
+    pub(crate) async fn offer(&self, rollout: &RolloutId, plan: &SealedPlan, dry_run: bool) {
         self.send(down::Message::Offer(wire::Offer {
             rollout: rollout.to_string(),
             plan_digest: plan.digest().0.to_vec().into(),
@@ -297,7 +297,7 @@ impl Session {
         .await;
     }
 
-    pub async fn order(&self, plan: &SealedPlan, key: &StepKey) {
+    pub(crate) async fn order(&self, plan: &SealedPlan, key: &StepKey) {
         let order = Order {
             key: key.clone(),
             plan: plan.digest(),
@@ -308,7 +308,7 @@ impl Session {
         self.send(down::Message::Order(order.into())).await;
     }
 
-    pub async fn cancel(&self, rollout: &RolloutId) {
+    pub(crate) async fn cancel(&self, rollout: &RolloutId) {
         self.send(down::Message::Cancel(wire::Cancel {
             rollout: rollout.to_string(),
             epoch: Some(self.epoch.into()),
@@ -316,7 +316,7 @@ impl Session {
         .await;
     }
 
-    pub async fn release(&self, rollout: &RolloutId) {
+    pub(crate) async fn release(&self, rollout: &RolloutId) {
         self.send(down::Message::Release(wire::Release {
             rollout: rollout.to_string(),
             epoch: Some(self.epoch.into()),
@@ -325,7 +325,7 @@ impl Session {
     }
 
     /// The next report; `None` if the agent has ended the stream.
-    pub async fn next(&mut self) -> Option<Report> {
+    pub(crate) async fn next(&mut self) -> Option<Report> {
         let up = timeout(PATIENCE, self.ups.message())
             .await
             .expect("a report comes in time");
@@ -336,14 +336,14 @@ impl Session {
     }
 
     /// The next report, acknowledged.
-    pub async fn report(&mut self) -> ReportBody {
+    pub(crate) async fn report(&mut self) -> ReportBody {
         let report = self.next().await.expect("the session goes on");
         self.send(down::Message::Acknowledged(report.number)).await;
         report.body
     }
 
     /// Waits for the outcome of an attempt, past its `Started`.
-    pub async fn outcome(&mut self, key: &StepKey) -> StepOutcome {
+    pub(crate) async fn outcome(&mut self, key: &StepKey) -> StepOutcome {
         loop {
             match self.report().await {
                 ReportBody::Finished {
@@ -355,7 +355,7 @@ impl Session {
         }
     }
 
-    pub async fn consented(
+    pub(crate) async fn consented(
         &mut self,
         controller: &Controller,
         rollout: &RolloutId,
@@ -371,14 +371,14 @@ impl Session {
 }
 
 /// A host with the agent's files.
-pub struct Host {
-    pub root: tempfile::TempDir,
-    pub config: PathBuf,
+pub(crate) struct Host {
+    pub(crate) root: tempfile::TempDir,
+    pub(crate) config: PathBuf,
     agent: Option<Child>,
 }
 
 impl Host {
-    pub fn new(controller: &Controller, policy: &str) -> Self {
+    pub(crate) fn new(controller: &Controller, policy: &str) -> Self {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         let (pem, key) = controller.agents.issue(
@@ -406,17 +406,17 @@ impl Host {
         }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.path().join(name)
     }
 
-    pub fn command(&self, name: &str) -> Command {
+    pub(crate) fn command(&self, name: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep-agent"));
         command.arg(name).arg("--config").arg(&self.config);
         command
     }
 
-    pub fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -432,7 +432,7 @@ impl Host {
     }
 
     /// Ends the agent without a chance to do anything.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(mut agent) = self.agent.take() {
             agent.kill().unwrap();
             agent.wait().unwrap();
@@ -440,19 +440,19 @@ impl Host {
     }
 
     /// Ends it with SIGTERM; answers with its exit code.
-    pub fn stop(&mut self) -> Option<i32> {
+    pub(crate) fn stop(&mut self) -> Option<i32> {
         let mut agent = self.agent.take().unwrap();
         let pid = rustix::process::Pid::from_child(&agent);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         agent.wait().unwrap().code()
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path("agent.log")).unwrap_or_default()
     }
 
     /// The step process that has claimed an attempt.
-    pub async fn claimed(&self, key: &StepKey) -> rustix::process::Pid {
+    pub(crate) async fn claimed(&self, key: &StepKey) -> rustix::process::Pid {
         let claim = self.path("state/steps").join(key.to_string()).join("claim");
         let pid = wait_for("a claim", || {
             let text = std::fs::read(&claim).ok()?;
@@ -467,13 +467,14 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.kill();
+        #[expect(clippy::print_stderr, reason = "for whoever reads why the test failed")]
         if std::thread::panicking() {
             eprintln!("the agent's log:\n{}", self.log());
         }
     }
 }
 
-pub async fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+pub(crate) async fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let wait = async {
         loop {
             if let Some(value) = ask() {
@@ -493,15 +494,15 @@ fn private_file(path: &Path, text: &str) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
 }
 
-pub fn rollout(byte: u8) -> RolloutId {
+pub(crate) fn rollout(byte: u8) -> RolloutId {
     RolloutId::from_random([byte; 6])
 }
 
-pub fn epoch(counter: u64) -> Epoch {
+pub(crate) fn epoch(counter: u64) -> Epoch {
     Epoch { counter, id: 77 }
 }
 
-pub fn key(rollout: &RolloutId, step: u16, direction: Direction, attempt: u16) -> StepKey {
+pub(crate) fn key(rollout: &RolloutId, step: u16, direction: Direction, attempt: u16) -> StepKey {
     StepKey {
         rollout: rollout.clone(),
         host: HOST.parse().unwrap(),
@@ -512,7 +513,7 @@ pub fn key(rollout: &RolloutId, step: u16, direction: Direction, attempt: u16) -
 }
 
 /// A plan with these actions for this host.
-pub fn plan(actions: &[(&str, Value)]) -> SealedPlan {
+pub(crate) fn plan(actions: &[(&str, Value)]) -> SealedPlan {
     let steps = actions.iter().zip(1..).map(|((name, args), line)| Step {
         name: None,
         action: Action::deserialize_args(name, args).unwrap().unwrap(),

@@ -1,14 +1,12 @@
 //! The agent as a process, with real TLS, against a controller that the test plays.
 
-mod support;
-
 use lockstep_proto::ids::{Direction, StepKey};
 use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::wire::agent_v1::down;
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
-use support::{Controller, Host, epoch, key, plan, rollout, wait_for};
+use crate::support::{Controller, Host, epoch, key, plan, rollout, wait_for};
 
 const ALLOW_RUN: &str = "[[allow]]\naction = 'exec.run'\n";
 

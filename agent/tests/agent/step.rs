@@ -1,11 +1,9 @@
 //! The step process by itself: a claim is for ever (INV-1).
 
-mod support;
-
 use lockstep_proto::ids::Direction;
 use serde_json::{Value, json};
 
-use support::{Controller, Host, key, rollout};
+use crate::support::{Controller, Host, key, rollout};
 
 fn job(host: &Host, attempt: u16) -> std::path::PathBuf {
     let key = key(&rollout(1), 0, Direction::Do, attempt);

@@ -1,0 +1,5 @@
+//! The agent as people run it: the real binary, real TLS, real step processes.
+
+mod session;
+mod step;
+mod support;
