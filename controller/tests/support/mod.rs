@@ -1,0 +1,290 @@
+//! A controller as a process, with certificates of its own, and clients that dial it.
+
+#[path = "../../src/pki.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the controller's own module")]
+pub mod pki;
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::TokioIo;
+use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
+use lockstep_proto::wire::agent_v1::{Down, Epoch, Hello, Up, down, up};
+use lockstep_proto::wire::control_v1::control_service_client::ControlServiceClient;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+
+pub const DOMAIN: &str = "example.com";
+
+/// Things that take milliseconds, on a machine that does much else.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// A directory with issuers, certificates, configuration and state.
+pub struct Place {
+    pub dir: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        let place = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        pki::init(&place.pki(), DOMAIN).unwrap();
+        let addresses = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+        pki::issue_controller(&place.pki(), "c1", &addresses, place.path()).unwrap();
+        for name in ["ca-agents.crt", "ca-operators.crt", "ca-controllers.crt"] {
+            fs::copy(place.pki().join(name), place.path().join(name)).unwrap();
+        }
+        let config = format!(
+            "listen = \"127.0.0.1:0\"\nstate_dir = \"state\"\ndomain = \"{DOMAIN}\"\n[tls]\n\
+             cert = \"controller-c1.crt\"\nkey = \"controller-c1.key\"\n\
+             agent_ca = \"ca-agents.crt\"\noperator_ca = \"ca-operators.crt\"\n"
+        );
+        fs::write(place.path().join("controller.toml"), config).unwrap();
+        place
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn pki(&self) -> PathBuf {
+        self.path().join("pki")
+    }
+
+    pub fn agent(&self, host: &str) -> Identity {
+        Identity::of(pki::issue_agent(&self.pki(), host, self.path()).unwrap())
+    }
+
+    pub fn operator(&self, name: &str, groups: &[&str]) -> Identity {
+        let groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
+        Identity::of(pki::issue_operator(&self.pki(), name, &groups, self.path()).unwrap())
+    }
+
+    pub fn start(&self) -> Controller {
+        self.start_with(&[])
+    }
+
+    pub fn start_with(&self, more: &[&str]) -> Controller {
+        let ready = self.path().join("ready");
+        let _ = fs::remove_file(&ready);
+        let mut child = self.spawn(more);
+        let deadline = Instant::now() + SOON;
+        let address = loop {
+            if let Ok(address) = fs::read_to_string(&ready) {
+                break address.trim().parse().unwrap();
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("the controller ended: {status}\n{}", self.log());
+            }
+            assert!(Instant::now() < deadline, "not ready:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        Controller {
+            child,
+            address,
+            issuer: self.path().join("ca-controllers.crt"),
+        }
+    }
+
+    /// Runs a controller that is expected not to start.
+    pub fn fail(&self) -> (Option<i32>, String) {
+        let mut child = self.spawn(&[]);
+        let status = wait(&mut child);
+        (status.code(), self.log())
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path().join("log")).unwrap_or_default()
+    }
+
+    fn spawn(&self, more: &[&str]) -> Child {
+        let log = fs::File::create(self.path().join("log")).unwrap();
+        Command::new(env!("CARGO_BIN_EXE_lockstep"))
+            .arg("serve")
+            .arg("--config")
+            .arg(self.path().join("controller.toml"))
+            .arg("--ready-file")
+            .arg(self.path().join("ready"))
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+}
+
+fn wait(child: &mut Child) -> ExitStatus {
+    let deadline = Instant::now() + SOON;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        assert!(Instant::now() < deadline, "the controller does not end");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A controller that takes calls; killed when dropped.
+pub struct Controller {
+    child: Child,
+    pub address: SocketAddr,
+    issuer: PathBuf,
+}
+
+impl Controller {
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub fn wait(&mut self) -> Option<i32> {
+        wait(&mut self.child).code()
+    }
+
+    /// Ends it as a power loss would, but for the page cache.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn terminate(mut self) -> Option<i32> {
+        self.signal(rustix::process::Signal::TERM);
+        self.wait()
+    }
+
+    /// A channel; what is wrong with it may show only at the first call.
+    pub async fn dial(&self, identity: Option<&Identity>) -> Result<Channel, String> {
+        let mut roots = rustls::RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_file(&self.issuer).unwrap())
+            .unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_root_certificates(roots);
+        let mut config = match identity {
+            Some(identity) => config
+                .with_client_auth_cert(
+                    vec![CertificateDer::from_pem_file(&identity.certificate).unwrap()],
+                    PrivateKeyDer::from_pem_file(&identity.key).unwrap(),
+                )
+                .unwrap(),
+            None => config.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let tls = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let address = self.address;
+        let connector = tower::service_fn(move |_: http::Uri| {
+            let tls = tls.clone();
+            async move {
+                let tcp = tokio::net::TcpStream::connect(address).await?;
+                let name = ServerName::try_from("localhost").unwrap();
+                let tls = tls.connect(name, tcp).await?;
+                Ok::<_, io::Error>(TokioIo::new(tls))
+            }
+        });
+        let endpoint = Endpoint::from_static("http://controller.test");
+        let channel = endpoint.connect_with_connector(connector).await;
+        channel.map_err(|error| format!("{error:?}"))
+    }
+
+    pub async fn control(&self, identity: &Identity) -> ControlServiceClient<Channel> {
+        ControlServiceClient::new(self.dial(Some(identity)).await.unwrap())
+    }
+
+    pub async fn agents(&self, identity: &Identity) -> AgentServiceClient<Channel> {
+        AgentServiceClient::new(self.dial(Some(identity)).await.unwrap())
+    }
+
+    /// Opens a session and waits for the welcome.
+    pub async fn session(&self, identity: &Identity, hello: Hello) -> Result<Session, Status> {
+        let mut client = self.agents(identity).await;
+        let (up, receiver) = mpsc::channel(4);
+        up.send(Up {
+            message: Some(up::Message::Hello(hello)),
+        })
+        .await
+        .unwrap();
+        let down = client.session(ReceiverStream::new(receiver)).await?;
+        let mut session = Session {
+            up,
+            down: down.into_inner(),
+            epoch: Epoch::default(),
+            acknowledged: 0,
+        };
+        match session.next().await?.message {
+            Some(down::Message::Welcome(welcome)) => {
+                session.epoch = welcome.epoch.unwrap();
+                session.acknowledged = welcome.acknowledged;
+                Ok(session)
+            }
+            other => panic!("the first message is {other:?}"),
+        }
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A certificate and its key.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+}
+
+impl Identity {
+    pub fn of(issued: pki::Issued) -> Self {
+        Self {
+            certificate: issued.certificate,
+            key: issued.key,
+        }
+    }
+}
+
+/// An agent's session.
+#[derive(Debug)]
+pub struct Session {
+    pub up: mpsc::Sender<Up>,
+    pub down: Streaming<Down>,
+    pub epoch: Epoch,
+    pub acknowledged: u64,
+}
+
+impl Session {
+    /// The next message, or how the stream ended.
+    pub async fn next(&mut self) -> Result<Down, Status> {
+        let next = tokio::time::timeout(SOON, self.down.message()).await;
+        let next = next.expect("a message in time")?;
+        next.ok_or_else(|| Status::ok("the stream has ended"))
+    }
+}
+
+pub fn hello(host: &str) -> Hello {
+    Hello {
+        min_version: 1,
+        max_version: 1,
+        host: host.to_owned(),
+        instance: "in_0000000000000001".to_owned(),
+        boot: "bt_0000000000000001".to_owned(),
+        highest_epoch: Some(Epoch::default()),
+        agent_version: "0.1.0".to_owned(),
+        ..Hello::default()
+    }
+}
