@@ -151,7 +151,8 @@ pub(crate) struct Bench {
     /// The database's name on the server, and the beginning of its roles' names.
     pub(crate) name: String,
     rollout: RolloutId,
-    cluster: Arc<Cluster>,
+    /// The server runs as long as somebody uses it.
+    _cluster: Arc<Cluster>,
 }
 
 impl Bench {
@@ -191,7 +192,7 @@ impl Bench {
             host,
             name,
             rollout: RolloutId::from_random(rollout),
-            cluster,
+            _cluster: cluster,
         };
         let setup = bench.session("maintenance").await;
         for sql in [
@@ -258,14 +259,6 @@ impl Bench {
         cx
     }
 
-    /// The same on a host where `staff` is reached as the database's owner, who is no superuser.
-    pub(crate) fn as_owner(&self, mut cx: Context) -> Context {
-        let config = Arc::make_mut(&mut cx.config);
-        let owner = config.postgres["as_owner"].clone();
-        config.postgres.insert("staff".into(), owner);
-        cx
-    }
-
     /// A session in one of the host's databases, under a name of the test's own.
     pub(crate) async fn session(&self, database: &str) -> Session {
         self.try_session(database).await.unwrap()
@@ -302,14 +295,12 @@ impl Bench {
             .unwrap()
             .unwrap_or_default()
     }
+}
 
-    /// The server's directory.
-    pub(crate) fn server_directory(&self) -> &Path {
-        self.cluster.directory()
-    }
-
-    /// The server's port on loopback.
-    pub(crate) fn port(&self) -> u16 {
-        self.cluster.port
-    }
+/// What a host sees where `staff` is reached as the database's owner, who is no superuser.
+pub(crate) fn as_owner(mut cx: Context) -> Context {
+    let config = Arc::make_mut(&mut cx.config);
+    let owner = config.postgres["as_owner"].clone();
+    config.postgres.insert("staff".into(), owner);
+    cx
 }

@@ -90,7 +90,7 @@ fn unmet(act: &Sql, value: Option<&str>) -> Option<String> {
 
 /// The beginning of a value.
 pub(super) fn shorten(value: &str) -> &str {
-    &value[..value.floor_char_boundary(SHOWN)]
+    crate::process::head(value, SHOWN)
 }
 
 #[cfg(test)]

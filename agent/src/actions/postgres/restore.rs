@@ -22,7 +22,7 @@ use super::tools::Tools;
 use super::{changed, fence, hinted, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session, ident, literal};
-use crate::step::{Context, failure};
+use crate::step::Context;
 
 /// The names of a restore's databases.
 struct Names {
@@ -45,7 +45,7 @@ impl Names {
             if live.len() <= room {
                 return format!("{live}{tail}");
             }
-            let head = &live[..live.floor_char_boundary(room.saturating_sub(9))];
+            let head = crate::process::head(&live, room.saturating_sub(9));
             format!("{head}_{}{tail}", &Digest::of(live.as_bytes()).hex()[..8])
         };
         let (new, failed, undone) = (name("restore"), name("failed"), name("restored"));

@@ -12,7 +12,7 @@ use lockstep_proto::values::{ByteSize, Period};
 use super::tests::apply;
 use super::*;
 use crate::config::App;
-use crate::sql::cluster::Bench;
+use crate::sql::cluster::{Bench, as_owner};
 
 const NULL: Value = Value::Null;
 
@@ -116,11 +116,11 @@ impl Stage {
 
     /// What the application host sees.
     pub(super) fn cx(&self, step: u16, facts: Vec<Fact>) -> Context {
-        self.bench.as_owner(self.bench.cx(step, facts))
+        as_owner(self.bench.cx(step, facts))
     }
 
     pub(super) fn undo(&self, step: u16, facts: Vec<Fact>) -> Context {
-        self.bench.as_owner(self.bench.undo(step, facts))
+        as_owner(self.bench.undo(step, facts))
     }
 
     /// Applies without asking for a backup.

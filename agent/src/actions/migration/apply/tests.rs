@@ -1,19 +1,13 @@
 //! With the real tool on a real server: the migrations of the example application.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use lockstep_proto::action::migration::{Current, Plan, Tool, Verify};
-use lockstep_proto::action::postgres::VerifyBackup;
-use lockstep_proto::action::postgres::{Aspect, Backup, Fence, FenceVia, Format, RestoreInto};
-use lockstep_proto::values::{ByteSize, Period};
+use lockstep_proto::values::Period;
 
 use super::stage::Stage;
 use super::*;
-use crate::config::App;
-use crate::sql::cluster::Bench;
 
 const NULL: Value = Value::Null;
 
