@@ -11,16 +11,7 @@ use crate::wait;
 
 /// Submits the runbook for a release; the rollout's id.
 pub fn submit(cluster: &Cluster, release: &str) -> String {
-    let mut inputs = cluster.inputs(release);
-    inputs.push(("watch".to_owned(), "1s".to_owned()));
-    let inputs: Vec<(&str, &str)> = inputs
-        .iter()
-        .map(|(name, value)| (name.as_str(), value.as_str()))
-        .collect();
-    cluster
-        .requester()
-        .submit(&example::plan(), &inputs)
-        .unwrap()
+    cluster.submit(&example::plan(), release).unwrap()
 }
 
 /// Runs the runbook for a release to its end, with people at the gates.

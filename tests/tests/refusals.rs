@@ -280,7 +280,7 @@ fn a_full_disk_is_said_and_leaves_no_half_backup() {
     let document = run_plan(&cluster, &backup_plan(&cluster));
     assert_ne!(text(&document["state"]), "succeeded");
     let failed = failures(&document).join("\n");
-    for words in ["db-1", "postgres.backup", "space"] {
+    for words in ["db-1", "postgres.backup", "free", "make room"] {
         assert!(failed.contains(words), "`{words}` is not named: {failed}");
     }
     assert!(

@@ -132,9 +132,7 @@ fn deploy(cluster: &Cluster, release: &str) -> Result<(Value, i32)> {
     let requester = cluster.requester();
     let mut command = requester.command();
     command.arg("apply").arg(example::plan());
-    let mut inputs = cluster.inputs(release);
-    inputs.push(("watch".to_owned(), "5s".to_owned()));
-    for (name, value) in inputs {
+    for (name, value) in cluster.inputs(&example::plan(), release) {
         command.arg("--input").arg(format!("{name}={value}"));
     }
     say(&format!(

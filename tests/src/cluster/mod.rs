@@ -258,18 +258,26 @@ impl Cluster {
         others.map(|(name, _)| self.operator(name)).collect()
     }
 
-    /// The inputs of the example's plans for a release.
-    pub fn inputs(&self, release: &str) -> Vec<(String, String)> {
-        vec![
-            ("release".to_owned(), release.to_owned()),
-            ("driver".to_owned(), "process".to_owned()),
-            ("repository".to_owned(), self.git().display().to_string()),
-        ]
+    /// The inputs of a plan of the example for a release. Logs are watched for seconds, and the
+    /// limits of the benchmark are those of a machine that does everything at once.
+    pub fn inputs(&self, plan: &Path, release: &str) -> Vec<(String, String)> {
+        let repository = self.git().display().to_string();
+        let mut inputs = vec![
+            ("release", release),
+            ("driver", "process"),
+            ("repository", &repository),
+        ];
+        if plan == example::plan() {
+            inputs.extend([("watch", "3s"), ("list_ms", "2000")]);
+            inputs.extend([("search_ms", "2000"), ("write_ms", "2000")]);
+        }
+        let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        inputs.into_iter().map(owned).collect()
     }
 
     /// Submits one of the example's plans for a release; the rollout's id.
     pub fn submit(&self, plan: &Path, release: &str) -> Result<String> {
-        let inputs = self.inputs(release);
+        let inputs = self.inputs(plan, release);
         let inputs: Vec<(&str, &str)> = inputs
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
