@@ -73,7 +73,9 @@ pub(crate) async fn dry_run(arguments: DryRun, session: &Session) -> Result<Exit
     let client = session.connect().await?;
     let rollout = submit(&client, &sealed, source, true).await?;
     if let Followed::Interrupted = watch::follow(&client, &rollout, printer, Voice::Quiet).await? {
-        printer.say(format!("interrupted; a dry run changes nothing, and {rollout} ends by itself"));
+        printer.say(format!(
+            "interrupted; a dry run changes nothing, and {rollout} ends by itself"
+        ));
         return Ok(Exit::Detached);
     }
     let (document, bytes) = watch::fetch_patiently(&client, &rollout).await?;
@@ -82,7 +84,11 @@ pub(crate) async fn dry_run(arguments: DryRun, session: &Session) -> Result<Exit
     } else {
         printer.lines(&render::plan::dry_run(&document))?;
     }
-    Ok(if document.state == "succeeded" { Exit::Done } else { Exit::Failed })
+    Ok(if document.state == "succeeded" {
+        Exit::Done
+    } else {
+        Exit::Failed
+    })
 }
 
 /// Submits a plan. If the controller goes away in the middle, the same plan is submitted again:
@@ -94,11 +100,17 @@ async fn submit(
     dry_run: bool,
 ) -> Result<RolloutId, CliError> {
     let compiled_plan = bytes::Bytes::copy_from_slice(sealed.bytes());
-    let request = wire::SubmitRequest { compiled_plan, source, dry_run };
+    let request = wire::SubmitRequest {
+        compiled_plan,
+        source,
+        dry_run,
+    };
     let mut outage: Option<Outage> = None;
     loop {
         let again = request.clone();
-        let answer = client.call(|mut api| async move { api.submit(again).await }).await;
+        let answer = client
+            .call(|mut api| async move { api.submit(again).await })
+            .await;
         match answer {
             Ok(answer) => return accepted(&answer, sealed),
             Err(error) if error.is_passing() => {
@@ -108,7 +120,10 @@ async fn submit(
                 }
                 tokio::time::sleep(outage.next_wait()).await;
             }
-            Err(ClientError::Refused { code: Code::AlreadyExists, .. }) if outage.is_some() => {
+            Err(ClientError::Refused {
+                code: Code::AlreadyExists,
+                ..
+            }) if outage.is_some() => {
                 return taken(client, sealed).await;
             }
             Err(error) => return Err(error.into()),
@@ -119,9 +134,14 @@ async fn submit(
 /// The rollout that came of an attempt whose answer was lost.
 async fn taken(client: &Client, sealed: &SealedPlan) -> Result<RolloutId, CliError> {
     let request = wire::ListRolloutsRequest { limit: 0 };
-    let answer = client.call(|mut api| async move { api.list_rollouts(request).await }).await?;
+    let answer = client
+        .call(|mut api| async move { api.list_rollouts(request).await })
+        .await?;
     let digest = sealed.digest().to_string();
-    let found = answer.rollouts.into_iter().find(|rollout| rollout.plan_digest == digest);
+    let found = answer
+        .rollouts
+        .into_iter()
+        .find(|rollout| rollout.plan_digest == digest);
     let rollout = found.and_then(|rollout| rollout.rollout.parse().ok());
     rollout.ok_or_else(|| failed("it has taken the plan, but does not list its rollout"))
 }
@@ -142,5 +162,8 @@ fn accepted(answer: &wire::SubmitResponse, sealed: &SealedPlan) -> Result<Rollou
 }
 
 fn failed(message: &str) -> CliError {
-    ClientError::Failed { message: message.to_owned() }.into()
+    ClientError::Failed {
+        message: message.to_owned(),
+    }
+    .into()
 }

@@ -1,6 +1,8 @@
 //! Text from the wire, made fit for a terminal. Hosts write summaries, output and notes; none of
 //! them may move a cursor, change a colour or hide a word on an operator's screen.
 
+use std::fmt::Write as _;
+
 use serde_json::Value;
 
 /// What stands in the place of a character that is not shown.
@@ -45,7 +47,7 @@ pub(crate) fn json(text: &str) -> String {
         if c != '\n' && visible(c) == REPLACED && c != REPLACED {
             let mut units = [0; 2];
             for unit in c.encode_utf16(&mut units) {
-                clean.push_str(&format!("\\u{unit:04x}"));
+                let _ = write!(clean, "\\u{unit:04x}");
             }
         } else {
             clean.push(c);
@@ -70,7 +72,10 @@ mod tests {
 
     #[test]
     fn nothing_that_moves_a_cursor_survives() {
-        assert_eq!(line(HOSTILE), "a\u{fffd}[2Jb\u{fffd}31mc d\u{fffd}e\u{fffd}f g");
+        assert_eq!(
+            line(HOSTILE),
+            "a\u{fffd}[2Jb\u{fffd}31mc d\u{fffd}e\u{fffd}f g"
+        );
         assert!(!lines(HOSTILE).contains(['\u{1b}', '\u{9b}', '\r', '\u{7}', '\u{202e}']));
         assert!(lines(HOSTILE).contains('\n'));
     }
@@ -84,7 +89,10 @@ mod tests {
     fn cleaned_json_says_the_same() {
         let said = serde_json::json!({ HOSTILE: [HOSTILE, {"x": 1}] });
         let text = json(&serde_json::to_string_pretty(&said).unwrap());
-        assert!(text.chars().all(|c| c == '\n' || visible(c) == c), "{text:?}");
+        assert!(
+            text.chars().all(|c| c == '\n' || visible(c) == c),
+            "{text:?}"
+        );
         assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), said);
     }
 }

@@ -119,17 +119,26 @@ impl ClientError {
     /// What to do next.
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
-            Self::Unreachable { address, source } => Some(unreachable_hint(address, source.as_ref())),
-            Self::Silent { .. } => Some("look at the controller's log for what it waits for".into()),
+            Self::Unreachable { address, source } => {
+                Some(unreachable_hint(address, source.as_ref()))
+            }
+            Self::Silent { .. } => {
+                Some("look at the controller's log for what it waits for".into())
+            }
             Self::Certificate { .. } | Self::Tls { .. } => {
                 Some("issue one with `lockstep pki operator NAME --group GROUP`".into())
             }
-            Self::Refused { code: Code::PermissionDenied, .. } => {
-                Some("groups are part of your certificate: `lockstep pki operator NAME --group GROUP`".into())
-            }
-            Self::Refused { code: Code::NotFound, .. } => {
-                Some("`lockstep history` lists what this controller knows".into())
-            }
+            Self::Refused {
+                code: Code::PermissionDenied,
+                message,
+            } if message.contains("group") => Some(
+                "groups are part of your certificate: `lockstep pki operator NAME --group GROUP`"
+                    .into(),
+            ),
+            Self::Refused {
+                code: Code::NotFound,
+                ..
+            } => Some("`lockstep history` lists what this controller knows".into()),
             _ => None,
         }
     }
@@ -141,8 +150,8 @@ fn unreachable_hint(address: &str, source: &(dyn StdError + 'static)) -> String 
         if let Some(dial) = error.downcast_ref::<DialError>() {
             return match dial {
                 DialError::Tls(_) => format!(
-                    "something answers at {address}, but is not trusted: is `ca` the controllers' issuer, \
-                     and does the controller's certificate name this address?"
+                    "something answers at {address}, but is not trusted: is `ca` the controllers' \
+                     issuer, and does the controller's certificate name this address?"
                 ),
                 DialError::Identity(_) => {
                     format!("{address} is no controller of your trust domain: check `controller`")
@@ -153,7 +162,10 @@ fn unreachable_hint(address: &str, source: &(dyn StdError + 'static)) -> String 
                 ),
             };
         }
-        cause = error.source();
+        cause = match error.downcast_ref::<Broken>() {
+            Some(broken) => broken.status.source(),
+            None => error.source(),
+        };
     }
     "the controller ended the connection: is your certificate an operator's, valid now, and of the \
      issuer that the controller trusts?"
@@ -212,7 +224,9 @@ impl Client {
         match tokio::time::timeout(CALL, call(self.api.clone())).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(self.explain(status)),
-            Err(_) => Err(ClientError::Silent { address: self.address.clone() }),
+            Err(_) => Err(ClientError::Silent {
+                address: self.address.clone(),
+            }),
         }
     }
 
@@ -222,10 +236,17 @@ impl Client {
         let message = clean::line(status.message());
         let address = self.address.clone();
         if status.source().is_some() {
-            return ClientError::Unreachable { address, source: Box::new(status) };
+            let message = message.trim_start_matches("h2 protocol error: ").to_owned();
+            return ClientError::Unreachable {
+                address,
+                source: Box::new(Broken { message, status }),
+            };
         }
         match status.code() {
-            Code::Unavailable => ClientError::Unreachable { address, source: message.into() },
+            Code::Unavailable => ClientError::Unreachable {
+                address,
+                source: message.into(),
+            },
             Code::DeadlineExceeded => ClientError::Silent { address },
             Code::Internal | Code::Unknown | Code::DataLoss | Code::Unimplemented => {
                 ClientError::Failed { message }
@@ -240,11 +261,21 @@ impl Client {
     }
 }
 
+/// A call that the connection ended. In a status's own words its causes stand twice.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+struct Broken {
+    message: String,
+    status: Status,
+}
+
 /// The error that tonic wraps; its own words (`transport error`) say nothing.
 fn beneath(error: tonic::transport::Error) -> Box<dyn StdError + Send + Sync> {
     let words = error.to_string();
     match error.source() {
-        Some(source) if words == "transport error" => Box::new(Beneath(clean::line(&source.to_string()), error)),
+        Some(source) if words == "transport error" => {
+            Box::new(Beneath(clean::line(&source.to_string()), error))
+        }
         _ => Box::new(error),
     }
 }
@@ -279,22 +310,28 @@ impl Dialer {
         let mut store = RootCertStore::empty();
         store.add_parsable_certificates(roots);
         let chain = read_certificates("the certificate", &profile.cert)?;
-        let key = PrivateKeyDer::from_pem_file(&profile.key).map_err(|source| ClientError::File {
-            what: "the key",
-            path: profile.key.clone(),
-            source,
-        })?;
+        let key =
+            PrivateKeyDer::from_pem_file(&profile.key).map_err(|source| ClientError::File {
+                what: "the key",
+                path: profile.key.clone(),
+                source,
+            })?;
         let domain = operator_domain(&profile.cert, &chain)?;
         let config = ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
             .with_root_certificates(store)
             .with_client_auth_cert(chain, key);
-        let mut config = config
-            .map_err(|source| ClientError::Tls { path: profile.cert.clone(), source })?;
+        let mut config = config.map_err(|source| ClientError::Tls {
+            path: profile.cert.clone(),
+            source,
+        })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         // A resumed session would skip what is checked in a full handshake.
         config.resumption = rustls::client::Resumption::disabled();
         let name = ServerName::try_from(profile.host().to_owned()).map_err(|source| {
-            ClientError::ServerName { name: profile.host().to_owned(), source }
+            ClientError::ServerName {
+                name: profile.host().to_owned(),
+                source,
+            }
         })?;
         Ok(Self {
             address: profile.controller.clone(),
@@ -306,7 +343,9 @@ impl Dialer {
 
     async fn dial(&self) -> Result<TlsStream<TcpStream>, DialError> {
         let tcp = tokio::time::timeout(DIAL, TcpStream::connect(&self.address)).await;
-        let tcp = tcp.map_err(|_| DialError::Slow)?.map_err(DialError::Connect)?;
+        let tcp = tcp
+            .map_err(|_| DialError::Slow)?
+            .map_err(DialError::Connect)?;
         tcp.set_nodelay(true).map_err(DialError::Connect)?;
         let tls = tokio::time::timeout(DIAL, self.tls.connect(self.name.clone(), tcp)).await;
         let tls = tls.map_err(|_| DialError::Slow)?.map_err(DialError::Tls)?;
@@ -323,7 +362,13 @@ fn check_controller(leaf: &CertificateDer<'_>, domain: &str) -> Result<(), Strin
     let prefix = format!("spiffe://{domain}/controller/");
     let uris = uris_of(leaf)?;
     match uris.as_slice() {
-        [uri] if uri.strip_prefix(&prefix).is_some_and(|name| !name.is_empty()) => Ok(()),
+        [uri]
+            if uri
+                .strip_prefix(&prefix)
+                .is_some_and(|name| !name.is_empty()) =>
+        {
+            Ok(())
+        }
         [] => Err("it has no URI".to_owned()),
         uris => Err(format!("`{}` instead of `{prefix}...`", uris.join("`, `"))),
     }
@@ -331,13 +376,19 @@ fn check_controller(leaf: &CertificateDer<'_>, domain: &str) -> Result<(), Strin
 
 /// The trust domain of an operator's own certificate: the controller must be of the same.
 fn operator_domain(path: &Path, chain: &[CertificateDer<'_>]) -> Result<String, ClientError> {
-    let invalid = |why: String| ClientError::Certificate { path: path.to_owned(), why };
-    let leaf = chain.first().ok_or_else(|| invalid("the file holds none".into()))?;
+    let invalid = |why: String| ClientError::Certificate {
+        path: path.to_owned(),
+        why,
+    };
+    let leaf = chain
+        .first()
+        .ok_or_else(|| invalid("the file holds none".into()))?;
     let uris = uris_of(leaf).map_err(invalid)?;
     let domain = match uris.as_slice() {
         [uri] => uri.strip_prefix("spiffe://").and_then(|rest| {
             let (domain, path) = rest.split_once('/')?;
-            path.strip_prefix("operator/").filter(|name| !name.is_empty())?;
+            path.strip_prefix("operator/")
+                .filter(|name| !name.is_empty())?;
             Some(domain.to_owned())
         }),
         _ => None,
@@ -366,7 +417,11 @@ fn read_certificates(
     path: &Path,
 ) -> Result<Vec<CertificateDer<'static>>, ClientError> {
     let read = || CertificateDer::pem_file_iter(path)?.collect::<Result<Vec<_>, _>>();
-    read().map_err(|source| ClientError::File { what, path: path.to_owned(), source })
+    read().map_err(|source| ClientError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

@@ -45,27 +45,52 @@ pub(crate) struct SignOff {
 
 /// `lockstep pause`.
 pub(crate) async fn pause(rollout: RolloutId, session: &Session) -> Result<Exit, CliError> {
-    let request = wire::PauseRequest { rollout: rollout.to_string() };
+    let request = wire::PauseRequest {
+        rollout: rollout.to_string(),
+    };
     let client = session.connect().await?;
-    client.call(|mut api| async move { api.pause(request).await }).await?;
+    client
+        .call(|mut api| async move { api.pause(request).await })
+        .await?;
     let said = format!("{rollout} sends nothing new; what runs, runs on");
-    done(session, &rollout, "pause", &said, Some(format!("go on with: lockstep resume {rollout}")))
+    done(
+        session,
+        &rollout,
+        "pause",
+        &said,
+        Some(format!("go on with: lockstep resume {rollout}")),
+    )
 }
 
 /// `lockstep resume`.
 pub(crate) async fn resume(rollout: RolloutId, session: &Session) -> Result<Exit, CliError> {
-    let request = wire::ResumeRequest { rollout: rollout.to_string() };
+    let request = wire::ResumeRequest {
+        rollout: rollout.to_string(),
+    };
     let client = session.connect().await?;
-    client.call(|mut api| async move { api.resume(request).await }).await?;
-    done(session, &rollout, "resume", &format!("{rollout} goes on"), watch_hint(&rollout))
+    client
+        .call(|mut api| async move { api.resume(request).await })
+        .await?;
+    done(
+        session,
+        &rollout,
+        "resume",
+        &format!("{rollout} goes on"),
+        Some(watch_hint(&rollout)),
+    )
 }
 
 /// `lockstep cancel`.
 pub(crate) async fn cancel(arguments: Reasoned, session: &Session) -> Result<Exit, CliError> {
     let Reasoned { rollout, reason } = arguments;
-    let request = wire::CancelRequest { rollout: rollout.to_string(), reason };
+    let request = wire::CancelRequest {
+        rollout: rollout.to_string(),
+        reason,
+    };
     let client = session.connect().await?;
-    client.call(|mut api| async move { api.cancel(request).await }).await?;
+    client
+        .call(|mut api| async move { api.cancel(request).await })
+        .await?;
     let said = format!("{rollout} has ended where it stood; nothing was undone");
     done(session, &rollout, "cancel", &said, None)
 }
@@ -73,33 +98,69 @@ pub(crate) async fn cancel(arguments: Reasoned, session: &Session) -> Result<Exi
 /// `lockstep rollback`.
 pub(crate) async fn roll_back(arguments: Reasoned, session: &Session) -> Result<Exit, CliError> {
     let Reasoned { rollout, reason } = arguments;
-    let request = wire::RollBackRequest { rollout: rollout.to_string(), reason };
+    let request = wire::RollBackRequest {
+        rollout: rollout.to_string(),
+        reason,
+    };
     let client = session.connect().await?;
-    client.call(|mut api| async move { api.roll_back(request).await }).await?;
-    done(session, &rollout, "rollback", &format!("{rollout} is rolling back"), watch_hint(&rollout))
+    client
+        .call(|mut api| async move { api.roll_back(request).await })
+        .await?;
+    done(
+        session,
+        &rollout,
+        "rollback",
+        &format!("{rollout} is rolling back"),
+        Some(watch_hint(&rollout)),
+    )
 }
 
 /// `lockstep close`.
 pub(crate) async fn close(arguments: Close, session: &Session) -> Result<Exit, CliError> {
-    let Close { rollout, accept: _, reason } = arguments;
-    let request = wire::CloseRequest { rollout: rollout.to_string(), reason };
+    let Close {
+        rollout,
+        accept: _,
+        reason,
+    } = arguments;
+    let request = wire::CloseRequest {
+        rollout: rollout.to_string(),
+        reason,
+    };
     let client = session.connect().await?;
-    client.call(|mut api| async move { api.close(request).await }).await?;
+    client
+        .call(|mut api| async move { api.close(request).await })
+        .await?;
     let said = format!("{rollout} is accepted as it is; its hosts are free");
     done(session, &rollout, "close", &said, None)
 }
 
 /// `lockstep signoff`.
 pub(crate) async fn sign_off(arguments: SignOff, session: &Session) -> Result<Exit, CliError> {
-    let SignOff { rollout, role, comment } = arguments;
-    let request = wire::SignOffRequest { rollout: rollout.to_string(), role: role.clone(), comment };
+    let SignOff {
+        rollout,
+        role,
+        comment,
+    } = arguments;
+    let request = wire::SignOffRequest {
+        rollout: rollout.to_string(),
+        role: role.clone(),
+        comment,
+    };
     let client = session.connect().await?;
-    client.call(|mut api| async move { api.sign_off(request).await }).await?;
-    done(session, &rollout, "signoff", &format!("{rollout} is signed as {role}"), None)
+    client
+        .call(|mut api| async move { api.sign_off(request).await })
+        .await?;
+    done(
+        session,
+        &rollout,
+        "signoff",
+        &format!("{rollout} is signed as {role}"),
+        None,
+    )
 }
 
-fn watch_hint(rollout: &RolloutId) -> Option<String> {
-    Some(format!("follow it with: lockstep watch {rollout}"))
+fn watch_hint(rollout: &RolloutId) -> String {
+    format!("follow it with: lockstep watch {rollout}")
 }
 
 fn done(

@@ -82,17 +82,32 @@ pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exi
 
 /// `lockstep reject`. Nothing is asked: to reject by mistake costs time, never a host.
 pub(crate) async fn reject(arguments: Reject, session: &Session) -> Result<Exit, CliError> {
-    let decision = Decision { approve: false, items: vec![], evidence: None, question: None };
+    let decision = Decision {
+        approve: false,
+        items: vec![],
+        evidence: None,
+        question: None,
+    };
     decide(&arguments.at, decision, session).await
 }
 
 /// `lockstep confirm`.
 pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exit, CliError> {
-    let items: Option<Vec<u32>> = arguments.items.iter().map(|item| item.checked_sub(1)).collect();
-    let items = items
-        .ok_or_else(|| CliError::usage("there is no item 0", "items are numbered from 1, as shown"))?;
+    let items: Option<Vec<u32>> = arguments
+        .items
+        .iter()
+        .map(|item| item.checked_sub(1))
+        .collect();
+    let items = items.ok_or_else(|| {
+        CliError::usage("there is no item 0", "items are numbered from 1, as shown")
+    })?;
     let question = (!arguments.yes).then_some("confirm this?");
-    let decision = Decision { approve: true, items, evidence: None, question };
+    let decision = Decision {
+        approve: true,
+        items,
+        evidence: None,
+        question,
+    };
     decide(&arguments.at, decision, session).await
 }
 
@@ -101,7 +116,11 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     let client = session.connect().await?;
     let (document, _) = fetch(&client, &at.rollout).await?;
     let (step, gate) = choose(&document, at)?;
-    if let Some(item) = decision.items.iter().find(|item| **item as usize >= gate.items.len()) {
+    if let Some(item) = decision
+        .items
+        .iter()
+        .find(|item| **item as usize >= gate.items.len())
+    {
         return Err(CliError::usage(
             format!("the checklist has no item {}", item + 1),
             format!("it has {}", words::count(gate.items.len(), "item")),
@@ -114,7 +133,10 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
         if !Printer::can_ask() {
             return Err(CliError::usage(
                 "nobody is there to be asked",
-                format!("--yes decides without a question; `lockstep status {}` shows what is decided", at.rollout),
+                format!(
+                    "--yes decides without a question; `lockstep status {}` shows what is decided",
+                    at.rollout
+                ),
             ));
         }
         if !printer.ask(question)? {
@@ -134,7 +156,10 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     } else if missing.is_empty() {
         printer.lines(&[Line::plain(format!("gate {} is decided", step.at))])?;
     } else {
-        printer.lines(&[Line::plain(format!("gate {} still waits for {missing}", step.at))])?;
+        printer.lines(&[Line::plain(format!(
+            "gate {} still waits for {missing}",
+            step.at
+        ))])?;
     }
     Ok(Exit::Done)
 }
@@ -146,7 +171,9 @@ async fn send(
     gate: &Gate,
     decision: Decision,
 ) -> Result<String, CliError> {
-    let evidence = decision.evidence.map_or_else(|| gate.evidence.clone(), |digest| digest.to_string());
+    let evidence = decision
+        .evidence
+        .map_or_else(|| gate.evidence.clone(), |digest| digest.to_string());
     let request = wire::DecideRequest {
         rollout: at.rollout.to_string(),
         gate: step.at.clone(),
@@ -155,25 +182,33 @@ async fn send(
         items: decision.items,
         comment: at.comment.clone(),
     };
-    let answer = client.call(|mut api| async move { api.decide(request).await }).await?;
+    let answer = client
+        .call(|mut api| async move { api.decide(request).await })
+        .await?;
     Ok(clean::line(&answer.missing))
 }
 
 /// The gate that is meant: the named one, or the only one that is open.
-fn choose<'a>(
-    document: &'a Document,
-    at: &GateArgs,
-) -> Result<(&'a Step, &'a Gate), CliError> {
+fn choose<'a>(document: &'a Document, at: &GateArgs) -> Result<(&'a Step, &'a Gate), CliError> {
     let open: Vec<(&Step, &Gate)> = document.open_gates().collect();
-    let names = || open.iter().map(|(step, _)| step.at.as_str()).collect::<Vec<_>>().join(", ");
+    let names = || {
+        open.iter()
+            .map(|(step, _)| step.at.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     match (&at.gate, open.as_slice()) {
-        (Some(name), open) => open.iter().find(|(step, _)| step.at == *name).copied().ok_or_else(|| {
-            let hint = match open {
-                [] => format!("none is open; the rollout is {}", status::state(document)),
-                _ => format!("open: {}", names()),
-            };
-            CliError::usage(format!("gate {name} does not wait for a decision"), hint)
-        }),
+        (Some(name), open) => open
+            .iter()
+            .find(|(step, _)| step.at == *name)
+            .copied()
+            .ok_or_else(|| {
+                let hint = match open {
+                    [] => format!("none is open; the rollout is {}", status::state(document)),
+                    _ => format!("open: {}", names()),
+                };
+                CliError::usage(format!("gate {name} does not wait for a decision"), hint)
+            }),
         (None, [one]) => Ok(*one),
         (None, []) => Err(CliError::usage(
             format!("{} does not wait for a decision", document.rollout),
@@ -189,24 +224,40 @@ fn choose<'a>(
 /// What is decided upon, whole: plan, hosts, SQL, items.
 fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Line> {
     let mut lines = vec![
-        Line::new(Tone::Heading, format!("{} {} of {}", step.at, step.title(), document.rollout)),
+        Line::new(
+            Tone::Heading,
+            format!("{} {} of {}", step.at, step.title(), document.rollout),
+        ),
         Line::plain(format!("plan      {} {}", document.plan, document.digest)),
     ];
     if !document.inputs.is_empty() {
-        lines.push(Line::plain(format!("inputs    {}", status::inputs(document))));
+        lines.push(Line::plain(format!(
+            "inputs    {}",
+            status::inputs(document)
+        )));
     }
     lines.push(Line::plain(format!("by        {}", document.requester)));
     let hosts = words::count(document.hosts.len(), "host");
-    lines.push(Line::plain(format!("on        {hosts}: {}", status::host_names(document, usize::MAX))));
+    lines.push(Line::plain(format!(
+        "on        {hosts}: {}",
+        status::host_names(document, usize::MAX)
+    )));
     if step.action == "gate.approval" {
         lines.extend(sql(document));
     }
     for (index, item) in gate.items.iter().enumerate() {
         let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
         let mark = if chosen { "[x]" } else { "[ ]" };
-        lines.push(Line::plain(format!("  {:>2}. {mark} {}", index + 1, clean::line(item))));
+        lines.push(Line::plain(format!(
+            "  {:>2}. {mark} {}",
+            index + 1,
+            clean::line(item)
+        )));
     }
-    lines.push(Line::plain(format!("missing   {}", clean::line(&gate.missing))));
+    lines.push(Line::plain(format!(
+        "missing   {}",
+        clean::line(&gate.missing)
+    )));
     lines.push(Line::plain(format!("evidence  {}", gate.evidence)));
     lines
 }
@@ -214,11 +265,27 @@ fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Li
 fn sql(document: &Document) -> Vec<Line> {
     let mut lines = Vec::new();
     for (_, step) in document.steps() {
-        for fact in step.attempts.iter().flat_map(super::document::Attempt::facts) {
-            if let Fact::SqlPlan { database, from, to, digest, sql } = fact {
+        for fact in step
+            .attempts
+            .iter()
+            .flat_map(super::document::Attempt::facts)
+        {
+            if let Fact::SqlPlan {
+                database,
+                from,
+                to,
+                digest,
+                sql,
+            } = fact
+            {
                 let from = if from.is_empty() { "nothing" } else { &from };
-                lines.push(Line::plain(format!("SQL for   {database}, {from} -> {to}, {digest}")));
-                lines.extend(sql.lines().map(|line| Line::new(Tone::Quiet, format!("  | {line}"))));
+                lines.push(Line::plain(format!(
+                    "SQL for   {database}, {from} -> {to}, {digest}"
+                )));
+                lines.extend(
+                    sql.lines()
+                        .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
+                );
             }
         }
     }
@@ -245,8 +312,10 @@ mod tests {
     fn a_decision_shows_plan_hosts_sql_and_evidence() {
         let document = document();
         let (step, gate) = choose(&document, &at(None)).unwrap();
-        let text: Vec<String> =
-            shown(&document, step, gate, &[]).iter().map(|line| line.render(false)).collect();
+        let text: Vec<String> = shown(&document, step, gate, &[])
+            .iter()
+            .map(|line| line.render(false))
+            .collect();
         insta::assert_snapshot!(text.join("\n"));
     }
 
@@ -254,10 +323,17 @@ mod tests {
     fn a_gate_that_is_not_open_is_named_with_those_that_are() {
         let document = document();
         let error = choose(&document, &at(Some("0.0"))).unwrap_err();
-        let said: Vec<String> = error.lines().iter().map(|line| line.render(false)).collect();
+        let said: Vec<String> = error
+            .lines()
+            .iter()
+            .map(|line| line.render(false))
+            .collect();
         assert_eq!(
             said,
-            ["error: gate 0.0 does not wait for a decision", "  hint: open: 1.1"]
+            [
+                "error: gate 0.0 does not wait for a decision",
+                "  hint: open: 1.1"
+            ]
         );
     }
 }

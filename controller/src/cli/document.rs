@@ -53,6 +53,7 @@ pub(crate) struct Document {
 /// A host and its outcome over the whole rollout (INV-5).
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_field_names, reason = "named as in the document")]
 pub(crate) struct Host {
     pub(crate) host: String,
     pub(crate) state: String,
@@ -94,6 +95,7 @@ pub(crate) struct Step {
 
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_field_names, reason = "named as in the document")]
 pub(crate) struct Attempt {
     pub(crate) host: String,
     pub(crate) direction: String,
@@ -218,7 +220,9 @@ impl Document {
 
     /// Every step, with its phase.
     pub(crate) fn steps(&self) -> impl Iterator<Item = (&Phase, &Step)> {
-        self.phases.iter().flat_map(|phase| phase.steps.iter().map(move |step| (phase, step)))
+        self.phases
+            .iter()
+            .flat_map(|phase| phase.steps.iter().map(move |step| (phase, step)))
     }
 
     /// Gates that wait for people now, with their steps.
@@ -251,7 +255,9 @@ impl Step {
         if !self.describe.is_empty() {
             return clean::line(&self.describe);
         }
-        let Value::Object(args) = &self.args else { return String::new() };
+        let Value::Object(args) = &self.args else {
+            return String::new();
+        };
         let one = |(name, value): (&String, &Value)| match value {
             Value::String(text) => format!("{name}={}", clean::line(text)),
             other => format!("{name}={other}"),
@@ -268,7 +274,9 @@ impl Attempt {
 
     /// Everything that it reported, by kind; for those that this version does not know.
     pub(crate) fn unknown_facts(&self) -> impl Iterator<Item = &Value> {
-        self.facts.iter().filter(|fact| read_fact::<Fact>(fact).is_none())
+        self.facts
+            .iter()
+            .filter(|fact| read_fact::<Fact>(fact).is_none())
     }
 
     /// `app-1 (undo, attempt 2)`.
@@ -298,12 +306,16 @@ mod tests {
     #[test]
     fn a_document_is_clean_and_says_its_format() {
         let text = r#"{"format":"lockstep.rollout/1","rollout":"ro_1","new":true,
-            "phases":[{"name":"p","steps":[{"at":"0.0","attempts":[{"host":"a","message":"x\u001b[2J",
-            "facts":[{"kind":"note","name":"n","value":"v"},{"kind":"later","x":1}]}]}]}]}"#;
+            "phases":[{"name":"p","steps":[{"at":"0.0","attempts":[{"host":"a",
+            "message":"x\u001b[2J",            "facts":[
+            {"kind":"note","name":"n","value":"v"},{"kind":"later","x":1}]}]}]}]}"#;
         let document = Document::read(text.as_bytes()).unwrap();
         let attempt = &document.phases[0].steps[0].attempts[0];
         assert_eq!(attempt.message, "x\u{fffd}[2J");
-        assert_eq!((attempt.facts().len(), attempt.unknown_facts().count()), (1, 1));
+        assert_eq!(
+            (attempt.facts().len(), attempt.unknown_facts().count()),
+            (1, 1)
+        );
         assert!(matches!(
             Document::read(br#"{"format":"lockstep.rollout/2"}"#),
             Err(InvalidDocument::Format(_))

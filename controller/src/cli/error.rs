@@ -59,16 +59,25 @@ pub(crate) enum CliError {
 impl CliError {
     /// A wrong command line.
     pub(crate) fn usage(what: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self::Usage { what: what.into(), hint: hint.into() }
+        Self::Usage {
+            what: what.into(),
+            hint: hint.into(),
+        }
     }
 
     /// The exit code that it means.
     pub(crate) fn exit(&self) -> Exit {
         match self {
-            Self::Usage { .. } | Self::Profile(_) | Self::Plan(_) => Exit::Usage,
+            Self::Usage { .. }
+            | Self::Profile(_)
+            | Self::Plan(_)
+            | Self::File { verb: "read", .. } => Exit::Usage,
             Self::Client(error) => match error {
                 ClientError::Unreachable { .. } | ClientError::Silent { .. } => Exit::Unreachable,
-                ClientError::Refused { code: Code::InvalidArgument, .. }
+                ClientError::Refused {
+                    code: Code::InvalidArgument,
+                    ..
+                }
                 | ClientError::File { .. }
                 | ClientError::Certificate { .. }
                 | ClientError::Tls { .. }
@@ -80,7 +89,6 @@ impl CliError {
                 PkiError::File { .. } | PkiError::Certificate { .. } => Exit::Internal,
                 _ => Exit::Usage,
             },
-            Self::File { verb: "read", .. } => Exit::Usage,
             // Whoever read it has heard enough: `lockstep history | head`.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
             Self::Document(_) | Self::File { .. } | Self::Output(_) => Exit::Internal,
@@ -91,8 +99,8 @@ impl CliError {
         match self {
             Self::Usage { hint, .. } => Some(hint.clone()),
             Self::Profile(ProfileError::Missing { .. } | ProfileError::Unreadable { .. }) => Some(
-                "write a profile with `controller`, `ca`, `cert` and `key`, or name one with --profile or \
-                 LOCKSTEP_PROFILE"
+                "write a profile with `controller`, `ca`, `cert` and `key`, or name one with \
+                 --profile or LOCKSTEP_PROFILE"
                     .into(),
             ),
             Self::Client(error) => error.hint(),

@@ -113,7 +113,9 @@ impl Event {
 /// `step_ok` for `EVENT_KIND_STEP_OK`.
 fn kind_word(kind: EventKind) -> String {
     let name = kind.as_str_name();
-    name.strip_prefix("EVENT_KIND_").unwrap_or(name).to_lowercase()
+    name.strip_prefix("EVENT_KIND_")
+        .unwrap_or(name)
+        .to_lowercase()
 }
 
 #[cfg(test)]

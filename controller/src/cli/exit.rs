@@ -66,5 +66,8 @@ impl From<Exit> for ExitCode {
 
 /// Whether a rollout in this state has ended.
 pub(crate) fn is_end(state: &str) -> bool {
-    matches!(state, "succeeded" | "partial" | "rolled_back" | "halted" | "cancelled")
+    matches!(
+        state,
+        "succeeded" | "partial" | "rolled_back" | "halted" | "cancelled"
+    )
 }

@@ -29,7 +29,11 @@ impl Live {
             let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(4));
             let waiting = all.add(ProgressBar::new_spinner());
             waiting.set_style(style("{wide_msg}"));
-            Shown { all, waiting, bars: vec![] }
+            Shown {
+                all,
+                waiting,
+                bars: vec![],
+            }
         });
         Self { printer, shown }
     }
@@ -59,7 +63,9 @@ impl Live {
         while shown.bars.len() < bars.len() {
             let bar = ProgressBar::new(1000);
             bar.set_style(style("  {prefix:36} [{bar:24}] {percent:>3}% {wide_msg}"));
-            shown.bars.push(shown.all.insert_before(&shown.waiting, bar));
+            shown
+                .bars
+                .push(shown.all.insert_before(&shown.waiting, bar));
         }
         for (line, bar) in shown.bars.iter().zip(bars) {
             line.set_prefix(bar.label.clone());

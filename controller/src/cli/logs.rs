@@ -34,7 +34,9 @@ pub(crate) async fn logs(arguments: Logs, session: &Session) -> Result<Exit, Cli
         follow: arguments.follow,
     };
     let printer = session.printer;
-    let mut stream = client.call(|mut api| async move { api.logs(request).await }).await?;
+    let mut stream = client
+        .call(|mut api| async move { api.logs(request).await })
+        .await?;
     let mut last = String::new();
     loop {
         let piece = tokio::select! {
@@ -42,7 +44,9 @@ pub(crate) async fn logs(arguments: Logs, session: &Session) -> Result<Exit, Cli
             _ = tokio::signal::ctrl_c() => return Ok(Exit::Detached),
             piece = stream.message() => piece.map_err(|status| client.explain(status))?,
         };
-        let Some(piece) = piece else { return Ok(Exit::Done) };
+        let Some(piece) = piece else {
+            return Ok(Exit::Done);
+        };
         if printer.is_json() {
             let line = json!({"format": "lockstep.log/1", "key": piece.key, "text": piece.text});
             printer.json_line(&line)?;
@@ -61,7 +65,13 @@ pub(crate) async fn logs(arguments: Logs, session: &Session) -> Result<Exit, Cli
 /// `== app-1 3.1 do, attempt 1`.
 fn heading(key: &str) -> String {
     match key.parse::<StepKey>() {
-        Ok(StepKey { host, at, direction, attempt, .. }) => {
+        Ok(StepKey {
+            host,
+            at,
+            direction,
+            attempt,
+            ..
+        }) => {
             format!("== {host} {at} {direction}, attempt {attempt}")
         }
         Err(_) => format!("== {}", clean::line(key)),

@@ -42,7 +42,12 @@ use profile::{Profile, ProfileArgs};
 
 /// Moves a fleet of hosts through a deployment in step.
 #[derive(Debug, Parser)]
-#[command(name = "lockstep", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "lockstep",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 struct Arguments {
     #[command(flatten)]
     profile: ProfileArgs,
@@ -144,8 +149,13 @@ fn run(arguments: Arguments, printer: Printer) -> Result<Exit, CliError> {
         Command::Completions { shell } => completions(shell, printer),
         Command::Serve(serve) => Ok(serve::serve(serve)),
         command => {
-            let session = Session { profile: arguments.profile, printer };
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let session = Session {
+                profile: arguments.profile,
+                printer,
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             let exit = runtime.block_on(Box::pin(run_client(command, &session)));
             // A question that nobody answered must not keep the process.
             runtime.shutdown_background();
@@ -200,8 +210,12 @@ impl Session {
 
 /// One rollout as it stands, and its document's bytes as they came.
 async fn fetch(client: &Client, rollout: &RolloutId) -> Result<(Document, bytes::Bytes), CliError> {
-    let request = wire::GetRolloutRequest { rollout: rollout.to_string() };
-    let answer = client.call(|mut api| async move { api.get_rollout(request).await }).await?;
+    let request = wire::GetRolloutRequest {
+        rollout: rollout.to_string(),
+    };
+    let answer = client
+        .call(|mut api| async move { api.get_rollout(request).await })
+        .await?;
     let document = Document::read(&answer.document_json)?;
     Ok((document, answer.document_json))
 }
@@ -232,7 +246,10 @@ mod tests {
     #[test]
     fn what_is_not_an_id_is_refused_before_anybody_is_dialled() {
         for bad in ["x", "ro_12", "ro_01020304050G", "--yes"] {
-            assert!(Arguments::try_parse_from(["lockstep", "watch", bad]).is_err(), "{bad}");
+            assert!(
+                Arguments::try_parse_from(["lockstep", "watch", bad]).is_err(),
+                "{bad}"
+            );
         }
     }
 }

@@ -74,27 +74,44 @@ pub(crate) fn run(command: &Pki, printer: Printer) -> Result<Exit, CliError> {
             let dir = issuers.dir.display();
             if printer.is_json() {
                 let dir = dir.to_string();
-                printer.json(&json!({"format": "lockstep.issuers/1", "dir": dir, "domain": domain}))?;
+                printer
+                    .json(&json!({"format": "lockstep.issuers/1", "dir": dir, "domain": domain}))?;
             } else {
                 printer.lines(&[Line::plain(format!("issuers for {domain} in {dir}"))])?;
-                printer.say("  keep the ca-*.key files off the controller; it needs only the certificates");
+                printer.say(
+                    "  keep the ca-*.key files off the controller; it needs only the certificates",
+                );
             }
             Ok(Exit::Done)
         }
-        Pki::Controller { name, addresses, files } => {
-            say(&pki::issue_controller(&files.issuers.dir, name, addresses, &files.out)?, printer)
-        }
-        Pki::Agent { host, files } => {
-            say(&pki::issue_agent(&files.issuers.dir, host, &files.out)?, printer)
-        }
-        Pki::Operator { name, groups, files } => {
-            say(&pki::issue_operator(&files.issuers.dir, name, groups, &files.out)?, printer)
-        }
+        Pki::Controller {
+            name,
+            addresses,
+            files,
+        } => say(
+            &pki::issue_controller(&files.issuers.dir, name, addresses, &files.out)?,
+            printer,
+        ),
+        Pki::Agent { host, files } => say(
+            &pki::issue_agent(&files.issuers.dir, host, &files.out)?,
+            printer,
+        ),
+        Pki::Operator {
+            name,
+            groups,
+            files,
+        } => say(
+            &pki::issue_operator(&files.issuers.dir, name, groups, &files.out)?,
+            printer,
+        ),
     }
 }
 
 fn say(issued: &Issued, printer: Printer) -> Result<Exit, CliError> {
-    let not_after = issued.not_after.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let not_after = issued
+        .not_after
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let not_after = u64::try_from(not_after.as_millis()).unwrap_or(u64::MAX);
     if printer.is_json() {
         printer.json(&json!({
@@ -109,7 +126,10 @@ fn say(issued: &Issued, printer: Printer) -> Result<Exit, CliError> {
             Line::plain(format!("key         {}", issued.key.display())),
             Line::plain(format!("valid until {}", words::moment(not_after))),
         ])?;
-        debug_assert!(issued.not_after > SystemTime::now(), "a fresh certificate is valid");
+        debug_assert!(
+            issued.not_after > SystemTime::now(),
+            "a fresh certificate is valid"
+        );
     }
     Ok(Exit::Done)
 }

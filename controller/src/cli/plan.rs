@@ -43,7 +43,7 @@ pub(crate) struct Actions {
 
 /// `lockstep validate`. Without inputs, what depends on their values is not looked at.
 pub(crate) fn validate(arguments: &Validate, printer: Printer) -> Result<Exit, CliError> {
-    let (plan, _) = read(&arguments.plan.plan, printer)?;
+    let (plan, _) = read(&arguments.plan.plan)?;
     let result = plan.and_then(|plan| {
         let warnings = plan.warnings().clone();
         if arguments.plan.inputs.is_empty() {
@@ -60,7 +60,11 @@ pub(crate) fn validate(arguments: &Validate, printer: Printer) -> Result<Exit, C
         let mut document = findings.to_json();
         document["format"] = json!("lockstep.findings/1");
         printer.json(&document)?;
-        return Ok(if result.is_ok() { Exit::Done } else { Exit::Usage });
+        return Ok(if result.is_ok() {
+            Exit::Done
+        } else {
+            Exit::Usage
+        });
     }
     match result {
         Err(findings) => Err(CliError::Plan(Box::new(findings))),
@@ -70,7 +74,11 @@ pub(crate) fn validate(arguments: &Validate, printer: Printer) -> Result<Exit, C
             }
             let missing: Vec<&str> = match sealed {
                 Some(_) => vec![],
-                None => plan.inputs().iter().map(|input| input.name.as_str()).collect(),
+                None => plan
+                    .inputs()
+                    .iter()
+                    .map(|input| input.name.as_str())
+                    .collect(),
             };
             let mut said = format!("{} is valid", plan.name());
             if !missing.is_empty() {
@@ -111,28 +119,36 @@ pub(crate) fn actions(arguments: &Actions, printer: Printer) -> Result<Exit, Cli
                     Class::Convergent | Class::Receipted => "settled by probe",
                     Class::Blind => "a person decides",
                 };
-                vec![row.name.into(), site.into(), undo.into(), crash.into(), row.summary.into()]
+                vec![
+                    row.name.into(),
+                    site.into(),
+                    undo.into(),
+                    crash.into(),
+                    row.summary.into(),
+                ]
             })
             .collect();
-        printer.lines(&table(&["ACTION", "ON", "UNDO", "AFTER A CRASH", "WHAT IT DOES"], &rows))?;
+        printer.lines(&table(
+            &["ACTION", "ON", "UNDO", "AFTER A CRASH", "WHAT IT DOES"],
+            &rows,
+        ))?;
     }
     Ok(Exit::Done)
 }
 
 /// Reads a plan file: the plan or its findings, and the text.
-pub(crate) fn read(
-    path: &Path,
-    printer: Printer,
-) -> Result<(Result<Plan, Findings>, String), CliError> {
+pub(crate) fn read(path: &Path) -> Result<(Result<Plan, Findings>, String), CliError> {
     let text = fs::read(path).map_err(|source| CliError::File {
         path: path.to_owned(),
         verb: "read",
         source,
     })?;
     let text = String::from_utf8(text).map_err(|_| {
-        CliError::usage(format!("{} is not UTF-8", path.display()), "a plan file is YAML in UTF-8")
+        CliError::usage(
+            format!("{} is not UTF-8", path.display()),
+            "a plan file is YAML in UTF-8",
+        )
     })?;
-    let _ = printer;
     Ok((Plan::parse(&path.display().to_string(), &text), text))
 }
 
@@ -141,7 +157,7 @@ pub(crate) fn compiled(
     arguments: &PlanArgs,
     printer: Printer,
 ) -> Result<(SealedPlan, String), CliError> {
-    let (plan, text) = read(&arguments.plan, printer)?;
+    let (plan, text) = read(&arguments.plan)?;
     let refused = |findings| CliError::Plan(Box::new(findings));
     let plan = plan.map_err(refused)?;
     if !plan.warnings().is_empty() {
@@ -153,7 +169,9 @@ pub(crate) fn compiled(
 
 fn compile_now(plan: &Plan, arguments: &PlanArgs) -> Result<SealedPlan, Findings> {
     let given: BTreeMap<String, String> = arguments.inputs.iter().cloned().collect();
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     // A serial licenses one rollout, for ever; nobody compiles twice in a nanosecond.
     let serial = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
     let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));

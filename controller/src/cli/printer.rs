@@ -76,6 +76,10 @@ impl Printer {
     }
 
     /// Data as it is.
+    #[expect(
+        clippy::unused_self,
+        reason = "whoever prints, prints through a printer"
+    )]
     pub(crate) fn text(self, text: &str) -> io::Result<()> {
         let mut out = io::stdout().lock();
         out.write_all(text.as_bytes())?;
@@ -114,6 +118,7 @@ impl Printer {
     }
 
     /// Asks a question that only `y` or `yes` answers with yes.
+    #[expect(clippy::unused_self, reason = "whoever asks, asks through a printer")]
     pub(crate) fn ask(self, question: &str) -> io::Result<bool> {
         let mut err = io::stderr().lock();
         write!(err, "{question} [y/N] ")?;

@@ -23,7 +23,12 @@ pub(crate) struct ProfileArgs {
     #[arg(long, global = true, value_name = "PATH", env = "LOCKSTEP_PROFILE")]
     pub(crate) profile: Option<PathBuf>,
     /// Address of the controller, `host:port`
-    #[arg(long, global = true, value_name = "ADDRESS", env = "LOCKSTEP_CONTROLLER")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "ADDRESS",
+        env = "LOCKSTEP_CONTROLLER"
+    )]
     pub(crate) controller: Option<String>,
     /// Certificate of the controllers' issuer
     #[arg(long, global = true, value_name = "FILE")]
@@ -102,8 +107,10 @@ impl Profile {
             None => default_file(),
         };
         let raw = match fs::read_to_string(&path) {
-            Ok(text) => toml::from_str(&text)
-                .map_err(|source| ProfileError::Invalid { path: path.clone(), source })?,
+            Ok(text) => toml::from_str(&text).map_err(|source| ProfileError::Invalid {
+                path: path.clone(),
+                source,
+            })?,
             // A profile that nobody named may be absent, if flags say everything.
             Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => {
                 RawProfile::default()
@@ -113,43 +120,61 @@ impl Profile {
         Self::complete(args, raw, path)
     }
 
-    fn complete(
-        args: &ProfileArgs,
-        raw: RawProfile,
-        path: PathBuf,
-    ) -> Result<Self, ProfileError> {
-        let base = path.parent().unwrap_or(Path::new("")).to_owned();
+    fn complete(args: &ProfileArgs, raw: RawProfile, path: PathBuf) -> Result<Self, ProfileError> {
+        let base = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         let file = |key, flag: &Option<PathBuf>, said: Option<PathBuf>| {
             let found = flag.clone().or_else(|| said.map(|path| base.join(path)));
-            found.ok_or_else(|| ProfileError::Missing { key, path: path.clone() })
+            found.ok_or_else(|| ProfileError::Missing {
+                key,
+                path: path.clone(),
+            })
         };
         let ca = file("ca", &args.ca, raw.ca)?;
         let cert = file("cert", &args.cert, raw.cert)?;
         let key = file("key", &args.key, raw.key)?;
         let controller = args.controller.clone().or(raw.controller);
         let Some(controller) = controller else {
-            return Err(ProfileError::Missing { key: "controller", path });
+            return Err(ProfileError::Missing {
+                key: "controller",
+                path,
+            });
         };
-        let port = controller.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+        let port = controller
+            .rsplit_once(':')
+            .map(|(_, port)| port.parse::<u16>());
         if !matches!(port, Some(Ok(_))) || controller.starts_with(':') {
             return Err(ProfileError::Address(controller));
         }
-        Ok(Self { controller, server_name: raw.server_name, ca, cert, key })
+        Ok(Self {
+            controller,
+            server_name: raw.server_name,
+            ca,
+            cert,
+            key,
+        })
     }
 
     /// The name by which the controller is dialled, without port and brackets.
     pub(crate) fn host(&self) -> &str {
-        let host = self.controller.rsplit_once(':').map_or("", |(host, _)| host);
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let host = self
+            .controller
+            .rsplit_once(':')
+            .map_or("", |(host, _)| host);
+        let host = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host);
         self.server_name.as_deref().unwrap_or(host)
     }
 }
 
 fn default_file() -> PathBuf {
-    let config = std::env::var_os("XDG_CONFIG_HOME").filter(|dir| !dir.is_empty()).map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".config"),
-        PathBuf::from,
-    );
+    let config = std::env::var_os("XDG_CONFIG_HOME")
+        .filter(|dir| !dir.is_empty())
+        .map_or_else(
+            || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".config"),
+            PathBuf::from,
+        );
     config.join("lockstep").join(FILE)
 }
 
@@ -157,7 +182,8 @@ fn default_file() -> PathBuf {
 mod tests {
     use super::*;
 
-    const TEXT: &str = "controller = \"[::1]:7443\"\nca = \"ca.crt\"\ncert = \"/c.crt\"\nkey = \"k\"";
+    const TEXT: &str =
+        "controller = \"[::1]:7443\"\nca = \"ca.crt\"\ncert = \"/c.crt\"\nkey = \"k\"";
 
     #[test]
     fn paths_are_relative_to_the_file_and_flags_win() {
@@ -181,13 +207,22 @@ mod tests {
         let file = dir.path().join("p.toml");
         let load = |text: &str| {
             fs::write(&file, text).unwrap();
-            let args = ProfileArgs { profile: Some(file.clone()), ..ProfileArgs::default() };
+            let args = ProfileArgs {
+                profile: Some(file.clone()),
+                ..ProfileArgs::default()
+            };
             Profile::load(&args).unwrap_err().to_string()
         };
         assert!(load(&TEXT.replace("key", "kee")).contains("is not valid"));
         assert!(load(&TEXT.replace("key = \"k\"", "")).contains("nothing says `key`"));
         assert!(load(&TEXT.replace(":7443", "")).contains("is no address"));
-        let absent = ProfileArgs { profile: Some(dir.path().join("no")), ..ProfileArgs::default() };
-        assert!(matches!(Profile::load(&absent), Err(ProfileError::Unreadable { .. })));
+        let absent = ProfileArgs {
+            profile: Some(dir.path().join("no")),
+            ..ProfileArgs::default()
+        };
+        assert!(matches!(
+            Profile::load(&absent),
+            Err(ProfileError::Unreadable { .. })
+        ));
     }
 }

@@ -77,5 +77,9 @@ fn write(path: &Path, text: &str) -> Result<(), CliError> {
         file.write_all(text.as_bytes())?;
         file.sync_all()
     };
-    attempt().map_err(|source| CliError::File { path: path.to_owned(), verb: "written", source })
+    attempt().map_err(|source| CliError::File {
+        path: path.to_owned(),
+        verb: "written",
+        source,
+    })
 }

@@ -1,5 +1,6 @@
 //! `lockstep serve`: the controller in this process.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use tracing_subscriber::EnvFilter;
@@ -10,7 +11,11 @@ use crate::app::{self, Drained, ServeOptions};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Serve {
     /// The configuration file
-    #[arg(long, value_name = "FILE", default_value = "/etc/lockstep/controller.toml")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/etc/lockstep/controller.toml"
+    )]
     config: PathBuf,
     /// Write the bound address here once calls are taken
     #[arg(long, value_name = "FILE")]
@@ -23,12 +28,27 @@ pub(crate) struct Serve {
 /// `lockstep serve`. A controller speaks through its log, at the level that `LOCKSTEP_LOG` says.
 pub(crate) fn serve(arguments: Serve) -> Exit {
     let filter = EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let Serve { config, ready_file, epoch_above } = arguments;
-    match app::serve(&ServeOptions { config, ready_file, epoch_above }) {
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .init();
+    let Serve {
+        config,
+        ready_file,
+        epoch_above,
+    } = arguments;
+    match app::serve(&ServeOptions {
+        config,
+        ready_file,
+        epoch_above,
+    }) {
         Ok(Drained) => Exit::Done,
         Err(error) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "the controller ends");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "the controller ends"
+            );
             Exit::of_controller(&error)
         }
     }

@@ -38,7 +38,9 @@ pub(crate) async fn status(arguments: Status, session: &Session) -> Result<Exit,
         // A halted rollout keeps its lock: it stands here until somebody has decided.
         rollouts.retain(|rollout| !is_end(&rollout.state) || rollout.state == "halted");
         if rollouts.is_empty() && !printer.is_json() {
-            printer.lines(&[Line::plain("no rollout goes on; `lockstep history` lists earlier ones")])?;
+            printer.lines(&[Line::plain(
+                "no rollout goes on; `lockstep history` lists earlier ones",
+            )])?;
             return Ok(Exit::Done);
         }
         return print_list(&rollouts, session);
@@ -63,28 +65,40 @@ pub(crate) async fn history(arguments: History, session: &Session) -> Result<Exi
 pub(crate) async fn hosts(session: &Session) -> Result<Exit, CliError> {
     let client = session.connect().await?;
     let request = wire::ListHostsRequest {};
-    let answer = client.call(|mut api| async move { api.list_hosts(request).await }).await?;
+    let answer = client
+        .call(|mut api| async move { api.list_hosts(request).await })
+        .await?;
     if session.printer.is_json() {
         let hosts: Vec<Value> = answer.hosts.iter().map(host_json).collect();
-        session.printer.json(&json!({"format": "lockstep.hosts/1", "hosts": hosts}))?;
+        session
+            .printer
+            .json(&json!({"format": "lockstep.hosts/1", "hosts": hosts}))?;
     } else {
-        session.printer.lines(&render::status::hosts(&answer.hosts, now_ms()))?;
+        session
+            .printer
+            .lines(&render::status::hosts(&answer.hosts, now_ms()))?;
     }
     Ok(Exit::Done)
 }
 
 async fn list(client: &Client, limit: u32) -> Result<Vec<wire::Rollout>, CliError> {
     let request = wire::ListRolloutsRequest { limit };
-    let answer = client.call(|mut api| async move { api.list_rollouts(request).await }).await?;
+    let answer = client
+        .call(|mut api| async move { api.list_rollouts(request).await })
+        .await?;
     Ok(answer.rollouts)
 }
 
 fn print_list(rollouts: &[wire::Rollout], session: &Session) -> Result<Exit, CliError> {
     if session.printer.is_json() {
         let rollouts: Vec<Value> = rollouts.iter().map(rollout_json).collect();
-        session.printer.json(&json!({"format": "lockstep.rollouts/1", "rollouts": rollouts}))?;
+        session
+            .printer
+            .json(&json!({"format": "lockstep.rollouts/1", "rollouts": rollouts}))?;
     } else {
-        session.printer.lines(&render::status::rollouts(rollouts, now_ms()))?;
+        session
+            .printer
+            .lines(&render::status::rollouts(rollouts, now_ms()))?;
     }
     Ok(Exit::Done)
 }
@@ -117,6 +131,8 @@ fn host_json(host: &wire::Host) -> Value {
 
 /// The time on this machine, for what is still going on.
 pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -109,7 +109,11 @@ pub(crate) async fn follow(
         }
     };
     follower.live.clear();
-    Ok(if interrupted { Followed::Interrupted } else { Followed::Ended })
+    Ok(if interrupted {
+        Followed::Interrupted
+    } else {
+        Followed::Ended
+    })
 }
 
 struct Follower<'a> {
@@ -148,8 +152,11 @@ impl<'a> Follower<'a> {
             };
             let outage = outage.get_or_insert_with(Outage::begin);
             if !std::mem::replace(&mut outage.said, true) {
-                self.say(&Line::new(Tone::Waiting, format!("lost the controller: {}", cause(&error))));
-                self.say(&Line::plain("  the rollout does not depend on this command; trying again"));
+                let lost = format!("lost the controller: {}", cause(&error));
+                self.say(&Line::new(Tone::Waiting, lost));
+                self.say(&Line::plain(
+                    "  the rollout does not depend on this command; trying again",
+                ));
             }
             self.draw(&format!(
                 "… {} without the controller {}; trying again",
@@ -162,11 +169,17 @@ impl<'a> Follower<'a> {
 
     /// Listens to one stream until it ends or breaks.
     async fn listen(&mut self, outage: &mut Option<Outage>) -> Result<Heard, CliError> {
-        let request = wire::WatchRequest { rollout: self.rollout.to_string(), after: self.seen };
-        let opened = self.client.call(|mut api| async move { api.watch(request).await }).await;
+        let request = wire::WatchRequest {
+            rollout: self.rollout.to_string(),
+            after: self.seen,
+        };
+        let opened = self
+            .client
+            .call(|mut api| async move { api.watch(request).await })
+            .await;
         let mut stream = match opened {
             Ok(stream) => stream,
-            Err(error) => return self.broken(error),
+            Err(error) => return broken(error),
         };
         let mut second = tokio::time::interval(Duration::from_secs(1));
         second.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -182,7 +195,7 @@ impl<'a> Follower<'a> {
                     }
                     if heard.elapsed() > DEAF {
                         let silent = format!("no word for {} s", DEAF.as_secs());
-                        return self.broken(self.client.explain(tonic::Status::unavailable(silent)));
+                        return broken(self.client.explain(tonic::Status::unavailable(silent)));
                     }
                     self.tick();
                     continue;
@@ -205,20 +218,14 @@ impl<'a> Follower<'a> {
                     }
                     self.take(&event)?;
                 }
-                Ok(None) if ended => return Ok(Heard::End),
+                Ok(None) | Err(_) if ended => return Ok(Heard::End),
                 Ok(None) => {
                     let closed = tonic::Status::unavailable("it closed the stream");
-                    return self.broken(self.client.explain(closed));
+                    return broken(self.client.explain(closed));
                 }
-                Err(_) if ended => return Ok(Heard::End),
-                Err(status) => return self.broken(self.client.explain(status)),
+                Err(status) => return broken(self.client.explain(status)),
             }
         }
-    }
-
-    /// A fault that may pass is waited out, but only for a rollout that was seen.
-    fn broken(&self, error: ClientError) -> Result<Heard, CliError> {
-        if error.is_passing() { Ok(Heard::Nothing(error)) } else { Err(error.into()) }
     }
 
     fn take(&mut self, event: &Event) -> Result<(), CliError> {
@@ -229,7 +236,8 @@ impl<'a> Follower<'a> {
         let lines = self.progress.take(event);
         match self.voice {
             Voice::Aloud if self.printer.is_json() => {
-                self.printer.json_line(&event.to_json(self.rollout.as_str()))?;
+                self.printer
+                    .json_line(&event.to_json(self.rollout.as_str()))?;
             }
             Voice::Aloud => self.live.say(&lines),
             Voice::Quiet => {}
@@ -264,6 +272,15 @@ impl<'a> Follower<'a> {
     }
 }
 
+/// A fault that may pass is waited out; others are not.
+fn broken(error: ClientError) -> Result<Heard, CliError> {
+    if error.is_passing() {
+        Ok(Heard::Nothing(error))
+    } else {
+        Err(error.into())
+    }
+}
+
 /// What came of listening.
 enum Heard {
     /// The rollout has ended.
@@ -281,7 +298,11 @@ pub(crate) struct Outage {
 
 impl Outage {
     pub(crate) fn begin() -> Self {
-        Self { since: Instant::now(), longest: FIRST_WAIT, said: false }
+        Self {
+            since: Instant::now(),
+            longest: FIRST_WAIT,
+            said: false,
+        }
     }
 
     /// Whether it has lasted longer than anybody waits for one answer.
@@ -299,7 +320,10 @@ impl Outage {
 
 fn cause(error: &ClientError) -> String {
     use std::error::Error as _;
-    error.source().map_or_else(|| error.to_string(), |source| super::clean::line(&source.to_string()))
+    error.source().map_or_else(
+        || error.to_string(),
+        |source| super::clean::line(&source.to_string()),
+    )
 }
 
 fn millis(period: Duration) -> u64 {

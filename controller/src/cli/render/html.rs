@@ -8,15 +8,21 @@ use super::report::Block;
 const STYLE: &str = "
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #8886; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #8886; }
 h3 { font-size: 1.05rem; margin-top: 1.6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid #8884; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; }
+tr { border-bottom: 1px solid #8884; }
 td { overflow-wrap: anywhere; min-width: 4rem; }
 th[scope=row] { width: 12rem; }
 pre { padding: .8rem; border: 1px solid #8884; overflow-x: auto; font-size: 13px; }
-@media print { body { margin: 0; max-width: none; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; } }
+@media print {
+  body { margin: 0; max-width: none; }
+  h2, h3 { break-after: avoid; }
+  tr { break-inside: avoid; }
+}
 ";
 
 /// Writes blocks down as a page.
@@ -30,7 +36,8 @@ pub(crate) fn html(blocks: &[Block]) -> String {
         page,
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" \
+         content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
          <title>{}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n",
         escape(title.unwrap_or("Report"))
     );
@@ -50,7 +57,10 @@ fn write_block(page: &mut String, block: &Block) {
             page.push_str("<div class=\"wide\"><table>\n");
             for (name, value) in fields {
                 let (name, value) = (escape(name), escape(value));
-                let _ = writeln!(page, "<tr><th scope=\"row\">{name}</th><td>{value}</td></tr>");
+                let _ = writeln!(
+                    page,
+                    "<tr><th scope=\"row\">{name}</th><td>{value}</td></tr>"
+                );
             }
             page.push_str("</table></div>\n");
         }
@@ -100,10 +110,16 @@ mod tests {
         let page = html(&[
             Block::Heading(1, hostile.into()),
             Block::Fields(vec![(hostile.into(), hostile.into())]),
-            Block::Table { head: vec!["A"], rows: vec![vec![hostile.into()]] },
+            Block::Table {
+                head: vec!["A"],
+                rows: vec![vec![hostile.into()]],
+            },
             Block::Lines(hostile.into()),
         ]);
-        assert!(!page.contains("<script") && !page.contains("\" onload"), "{page}");
+        assert!(
+            !page.contains("<script") && !page.contains("\" onload"),
+            "{page}"
+        );
         assert_eq!(page.matches("&lt;script&gt;").count(), 6);
     }
 }

@@ -14,8 +14,10 @@ pub(crate) fn markdown(blocks: &[Block]) -> String {
                 let _ = writeln!(text, "{marks} {}\n", escape(title));
             }
             Block::Fields(fields) => {
-                let rows: Vec<Vec<String>> =
-                    fields.iter().map(|(name, value)| vec![name.clone(), value.clone()]).collect();
+                let rows: Vec<Vec<String>> = fields
+                    .iter()
+                    .map(|(name, value)| vec![name.clone(), value.clone()])
+                    .collect();
                 table(&mut text, &["", ""], &rows);
             }
             Block::Table { head, rows } => table(&mut text, head, rows),
@@ -56,7 +58,11 @@ fn escape(text: &str) -> String {
         }
     }
     // A line of underscores is to be written on; elsewhere two of them could make words bold.
-    if escaped.trim_matches('_').is_empty() { escaped } else { escaped.replace("__", "\\_\\_") }
+    if escaped.trim_matches('_').is_empty() {
+        escaped
+    } else {
+        escaped.replace("__", "\\_\\_")
+    }
 }
 
 /// The longest run of backticks: a fence must be longer.
@@ -77,7 +83,13 @@ mod tests {
             },
             Block::Lines("```\n# not a heading".into()),
         ]);
-        assert!(text.contains("| x \\| y \\<script>[a\\](b) \\_\\_c\\_\\_ |"), "{text}");
-        assert!(text.contains("````text\n```\n# not a heading\n````"), "{text}");
+        assert!(
+            text.contains("| x \\| y \\<script>[a\\](b) \\_\\_c\\_\\_ |"),
+            "{text}"
+        );
+        assert!(
+            text.contains("````text\n```\n# not a heading\n````"),
+            "{text}"
+        );
     }
 }

@@ -1,5 +1,6 @@
 //! What people read: pure functions from events and documents to text.
 
+mod evidence;
 pub(crate) mod html;
 pub(crate) mod markdown;
 pub(crate) mod plan;
@@ -31,7 +32,10 @@ pub(crate) struct Line {
 
 impl Line {
     pub(crate) fn new(tone: Tone, text: impl Into<String>) -> Self {
-        Self { tone, text: text.into() }
+        Self {
+            tone,
+            text: text.into(),
+        }
     }
 
     pub(crate) fn plain(text: impl Into<String>) -> Self {
@@ -73,8 +77,9 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> Vec<Line> {
         text.trim_end().to_owned()
     };
     let mut lines = vec![Line::new(Tone::Heading, join(head.to_vec()))];
-    lines.extend(rows.iter().map(|row| {
-        Line::plain(join(row.iter().map(String::as_str).collect()))
-    }));
+    lines.extend(
+        rows.iter()
+            .map(|row| Line::plain(join(row.iter().map(String::as_str).collect()))),
+    );
     lines
 }

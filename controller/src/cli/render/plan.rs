@@ -38,10 +38,20 @@ fn phase_row(phase: &Phase) -> Vec<String> {
         if !place.is_empty() && !on.contains(&place) {
             on.push(place);
         }
-        waits.extend(stage.steps.iter().filter_map(|step| waits_for(&step.action)));
+        waits.extend(
+            stage
+                .steps
+                .iter()
+                .filter_map(|step| waits_for(&step.action)),
+        );
     }
     let steps = phase.stages.iter().map(|stage| stage.steps.len()).sum();
-    vec![phase.name.clone(), on.join("; "), words::count(steps, "step"), waits.join("; ")]
+    vec![
+        phase.name.clone(),
+        on.join("; "),
+        words::count(steps, "step"),
+        waits.join("; "),
+    ]
 }
 
 fn place(stage: &Stage) -> String {
@@ -52,11 +62,24 @@ fn place(stage: &Stage) -> String {
     };
     match &stage.strategy {
         Strategy::All => target,
-        Strategy::Rolling { batch, max_failures: 0, .. } => format!("{target} ({} at a time)", size(*batch)),
-        Strategy::Rolling { batch, max_failures, .. } => {
-            format!("{target} ({} at a time, {max_failures} may fail)", size(*batch))
+        Strategy::Rolling {
+            batch,
+            max_failures: 0,
+            ..
+        } => format!("{target} ({} at a time)", size(*batch)),
+        Strategy::Rolling {
+            batch,
+            max_failures,
+            ..
+        } => {
+            format!(
+                "{target} ({} at a time, {max_failures} may fail)",
+                size(*batch)
+            )
         }
-        Strategy::Canary { first, soak } => format!("{target} ({} first, for {soak})", size(*first)),
+        Strategy::Canary { first, soak } => {
+            format!("{target} ({} first, for {soak})", size(*first))
+        }
     }
 }
 
@@ -70,9 +93,16 @@ fn size(batch: Batch) -> String {
 fn waits_for(action: &Action) -> Option<String> {
     match action {
         Action::GateApproval(gate) => {
-            let from = gate.from.iter().map(|(group, number)| format!("{number} of {group}"));
+            let from = gate
+                .from
+                .iter()
+                .map(|(group, number)| format!("{number} of {group}"));
             let from: Vec<String> = from.collect();
-            Some(format!("approval by {}, at most {}", from.join(", "), gate.timeout))
+            Some(format!(
+                "approval by {}, at most {}",
+                from.join(", "),
+                gate.timeout
+            ))
         }
         Action::GateChecklist(gate) => {
             let items = words::count(gate.items.len(), "item");
@@ -91,34 +121,56 @@ pub(crate) fn dry_run(document: &Document) -> Vec<Line> {
         Line::plain(format!("digest  {}", document.digest)),
     ];
     if !document.reason.is_empty() {
-        lines.push(Line::new(Tone::Bad, format!("{}: {}", document.state, clean::line(&document.reason))));
+        lines.push(Line::new(
+            Tone::Bad,
+            format!("{}: {}", document.state, clean::line(&document.reason)),
+        ));
     }
     for host in &document.hosts {
         lines.push(Line::plain(""));
         lines.push(Line::new(Tone::Heading, host.host.clone()));
         let mut any = false;
         for (_, step) in document.steps() {
-            for attempt in step.attempts.iter().filter(|attempt| attempt.host == host.host) {
+            for attempt in step
+                .attempts
+                .iter()
+                .filter(|attempt| attempt.host == host.host)
+            {
                 any = true;
                 lines.extend(answer(step, attempt));
             }
         }
         if !any {
-            let why = if host.why.is_empty() { "nothing to ask on this host" } else { &host.why };
+            let why = if host.why.is_empty() {
+                "nothing to ask on this host"
+            } else {
+                &host.why
+            };
             lines.push(Line::plain(format!("  {}", clean::line(why))));
         }
     }
-    let people: Vec<&Step> =
-        document.steps().map(|(_, step)| step).filter(|step| is_on_controller(step)).collect();
+    let people: Vec<&Step> = document
+        .steps()
+        .map(|(_, step)| step)
+        .filter(|step| is_on_controller(step))
+        .collect();
     if !people.is_empty() {
         lines.push(Line::plain(""));
         lines.push(Line::new(Tone::Heading, "on the controller, not asked"));
         for step in people {
-            lines.push(Line::plain(format!("  {:4} {:24} {}", step.at, step.action, step.describe())));
+            lines.push(Line::plain(format!(
+                "  {:4} {:24} {}",
+                step.at,
+                step.action,
+                step.describe()
+            )));
         }
     }
     lines.push(Line::plain(""));
-    lines.push(Line::plain(format!("{}; nothing was changed", tally(document))));
+    lines.push(Line::plain(format!(
+        "{}; nothing was changed",
+        tally(document)
+    )));
     lines
 }
 
@@ -128,12 +180,19 @@ fn answer(step: &Step, attempt: &crate::cli::document::Attempt) -> Vec<Line> {
     let mut lines = vec![if failed {
         Line::new(Tone::Bad, format!("{place} {}", said(attempt)))
     } else {
-        let tone = if attempt.message.starts_with("depends on") { Tone::Quiet } else { Tone::Plain };
+        let tone = if attempt.message.starts_with("depends on") {
+            Tone::Quiet
+        } else {
+            Tone::Plain
+        };
         Line::new(tone, format!("{place} {}", clean::line(&attempt.message)))
     }];
     for fact in attempt.facts() {
         if let lockstep_proto::order::Fact::Note { name, value } = fact {
-            lines.push(Line::new(Tone::Quiet, format!("{:32}| {name}: {}", "", clean::line(&value))));
+            lines.push(Line::new(
+                Tone::Quiet,
+                format!("{:32}| {name}: {}", "", clean::line(&value)),
+            ));
         }
     }
     if let Some(hint) = &attempt.hint {
@@ -152,7 +211,12 @@ fn tally(document: &Document) -> String {
     for (_, step) in document.steps() {
         for attempt in &step.attempts {
             let word = match attempt.outcome.as_str() {
-                "ok" => attempt.message.split(':').next().unwrap_or_default().to_owned(),
+                "ok" => attempt
+                    .message
+                    .split(':')
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned(),
                 other => other.to_owned(),
             };
             *counts.entry(word).or_default() += 1;
@@ -161,6 +225,9 @@ fn tally(document: &Document) -> String {
     if counts.is_empty() {
         return "no host was asked".to_owned();
     }
-    let said: Vec<String> = counts.iter().map(|(word, number)| format!("{number} {word}")).collect();
+    let said: Vec<String> = counts
+        .iter()
+        .map(|(word, number)| format!("{number} {word}"))
+        .collect();
     said.join(", ")
 }

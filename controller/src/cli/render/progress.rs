@@ -58,7 +58,12 @@ pub(crate) struct Bar {
 impl Progress {
     /// `live`: whether there is a terminal whose last lines are redrawn.
     pub(crate) fn new(rollout: &str, live: bool) -> Self {
-        Self { rollout: rollout.to_owned(), live, host_width: 6, ..Self::default() }
+        Self {
+            rollout: rollout.to_owned(),
+            live,
+            host_width: 6,
+            ..Self::default()
+        }
     }
 
     /// The state after the last event.
@@ -93,11 +98,22 @@ impl Progress {
     pub(crate) fn waiting(&self, now_ms: u64) -> String {
         let for_ms = |since: u64| words::since(now_ms.saturating_sub(since));
         if let Some((at, gate)) = self.gates.iter().next() {
-            let answer = self.answer(at, &gate.action).map(|answer| format!(": {answer}"));
-            return format!("… {} {}{}", for_ms(gate.since), gate.message, answer.unwrap_or_default());
+            let answer = self
+                .answer(at, &gate.action)
+                .map(|answer| format!(": {answer}"));
+            return format!(
+                "… {} {}{}",
+                for_ms(gate.since),
+                gate.message,
+                answer.unwrap_or_default()
+            );
         }
         if let Some(since) = self.paused_since {
-            return format!("… {} paused: lockstep resume {}", for_ms(since), self.rollout);
+            return format!(
+                "… {} paused: lockstep resume {}",
+                for_ms(since),
+                self.rollout
+            );
         }
         let longest = self.running.iter().min_by_key(|(_, running)| running.since);
         match longest {
@@ -120,7 +136,11 @@ impl Progress {
             "gate.checklist" => "confirm",
             _ => return None,
         };
-        let which = if self.gates.len() > 1 { format!(" --gate {at}") } else { String::new() };
+        let which = if self.gates.len() > 1 {
+            format!(" --gate {at}")
+        } else {
+            String::new()
+        };
         Some(format!("lockstep {verb} {}{which}", self.rollout))
     }
 
@@ -133,16 +153,27 @@ impl Progress {
 
     /// Steps that say how far they are, at most `most` of them.
     pub(crate) fn bars(&self, most: usize) -> Vec<Bar> {
-        let said = self.running.iter().filter_map(|((host, _, direction), running)| {
-            let (permille, message) = running.progress.clone()?;
-            let label = format!("{host} {}", marked(&running.action, direction, 0));
-            Some(Bar { label, permille, message })
-        });
+        let said = self
+            .running
+            .iter()
+            .filter_map(|((host, _, direction), running)| {
+                let (permille, message) = running.progress.clone()?;
+                let label = format!("{host} {}", marked(&running.action, direction, 0));
+                Some(Bar {
+                    label,
+                    permille,
+                    message,
+                })
+            });
         said.take(most).collect()
     }
 
     fn remember(&mut self, event: &Event) {
-        let place = (event.host.clone(), event.step.clone(), event.direction.clone());
+        let place = (
+            event.host.clone(),
+            event.step.clone(),
+            event.direction.clone(),
+        );
         match event.kind {
             EventKind::Submitted => {
                 let longest = event.detail.iter().map(|host| host.chars().count()).max();
@@ -150,7 +181,14 @@ impl Progress {
             }
             EventKind::StepStarted => {
                 let action = event.action.clone();
-                self.running.insert(place, Running { since: event.at_ms, action, progress: None });
+                self.running.insert(
+                    place,
+                    Running {
+                        since: event.at_ms,
+                        action,
+                        progress: None,
+                    },
+                );
             }
             EventKind::StepProgress => {
                 let running = self.running.entry(place).or_insert_with(|| Running {
@@ -212,17 +250,20 @@ impl Progress {
                 lines
             }
             EventKind::PhaseOpened => {
-                vec![Line::plain(""), Line::new(Tone::Heading, format!("phase {}", event.phase))]
+                vec![
+                    Line::plain(""),
+                    Line::new(Tone::Heading, format!("phase {}", event.phase)),
+                ]
             }
             EventKind::StepStarted if self.live => vec![],
             EventKind::StepStarted => vec![self.step(event, Tone::Quiet, "started")],
             EventKind::StepOk => {
-                let mut lines = vec![self.step(event, Tone::Plain, &self.outcome(event, "ok"))];
+                let mut lines = vec![self.step(event, Tone::Plain, &outcome(event, "ok"))];
                 lines.extend(below(&event.detail));
                 lines
             }
             EventKind::StepFailed => {
-                let mut lines = vec![self.step(event, Tone::Bad, &self.outcome(event, "FAILED"))];
+                let mut lines = vec![self.step(event, Tone::Bad, &outcome(event, "FAILED"))];
                 lines.extend(below(&event.detail));
                 lines
             }
@@ -240,7 +281,9 @@ impl Progress {
             EventKind::Consent if !event.message.ends_with(" consents") => {
                 vec![self.about(event, Tone::Bad, &event.host, &event.message)]
             }
-            EventKind::Quarantined => vec![self.about(event, Tone::Bad, &event.host, &event.message)],
+            EventKind::Quarantined => {
+                vec![self.about(event, Tone::Bad, &event.host, &event.message)]
+            }
             EventKind::RollbackStarted => {
                 let line = Line::new(Tone::Heading, event.message.clone());
                 vec![Line::plain(""), line]
@@ -254,7 +297,11 @@ impl Progress {
             }
             EventKind::Paused => vec![self.about(event, Tone::Waiting, "rollout", &event.message)],
             EventKind::Consent | EventKind::Resumed | EventKind::Host | EventKind::Note => {
-                let what = if event.host.is_empty() { "rollout" } else { &event.host };
+                let what = if event.host.is_empty() {
+                    "rollout"
+                } else {
+                    &event.host
+                };
                 let mut lines = vec![self.about(event, Tone::Quiet, what, &event.message)];
                 lines.extend(below(&event.detail));
                 lines
@@ -262,22 +309,13 @@ impl Progress {
         }
     }
 
-    fn outcome(&self, event: &Event, word: &str) -> String {
-        let mut text = word.to_owned();
-        if event.took_ms > 0 {
-            text.push_str(" in ");
-            text.push_str(&words::took(event.took_ms));
-        }
-        if !event.message.is_empty() {
-            text.push_str(": ");
-            text.push_str(&event.message);
-        }
-        text
-    }
-
     /// `  14:00:05  app-1  3.0 service.stop  started`.
     fn step(&self, event: &Event, tone: Tone, what: &str) -> Line {
-        let host = if event.host.is_empty() { "gate" } else { &event.host };
+        let host = if event.host.is_empty() {
+            "gate"
+        } else {
+            &event.host
+        };
         let action = marked(&event.action, &event.direction, event.attempt);
         let place = format!("{} {action}", event.step);
         Line::new(
@@ -294,8 +332,25 @@ impl Progress {
         let width = self.host_width;
         // Most messages about a host begin with its name.
         let rest = message.strip_prefix(what).map_or(message, str::trim_start);
-        Line::new(tone, format!("{}  {what:width$}  {rest}", words::clock(event.at_ms)))
+        Line::new(
+            tone,
+            format!("{}  {what:width$}  {rest}", words::clock(event.at_ms)),
+        )
     }
+}
+
+/// `ok in 3.2s: stopped`.
+fn outcome(event: &Event, word: &str) -> String {
+    let mut text = word.to_owned();
+    if event.took_ms > 0 {
+        text.push_str(" in ");
+        text.push_str(&words::took(event.took_ms));
+    }
+    if !event.message.is_empty() {
+        text.push_str(": ");
+        text.push_str(&event.message);
+    }
+    text
 }
 
 /// `service.stop`, `service.stop (undo)`, `service.stop (attempt 2)`.
@@ -306,14 +361,21 @@ fn marked(action: &str, direction: &str, attempt: u32) -> String {
     };
     let attempt = (attempt > 1).then(|| format!("attempt {attempt}"));
     let marks: Vec<String> = direction.into_iter().chain(attempt).collect();
-    if marks.is_empty() { action.to_owned() } else { format!("{action} ({})", marks.join(", ")) }
+    if marks.is_empty() {
+        action.to_owned()
+    } else {
+        format!("{action} ({})", marks.join(", "))
+    }
 }
 
 /// More lines of an event, set apart from the one that they explain; hints stand out.
 fn below(detail: &[String]) -> Vec<Line> {
     let one = |text: &String| match text.strip_prefix("hint: ") {
         Some(hint) => Line::plain(format!("{:>10}hint: {hint}", "")),
-        None => Line::new(Tone::Quiet, format!("{:>10}| {text}", "").trim_end().to_owned()),
+        None => Line::new(
+            Tone::Quiet,
+            format!("{:>10}| {text}", "").trim_end().to_owned(),
+        ),
     };
     detail.iter().map(one).collect()
 }

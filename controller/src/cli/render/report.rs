@@ -1,9 +1,9 @@
 //! The report of a rollout: what happened, against what was planned, with names and times. It is
 //! built once, as blocks; Markdown and HTML only write them down.
 
-use lockstep_proto::order::Fact;
 use lockstep_proto::values::Period;
 
+use super::evidence::evidence;
 use super::status::{failures, held, host_names, inputs, said, state};
 use super::words;
 use crate::cli::clean;
@@ -68,7 +68,12 @@ fn header(document: &Document) -> Vec<(String, String)> {
     }
     field("Requested by", document.requester.clone());
     field("Started", words::moment(document.submitted));
-    field("Ended", document.ended.map_or_else(|| "not yet".to_owned(), words::moment));
+    field(
+        "Ended",
+        document
+            .ended
+            .map_or_else(|| "not yet".to_owned(), words::moment),
+    );
     if let Some(total) = document.total_ms() {
         field("Total time", held(total, document.slo.total.as_deref()));
     }
@@ -76,7 +81,14 @@ fn header(document: &Document) -> Vec<(String, String)> {
     field("Hosts", format!("{hosts}: {}", host_names(document, 20)));
     if let Some(closed) = &document.closed {
         let at = words::moment(closed.at);
-        field("Closed", format!("by {} at {at}: {}", closed.operator, clean::line(&closed.reason)));
+        field(
+            "Closed",
+            format!(
+                "by {} at {at}: {}",
+                closed.operator,
+                clean::line(&closed.reason)
+            ),
+        );
     }
     fields
 }
@@ -97,19 +109,31 @@ fn checked_status(state: &str) -> String {
 }
 
 fn timeline(document: &Document) -> Vec<Block> {
-    let rows: Vec<Vec<String>> =
-        document.phases.iter().map(|phase| timeline_row(document, phase)).collect();
+    let rows: Vec<Vec<String>> = document
+        .phases
+        .iter()
+        .map(|phase| timeline_row(document, phase))
+        .collect();
     if rows.is_empty() {
         return vec![];
     }
-    let head =
-        vec!["Planned at", "Activity", "Planned", "Started", "Took", "Compared", "Responsible"];
+    let head = vec![
+        "Planned at",
+        "Activity",
+        "Planned",
+        "Started",
+        "Took",
+        "Compared",
+        "Responsible",
+    ];
     vec![Block::Table { head, rows }]
 }
 
 fn timeline_row(document: &Document, phase: &Phase) -> Vec<String> {
     let planned = phase.planned.as_ref();
-    let started = phase.opened.map(|at| words::offset(at.saturating_sub(document.submitted)));
+    let started = phase
+        .opened
+        .map(|at| words::offset(at.saturating_sub(document.submitted)));
     let took = match (phase.opened, phase.closed) {
         (Some(opened), Some(closed)) => Some(closed.saturating_sub(opened)),
         _ => None,
@@ -130,7 +154,9 @@ fn timeline_row(document: &Document, phase: &Phase) -> Vec<String> {
         started.unwrap_or_else(dash),
         took.map_or_else(dash, words::took),
         compared,
-        planned.and_then(|planned| planned.owner.clone()).unwrap_or_else(dash),
+        planned
+            .and_then(|planned| planned.owner.clone())
+            .unwrap_or_else(dash),
     ]
 }
 
@@ -143,14 +169,26 @@ fn planned_at(planned: &Planned) -> String {
 }
 
 fn downtime(document: &Document) -> Vec<Block> {
-    let Some(downtime) = &document.downtime else { return vec![] };
-    let from = format!("{} (proven: {} refuses)", words::moment(downtime.from), downtime.address);
+    let Some(downtime) = &document.downtime else {
+        return vec![];
+    };
+    let from = format!(
+        "{} (proven: {} refuses)",
+        words::moment(downtime.from),
+        downtime.address
+    );
     let mut fields = vec![("From".to_owned(), from)];
     match (downtime.to, downtime.ms) {
         (Some(to), Some(ms)) => {
             let url = downtime.url.as_deref().unwrap_or("a check");
-            fields.push(("To".to_owned(), format!("{} (proven: {url} is healthy)", words::moment(to))));
-            fields.push(("Downtime".to_owned(), held(ms, document.slo.downtime.as_deref())));
+            fields.push((
+                "To".to_owned(),
+                format!("{} (proven: {url} is healthy)", words::moment(to)),
+            ));
+            fields.push((
+                "Downtime".to_owned(),
+                held(ms, document.slo.downtime.as_deref()),
+            ));
         }
         _ => fields.push(("To".to_owned(), "no healthy check since then".to_owned())),
     }
@@ -183,8 +221,13 @@ fn failed(document: &Document) -> Vec<Block> {
 }
 
 fn rollback(document: &Document) -> Vec<Block> {
-    let Some(rollback) = &document.rollback else { return vec![] };
-    let by = rollback.operator.as_deref().unwrap_or("no person: it was automatic");
+    let Some(rollback) = &document.rollback else {
+        return vec![];
+    };
+    let by = rollback
+        .operator
+        .as_deref()
+        .unwrap_or("no person: it was automatic");
     let mut fields = vec![
         ("Reason".to_owned(), clean::line(&rollback.reason)),
         ("Asked for by".to_owned(), by.to_owned()),
@@ -194,13 +237,19 @@ fn rollback(document: &Document) -> Vec<Block> {
         Some(ended) => {
             fields.push(("Ended".to_owned(), words::moment(ended)));
             let took = ended.saturating_sub(rollback.started);
-            fields.push(("Took".to_owned(), held(took, document.slo.rollback.as_deref())));
+            fields.push((
+                "Took".to_owned(),
+                held(took, document.slo.rollback.as_deref()),
+            ));
         }
         None => fields.push(("Ended".to_owned(), "not yet".to_owned())),
     }
     let mut blocks = vec![Block::Fields(fields)];
     if !document.state_compared.is_empty() {
-        blocks.push(Block::Heading(3, "State of the hosts, before and after".to_owned()));
+        blocks.push(Block::Heading(
+            3,
+            "State of the hosts, before and after".to_owned(),
+        ));
         let rows = document.state_compared.iter().map(|part| {
             let verdict = if part.equal { "equal" } else { "DIFFERENT" };
             let words = |text: &str, digest: Option<&str>| match (text, digest) {
@@ -217,7 +266,10 @@ fn rollback(document: &Document) -> Vec<Block> {
             ]
         });
         let head = vec!["Host", "What", "Before", "After", "Compared"];
-        blocks.push(Block::Table { head, rows: rows.collect() });
+        blocks.push(Block::Table {
+            head,
+            rows: rows.collect(),
+        });
     }
     blocks
 }
@@ -228,13 +280,21 @@ fn hosts(document: &Document) -> Vec<Block> {
         .iter()
         .map(|host| {
             let quarantined = if host.quarantined { "yes" } else { "no" };
-            vec![host.host.clone(), host.state.clone(), quarantined.to_owned(), clean::line(&host.why)]
+            vec![
+                host.host.clone(),
+                host.state.clone(),
+                quarantined.to_owned(),
+                clean::line(&host.why),
+            ]
         })
         .collect();
     if rows.is_empty() {
         return vec![];
     }
-    vec![Block::Table { head: vec!["Host", "Outcome", "Quarantined", "Why"], rows }]
+    vec![Block::Table {
+        head: vec!["Host", "Outcome", "Quarantined", "Why"],
+        rows,
+    }]
 }
 
 fn steps(document: &Document) -> Vec<Block> {
@@ -243,11 +303,23 @@ fn steps(document: &Document) -> Vec<Block> {
         let rows: Vec<Vec<String>> = phase
             .steps
             .iter()
-            .flat_map(|step| step.attempts.iter().map(move |attempt| step_row(step, attempt)))
+            .flat_map(|step| {
+                step.attempts
+                    .iter()
+                    .map(move |attempt| step_row(step, attempt))
+            })
             .collect();
         if !rows.is_empty() {
             blocks.push(Block::Heading(3, phase.name.clone()));
-            let head = vec!["Step", "Action", "Host", "Started", "Took", "Outcome", "What happened"];
+            let head = vec![
+                "Step",
+                "Action",
+                "Host",
+                "Started",
+                "Took",
+                "Outcome",
+                "What happened",
+            ];
             blocks.push(Block::Table { head, rows });
         }
     }
@@ -269,7 +341,10 @@ fn step_row(step: &Step, attempt: &Attempt) -> Vec<String> {
         step.at.clone(),
         action,
         attempt.place(),
-        attempt.started.or(attempt.ordered).map_or_else(dash, words::clock),
+        attempt
+            .started
+            .or(attempt.ordered)
+            .map_or_else(dash, words::clock),
         attempt.took_ms.map_or_else(dash, words::took),
         outcome,
         clean::line(&attempt.message),
@@ -283,19 +358,32 @@ fn decisions(document: &Document) -> Vec<Block> {
         if !step.waits_for_people() {
             continue;
         }
-        blocks.push(Block::Heading(3, format!("{} {} in {}", step.at, step.title(), phase.name)));
+        blocks.push(Block::Heading(
+            3,
+            format!("{} {} in {}", step.at, step.title(), phase.name),
+        ));
         let mut fields = vec![("Opened".to_owned(), words::moment(gate.opened))];
         if let Some(closed) = gate.closed {
             let waited = words::took(closed.saturating_sub(gate.opened));
-            let met = if gate.met == Some(true) { "met" } else { "NOT met" };
+            let met = if gate.met == Some(true) {
+                "met"
+            } else {
+                "NOT met"
+            };
             let why = clean::line(&gate.why);
-            fields.push(("Closed".to_owned(), format!("{} after {waited}, {met}: {why}", words::moment(closed))));
+            fields.push((
+                "Closed".to_owned(),
+                format!("{} after {waited}, {met}: {why}", words::moment(closed)),
+            ));
         } else {
             fields.push(("Waiting for".to_owned(), clean::line(&gate.missing)));
         }
         if !gate.from.is_empty() {
-            let from: Vec<String> =
-                gate.from.iter().map(|(group, number)| format!("{number} of {group}")).collect();
+            let from: Vec<String> = gate
+                .from
+                .iter()
+                .map(|(group, number)| format!("{number} of {group}"))
+                .collect();
             fields.push(("Needed".to_owned(), from.join(", ")));
         }
         fields.push(("Shown".to_owned(), gate.evidence.clone()));
@@ -303,7 +391,8 @@ fn decisions(document: &Document) -> Vec<Block> {
         if !gate.items.is_empty() {
             let rows = gate.items.iter().enumerate().map(|(index, item)| {
                 let confirmed = gate.decisions.iter().rev().find(|decision| {
-                    decision.approve && (decision.items.is_empty() || decision.items.contains(&index))
+                    decision.approve
+                        && (decision.items.is_empty() || decision.items.contains(&index))
                 });
                 let mark = if confirmed.is_some() { "[x]" } else { "[ ]" };
                 vec![
@@ -314,11 +403,18 @@ fn decisions(document: &Document) -> Vec<Block> {
                 ]
             });
             let head = vec!["No.", "Item", "Confirmed by", "At"];
-            blocks.push(Block::Table { head, rows: rows.collect() });
+            blocks.push(Block::Table {
+                head,
+                rows: rows.collect(),
+            });
         }
         if !gate.decisions.is_empty() {
             let rows = gate.decisions.iter().map(|decision| {
-                let word = if decision.approve { "approved" } else { "REJECTED" };
+                let word = if decision.approve {
+                    "approved"
+                } else {
+                    "REJECTED"
+                };
                 vec![
                     decision.operator.clone(),
                     decision.groups.join(", "),
@@ -328,83 +424,13 @@ fn decisions(document: &Document) -> Vec<Block> {
                 ]
             });
             let head = vec!["Who", "Groups", "Decision", "At", "Comment"];
-            blocks.push(Block::Table { head, rows: rows.collect() });
+            blocks.push(Block::Table {
+                head,
+                rows: rows.collect(),
+            });
         }
     }
     blocks
-}
-
-fn evidence(document: &Document) -> Vec<Block> {
-    let mut rows = Vec::new();
-    let mut sql_shown = Vec::new();
-    for (_, step) in document.steps() {
-        for attempt in &step.attempts {
-            let facts = attempt.facts();
-            for fact in &facts {
-                if let Some((what, value)) = fact_words(fact) {
-                    rows.push(vec![step.at.clone(), attempt.place(), what, clean::line(&value)]);
-                }
-                if let Fact::SqlPlan { database, sql, digest, .. } = fact {
-                    let title = format!("SQL that was shown for {database}, {digest}");
-                    sql_shown.push((title, sql.clone()));
-                }
-            }
-            for fact in attempt.unknown_facts() {
-                let what = fact["kind"].as_str().unwrap_or("fact").to_owned();
-                rows.push(vec![step.at.clone(), attempt.place(), what, clean::line(&fact.to_string())]);
-            }
-        }
-    }
-    let mut blocks = Vec::new();
-    if !rows.is_empty() {
-        blocks.push(Block::Table { head: vec!["Step", "Host", "Evidence", "Value"], rows });
-    }
-    for (title, sql) in sql_shown {
-        blocks.push(Block::Heading(3, title));
-        blocks.push(Block::Lines(sql));
-    }
-    blocks
-}
-
-/// A fact in words; none for those that stand elsewhere in the report.
-fn fact_words(fact: &Fact) -> Option<(String, String)> {
-    let revision = |text: &str| if text.is_empty() { "none".to_owned() } else { text.to_owned() };
-    let (what, value) = match fact {
-        Fact::Backup { database, id, digest, size, taken_at, fence } => {
-            let fence = fence.as_ref().map_or("no fence was up", |_| "a fence was up");
-            let (size, at) = (words::size(*size), words::moment(taken_at.0));
-            (format!("backup of {database}"), format!("{id}, {size}, {digest}, of {at}, {fence}"))
-        }
-        Fact::BackupVerified { database, id, digest, .. } => (
-            format!("verified backup of {database}"),
-            format!("{id} was restored and found equal, {digest}"),
-        ),
-        Fact::Fenced { database, .. } => (format!("fence of {database}"), "up".to_owned()),
-        Fact::Revision { database, before, after } => {
-            (format!("revision of {database}"), format!("{} -> {}", revision(before), revision(after)))
-        }
-        Fact::SqlPlan { database, from, to, digest, .. } => (
-            format!("SQL for {database}"),
-            format!("{} -> {}, {digest}", revision(from), revision(to)),
-        ),
-        Fact::Approved { by, evidence } => {
-            ("approval".to_owned(), format!("{}, of {evidence}", by.join(", ")))
-        }
-        Fact::PreviousRelease { app, release } => {
-            (format!("previous release of {app}"), revision(release))
-        }
-        Fact::Rows { database, tables } => {
-            let one = |(table, rows): &(String, u64)| format!("{table} {rows}");
-            let tables: Vec<String> = tables.iter().map(one).collect();
-            (format!("rows of {database}"), tables.join(", "))
-        }
-        Fact::Refused { address } => ("refusal".to_owned(), format!("{address} refuses connections")),
-        Fact::Healthy { url } => ("health".to_owned(), format!("{url} is healthy")),
-        Fact::Note { name, value } => (name.clone(), value.clone()),
-        // Before and after are compared under `Rollback`.
-        Fact::State { .. } => return None,
-    };
-    Some((clean::line(&what), value))
 }
 
 fn notices(document: &Document) -> Vec<Block> {
@@ -416,9 +442,17 @@ fn notices(document: &Document) -> Vec<Block> {
             || "sent".to_owned(),
             |error| format!("NOT sent: {}", clean::line(error)),
         );
-        vec![notice.when.replace('_', " "), notice.action.clone(), words::moment(notice.at), outcome]
+        vec![
+            notice.when.replace('_', " "),
+            notice.action.clone(),
+            words::moment(notice.at),
+            outcome,
+        ]
     });
-    vec![Block::Table { head: vec!["When", "Action", "At", "Outcome"], rows: rows.collect() }]
+    vec![Block::Table {
+        head: vec!["When", "Action", "At", "Outcome"],
+        rows: rows.collect(),
+    }]
 }
 
 fn signoff(document: &Document) -> Vec<Block> {
@@ -427,7 +461,11 @@ fn signoff(document: &Document) -> Vec<Block> {
     }
     let blank = || "_________________".to_owned();
     let rows = document.signoff.iter().map(|signoff| {
-        let mark = if signoff.operator.is_some() { "[x]" } else { "[ ]" };
+        let mark = if signoff.operator.is_some() {
+            "[x]"
+        } else {
+            "[ ]"
+        };
         vec![
             format!("{mark} {}", signoff.role),
             signoff.operator.clone().unwrap_or_else(blank),
@@ -435,9 +473,17 @@ fn signoff(document: &Document) -> Vec<Block> {
             clean::line(&signoff.comment),
         ]
     });
-    vec![Block::Table { head: vec!["Role", "Name", "At", "Comment"], rows: rows.collect() }]
+    vec![Block::Table {
+        head: vec!["Role", "Name", "At", "Comment"],
+        rows: rows.collect(),
+    }]
 }
 
 fn short(digest: &str) -> String {
-    digest.strip_prefix("sha256:").unwrap_or(digest).chars().take(12).collect()
+    digest
+        .strip_prefix("sha256:")
+        .unwrap_or(digest)
+        .chars()
+        .take(12)
+        .collect()
 }

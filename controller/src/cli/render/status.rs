@@ -14,7 +14,11 @@ pub(crate) fn rollouts(list: &[wire::Rollout], now_ms: u64) -> Vec<Line> {
     let rows: Vec<Vec<String>> = list
         .iter()
         .map(|rollout| {
-            let end = if rollout.ended_ms == 0 { now_ms } else { rollout.ended_ms };
+            let end = if rollout.ended_ms == 0 {
+                now_ms
+            } else {
+                rollout.ended_ms
+            };
             vec![
                 clean::line(&rollout.rollout),
                 clean::line(&rollout.plan),
@@ -26,7 +30,18 @@ pub(crate) fn rollouts(list: &[wire::Rollout], now_ms: u64) -> Vec<Line> {
             ]
         })
         .collect();
-    table(&["ROLLOUT", "PLAN", "STATE", "SUBMITTED", "TOOK", "BY", "REASON"], &rows)
+    table(
+        &[
+            "ROLLOUT",
+            "PLAN",
+            "STATE",
+            "SUBMITTED",
+            "TOOK",
+            "BY",
+            "REASON",
+        ],
+        &rows,
+    )
 }
 
 /// Hosts as a table.
@@ -45,7 +60,11 @@ pub(crate) fn hosts(list: &[wire::Host], now_ms: u64) -> Vec<Line> {
                 (false, 0) => "never seen".to_owned(),
                 (false, at) => format!("gone for {}", words::since(now_ms.saturating_sub(at))),
             };
-            let lock = if host.locked_by.is_empty() { "-" } else { &host.locked_by };
+            let lock = if host.locked_by.is_empty() {
+                "-"
+            } else {
+                &host.locked_by
+            };
             vec![
                 clean::line(&host.host),
                 seen,
@@ -67,23 +86,35 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
     if !document.inputs.is_empty() {
         lines.push(field("inputs", &inputs(document)));
     }
-    lines.push(Line::new(state_tone(&document.state), field("state", &state(document)).text));
+    lines.push(Line::new(
+        state_tone(&document.state),
+        field("state", &state(document)).text,
+    ));
     if !document.reason.is_empty() {
         lines.push(field("reason", &document.reason));
     }
     let submitted = words::moment(document.submitted);
-    lines.push(field("submitted", &format!("{submitted} by {}", document.requester)));
+    lines.push(field(
+        "submitted",
+        &format!("{submitted} by {}", document.requester),
+    ));
     if let Some(total) = document.total_ms() {
         lines.push(field("took", &held(total, document.slo.total.as_deref())));
     }
     if let Some(downtime) = &document.downtime {
-        lines.push(field("downtime", &match downtime.ms {
-            Some(ms) => held(ms, document.slo.downtime.as_deref()),
-            None => format!("since {}", words::moment(downtime.from)),
-        }));
+        lines.push(field(
+            "downtime",
+            &match downtime.ms {
+                Some(ms) => held(ms, document.slo.downtime.as_deref()),
+                None => format!("since {}", words::moment(downtime.from)),
+            },
+        ));
     }
     if let Some(closed) = &document.closed {
-        lines.push(field("closed", &format!("by {}: {}", closed.operator, closed.reason)));
+        lines.push(field(
+            "closed",
+            &format!("by {}: {}", closed.operator, closed.reason),
+        ));
     }
     lines.push(Line::plain(""));
     lines.extend(phases(document, now_ms));
@@ -96,29 +127,49 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
 
 /// What is said when a rollout has ended and somebody watched.
 pub(crate) fn ending(document: &Document) -> Vec<Line> {
-    let took = document.total_ms().map(|ms| format!(" after {}", words::took(ms))).unwrap_or_default();
+    let took = document
+        .total_ms()
+        .map(|ms| format!(" after {}", words::took(ms)))
+        .unwrap_or_default();
     let mut lines = vec![Line::new(
         state_tone(&document.state),
-        format!("{}: {} ({}){took}", state(document), document.plan, document.rollout),
+        format!(
+            "{}: {} ({}){took}",
+            state(document),
+            document.plan,
+            document.rollout
+        ),
     )];
     if !document.reason.is_empty() {
         lines.push(field("reason", &document.reason));
     }
     if let Some(downtime) = &document.downtime {
-        lines.push(field("downtime", &match downtime.ms {
-            Some(ms) => held(ms, document.slo.downtime.as_deref()),
-            None => format!("since {}, not proven to be over", words::moment(downtime.from)),
-        }));
+        lines.push(field(
+            "downtime",
+            &match downtime.ms {
+                Some(ms) => held(ms, document.slo.downtime.as_deref()),
+                None => format!(
+                    "since {}, not proven to be over",
+                    words::moment(downtime.from)
+                ),
+            },
+        ));
     }
     for host in document.hosts.iter().filter(|host| host.quarantined) {
         lines.push(field("left out", &format!("{}: {}", host.host, host.why)));
     }
     let id = &document.rollout;
-    lines.push(field("report", &format!("lockstep report {id} --format html -o {id}.html")));
+    lines.push(field(
+        "report",
+        &format!("lockstep report {id} --format html -o {id}.html"),
+    ));
     if document.state == "halted" && document.closed.is_none() {
         lines.push(field(
             "next",
-            &format!("lockstep resume {id}, lockstep rollback {id} --reason ..., or lockstep close {id} --accept"),
+            &format!(
+                "lockstep resume {id}, lockstep rollback {id} --reason ..., \
+                 or lockstep close {id} --accept --reason ..."
+            ),
         ));
     }
     lines
@@ -130,7 +181,10 @@ pub(crate) fn held(ms: u64, limit: Option<&str>) -> String {
     let Some(limit) = limit else { return took };
     match limit.parse::<Period>() {
         Ok(period) if ms <= period.0 => format!("{took} (at most {limit}: kept)"),
-        Ok(period) => format!("{took} (at most {limit}: MISSED by {})", words::took(ms - period.0)),
+        Ok(period) => format!(
+            "{took} (at most {limit}: MISSED by {})",
+            words::took(ms - period.0)
+        ),
         Err(_) => took,
     }
 }
@@ -138,13 +192,22 @@ pub(crate) fn held(ms: u64, limit: Option<&str>) -> String {
 /// The state in words that need no explanation.
 pub(crate) fn state(document: &Document) -> String {
     let state = document.state.replace('_', " ");
-    if document.dry_run { format!("{state} (dry run)") } else { state }
+    if document.dry_run {
+        format!("{state} (dry run)")
+    } else {
+        state
+    }
 }
 
 /// `release=v1.1.0 region=eu`.
 pub(crate) fn inputs(document: &Document) -> String {
     let one = |(name, value): (&String, &String)| format!("{name}={}", clean::line(value));
-    document.inputs.iter().map(one).collect::<Vec<_>>().join(" ")
+    document
+        .inputs
+        .iter()
+        .map(one)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn state_tone(state: &str) -> Tone {
@@ -167,13 +230,15 @@ fn phases(document: &Document, now_ms: u64) -> Vec<Line> {
         .map(|phase| {
             let (state, took) = match (phase.opened, phase.closed) {
                 (None, _) => ("not reached".to_owned(), String::new()),
-                (Some(opened), None) if document.ended.is_none() => {
-                    ("open".to_owned(), words::since(now_ms.saturating_sub(opened)))
-                }
+                (Some(opened), None) if document.ended.is_none() => (
+                    "open".to_owned(),
+                    words::since(now_ms.saturating_sub(opened)),
+                ),
                 (Some(_), None) => ("not closed".to_owned(), String::new()),
-                (Some(opened), Some(closed)) => {
-                    ("closed".to_owned(), words::took(closed.saturating_sub(opened)))
-                }
+                (Some(opened), Some(closed)) => (
+                    "closed".to_owned(),
+                    words::took(closed.saturating_sub(opened)),
+                ),
             };
             vec![phase.name.clone(), state, took, standing(phase)]
         })
@@ -186,7 +251,9 @@ fn standing(phase: &Phase) -> String {
     let mut said = Vec::new();
     for outcome in ["ok", "running", "failed", "unknown", "unreachable"] {
         let attempts = phase.steps.iter().flat_map(|step| &step.attempts);
-        let number = attempts.filter(|attempt| attempt.outcome == outcome).count();
+        let number = attempts
+            .filter(|attempt| attempt.outcome == outcome)
+            .count();
         if number > 0 {
             said.push(format!("{number} {outcome}"));
         }
@@ -199,8 +266,16 @@ fn hosts_of(document: &Document) -> Vec<Line> {
         .hosts
         .iter()
         .map(|host| {
-            let quarantined = if host.quarantined { " (quarantined)" } else { "" };
-            vec![host.host.clone(), format!("{}{quarantined}", host.state), clean::line(&host.why)]
+            let quarantined = if host.quarantined {
+                " (quarantined)"
+            } else {
+                ""
+            };
+            vec![
+                host.host.clone(),
+                format!("{}{quarantined}", host.state),
+                clean::line(&host.why),
+            ]
         })
         .collect();
     table(&["HOST", "OUTCOME", "WHY"], &rows)
@@ -210,8 +285,16 @@ fn open_gates(document: &Document, now_ms: u64) -> Vec<Line> {
     let mut lines = Vec::new();
     let many = document.open_gates().count() > 1;
     for (step, gate) in document.open_gates() {
-        let verb = if step.action == "gate.approval" { "approve" } else { "confirm" };
-        let which = if many { format!(" --gate {}", step.at) } else { String::new() };
+        let verb = if step.action == "gate.approval" {
+            "approve"
+        } else {
+            "confirm"
+        };
+        let which = if many {
+            format!(" --gate {}", step.at)
+        } else {
+            String::new()
+        };
         lines.push(Line::plain(""));
         lines.push(Line::new(
             Tone::Waiting,
@@ -222,7 +305,10 @@ fn open_gates(document: &Document, now_ms: u64) -> Vec<Line> {
                 words::moment(gate.until)
             ),
         ));
-        lines.push(Line::plain(format!("  lockstep {verb} {}{which}", document.rollout)));
+        lines.push(Line::plain(format!(
+            "  lockstep {verb} {}{which}",
+            document.rollout
+        )));
     }
     lines
 }
@@ -235,11 +321,19 @@ fn troubles(document: &Document) -> Vec<Line> {
             lines.push(Line::plain(""));
             lines.push(Line::new(
                 Tone::Bad,
-                format!("{} {} on {}: {}", step.at, step.action, attempt.place(), said(attempt)),
+                format!(
+                    "{} {} on {}: {}",
+                    step.at,
+                    step.action,
+                    attempt.place(),
+                    said(attempt)
+                ),
             ));
             lines.push(Line::plain(format!("  phase {}", phase.name)));
             let last = attempt.last_lines.iter().rev().take(5).rev();
-            lines.extend(last.map(|line| Line::new(Tone::Quiet, format!("  | {}", clean::line(line)))));
+            lines.extend(
+                last.map(|line| Line::new(Tone::Quiet, format!("  | {}", clean::line(line)))),
+            );
             if let Some(hint) = &attempt.hint {
                 lines.push(Line::plain(format!("  hint: {}", clean::line(hint))));
             }
@@ -251,7 +345,10 @@ fn troubles(document: &Document) -> Vec<Line> {
 /// Attempts that ended otherwise than well.
 pub(crate) fn failures(attempts: &[Attempt]) -> impl Iterator<Item = &Attempt> {
     attempts.iter().filter(|attempt| {
-        matches!(attempt.outcome.as_str(), "failed" | "unknown" | "unreachable")
+        matches!(
+            attempt.outcome.as_str(),
+            "failed" | "unknown" | "unreachable"
+        )
     })
 }
 
@@ -262,11 +359,19 @@ pub(crate) fn said(attempt: &Attempt) -> String {
         cause => format!(" ({cause})"),
     };
     let message = clean::line(&attempt.message);
-    format!("{}{cause}{}{message}", attempt.outcome, if message.is_empty() { "" } else { ": " })
+    format!(
+        "{}{cause}{}{message}",
+        attempt.outcome,
+        if message.is_empty() { "" } else { ": " }
+    )
 }
 
 /// Host names, the first of them.
 pub(crate) fn host_names(document: &Document, most: usize) -> String {
-    let names: Vec<String> = document.hosts.iter().map(|host| host.host.clone()).collect();
+    let names: Vec<String> = document
+        .hosts
+        .iter()
+        .map(|host| host.host.clone())
+        .collect();
     some_of(&names, most)
 }

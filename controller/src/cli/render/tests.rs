@@ -25,7 +25,11 @@ fn dry_run() -> Document {
 }
 
 fn text(lines: &[Line]) -> String {
-    lines.iter().map(|line| line.render(false)).collect::<Vec<_>>().join("\n")
+    lines
+        .iter()
+        .map(|line| line.render(false))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 #[test]
@@ -70,7 +74,14 @@ fn colour_only_repeats_what_words_say() {
     let colored: Vec<String> = lines.iter().map(|line| line.render(true)).collect();
     assert!(colored.iter().any(|line| line.contains("\u{1b}[31m")));
     let mut plain = colored.join("\n");
-    for code in ["\u{1b}[1m", "\u{1b}[2m", "\u{1b}[31m", "\u{1b}[32m", "\u{1b}[33m", "\u{1b}[0m"] {
+    for code in [
+        "\u{1b}[1m",
+        "\u{1b}[2m",
+        "\u{1b}[31m",
+        "\u{1b}[32m",
+        "\u{1b}[33m",
+        "\u{1b}[0m",
+    ] {
         plain = plain.replace(code, "");
     }
     assert_eq!(plain, text(&lines));
@@ -84,9 +95,16 @@ struct Story {
 
 impl Story {
     fn begin() -> Self {
-        let mut story = Self { events: vec![], state: "running" };
+        let mut story = Self {
+            events: vec![],
+            state: "running",
+        };
         let hosts = ["app-1", "app-2", "db-1"].map(ToOwned::to_owned).into();
-        let event = story.at(0, EventKind::Submitted, "plan `employee-system` submitted by dora");
+        let event = story.at(
+            0,
+            EventKind::Submitted,
+            "plan `employee-system` submitted by dora",
+        );
         event.detail = hosts;
         story
     }
@@ -103,7 +121,14 @@ impl Story {
         self.events.last_mut().expect("it was just added")
     }
 
-    fn step(&mut self, seconds: u64, kind: EventKind, host: &str, step: &str, message: &str) -> &mut Event {
+    fn step(
+        &mut self,
+        seconds: u64,
+        kind: EventKind,
+        host: &str,
+        step: &str,
+        message: &str,
+    ) -> &mut Event {
         let (at, action) = step.split_once(' ').expect("place and action");
         let event = self.at(seconds, kind, message);
         event.host = host.to_owned();
@@ -115,39 +140,117 @@ impl Story {
     }
 
     fn phase(&mut self, seconds: u64, name: &str) {
-        self.at(seconds, EventKind::PhaseOpened, &format!("phase `{name}`")).phase = name.to_owned();
+        self.at(seconds, EventKind::PhaseOpened, &format!("phase `{name}`"))
+            .phase = name.to_owned();
     }
 }
 
 fn a_rollout_that_is_undone() -> Vec<Event> {
     let mut story = Story::begin();
     for host in ["app-1", "app-2", "db-1"] {
-        story.at(0, EventKind::Consent, &format!("{host} consents")).host = host.to_owned();
+        story
+            .at(0, EventKind::Consent, &format!("{host} consents"))
+            .host = host.to_owned();
     }
     story.phase(1, "approve");
-    let gate = story.step(1, EventKind::GateOpened, "", "0.0 gate.approval", "approval: waiting for 1 of dba");
-    gate.detail = vec!["plan sha256:aaaa".into(), "hosts app-1, app-2, db-1".into(), "evidence sha256:eeee".into()];
-    story.step(36, EventKind::GateDecided, "", "0.0 gate.approval", "abel approves: read it");
-    story.step(36, EventKind::GateClosed, "", "0.0 gate.approval", "approved by abel");
+    let gate = story.step(
+        1,
+        EventKind::GateOpened,
+        "",
+        "0.0 gate.approval",
+        "approval: waiting for 1 of dba",
+    );
+    gate.detail = vec![
+        "plan sha256:aaaa".into(),
+        "hosts app-1, app-2, db-1".into(),
+        "evidence sha256:eeee".into(),
+    ];
+    story.step(
+        36,
+        EventKind::GateDecided,
+        "",
+        "0.0 gate.approval",
+        "abel approves: read it",
+    );
+    story.step(
+        36,
+        EventKind::GateClosed,
+        "",
+        "0.0 gate.approval",
+        "approved by abel",
+    );
     story.phase(36, "backup");
-    story.step(36, EventKind::StepOrdered, "db-1", "1.0 postgres.backup", "");
-    story.step(36, EventKind::StepStarted, "db-1", "1.0 postgres.backup", "");
-    story.step(98, EventKind::StepOk, "db-1", "1.0 postgres.backup", "12.4 MiB").took_ms = 62_500;
+    story.step(
+        36,
+        EventKind::StepOrdered,
+        "db-1",
+        "1.0 postgres.backup",
+        "",
+    );
+    story.step(
+        36,
+        EventKind::StepStarted,
+        "db-1",
+        "1.0 postgres.backup",
+        "",
+    );
+    story
+        .step(
+            98,
+            EventKind::StepOk,
+            "db-1",
+            "1.0 postgres.backup",
+            "12.4 MiB",
+        )
+        .took_ms = 62_500;
     story.phase(98, "start");
     story.step(98, EventKind::StepStarted, "app-1", "2.0 check.http", "");
     story.step(98, EventKind::StepStarted, "app-2", "2.0 check.http", "");
-    story.step(99, EventKind::StepOk, "app-1", "2.0 check.http", "200").took_ms = 210;
-    let failed = story.step(158, EventKind::StepFailed, "app-2", "2.0 check.http", "check unmet: expected 200, got 503");
+    story
+        .step(99, EventKind::StepOk, "app-1", "2.0 check.http", "200")
+        .took_ms = 210;
+    let failed = story.step(
+        158,
+        EventKind::StepFailed,
+        "app-2",
+        "2.0 check.http",
+        "check unmet: expected 200, got 503",
+    );
     failed.took_ms = 60_000;
-    failed.detail = vec!["HTTP/1.1 503 Service Unavailable".into(), "hint: look at the log of app-2".into()];
-    story.at(158, EventKind::Quarantined, "app-2 stays behind: check.http failed").host = "app-2".into();
+    failed.detail = vec![
+        "HTTP/1.1 503 Service Unavailable".into(),
+        "hint: look at the log of app-2".into(),
+    ];
+    story
+        .at(
+            158,
+            EventKind::Quarantined,
+            "app-2 stays behind: check.http failed",
+        )
+        .host = "app-2".into();
     story.state = "rolling_back";
-    story.at(158, EventKind::RollbackStarted, "rolling back: check.http failed on app-2");
-    story.step(159, EventKind::StepStarted, "app-1", "1.1 service.stop", "").direction = "undo".into();
-    let undone = story.step(161, EventKind::StepOk, "app-1", "1.1 service.stop", "started again");
+    story.at(
+        158,
+        EventKind::RollbackStarted,
+        "rolling back: check.http failed on app-2",
+    );
+    story
+        .step(159, EventKind::StepStarted, "app-1", "1.1 service.stop", "")
+        .direction = "undo".into();
+    let undone = story.step(
+        161,
+        EventKind::StepOk,
+        "app-1",
+        "1.1 service.stop",
+        "started again",
+    );
     (undone.direction, undone.took_ms) = ("undo".into(), 2_100);
     story.state = "rolled_back";
-    story.at(162, EventKind::Ended, "rolled_back: check.http failed on app-2");
+    story.at(
+        162,
+        EventKind::Ended,
+        "rolled_back: check.http failed on app-2",
+    );
     story.events
 }
 
@@ -181,7 +284,13 @@ fn what_is_waited_for_is_said_at_any_time() {
 fn a_step_that_says_how_far_it_is_has_a_bar_until_it_ends() {
     let mut story = Story::begin();
     story.step(1, EventKind::StepStarted, "db-1", "1.0 postgres.backup", "");
-    let progress_event = story.step(9, EventKind::StepProgress, "db-1", "1.0 postgres.backup", "5 of 12 MiB");
+    let progress_event = story.step(
+        9,
+        EventKind::StepProgress,
+        "db-1",
+        "1.0 postgres.backup",
+        "5 of 12 MiB",
+    );
     (progress_event.number, progress_event.progress) = (0, Some(416));
     story.step(20, EventKind::StepOk, "db-1", "1.0 postgres.backup", "");
     let mut progress = Progress::new("ro_0123456789ab", true);
@@ -190,10 +299,18 @@ fn a_step_that_says_how_far_it_is_has_a_bar_until_it_ends() {
         .iter()
         .map(|event| {
             progress.take(event);
-            progress.bars(6).into_iter().map(|bar| (bar.label, bar.permille, bar.message)).collect::<Vec<_>>()
+            progress
+                .bars(6)
+                .into_iter()
+                .map(|bar| (bar.label, bar.permille, bar.message))
+                .collect::<Vec<_>>()
         })
         .collect();
-    let bar = ("db-1 postgres.backup".to_owned(), 416, "5 of 12 MiB".to_owned());
+    let bar = (
+        "db-1 postgres.backup".to_owned(),
+        416,
+        "5 of 12 MiB".to_owned(),
+    );
     assert_eq!(seen, [vec![], vec![], vec![bar], vec![]]);
 }
 

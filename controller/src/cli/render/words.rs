@@ -14,7 +14,9 @@ pub(crate) fn clock(ms: u64) -> String {
 }
 
 fn format_utc(ms: u64, format: &str) -> String {
-    let at = i64::try_from(ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
+    let at = i64::try_from(ms)
+        .ok()
+        .and_then(|ms| Timestamp::from_millisecond(ms).ok());
     match at {
         Some(at) => at.to_zoned(TimeZone::UTC).strftime(format).to_string(),
         None => "?".to_owned(),
@@ -34,18 +36,30 @@ pub(crate) fn took(ms: u64) -> String {
 
 /// The same in whole seconds, for what is counted up on a screen.
 pub(crate) fn since(ms: u64) -> String {
-    if ms < 60_000 { format!("{}s", ms / 1000) } else { took(ms) }
+    if ms < 60_000 {
+        format!("{}s", ms / 1000)
+    } else {
+        took(ms)
+    }
 }
 
 /// `T+0`, `T+2m 05s`: from the rollout's start.
 pub(crate) fn offset(ms: u64) -> String {
-    if ms < 1000 { "T+0".to_owned() } else { format!("T+{}", since(ms)) }
+    if ms < 1000 {
+        "T+0".to_owned()
+    } else {
+        format!("T+{}", since(ms))
+    }
 }
 
 /// `12.4 MiB`.
 pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [(&str, u64); 4] =
-        [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    const UNITS: [(&str, u64); 4] = [
+        ("TiB", 1 << 40),
+        ("GiB", 1 << 30),
+        ("MiB", 1 << 20),
+        ("KiB", 1 << 10),
+    ];
     match UNITS.iter().find(|(_, unit)| bytes >= *unit) {
         // In tenths; the division by 10 keeps the product within 64 bits.
         Some((name, unit)) => {
@@ -58,7 +72,11 @@ pub(crate) fn size(bytes: u64) -> String {
 
 /// `1 host`, `3 hosts`.
 pub(crate) fn count(number: usize, what: &str) -> String {
-    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+    if number == 1 {
+        format!("1 {what}")
+    } else {
+        format!("{number} {what}s")
+    }
 }
 
 #[cfg(test)]
@@ -69,7 +87,10 @@ mod tests {
     fn periods_and_sizes_are_short_and_exact_enough() {
         let said: Vec<String> = [0, 210, 3_240, 59_999, 125_000, 3_720_000].map(took).into();
         assert_eq!(said, ["0ms", "210ms", "3.2s", "59.9s", "2m 05s", "1h 02m"]);
-        assert_eq!([size(900), size(1_536), size(13_002_342)], ["900 B", "1.5 KiB", "12.4 MiB"]);
+        assert_eq!(
+            [size(900), size(1_536), size(13_002_342)],
+            ["900 B", "1.5 KiB", "12.4 MiB"]
+        );
         assert_eq!([offset(20), offset(125_000)], ["T+0", "T+2m 05s"]);
         assert_eq!(moment(1_795_528_805_000), "2026-11-24 14:00:05Z");
         assert_eq!(moment(u64::MAX), "?");
