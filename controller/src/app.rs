@@ -85,18 +85,18 @@ const MAX_TO_AGENT: usize = MAX_AGENT_MESSAGE;
 
 /// What `lockstep serve` is told on its command line.
 #[derive(Debug, Clone)]
-pub struct ServeOptions {
+pub(crate) struct ServeOptions {
     /// The configuration file.
-    pub config: PathBuf,
+    pub(crate) config: PathBuf,
     /// Where to write the address that was bound, once calls are taken.
-    pub ready_file: Option<PathBuf>,
+    pub(crate) ready_file: Option<PathBuf>,
     /// Begin a term above this one: after the state came back from a backup.
-    pub epoch_above: u64,
+    pub(crate) epoch_above: u64,
 }
 
 /// Why the controller did not start, or did not go on.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub(crate) enum ServeError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -155,7 +155,7 @@ impl ServeError {
     /// directory must be looked at by a person, and a restart does not help; 11: the journal
     /// could not be written, and a restart finds out what was; 12: another controller has the
     /// state directory or took over, and a restart does not help.
-    pub fn exit_code(&self) -> u8 {
+    pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Tls(_) | Self::Bind { .. } => 2,
             Self::Journal(OpenError::InUse { .. })
@@ -170,7 +170,7 @@ impl ServeError {
 }
 
 /// Runs a controller until it is told to stop.
-pub fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
+pub(crate) fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
     let config = Config::load(&options.config)?;
     // One provider for TLS of every kind; an error says that it is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -192,7 +192,7 @@ pub fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
 
 /// Everything that a controller needs, before it takes the first call.
 #[derive(Debug)]
-pub struct App {
+pub(crate) struct App {
     config: Config,
     driver: Driver,
     notices: mpsc::Receiver<lockstep_core::Notify>,
@@ -207,7 +207,7 @@ pub struct App {
 
 impl App {
     /// Does everything that can fail: a controller that starts is one that works.
-    pub async fn build(config: Config, epoch_above: u64) -> Result<Self, ServeError> {
+    pub(crate) async fn build(config: Config, epoch_above: u64) -> Result<Self, ServeError> {
         let signals = Signals::new()?;
         let tls = Settings::load(&config.tls, &config.domain)?;
         let state = &config.state_dir;
@@ -252,7 +252,7 @@ impl App {
     }
 
     /// Starts every part.
-    pub fn start(self) -> Result<Running, ServeError> {
+    pub(crate) fn start(self) -> Result<Running, ServeError> {
         let Self {
             config,
             driver,
@@ -337,7 +337,7 @@ impl App {
 
 /// A controller that takes calls.
 #[derive(Debug)]
-pub struct Running {
+pub(crate) struct Running {
     address: SocketAddr,
     driver: Handle,
     driver_end: oneshot::Receiver<Result<(), DriverError>>,
@@ -354,11 +354,11 @@ pub struct Running {
 
 /// A controller that has come to its end, with nothing left to lose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Drained;
+pub(crate) struct Drained;
 
 impl Running {
     /// Tells everyone who waits for it that calls are taken: the log, a file, systemd.
-    pub fn announce(&self, ready_file: Option<&Path>) -> Result<(), ServeError> {
+    pub(crate) fn announce(&self, ready_file: Option<&Path>) -> Result<(), ServeError> {
         tracing::info!("listening on {}", self.address);
         if let Some(path) = ready_file {
             let temporary = path.with_extension("tmp");
@@ -371,7 +371,7 @@ impl Running {
     }
 
     /// Runs until a signal or an error, then drains.
-    pub async fn run(mut self) -> Result<Drained, ServeError> {
+    pub(crate) async fn run(mut self) -> Result<Drained, ServeError> {
         loop {
             tokio::select! {
                 end = &mut self.driver_end => return Err(ended_early(end)),

@@ -18,7 +18,7 @@ use lockstep_proto::seal::{self, InvalidPlan, SealedPlan};
 
 /// The directory of content. Its functions block: they read and sync files.
 #[derive(Debug)]
-pub struct Blobs {
+pub(crate) struct Blobs {
     dir: PathBuf,
     /// Plans that were read or stored. The coordinator holds every one of them anyway.
     plans: Mutex<HashMap<PlanDigest, Arc<SealedPlan>>>,
@@ -26,7 +26,7 @@ pub struct Blobs {
 
 /// Content that cannot be stored or read.
 #[derive(Debug, thiserror::Error)]
-pub enum BlobError {
+pub(crate) enum BlobError {
     /// The operating system refuses.
     #[error("{path}")]
     Io {
@@ -58,7 +58,7 @@ impl AsRef<[u8]> for Lent {
 
 impl Blobs {
     /// Opens the directory, or makes it.
-    pub fn open(dir: PathBuf) -> Result<Self, BlobError> {
+    pub(crate) fn open(dir: PathBuf) -> Result<Self, BlobError> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
         made.map_err(|source| error(&dir, source))?;
         Ok(Self {
@@ -69,7 +69,7 @@ impl Blobs {
 
     /// Stores a plan and its source; when it returns, both are on the disk. A plan that is
     /// stored already keeps its first source.
-    pub fn store_plan(&self, plan: &Arc<SealedPlan>, source: &str) -> Result<(), BlobError> {
+    pub(crate) fn store_plan(&self, plan: &Arc<SealedPlan>, source: &str) -> Result<(), BlobError> {
         let path = self.path(plan.digest());
         let source_path = path.with_extension("source");
         if !source.is_empty() && !path.exists() {
@@ -83,7 +83,7 @@ impl Blobs {
     }
 
     /// A stored plan; none if there is none of that digest.
-    pub fn plan(&self, digest: PlanDigest) -> Result<Option<Arc<SealedPlan>>, BlobError> {
+    pub(crate) fn plan(&self, digest: PlanDigest) -> Result<Option<Arc<SealedPlan>>, BlobError> {
         if let Some(plan) = self.plans().get(&digest) {
             return Ok(Some(Arc::clone(plan)));
         }
@@ -98,13 +98,13 @@ impl Blobs {
     }
 
     /// A plan's bytes, shared with everyone who asked for them.
-    pub fn plan_bytes(&self, digest: PlanDigest) -> Result<Option<Bytes>, BlobError> {
+    pub(crate) fn plan_bytes(&self, digest: PlanDigest) -> Result<Option<Bytes>, BlobError> {
         let plan = self.plan(digest)?;
         Ok(plan.map(|plan| Bytes::from_owner(Lent(plan))))
     }
 
     /// The text that a plan was compiled from; empty if it was not given.
-    pub fn source(&self, digest: PlanDigest) -> Result<String, BlobError> {
+    pub(crate) fn source(&self, digest: PlanDigest) -> Result<String, BlobError> {
         let bytes = read(&self.path(digest).with_extension("source"))?;
         Ok(String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned())
     }

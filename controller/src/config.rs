@@ -30,58 +30,58 @@ use serde::Deserialize;
 
 /// A configuration that was read and holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Config {
+pub(crate) struct Config {
     /// Where agents and operators dial.
-    pub listen: SocketAddr,
+    pub(crate) listen: SocketAddr,
     /// Where the controller keeps its state.
-    pub state_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
     /// The trust domain of every certificate.
-    pub domain: String,
+    pub(crate) domain: String,
     /// Certificates.
-    pub tls: TlsFiles,
+    pub(crate) tls: TlsFiles,
     /// Where `secret://NAME` is found; none if the controller uses no secrets.
-    pub secrets_dir: Option<PathBuf>,
+    pub(crate) secrets_dir: Option<PathBuf>,
     /// How mail is sent; none if it is not.
-    pub email: Option<Email>,
+    pub(crate) email: Option<Email>,
 }
 
 /// The files of the controller's identity, and of whom it trusts.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TlsFiles {
+pub(crate) struct TlsFiles {
     /// The controller's certificate, then its intermediates, in PEM.
-    pub cert: PathBuf,
+    pub(crate) cert: PathBuf,
     /// Its private key, in PEM.
-    pub key: PathBuf,
+    pub(crate) key: PathBuf,
     /// The agents' issuers, in PEM.
-    pub agent_ca: PathBuf,
+    pub(crate) agent_ca: PathBuf,
     /// The operators' issuers, in PEM. None of them may be an agents' issuer too.
-    pub operator_ca: PathBuf,
+    pub(crate) operator_ca: PathBuf,
 }
 
 /// How mail is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Email {
+pub(crate) struct Email {
     /// The mail server.
-    pub host: String,
+    pub(crate) host: String,
     /// Its port; absent: 587, 465 or 25, as `security` says.
-    pub port: Option<u16>,
+    pub(crate) port: Option<u16>,
     /// How the connection is protected.
     #[serde(default)]
-    pub security: EmailSecurity,
+    pub(crate) security: EmailSecurity,
     /// The sender: `name@example.com` or `Name <name@example.com>`.
-    pub from: String,
+    pub(crate) from: String,
     /// Who logs in; absent: nobody.
-    pub user: Option<String>,
+    pub(crate) user: Option<String>,
     /// `secret://NAME`; needed with `user`.
-    pub password: Option<String>,
+    pub(crate) password: Option<String>,
 }
 
 /// How the connection to a mail server is protected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum EmailSecurity {
+pub(crate) enum EmailSecurity {
     /// Plain first, then TLS; a server without it is refused.
     #[default]
     Starttls,
@@ -93,7 +93,7 @@ pub enum EmailSecurity {
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub(crate) enum ConfigError {
     /// The file cannot be read.
     #[error("the configuration {path} cannot be read")]
     Unreadable {
@@ -137,7 +137,7 @@ struct RawConfig {
 
 impl Config {
     /// Reads a configuration file.
-    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
             path: path.to_owned(),
             source,
@@ -156,7 +156,7 @@ impl Config {
             key,
             why: why.to_owned(),
         };
-        let base = path.parent().unwrap_or(Path::new(""));
+        let base = path.parent().unwrap_or_else(|| Path::new(""));
         let RawConfig {
             listen,
             state_dir,

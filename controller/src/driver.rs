@@ -11,14 +11,15 @@
 //! ends without sending anything of that batch, and the process with it; the next process folds
 //! what was persisted.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lockstep_core::event::EventKind;
 use lockstep_core::{
-    Answer, Call, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
+    Answer, Call, Config, Coordinator, Effects, Entry, Event, Message, Notify, Record,
+    RecoverError, Refused,
 };
 use lockstep_proto::ids::{Epoch, HostId, OperatorName, PlanDigest};
 use lockstep_proto::seal::SealedPlan;
@@ -72,7 +73,7 @@ type Read = Box<dyn FnOnce(&Coordinator) + Send>;
 /// The driver has ended, or is about to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the controller is stopping")]
-pub struct Stopping;
+pub(crate) struct Stopping;
 
 impl From<Stopping> for Status {
     fn from(stopping: Stopping) -> Self {
@@ -82,18 +83,18 @@ impl From<Stopping> for Status {
 
 /// What everyone else has of the driver.
 #[derive(Debug, Clone)]
-pub struct Handle {
+pub(crate) struct Handle {
     inputs: mpsc::Sender<Input>,
 }
 
 impl Handle {
     /// Hands over an event; waits while the driver is busy.
-    pub async fn event(&self, event: Event) -> Result<(), Stopping> {
+    pub(crate) async fn event(&self, event: Event) -> Result<(), Stopping> {
         self.send(Input::Event(event)).await
     }
 
     /// Asks for what an operator wants; the answer is durable.
-    pub async fn call(
+    pub(crate) async fn call(
         &self,
         operator: OperatorName,
         groups: Vec<String>,
@@ -111,7 +112,7 @@ impl Handle {
     }
 
     /// Asks for a session to be admitted. `Welcome` is the first message in its queue.
-    pub async fn open(
+    pub(crate) async fn open(
         &self,
         hello: Hello,
         version: u32,
@@ -129,12 +130,16 @@ impl Handle {
     }
 
     /// Says that a session is gone.
-    pub async fn closed(&self, host: HostId, session: SessionNumber) -> Result<(), Stopping> {
+    pub(crate) async fn closed(
+        &self,
+        host: HostId,
+        session: SessionNumber,
+    ) -> Result<(), Stopping> {
         self.send(Input::Closed { host, session }).await
     }
 
     /// Reads the coordinator's state; everything that is seen is durable.
-    pub async fn read<T: Send + 'static>(
+    pub(crate) async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Coordinator) -> T + Send + 'static,
     ) -> Result<T, Stopping> {
@@ -148,12 +153,12 @@ impl Handle {
     }
 
     /// Tells every agent to come back later, ends all sessions and admits no more.
-    pub async fn drain(&self) -> Result<(), Stopping> {
+    pub(crate) async fn drain(&self) -> Result<(), Stopping> {
         self.send(Input::Drain).await
     }
 
     /// Asks the driver to finish what it was handed before, and to close the journal.
-    pub async fn stop(&self) -> Result<(), Stopping> {
+    pub(crate) async fn stop(&self) -> Result<(), Stopping> {
         self.send(Input::Stop).await
     }
 
@@ -164,7 +169,7 @@ impl Handle {
 
 /// Why the driver ended before it was asked to.
 #[derive(Debug, thiserror::Error)]
-pub enum DriverError {
+pub(crate) enum DriverError {
     /// A batch could not be made durable; nothing of it was sent.
     #[error("a batch could not be made durable, so the controller stops")]
     Append(#[from] AppendError),
@@ -189,7 +194,7 @@ pub enum DriverError {
 
 /// Why a controller cannot go on from its journal.
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
+pub(crate) enum StartError {
     /// The journal cannot be read.
     #[error(transparent)]
     Journal(#[from] OpenError),
@@ -209,20 +214,20 @@ pub enum StartError {
 
 /// What a driver is made of.
 #[derive(Debug)]
-pub struct Parts {
+pub(crate) struct Parts {
     /// The journal, open.
-    pub journal: Box<dyn Journal>,
+    pub(crate) journal: Box<dyn Journal>,
     /// Live events.
-    pub hub: Hub,
+    pub(crate) hub: Hub,
     /// Notices on their way to be sent.
-    pub notices: mpsc::Sender<Notify>,
+    pub(crate) notices: mpsc::Sender<Notify>,
     /// The new term's counter is above this, and above the journal's last one.
-    pub epoch_above: u64,
+    pub(crate) epoch_above: u64,
 }
 
 /// The driver, before it runs.
 #[derive(Debug)]
-pub struct Driver {
+pub(crate) struct Driver {
     coordinator: Coordinator,
     journal: Box<dyn Journal>,
     sessions: Registry,
@@ -238,7 +243,7 @@ pub struct Driver {
 
 impl Driver {
     /// Recovers the state from the journal and begins a new term. `plan` finds compiled plans.
-    pub fn recover(
+    pub(crate) fn recover(
         parts: Parts,
         plan: impl Fn(PlanDigest) -> Option<Arc<SealedPlan>>,
     ) -> Result<Self, StartError> {
@@ -273,7 +278,7 @@ impl Driver {
 
     /// Runs the driver on a thread of its own until it is stopped. What it ended with comes out
     /// of the receiver; nothing at all after a panic.
-    pub fn spawn(self) -> (Handle, oneshot::Receiver<Result<(), DriverError>>) {
+    pub(crate) fn spawn(self) -> (Handle, oneshot::Receiver<Result<(), DriverError>>) {
         let (inputs, receiver) = mpsc::channel(INPUTS);
         let (ended, end) = oneshot::channel();
         let run = move || {
@@ -444,9 +449,8 @@ impl Driver {
             acknowledged,
         };
         let welcome = wire::down::Message::Welcome(welcome.into());
-        round
-            .sends
-            .push((host.clone(), number, registry::down(welcome)));
+        let welcome = Box::new(registry::down(welcome));
+        round.sends.push((host.clone(), number, welcome));
         let event = Event::HostUp {
             host,
             labels: hello.labels,
@@ -501,21 +505,20 @@ impl Driver {
     }
 }
 
+/// An answer, and who waits for it.
+type Owed<T> = (oneshot::Sender<T>, T);
+
 /// What one batch leads to.
 #[derive(Default)]
 struct Round {
     persist: Vec<Entry>,
     sends: Vec<(HostId, SessionNumber, registry::Down)>,
+    /// Where in `sends` a session is told which of its reports are durable.
+    acknowledged: HashMap<SessionNumber, usize>,
     notify: Vec<Notify>,
     published: Vec<(lockstep_proto::ids::RolloutId, lockstep_core::RolloutEvent)>,
-    answers: Vec<(
-        oneshot::Sender<Result<Answer, Refused>>,
-        Result<Answer, Refused>,
-    )>,
-    admitted: Vec<(
-        oneshot::Sender<Result<SessionNumber, Status>>,
-        Result<SessionNumber, Status>,
-    )>,
+    answers: Vec<Owed<Result<Answer, Refused>>>,
+    admitted: Vec<Owed<Result<SessionNumber, Status>>>,
     reads: Vec<Read>,
 }
 
@@ -533,10 +536,20 @@ impl Round {
         debug_assert!(answer.is_none(), "calls take their answer out first");
         self.persist.extend(persist);
         for (host, message) in send {
-            if let Some(number) = sessions.current(&host) {
-                let message = registry::from_message(message);
-                self.sends.push((host, number, message));
+            let Some(number) = sessions.current(&host) else {
+                continue;
+            };
+            let acknowledges = matches!(message, Message::Acknowledged(_));
+            let message = Box::new(registry::from_message(message));
+            // A session with many reports in one batch is told once, of the newest.
+            if acknowledges && let Some(place) = self.acknowledged.get(&number) {
+                self.sends[*place].2 = message;
+                continue;
             }
+            if acknowledges {
+                self.acknowledged.insert(number, self.sends.len());
+            }
+            self.sends.push((host, number, message));
         }
         self.notify.extend(notify);
         self.published.extend(published);
@@ -577,7 +590,7 @@ impl Clock {
 
     /// When the clock shows a time; a year from now stands for everything later.
     fn instant(&self, at: Timestamp) -> Instant {
-        const LATEST: Duration = Duration::from_hours(365 * 24);
+        const LATEST: Duration = Duration::from_secs(365 * 86_400);
         self.since
             + at.since(self.base)
                 .to_std()

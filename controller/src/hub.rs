@@ -16,26 +16,21 @@ const WATCHER_LAG: usize = 4096;
 
 /// One channel for each rollout that is watched.
 #[derive(Debug, Clone, Default)]
-pub struct Hub {
+pub(crate) struct Hub {
     channels: Arc<Mutex<HashMap<RolloutId, broadcast::Sender<Arc<RolloutEvent>>>>>,
 }
 
 impl Hub {
     /// Everything that is published about a rollout from now on.
-    pub fn subscribe(&self, rollout: &RolloutId) -> broadcast::Receiver<Arc<RolloutEvent>> {
+    pub(crate) fn subscribe(&self, rollout: &RolloutId) -> broadcast::Receiver<Arc<RolloutEvent>> {
         let mut channels = self.channels();
-        match channels.get(rollout) {
-            Some(channel) => channel.subscribe(),
-            None => {
-                let (channel, receiver) = broadcast::channel(WATCHER_LAG);
-                channels.insert(rollout.clone(), channel);
-                receiver
-            }
-        }
+        let channel = channels.entry(rollout.clone());
+        let channel = channel.or_insert_with(|| broadcast::Sender::new(WATCHER_LAG));
+        channel.subscribe()
     }
 
     /// Publishes an event, which is made only if anybody watches.
-    pub fn publish(&self, rollout: &RolloutId, event: impl FnOnce() -> RolloutEvent) {
+    pub(crate) fn publish(&self, rollout: &RolloutId, event: impl FnOnce() -> RolloutEvent) {
         let mut channels = self.channels();
         let Some(channel) = channels.get(rollout) else {
             return;

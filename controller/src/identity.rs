@@ -17,7 +17,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// What a peer may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub(crate) enum Role {
     /// It does the work on a host.
     Agent,
     /// It speaks for a person.
@@ -26,7 +26,7 @@ pub enum Role {
 
 /// A peer's name, by role.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Identity {
+pub(crate) enum Identity {
     /// The agent of a host.
     Agent(HostId),
     /// A person, with the groups that the person may decide for.
@@ -40,7 +40,7 @@ pub enum Identity {
 
 impl Identity {
     /// What the peer may be.
-    pub fn role(&self) -> Role {
+    pub(crate) fn role(&self) -> Role {
         match self {
             Self::Agent(_) => Role::Agent,
             Self::Operator { .. } => Role::Operator,
@@ -59,7 +59,7 @@ impl fmt::Display for Identity {
 
 /// A certificate that names nobody.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidIdentity {
+pub(crate) enum InvalidIdentity {
     /// Not readable.
     #[error("the certificate cannot be read")]
     Unreadable,
@@ -81,7 +81,7 @@ pub enum InvalidIdentity {
 
 /// A peer whose certificate was verified.
 #[derive(Debug, Clone)]
-pub struct Peer(Arc<Inner>);
+pub(crate) struct Peer(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -92,7 +92,7 @@ struct Inner {
 
 impl Peer {
     /// The peer with a certificate that the handshake has verified.
-    pub fn new(
+    pub(crate) fn new(
         certificate: &CertificateDer<'_>,
         domain: &str,
         address: SocketAddr,
@@ -106,24 +106,24 @@ impl Peer {
     }
 
     /// Who it is.
-    pub fn identity(&self) -> &Identity {
+    pub(crate) fn identity(&self) -> &Identity {
         &self.0.identity
     }
 
     /// Where it dials from.
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.0.address
     }
 
     /// How long its certificate is valid; zero once it has ended. A connection may outlive it,
     /// so each call and each stream asks.
-    pub fn remaining(&self) -> Duration {
+    pub(crate) fn remaining(&self) -> Duration {
         let left = self.0.not_after.duration_since(SystemTime::now());
         left.unwrap_or_default()
     }
 
     /// The host that this agent acts for.
-    pub fn agent(&self) -> Result<&HostId, Status> {
+    pub(crate) fn agent(&self) -> Result<&HostId, Status> {
         match &self.0.identity {
             Identity::Agent(host) => Ok(host),
             Identity::Operator { name, .. } => Err(Status::permission_denied(format!(
@@ -133,7 +133,7 @@ impl Peer {
     }
 
     /// The operator, with groups.
-    pub fn operator(&self) -> Result<(&OperatorName, &[String]), Status> {
+    pub(crate) fn operator(&self) -> Result<(&OperatorName, &[String]), Status> {
         match &self.0.identity {
             Identity::Operator { name, groups } => Ok((name, groups)),
             Identity::Agent(host) => Err(Status::permission_denied(format!(
@@ -144,7 +144,7 @@ impl Peer {
 }
 
 /// What a certificate claims, and until when.
-pub fn read(
+pub(crate) fn read(
     certificate: &CertificateDer<'_>,
     domain: &str,
 ) -> Result<(Identity, SystemTime), InvalidIdentity> {

@@ -22,11 +22,11 @@ use tokio::sync::broadcast;
 
 /// What is kept of one attempt's output, in bytes. More than that nobody reads here; the host
 /// keeps its own.
-pub const MAX_STEP: u64 = 4 << 20;
+pub(crate) const MAX_STEP: u64 = 4 << 20;
 
 /// What is kept of one host in one rollout, in bytes: an agent that invents attempts cannot fill
 /// the disk.
-pub const MAX_HOST: u64 = 64 << 20;
+pub(crate) const MAX_HOST: u64 = 64 << 20;
 
 /// Announcements that a follower may be behind before it looks at every file again.
 const FOLLOWER_LAG: usize = 1024;
@@ -35,14 +35,14 @@ const FRAME_HEADER: usize = 12;
 
 /// The directory of logs.
 #[derive(Debug, Clone)]
-pub struct Logs {
+pub(crate) struct Logs {
     dir: PathBuf,
     followed: Arc<Mutex<HashMap<RolloutId, broadcast::Sender<StepKey>>>>,
 }
 
 impl Logs {
     /// Opens the directory, or makes it.
-    pub fn open(dir: PathBuf) -> io::Result<Self> {
+    pub(crate) fn open(dir: PathBuf) -> io::Result<Self> {
         make_directory(&dir)?;
         Ok(Self {
             dir,
@@ -51,20 +51,15 @@ impl Logs {
     }
 
     /// Announces every file of a rollout that grows from now on.
-    pub fn follow(&self, rollout: &RolloutId) -> broadcast::Receiver<StepKey> {
+    pub(crate) fn follow(&self, rollout: &RolloutId) -> broadcast::Receiver<StepKey> {
         let mut followed = self.followed();
-        match followed.get(rollout) {
-            Some(sender) => sender.subscribe(),
-            None => {
-                let (sender, receiver) = broadcast::channel(FOLLOWER_LAG);
-                followed.insert(rollout.clone(), sender);
-                receiver
-            }
-        }
+        let sender = followed.entry(rollout.clone());
+        let sender = sender.or_insert_with(|| broadcast::Sender::new(FOLLOWER_LAG));
+        sender.subscribe()
     }
 
     /// A writer for one attempt's output, which goes on where the last one ended.
-    pub fn writer(&self, key: &StepKey) -> io::Result<Writer> {
+    pub(crate) fn writer(&self, key: &StepKey) -> io::Result<Writer> {
         let host = self.host_dir(&key.rollout, &key.host);
         make_directory(&host)?;
         let mut used = 0;
@@ -91,7 +86,7 @@ impl Logs {
     }
 
     /// The attempts of a rollout that have output, in the order of hosts and steps.
-    pub fn keys(
+    pub(crate) fn keys(
         &self,
         rollout: &RolloutId,
         host: Option<&HostId>,
@@ -118,7 +113,7 @@ impl Logs {
     }
 
     /// Reads one attempt's output from its beginning.
-    pub fn reader(&self, key: &StepKey) -> Reader {
+    pub(crate) fn reader(&self, key: &StepKey) -> Reader {
         Reader {
             path: self.path(key),
             position: 0,
@@ -160,7 +155,7 @@ impl Logs {
 
 /// Appends one attempt's output.
 #[derive(Debug)]
-pub struct Writer {
+pub(crate) struct Writer {
     file: File,
     /// The offset after the last byte that is stored, or known to be dropped.
     next: u64,
@@ -174,7 +169,7 @@ pub struct Writer {
 impl Writer {
     /// Appends a piece of output that begins at an offset. What is there already is skipped, and
     /// what there is no room for is dropped.
-    pub fn append(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+    pub(crate) fn append(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         let known = usize::try_from(self.next.saturating_sub(offset)).unwrap_or(usize::MAX);
         let Some(fresh) = data.get(known..).filter(|fresh| !fresh.is_empty()) else {
             return Ok(());
@@ -195,12 +190,12 @@ impl Writer {
     }
 
     /// How many bytes this writer has kept.
-    pub fn kept(&self) -> u64 {
+    pub(crate) fn kept(&self) -> u64 {
         self.kept
     }
 
     /// Writes down where the output ends, so that readers see what was dropped before.
-    pub fn finish(&mut self, end: u64) -> io::Result<()> {
+    pub(crate) fn finish(&mut self, end: u64) -> io::Result<()> {
         if std::mem::take(&mut self.changed) && end > self.next {
             self.write_frame(end, &[])?;
             self.next = end;
@@ -222,7 +217,7 @@ impl Writer {
 
 /// Reads one attempt's output as harmless text, in whole lines.
 #[derive(Debug)]
-pub struct Reader {
+pub(crate) struct Reader {
     /// Opened anew for each reading: who follows 10,000 hosts does not hold as many files open.
     path: PathBuf,
     position: u64,
@@ -233,7 +228,7 @@ pub struct Reader {
 
 impl Reader {
     /// The next lines, up to about 64 KiB; empty if nothing new is there.
-    pub fn lines(&mut self) -> io::Result<String> {
+    pub(crate) fn lines(&mut self) -> io::Result<String> {
         let mut text = String::new();
         let mut file = File::open(&self.path)?;
         while text.len() < CHUNK {
@@ -244,7 +239,8 @@ impl Reader {
             if frame.offset > self.next {
                 self.end_line(&mut text);
                 let dropped = frame.offset - self.next;
-                text.push_str(&format!("[{dropped} bytes of output were dropped here]\n"));
+                let note = format!("[{dropped} bytes of output were dropped here]\n");
+                text.push_str(&note);
             }
             let known = usize::try_from(self.next.saturating_sub(frame.offset));
             let known = known.unwrap_or(usize::MAX);
@@ -264,7 +260,7 @@ impl Reader {
     }
 
     /// What is left of the last line, for when nothing more will come.
-    pub fn rest(&mut self) -> String {
+    pub(crate) fn rest(&mut self) -> String {
         let mut text = String::new();
         self.end_line(&mut text);
         text
@@ -281,7 +277,7 @@ impl Reader {
 
 /// Text without anything that a terminal or a reader could be misled by: escape sequences,
 /// control characters but tab and newline, and changes of the writing direction.
-pub fn harmless(text: &str) -> String {
+pub(crate) fn harmless(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();
     while let Some(char) = chars.next() {
@@ -443,8 +439,8 @@ mod tests {
     fn output_is_bounded() {
         let (_dir, logs) = logs();
         let mut writer = logs.writer(&key()).unwrap();
-        let line = [b'x'; 65_535].iter().chain(b"\n").copied();
-        let line: Vec<u8> = line.collect();
+        let mut line = vec![b'x'; 65_535];
+        line.push(b'\n');
         for number in 0..100_u64 {
             writer.append(number * 65_536, &line).unwrap();
         }

@@ -27,11 +27,11 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 const AT_A_TIME: usize = 8;
 
 /// Messages that wait to be sent; more than these are given up, and recorded so.
-pub const WAITING: usize = 256;
+pub(crate) const WAITING: usize = 256;
 
 /// Why a message was not sent, in words for the report.
 #[derive(Debug, thiserror::Error)]
-pub enum SendError {
+pub(crate) enum SendError {
     /// A secret that cannot be had.
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -51,7 +51,7 @@ pub enum SendError {
 
 /// Sends messages.
 #[derive(Debug, Clone)]
-pub struct Notifier {
+pub(crate) struct Notifier {
     http: reqwest::Client,
     email: Option<Arc<Email>>,
     secrets: Secrets,
@@ -59,7 +59,7 @@ pub struct Notifier {
 
 impl Notifier {
     /// A sender with the system's certificate authorities.
-    pub fn new(email: Option<Email>, secrets: Secrets) -> Result<Self, reqwest::Error> {
+    pub(crate) fn new(email: Option<Email>, secrets: Secrets) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
             .timeout(TIMEOUT)
             // An address was chosen by the plan or a secret; a redirect would choose another.
@@ -74,7 +74,7 @@ impl Notifier {
     }
 
     /// Sends what comes in until the driver is gone, and tells it what became of each message.
-    pub async fn run(
+    pub(crate) async fn run(
         self,
         mut notices: mpsc::Receiver<Notify>,
         driver: Handle,
@@ -108,7 +108,7 @@ impl Notifier {
     }
 
     /// Sends one message.
-    pub async fn send(&self, action: &Action) -> Result<(), SendError> {
+    pub(crate) async fn send(&self, action: &Action) -> Result<(), SendError> {
         match action {
             Action::NotifyWebhook(args::Webhook { url, text }) => {
                 self.post(url, &json!({ "text": text })).await

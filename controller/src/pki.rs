@@ -25,28 +25,28 @@ use rcgen::{
 };
 
 /// How long an issuer's own certificate is valid.
-const ISSUER_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
+const ISSUER_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// How long other certificates are valid.
-pub const LEAF_LIFE: Duration = Duration::from_hours(90 * 24);
+pub(crate) const LEAF_LIFE: Duration = Duration::from_secs(90 * 86_400);
 
 /// Certificates are valid from so long before they were made: clocks differ.
-const BACKDATED: Duration = Duration::from_mins(5);
+const BACKDATED: Duration = Duration::from_secs(300);
 
 /// A certificate and its key, written to files.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Issued {
+pub(crate) struct Issued {
     /// The certificate, in PEM.
-    pub certificate: PathBuf,
+    pub(crate) certificate: PathBuf,
     /// Its private key, in PEM, readable by its owner only.
-    pub key: PathBuf,
+    pub(crate) key: PathBuf,
     /// When the certificate ends.
-    pub not_after: SystemTime,
+    pub(crate) not_after: SystemTime,
 }
 
 /// Why nothing was issued.
 #[derive(Debug, thiserror::Error)]
-pub enum PkiError {
+pub(crate) enum PkiError {
     /// The directory holds issuers already, and they are not overwritten.
     #[error("{0} exists already; issuers are never overwritten")]
     Exists(PathBuf),
@@ -86,7 +86,7 @@ pub enum PkiError {
 }
 
 /// Makes the three issuers for a trust domain. A directory that has some is refused.
-pub fn init(dir: &Path, domain: &str) -> Result<(), PkiError> {
+pub(crate) fn init(dir: &Path, domain: &str) -> Result<(), PkiError> {
     let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
     if !(1..=253).contains(&domain.len()) || !domain.bytes().all(ok) {
         return Err(PkiError::Domain(domain.to_owned()));
@@ -111,7 +111,7 @@ pub fn init(dir: &Path, domain: &str) -> Result<(), PkiError> {
 
 /// Issues a controller's certificate; `addresses` are the DNS names and IP addresses by which
 /// agents and operators dial it.
-pub fn issue_controller(
+pub(crate) fn issue_controller(
     dir: &Path,
     name: &str,
     addresses: &[String],
@@ -125,12 +125,12 @@ pub fn issue_controller(
 }
 
 /// Issues an agent's certificate for a host.
-pub fn issue_agent(dir: &Path, host: &str, out: &Path) -> Result<Issued, PkiError> {
+pub(crate) fn issue_agent(dir: &Path, host: &str, out: &Path) -> Result<Issued, PkiError> {
     Leaf::new(Kind::Agents, host)?.issue(dir, &[], &[], out)
 }
 
 /// Issues an operator's certificate; `groups` are what the operator may decide for.
-pub fn issue_operator(
+pub(crate) fn issue_operator(
     dir: &Path,
     name: &str,
     groups: &[String],

@@ -12,25 +12,25 @@ use std::path::{Path, PathBuf};
 
 /// Where secrets are found.
 #[derive(Debug, Clone)]
-pub struct Secrets {
+pub(crate) struct Secrets {
     dir: Option<PathBuf>,
 }
 
 /// A value that may be secret.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Value {
+pub(crate) struct Value {
     text: String,
     secret: bool,
 }
 
 impl Value {
     /// The value itself: for whoever needs it, and for no message.
-    pub fn expose(&self) -> &str {
+    pub(crate) fn expose(&self) -> &str {
         &self.text
     }
 
     /// Whether it came from a secret, so that no message may hold any of it.
-    pub fn is_secret(&self) -> bool {
+    pub(crate) fn is_secret(&self) -> bool {
         self.secret
     }
 }
@@ -43,7 +43,7 @@ impl fmt::Debug for Value {
 
 /// A secret that cannot be had. Never holds a value.
 #[derive(Debug, thiserror::Error)]
-pub enum SecretError {
+pub(crate) enum SecretError {
     /// The configuration names no directory.
     #[error("secret://{0} is needed, but the configuration has no `secrets_dir`")]
     NoDirectory(String),
@@ -73,12 +73,12 @@ pub enum SecretError {
 
 impl Secrets {
     /// Secrets in this directory.
-    pub fn new(dir: Option<PathBuf>) -> Self {
+    pub(crate) fn new(dir: Option<PathBuf>) -> Self {
         Self { dir }
     }
 
     /// The value that a text stands for: itself, or the secret that it names.
-    pub fn resolve(&self, text: &str) -> Result<Value, SecretError> {
+    pub(crate) fn resolve(&self, text: &str) -> Result<Value, SecretError> {
         let Some(name) = text.strip_prefix("secret://") else {
             return Ok(Value {
                 text: text.to_owned(),

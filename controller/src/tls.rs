@@ -62,7 +62,7 @@ const RELOAD_EVERY: Duration = Duration::from_secs(10);
 
 /// Certificates that cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum TlsError {
+pub(crate) enum TlsError {
     /// A file that cannot be read, or holds no certificate or key in PEM.
     #[error("{what} {path} cannot be read")]
     File {
@@ -98,7 +98,7 @@ pub enum TlsError {
 
 /// The settings for new connections, replaced as a whole.
 #[derive(Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     files: TlsFiles,
     domain: Arc<str>,
     current: ArcSwap<rustls::ServerConfig>,
@@ -106,7 +106,7 @@ pub struct Settings {
 
 impl Settings {
     /// Reads the files for the first time.
-    pub fn load(files: &TlsFiles, domain: &str) -> Result<Arc<Self>, TlsError> {
+    pub(crate) fn load(files: &TlsFiles, domain: &str) -> Result<Arc<Self>, TlsError> {
         let config = server_config(files, domain)?;
         Ok(Arc::new(Self {
             files: files.clone(),
@@ -117,14 +117,14 @@ impl Settings {
 
     /// Reads the files again. If they cannot be used, everything stays as it was. Connections
     /// that are up stay up.
-    pub fn reload(&self) -> Result<(), TlsError> {
+    pub(crate) fn reload(&self) -> Result<(), TlsError> {
         let config = server_config(&self.files, &self.domain)?;
         self.current.store(Arc::new(config));
         Ok(())
     }
 
     /// Reloads whenever a file changes, and whenever `asked` says so, until cancelled.
-    pub async fn keep_fresh(
+    pub(crate) async fn keep_fresh(
         self: Arc<Self>,
         mut asked: mpsc::Receiver<()>,
         stop: CancellationToken,
@@ -309,7 +309,7 @@ impl ClientCertVerifier for RoleVerifier {
 }
 
 /// Accepts connections until cancelled; those that have shaken hands come out of the receiver.
-pub fn spawn_accepting(
+pub(crate) fn spawn_accepting(
     listener: TcpListener,
     settings: Arc<Settings>,
     stop: CancellationToken,
@@ -464,7 +464,7 @@ impl Drop for Permits {
 
 /// A connection whose peer is known.
 #[derive(Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
 }

@@ -67,7 +67,7 @@ fn decide(peer: Option<&Peer>, path: &str) -> Result<(), Status> {
 
 /// Puts the table in front of every service.
 #[derive(Debug, Clone, Copy)]
-pub struct AccessLayer;
+pub(crate) struct AccessLayer;
 
 impl<S> Layer<S> for AccessLayer {
     type Service = Access<S>;
@@ -79,7 +79,7 @@ impl<S> Layer<S> for AccessLayer {
 
 /// A service behind the table.
 #[derive(Debug, Clone)]
-pub struct Access<S> {
+pub(crate) struct Access<S> {
     inner: S,
 }
 

@@ -6,7 +6,7 @@ use lockstep_proto::wire::control_v1 as wire;
 use tonic::{Code, Status};
 
 /// An event.
-pub fn event(event: &RolloutEvent) -> wire::RolloutEvent {
+pub(crate) fn event(event: &RolloutEvent) -> wire::RolloutEvent {
     let RolloutEvent {
         number,
         at,
@@ -64,7 +64,7 @@ fn kind(kind: EventKind) -> wire::EventKind {
 }
 
 /// A rollout without its document.
-pub fn rollout(summary: Summary) -> wire::Rollout {
+pub(crate) fn rollout(summary: Summary) -> wire::Rollout {
     let Summary {
         rollout,
         plan,
@@ -91,15 +91,15 @@ pub fn rollout(summary: Summary) -> wire::Rollout {
 }
 
 /// Why an operator is refused, as a status.
-pub fn refused(refused: Refused) -> Status {
-    let code = match &refused {
+pub(crate) fn refused(refused: &Refused) -> Status {
+    let code = match refused {
         Refused::NotFound(_) => Code::NotFound,
         Refused::SerialUsed(..) => Code::AlreadyExists,
         Refused::Locked { .. } | Refused::NotNow(_) => Code::FailedPrecondition,
         Refused::NotAllowed(_) => Code::PermissionDenied,
         Refused::Invalid(_) => Code::InvalidArgument,
     };
-    let message = match &refused {
+    let message = match refused {
         // For people: a time, not a number.
         Refused::Locked {
             host,
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_lock_is_refused_with_its_holder_and_a_readable_time() {
-        let status = refused(Refused::Locked {
+        let status = refused(&Refused::Locked {
             host: "db-1".parse().unwrap(),
             holder: RolloutId::from_random([1; 6]),
             plan: "p".into(),

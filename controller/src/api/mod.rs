@@ -1,7 +1,7 @@
 //! The operators' service: `lockstep.control.v1`.
 
-pub mod access;
-pub mod convert;
+pub(crate) mod access;
+pub(crate) mod convert;
 mod follow;
 mod watch;
 
@@ -41,19 +41,19 @@ const STREAM_QUEUE: usize = 64;
 
 /// The operators' service.
 #[derive(Debug, Clone)]
-pub struct Control {
+pub(crate) struct Control {
     /// The driver.
-    pub driver: Handle,
+    pub(crate) driver: Handle,
     /// Compiled plans.
-    pub blobs: Arc<Blobs>,
+    pub(crate) blobs: Arc<Blobs>,
     /// Output of steps.
-    pub logs: Logs,
+    pub(crate) logs: Logs,
     /// Live events.
-    pub hub: Hub,
+    pub(crate) hub: Hub,
     /// Streams that are open.
-    pub tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
     /// Ends every stream.
-    pub draining: CancellationToken,
+    pub(crate) draining: CancellationToken,
 }
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
@@ -335,7 +335,7 @@ impl Control {
             .await?;
         answer.map_err(|refused| {
             tracing::info!(operator = name, %refused, "a call was refused");
-            convert::refused(refused)
+            convert::refused(&refused)
         })
     }
 

@@ -209,20 +209,22 @@ fn a_flipped_bit_is_never_opened_as_if_nothing_were_missing() {
     assert!(quarantined > 0, "no flip met anything");
 }
 
+type Damage = fn(&Path);
+
 #[test]
 fn a_lost_store_or_head_is_never_started_over() {
     let (original, records) = filled();
-    let lost: [(&str, &dyn Fn(&Path)); 4] = [
-        ("no store", &|dir| {
+    let lost: [(&str, Damage); 4] = [
+        ("no store", |dir| {
             fs::remove_dir_all(dir.join("journal/store")).unwrap();
         }),
-        ("no file", &|dir| {
+        ("no file", |dir| {
             fs::remove_file(dir.join("journal/store/db")).unwrap();
         }),
-        ("no head", &|dir| {
+        ("no head", |dir| {
             fs::remove_file(dir.join("journal/head")).unwrap();
         }),
-        ("an empty head", &|dir| {
+        ("an empty head", |dir| {
             fs::write(dir.join("journal/head"), []).unwrap();
         }),
     ];

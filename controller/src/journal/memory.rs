@@ -6,7 +6,7 @@ use super::{AppendError, Head, Journal, JournalId, OpenError, chain};
 
 /// What survives a close.
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub(crate) struct Memory {
     id: JournalId,
     records: Arc<Mutex<Vec<Vec<u8>>>>,
 }
@@ -22,7 +22,7 @@ impl Default for Memory {
 
 impl Memory {
     /// Opens the journal over what is there.
-    pub fn open(&self) -> MemoryJournal {
+    pub(crate) fn open(&self) -> MemoryJournal {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         let head = records
             .iter()
@@ -36,7 +36,7 @@ impl Memory {
 
 /// A journal in memory.
 #[derive(Debug)]
-pub struct MemoryJournal {
+pub(crate) struct MemoryJournal {
     memory: Memory,
     head: Head,
 }

@@ -13,8 +13,8 @@
 mod contract;
 mod head;
 #[cfg(test)]
-pub mod memory;
-pub mod sled;
+pub(crate) mod memory;
+pub(crate) mod sled;
 
 use std::fmt;
 use std::io;
@@ -24,14 +24,14 @@ use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
 
 /// The version of the format that this release writes.
-pub const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 1;
 
 /// The largest payload, in bytes: with its hash, a value has 32 KiB at most.
-pub const MAX_PAYLOAD: usize = (32 << 10) - 32;
+pub(crate) const MAX_PAYLOAD: usize = (32 << 10) - 32;
 
 /// A journal's random id, made with it: records of one journal do not chain in another.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct JournalId(pub [u8; 16]);
+pub(crate) struct JournalId(pub [u8; 16]);
 
 impl fmt::Display for JournalId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -47,12 +47,12 @@ impl fmt::Debug for JournalId {
 
 impl JournalId {
     /// A new one.
-    pub fn random() -> Self {
+    pub(crate) fn random() -> Self {
         Self(rand::random())
     }
 
     /// What the first record is chained to.
-    pub fn anchor(self) -> Head {
+    pub(crate) fn anchor(self) -> Head {
         let mut hash = sha2::Sha256::new();
         hash.update(b"lockstep journal");
         hash.update(FORMAT.to_be_bytes());
@@ -66,17 +66,17 @@ impl JournalId {
 
 /// The newest record of a journal; number 0 if it is empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Head {
+pub(crate) struct Head {
     /// Its number, from 1.
-    pub number: u64,
+    pub(crate) number: u64,
     /// Its hash.
-    pub hash: Digest,
+    pub(crate) hash: Digest,
 }
 
 impl Head {
     /// The head after one more record.
     #[must_use]
-    pub fn next(self, payload: &[u8]) -> Self {
+    pub(crate) fn next(self, payload: &[u8]) -> Self {
         let number = self.number + 1;
         let mut hash = sha2::Sha256::new();
         hash.update(self.hash.0);
@@ -92,7 +92,7 @@ impl Head {
 /// Durable records in the order in which they were appended.
 ///
 /// One value owns a journal; a second one on the same state is refused.
-pub trait Journal: fmt::Debug + Send {
+pub(crate) trait Journal: fmt::Debug + Send {
     /// The journal's id.
     fn id(&self) -> JournalId;
 
@@ -113,7 +113,7 @@ pub trait Journal: fmt::Debug + Send {
 
 /// A journal that cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub(crate) enum OpenError {
     /// Another process has it.
     #[error("another controller runs on {dir}; end it first")]
     InUse {
@@ -156,7 +156,7 @@ pub enum OpenError {
 
 /// A batch that may not be acknowledged.
 #[derive(Debug, thiserror::Error)]
-pub enum AppendError {
+pub(crate) enum AppendError {
     /// A payload is larger than [`MAX_PAYLOAD`]; nothing of the batch was written.
     #[error("record {number} has {size} bytes, more than a journal keeps in one record")]
     TooLarge {

@@ -38,7 +38,7 @@ const RECORD: u8 = b'r';
 
 /// The journal on disk.
 #[derive(Debug)]
-pub struct SledJournal {
+pub(crate) struct SledJournal {
     dir: PathBuf,
     db: sled::Db,
     /// sled's own file, opened once more to be synced.
@@ -54,7 +54,7 @@ pub struct SledJournal {
 
 impl SledJournal {
     /// Opens the journal in a state directory, or makes it if there is none.
-    pub fn open(state: &Path) -> Result<Self, OpenError> {
+    pub(crate) fn open(state: &Path) -> Result<Self, OpenError> {
         let lock = lock(state)?;
         let dir = state.join("journal");
         let check = state.join("journal.check");

@@ -9,7 +9,7 @@
 //! read, or when the controller drains.
 
 mod output;
-pub mod registry;
+pub(crate) mod registry;
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -49,17 +49,17 @@ const MAX_VERSION: usize = 64;
 
 /// The agents' service.
 #[derive(Debug, Clone)]
-pub struct Agents {
+pub(crate) struct Agents {
     /// The driver.
-    pub driver: Handle,
+    pub(crate) driver: Handle,
     /// Compiled plans.
-    pub blobs: Arc<Blobs>,
+    pub(crate) blobs: Arc<Blobs>,
     /// Output of steps.
-    pub logs: Logs,
+    pub(crate) logs: Logs,
     /// Live events.
-    pub hub: Hub,
+    pub(crate) hub: Hub,
     /// Sessions that are up.
-    pub tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
 }
 
 #[tonic::async_trait]
@@ -264,7 +264,7 @@ fn read_report(host: &HostId, report: WireReport) -> Result<Report, String> {
 
 /// The messages down, and how the stream ends.
 #[derive(Debug)]
-pub struct Downstream {
+pub(crate) struct Downstream {
     messages: mpsc::Receiver<registry::Down>,
     ended: Pin<Box<WaitForCancellationFutureOwned>>,
     ending: Ending,
@@ -309,7 +309,7 @@ impl Drop for Downstream {
 
 /// A plan's bytes, piece by piece.
 #[derive(Debug)]
-pub struct Blob(bytes::Bytes);
+pub(crate) struct Blob(bytes::Bytes);
 
 impl Stream for Blob {
     type Item = Result<BlobChunk, Status>;

@@ -11,62 +11,62 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// Messages that wait for one agent. A host has one order at a time, and after a reconnect an
-/// acknowledgement, an offer and what is outstanding; an agent that lets more than these pile up
-/// does not read.
-pub const QUEUE: usize = 16;
+/// Messages that wait for one agent. A host has one order at a time, one acknowledgement for each
+/// batch of the driver's, and after a reconnect an offer and what is outstanding; an agent that
+/// lets so many pile up does not read. Room is taken as it is used, 32 at a time.
+pub(crate) const QUEUE: usize = 64;
 
 /// A message on its way down. Boxed, because a channel reserves room for 32 of them: 256 bytes
 /// for an idle agent instead of 8 KiB.
-pub type Down = Box<wire::Down>;
+pub(crate) type Down = Box<wire::Down>;
 
 /// Tells one session from the next one of the same host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SessionNumber(u64);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct SessionNumber(u64);
 
 /// The end of a session, decided by one side of it and noticed by the others.
 #[derive(Debug, Clone, Default)]
-pub struct Ending {
+pub(crate) struct Ending {
     token: CancellationToken,
     status: Arc<OnceLock<Status>>,
 }
 
 impl Ending {
     /// Ends the session with a status; the first one counts.
-    pub fn end(&self, status: Status) {
+    pub(crate) fn end(&self, status: Status) {
         let _ = self.status.set(status);
         self.token.cancel();
     }
 
     /// Ends the session without an error.
-    pub fn end_well(&self) {
+    pub(crate) fn end_well(&self) {
         self.token.cancel();
     }
 
     /// Resolves when the session is to end.
-    pub fn token(&self) -> &CancellationToken {
+    pub(crate) fn token(&self) -> &CancellationToken {
         &self.token
     }
 
     /// The error that it ended with.
-    pub fn status(&self) -> Option<Status> {
+    pub(crate) fn status(&self) -> Option<Status> {
         self.status.get().cloned()
     }
 }
 
 /// A session that wants to be admitted.
 #[derive(Debug)]
-pub struct Candidate {
+pub(crate) struct Candidate {
     /// The host, by certificate.
-    pub host: HostId,
+    pub(crate) host: HostId,
     /// Which installation of the agent.
-    pub instance: InstanceId,
+    pub(crate) instance: InstanceId,
     /// Where it dials from.
-    pub peer: SocketAddr,
+    pub(crate) peer: SocketAddr,
     /// The way down.
-    pub queue: mpsc::Sender<Down>,
+    pub(crate) queue: mpsc::Sender<Down>,
     /// How it is ended.
-    pub ending: Ending,
+    pub(crate) ending: Ending,
 }
 
 #[derive(Debug)]
@@ -80,7 +80,7 @@ struct Session {
 
 /// All sessions.
 #[derive(Debug, Default)]
-pub struct Registry {
+pub(crate) struct Registry {
     sessions: HashMap<HostId, Session>,
     last: u64,
 }
@@ -88,7 +88,7 @@ pub struct Registry {
 impl Registry {
     /// Admits a session. One of the same agent instance replaces the older one at once; another
     /// instance under the same name is refused, because one of the two is not what it says.
-    pub fn admit(&mut self, candidate: Candidate) -> Result<SessionNumber, Status> {
+    pub(crate) fn admit(&mut self, candidate: Candidate) -> Result<SessionNumber, Status> {
         let Candidate {
             host,
             instance,
@@ -130,7 +130,7 @@ impl Registry {
     }
 
     /// The number of the session that a message to a host would take now.
-    pub fn current(&self, host: &HostId) -> Option<SessionNumber> {
+    pub(crate) fn current(&self, host: &HostId) -> Option<SessionNumber> {
         self.sessions.get(host).map(|session| session.number)
     }
 
@@ -138,7 +138,7 @@ impl Registry {
     /// loses its session: it connects again, and is told what is outstanding. Returns whether
     /// that happened.
     #[must_use]
-    pub fn send(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
+    pub(crate) fn send(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
         let Some(session) = self.sessions.get(host) else {
             return false;
         };
@@ -160,7 +160,7 @@ impl Registry {
     }
 
     /// Forgets a session that is gone. Returns whether it was still the host's.
-    pub fn closed(&mut self, host: &HostId, number: SessionNumber) -> bool {
+    pub(crate) fn closed(&mut self, host: &HostId, number: SessionNumber) -> bool {
         let current = self.current(host) == Some(number);
         if current {
             self.sessions.remove(host);
@@ -169,26 +169,26 @@ impl Registry {
     }
 
     /// Tells every agent to come back later, and ends its session.
-    pub fn drain(&mut self, reconnect_after_ms: u32) {
+    pub(crate) fn drain(&mut self, reconnect_after_ms: u32) {
         for (_, session) in self.sessions.drain() {
             let drain = wire::Drain { reconnect_after_ms };
             let message = wire::down::Message::Drain(drain);
             // One whose queue is full finds out by the end of its stream.
-            let _ = session.queue.try_send(down(message));
+            let _ = session.queue.try_send(Box::new(down(message)));
             session.ending.end_well();
         }
     }
 }
 
 /// Puts a message into its envelope.
-pub fn down(message: wire::down::Message) -> Down {
-    Box::new(wire::Down {
+pub(crate) fn down(message: wire::down::Message) -> wire::Down {
+    wire::Down {
         message: Some(message),
-    })
+    }
 }
 
 /// A message of the coordinator's as it goes over the wire.
-pub fn from_message(message: Message) -> Down {
+pub(crate) fn from_message(message: Message) -> wire::Down {
     use wire::down::Message as Wire;
     down(match message {
         Message::Acknowledged(number) => Wire::Acknowledged(number),
@@ -236,7 +236,7 @@ mod tests {
         (candidate, receiver, ending)
     }
 
-    fn acknowledged() -> Down {
+    fn acknowledged() -> wire::Down {
         from_message(Message::Acknowledged(1))
     }
 
@@ -255,10 +255,10 @@ mod tests {
         let second = registry.admit(second).unwrap();
         assert_eq!(first_ending.status().unwrap().code(), tonic::Code::Aborted);
         // What was meant for the older session does not reach the newer one.
-        assert!(!registry.send(&host, first, acknowledged()));
+        assert!(!registry.send(&host, first, acknowledged().into()));
         assert!(second_queue.try_recv().is_err());
         assert!(first_queue.try_recv().is_err());
-        assert!(!registry.send(&host, second, acknowledged()));
+        assert!(!registry.send(&host, second, acknowledged().into()));
         assert!(second_queue.try_recv().is_ok());
         // The older one's end does not end the newer one.
         assert!(!registry.closed(&host, first));
@@ -272,9 +272,9 @@ mod tests {
         let (candidate, _queue, ending) = candidate(1);
         let number = registry.admit(candidate).unwrap();
         for _ in 0..QUEUE {
-            assert!(!registry.send(&host, number, acknowledged()));
+            assert!(!registry.send(&host, number, acknowledged().into()));
         }
-        assert!(registry.send(&host, number, acknowledged()));
+        assert!(registry.send(&host, number, acknowledged().into()));
         let status = ending.status().unwrap();
         assert_eq!(status.code(), tonic::Code::ResourceExhausted);
         assert_eq!(registry.current(&host), None);

@@ -2,7 +2,7 @@
 
 #[path = "../../src/pki.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the controller's own module")]
-pub mod pki;
+pub(crate) mod pki;
 
 use std::fs;
 use std::io;
@@ -23,18 +23,18 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
-pub const DOMAIN: &str = "example.com";
+pub(crate) const DOMAIN: &str = "example.com";
 
 /// Things that take milliseconds, on a machine that does much else.
-pub const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// A directory with issuers, certificates, configuration and state.
-pub struct Place {
-    pub dir: tempfile::TempDir,
+pub(crate) struct Place {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let place = Self {
             dir: tempfile::tempdir().unwrap(),
         };
@@ -53,28 +53,28 @@ impl Place {
         place
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    pub fn pki(&self) -> PathBuf {
+    pub(crate) fn pki(&self) -> PathBuf {
         self.path().join("pki")
     }
 
-    pub fn agent(&self, host: &str) -> Identity {
+    pub(crate) fn agent(&self, host: &str) -> Identity {
         Identity::of(pki::issue_agent(&self.pki(), host, self.path()).unwrap())
     }
 
-    pub fn operator(&self, name: &str, groups: &[&str]) -> Identity {
+    pub(crate) fn operator(&self, name: &str, groups: &[&str]) -> Identity {
         let groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
         Identity::of(pki::issue_operator(&self.pki(), name, &groups, self.path()).unwrap())
     }
 
-    pub fn start(&self) -> Controller {
+    pub(crate) fn start(&self) -> Controller {
         self.start_with(&[])
     }
 
-    pub fn start_with(&self, more: &[&str]) -> Controller {
+    pub(crate) fn start_with(&self, more: &[&str]) -> Controller {
         let ready = self.path().join("ready");
         let _ = fs::remove_file(&ready);
         let mut child = self.spawn(more);
@@ -97,13 +97,13 @@ impl Place {
     }
 
     /// Runs a controller that is expected not to start.
-    pub fn fail(&self) -> (Option<i32>, String) {
+    pub(crate) fn fail(&self) -> (Option<i32>, String) {
         let mut child = self.spawn(&[]);
         let status = wait(&mut child);
         (status.code(), self.log())
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.path().join("log")).unwrap_or_default()
     }
 
@@ -136,35 +136,35 @@ fn wait(child: &mut Child) -> ExitStatus {
 }
 
 /// A controller that takes calls; killed when dropped.
-pub struct Controller {
+pub(crate) struct Controller {
     child: Child,
-    pub address: SocketAddr,
+    pub(crate) address: SocketAddr,
     issuer: PathBuf,
 }
 
 impl Controller {
-    pub fn signal(&self, signal: rustix::process::Signal) {
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    pub fn wait(&mut self) -> Option<i32> {
+    pub(crate) fn wait(&mut self) -> Option<i32> {
         wait(&mut self.child).code()
     }
 
     /// Ends it as a power loss would, but for the page cache.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    pub fn terminate(mut self) -> Option<i32> {
+    pub(crate) fn terminate(mut self) -> Option<i32> {
         self.signal(rustix::process::Signal::TERM);
         self.wait()
     }
 
     /// A channel; what is wrong with it may show only at the first call.
-    pub async fn dial(&self, identity: Option<&Identity>) -> Result<Channel, String> {
+    pub(crate) async fn dial(&self, identity: Option<&Identity>) -> Result<Channel, String> {
         let mut roots = rustls::RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_file(&self.issuer).unwrap())
@@ -200,16 +200,20 @@ impl Controller {
         channel.map_err(|error| format!("{error:?}"))
     }
 
-    pub async fn control(&self, identity: &Identity) -> ControlServiceClient<Channel> {
+    pub(crate) async fn control(&self, identity: &Identity) -> ControlServiceClient<Channel> {
         ControlServiceClient::new(self.dial(Some(identity)).await.unwrap())
     }
 
-    pub async fn agents(&self, identity: &Identity) -> AgentServiceClient<Channel> {
+    pub(crate) async fn agents(&self, identity: &Identity) -> AgentServiceClient<Channel> {
         AgentServiceClient::new(self.dial(Some(identity)).await.unwrap())
     }
 
     /// Opens a session and waits for the welcome.
-    pub async fn session(&self, identity: &Identity, hello: Hello) -> Result<Session, Status> {
+    pub(crate) async fn session(
+        &self,
+        identity: &Identity,
+        hello: Hello,
+    ) -> Result<Session, Status> {
         let mut client = self.agents(identity).await;
         let (up, receiver) = mpsc::channel(4);
         up.send(Up {
@@ -244,13 +248,13 @@ impl Drop for Controller {
 
 /// A certificate and its key.
 #[derive(Debug, Clone)]
-pub struct Identity {
-    pub certificate: PathBuf,
-    pub key: PathBuf,
+pub(crate) struct Identity {
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
 }
 
 impl Identity {
-    pub fn of(issued: pki::Issued) -> Self {
+    pub(crate) fn of(issued: pki::Issued) -> Self {
         Self {
             certificate: issued.certificate,
             key: issued.key,
@@ -260,23 +264,23 @@ impl Identity {
 
 /// An agent's session.
 #[derive(Debug)]
-pub struct Session {
-    pub up: mpsc::Sender<Up>,
-    pub down: Streaming<Down>,
-    pub epoch: Epoch,
-    pub acknowledged: u64,
+pub(crate) struct Session {
+    pub(crate) up: mpsc::Sender<Up>,
+    pub(crate) down: Streaming<Down>,
+    pub(crate) epoch: Epoch,
+    pub(crate) acknowledged: u64,
 }
 
 impl Session {
     /// The next message, or how the stream ended.
-    pub async fn next(&mut self) -> Result<Down, Status> {
+    pub(crate) async fn next(&mut self) -> Result<Down, Status> {
         let next = tokio::time::timeout(SOON, self.down.message()).await;
         let next = next.expect("a message in time")?;
         next.ok_or_else(|| Status::ok("the stream has ended"))
     }
 }
 
-pub fn hello(host: &str) -> Hello {
+pub(crate) fn hello(host: &str) -> Hello {
     Hello {
         min_version: 1,
         max_version: 1,
