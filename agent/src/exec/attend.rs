@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lockstep_proto::action::Class;
+use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{BootId, Direction, StepKey};
 use lockstep_proto::report::{Cause, Failure, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
@@ -264,14 +264,14 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
     };
     let class = job.action.info().class;
     let ended = match class {
-        Class::Observing => failed(failure(Cause::Step, NO_OUTCOME)),
+        Class::Observing => failed(failure(Cause::Interrupted, NO_OUTCOME)),
         Class::Blind => unknown(format!(
             "{NO_OUTCOME}, and whether {} had its effect cannot be found out",
             job.action.name()
         )),
         Class::Convergent | Class::Receipted => {
             let probe = host.look(&job, async |cx| actions::probe(&job.action, cx).await);
-            judge(key.direction, probe.await)
+            judge(key.direction, &job.action, probe.await)
         }
     };
     match ended.outcome {
@@ -286,30 +286,36 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
 
 const NO_OUTCOME: &str = "the step process ended without an outcome";
 
-/// What the host's answer says about an attempt that left no outcome.
-fn judge(direction: Direction, probe: Result<Probe, Failure>) -> Ended {
-    let step = |text: &str, changed| {
+/// What the host's answer says about an attempt that left no outcome. Where it proves what is
+/// there, the controller may order another attempt: it finds the effect or makes it, and says
+/// once more what it proved.
+fn judge(direction: Direction, action: &Action, probe: Result<Probe, Failure>) -> Ended {
+    let again = |text: &str, changed| {
         failed(Failure {
             hint: Some("the host was asked what is there; another attempt is safe".into()),
             changed,
-            ..failure(Cause::Step, format!("{NO_OUTCOME}; {text}"))
+            ..failure(Cause::Interrupted, format!("{NO_OUTCOME}; {text}"))
         })
     };
-    let done = |text: String| Ended {
-        outcome: StepOutcome::Ok {
-            changed: true,
-            summary: format!("{text} ({NO_OUTCOME}; the host was asked)"),
-        },
-        facts: vec![],
-        took: Period(0),
-    };
     match (direction, probe) {
-        (Direction::Undo, Ok(Probe::Absent(text)))
-        | (Direction::Do | Direction::Probe, Ok(Probe::Present(text))) => done(text),
+        // A service that was restarted is not restarted again.
+        (Direction::Do, Ok(Probe::Present(text))) if matches!(action, Action::ServiceRestart(_)) => {
+            Ended {
+                outcome: StepOutcome::Ok {
+                    changed: true,
+                    summary: format!("{text} ({NO_OUTCOME}; the host was asked)"),
+                },
+                facts: vec![],
+                took: Period(0),
+            }
+        }
         // An undo is safe to run again: from whatever is there.
-        (Direction::Undo, Ok(Probe::Present(text) | Probe::Partial(text))) => step(&text, true),
-        (_, Ok(Probe::Absent(text))) => step(&format!("not done: {text}"), false),
-        (_, Ok(Probe::Partial(text))) => step(&format!("done in part: {text}"), true),
+        (Direction::Undo, Ok(Probe::Absent(text) | Probe::Present(text) | Probe::Partial(text))) => {
+            again(&text, true)
+        }
+        (_, Ok(Probe::Present(text))) => again(&format!("done: {text}"), true),
+        (_, Ok(Probe::Absent(text))) => again(&format!("not done: {text}"), false),
+        (_, Ok(Probe::Partial(text))) => again(&format!("done in part: {text}"), true),
         (_, Ok(Probe::NoProof(text) | Probe::NotYet(text))) => {
             unknown(format!("{NO_OUTCOME}, and the host cannot say: {text}"))
         }
@@ -352,20 +358,29 @@ mod tests {
     fn an_attempt_without_an_outcome_is_judged_by_the_hosts_answer() {
         use Direction::{Do, Undo};
         let text = || "t".to_owned();
-        let changed = |direction, probe| match judge(direction, probe).outcome {
+        let action = |name, args| Action::deserialize_args(name, args).unwrap().unwrap();
+        let stop = action("service.stop", serde_json::json!({"service": "web"}));
+        let restart = action("service.restart", serde_json::json!({"service": "web"}));
+        let say = |ended: Ended| match ended.outcome {
             StepOutcome::Ok { changed, .. } => ("ok", changed),
-            StepOutcome::Failed(failure) => ("failed", failure.changed),
+            StepOutcome::Failed(failure) => {
+                assert_eq!(failure.cause, Cause::Interrupted);
+                ("again", failure.changed)
+            }
             StepOutcome::Unknown { .. } => ("unknown", false),
         };
-        assert_eq!(changed(Do, Ok(Probe::Present(text()))), ("ok", true));
-        assert_eq!(changed(Do, Ok(Probe::Absent(text()))), ("failed", false));
-        assert_eq!(changed(Do, Ok(Probe::Partial(text()))), ("failed", true));
+        let changed = |direction, probe| say(judge(direction, &stop, probe));
+        assert_eq!(changed(Do, Ok(Probe::Present(text()))), ("again", true));
+        assert_eq!(changed(Do, Ok(Probe::Absent(text()))), ("again", false));
+        assert_eq!(changed(Do, Ok(Probe::Partial(text()))), ("again", true));
         assert_eq!(changed(Do, Ok(Probe::NoProof(text()))), ("unknown", false));
         assert_eq!(changed(Do, Ok(Probe::NotYet(text()))), ("unknown", false));
+        let restarted = judge(Do, &restart, Ok(Probe::Present(text())));
+        assert_eq!(say(restarted), ("ok", true), "INV-1: it is not restarted twice");
         let error = || Err(failure(Cause::Host, "no answer"));
         assert_eq!(changed(Do, error()), ("unknown", false));
-        assert_eq!(changed(Undo, Ok(Probe::Absent(text()))), ("ok", true));
-        assert_eq!(changed(Undo, Ok(Probe::Present(text()))), ("failed", true));
+        assert_eq!(changed(Undo, Ok(Probe::Absent(text()))), ("again", true));
+        assert_eq!(changed(Undo, Ok(Probe::Present(text()))), ("again", true));
         assert_eq!(changed(Undo, error()), ("unknown", false));
     }
 }

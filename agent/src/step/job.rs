@@ -1,7 +1,9 @@
 //! The files through which exec and step processes speak. Both may die between any two of them.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::Action;
@@ -9,6 +11,7 @@ use lockstep_proto::ids::StepKey;
 use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::report::StepOutcome;
 use lockstep_proto::values::Period;
+use rustix::fs::FallocateFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -31,6 +34,9 @@ pub(crate) struct Job {
     /// Where the log files that `check.log` reads ended at the time of consent.
     pub(crate) log_offsets: BTreeMap<PathBuf, u64>,
 }
+
+/// Space for an outcome, in bytes: with the facts of all actions there are, it takes less.
+const OUTCOME: u64 = 64 << 10;
 
 /// How a step process ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,11 +119,35 @@ impl StepDir {
         read_json(&self.job())
     }
 
+    fn outcome_to_be(&self) -> PathBuf {
+        self.0.join("outcome.new")
+    }
+
+    /// Sets space aside for the outcome, before anything is done: the disk may be full by then.
+    pub(crate) fn reserve_outcome(&self) -> io::Result<()> {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.outcome_to_be())?;
+        // The size stays what it is: another process may be writing its outcome right now.
+        rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, OUTCOME)?;
+        Ok(())
+    }
+
     /// Writes the outcome: whole and durable when this returns.
     pub(crate) fn write_outcome(&self, ended: &Ended) -> io::Result<()> {
         let text =
             serde_json::to_vec(ended).expect("an outcome has no map with other keys than text");
-        replace_file(&self.outcome(), &text)
+        let path = self.outcome_to_be();
+        let file = File::options().write(true).open(&path)?;
+        // Not truncated first: that would give the space back.
+        file.write_all_at(&text, 0)?;
+        file.set_len(text.len() as u64)?;
+        file.sync_all()?;
+        std::fs::rename(path, self.outcome())?;
+        sync_dir(&self.0)
     }
 
     /// The outcome, if there is one.

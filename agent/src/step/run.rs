@@ -49,6 +49,9 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
     let boot = boot_id(&config.run_dir).map_err(io::Error::other)?;
     let log = StepLog::to_file(&dir.log())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    // Before the claim: without room for its outcome the attempt must not begin. Of two processes
+    // that race, the second finds the first one's file and leaves it as it is.
+    dir.reserve_outcome()?;
     if Claim::own(boot)?.take(&dir)? == Claimed::Before {
         return Ok(StepExit::ClaimedBefore);
     }

@@ -356,3 +356,137 @@ async fn check_says_what_is_allowed_and_what_is_wrong() {
         Some(2)
     );
 }
+
+/// A small file system of its own for the agent's state; ended with the value.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: std::path::PathBuf) -> Self {
+        std::fs::create_dir_all(&at).unwrap();
+        let mount = ["-t", "tmpfs", "-o", "size=8m,mode=0700", "none"];
+        let status = std::process::Command::new("mount")
+            .args(mount)
+            .arg(&at)
+            .status();
+        assert!(status.unwrap().success(), "a tmpfs can be mounted by root");
+        Self(at)
+    }
+
+    fn fill(&self, leaving: u64) {
+        let stat = rustix::fs::statvfs(&self.0).unwrap();
+        let size = (stat.f_bavail * stat.f_frsize).saturating_sub(leaving);
+        std::fs::write(
+            self.0.join("ballast"),
+            vec![1; usize::try_from(size).unwrap()],
+        )
+        .unwrap();
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.0.join("ballast")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&self.0)
+            .status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_what_is_new_and_records_what_ends() {
+    if !rustix::process::geteuid().is_root() {
+        // Only root may mount a disk that is small enough to fill.
+        return;
+    }
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    let disk = SmallDisk::mount(host.path("state"));
+    host.start();
+    let plan = plan(&[append("one", "1"), append("two", "0")]);
+    controller.keep(&plan);
+    let mut session = controller.accept(epoch(1), 0).await;
+    disk.fill(2 << 20);
+    session.offer(&rollout(1), &plan, false).await;
+    match session.report().await {
+        ReportBody::Declined { refusals, .. } => {
+            assert!(refusals[0].reason.contains("make room"), "{refusals:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    disk.free();
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    host.claimed(&do_key(0, 1)).await;
+    disk.fill(0);
+    let outcome = session.outcome(&do_key(0, 1)).await;
+    assert!(matches!(outcome, StepOutcome::Ok { .. }), "{outcome:?}");
+    session.order(&plan, &do_key(1, 1)).await;
+    let refused = failed(session.outcome(&do_key(1, 1)).await);
+    assert_eq!(
+        (refused.cause, refused.changed),
+        (Cause::Host, false),
+        "{refused:?}"
+    );
+    assert_eq!(effects(&host), ["one"]);
+    disk.free();
+    session.order(&plan, &do_key(1, 2)).await;
+    let outcome = session.outcome(&do_key(1, 2)).await;
+    assert!(matches!(outcome, StepOutcome::Ok { .. }), "{outcome:?}");
+    host.kill();
+    host.start();
+    let session = controller.accept(epoch(1), 0).await;
+    assert_eq!(
+        session.hello.held_rollout,
+        Some(rollout(1)),
+        "the journal is whole"
+    );
+}
+
+#[tokio::test]
+async fn a_daemon_killed_at_any_instant_loses_nothing_and_repeats_nothing() {
+    const STEPS: u16 = 24;
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let lines: Vec<String> = (0..STEPS).map(|step| step.to_string()).collect();
+    let actions: Vec<_> = lines.iter().map(|line| append(line, "0.03")).collect();
+    let plan = plan(&actions);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    let mut acknowledged = 1;
+    for step in 0..STEPS {
+        let key = do_key(step, 1);
+        session.order(&plan, &key).await;
+        // Before the intent, between intent and claim, while it runs, after its outcome.
+        tokio::time::sleep(std::time::Duration::from_millis(u64::from(step) * 6)).await;
+        host.kill();
+        drop(session);
+        host.start();
+        session = controller.accept(epoch(1), acknowledged).await;
+        session.order(&plan, &key).await;
+        loop {
+            let report = session.next().await.unwrap();
+            assert_eq!(report.number, acknowledged + 1, "numbers have no gaps");
+            acknowledged = report.number;
+            session
+                .send(down::Message::Acknowledged(report.number))
+                .await;
+            match report.body {
+                ReportBody::Finished { outcome, .. } => {
+                    assert!(
+                        matches!(outcome, StepOutcome::Ok { .. }),
+                        "{key}: {outcome:?}"
+                    );
+                    break;
+                }
+                ReportBody::Started { key: of } => assert_eq!(of, key),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(effects(&host), lines);
+}

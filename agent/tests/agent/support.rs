@@ -391,9 +391,11 @@ impl Host {
         private_file(&at("policy.toml"), policy);
         let text = format!(
             "host = '{HOST}'\ncontroller = 'localhost:{port}'\nstate_dir = '{root}/state'\n\
-             run_dir = '{root}/run'\nsteps = 'session'\n\
+             run_dir = '{root}/run'\nsteps = '{steps}'\n\
              [tls]\ncontroller_ca = 'ca.pem'\ncert = 'agent.pem'\nkey = 'agent.key'\n\
              [labels]\nrole = 'app'\n[vars]\nroot = '{root}'\n",
+            // On a host of the fleet: systemd.
+            steps = std::env::var("LOCKSTEP_TEST_STEPS").unwrap_or_else(|_| "session".to_owned()),
             port = controller.address.port(),
             root = root.path().display(),
         );
