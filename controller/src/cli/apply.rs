@@ -8,6 +8,7 @@ use tonic::Code;
 
 use super::Session;
 use super::client::{Client, ClientError};
+use super::document::Step;
 use super::error::CliError;
 use super::exit::Exit;
 use super::plan::{self, PlanArgs};
@@ -84,11 +85,9 @@ pub(crate) async fn dry_run(arguments: DryRun, session: &Session) -> Result<Exit
     } else {
         printer.lines(&render::plan::dry_run(&document))?;
     }
-    Ok(if document.state == "succeeded" {
-        Exit::Done
-    } else {
-        Exit::Failed
-    })
+    let failed = |step: &Step| render::status::failures(&step.attempts).next().is_some();
+    let good = document.state == "succeeded" && !document.steps().any(|(_, step)| failed(step));
+    Ok(if good { Exit::Done } else { Exit::Failed })
 }
 
 /// Submits a plan. If the controller goes away in the middle, the same plan is submitted again:

@@ -39,7 +39,7 @@ pub(crate) struct SignOff {
     #[arg(long)]
     role: String,
     /// A comment for the report
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     comment: String,
 }
 

@@ -52,7 +52,7 @@ struct GateArgs {
     #[arg(long, value_name = "PHASE.STEP")]
     gate: Option<String>,
     /// A comment for the report
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     comment: String,
 }
 

@@ -52,10 +52,22 @@ struct Arguments {
     #[command(flatten)]
     profile: ProfileArgs,
     /// What to print on stdout
-    #[arg(long, global = true, value_enum, default_value_t)]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        help_heading = "Output"
+    )]
     output: Output,
     /// When to use colour
-    #[arg(long, global = true, value_enum, default_value_t)]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        help_heading = "Output"
+    )]
     color: Color,
     #[command(subcommand)]
     command: Command,

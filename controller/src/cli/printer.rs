@@ -10,22 +10,20 @@ use super::render::{Line, Tone};
 /// What `--output` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Output {
-    /// For people.
+    // For people.
     #[default]
     Text,
-    /// For programs: one versioned document, or one per line where there are several.
+    // For programs: one versioned document, or one per line where there are several.
     Json,
 }
 
 /// What `--color` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Color {
-    /// On a terminal, unless NO_COLOR is set.
+    // On a terminal, unless NO_COLOR is set.
     #[default]
     Auto,
-    /// Always.
     Always,
-    /// Never.
     Never,
 }
 

@@ -18,15 +18,23 @@ const FILE: &str = "client.toml";
 
 /// Flags that say where the controller is; each overrides the profile.
 #[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Connection")]
 pub(crate) struct ProfileArgs {
     /// Profile: a file, or a directory with a `client.toml` [default: ~/.config/lockstep]
-    #[arg(long, global = true, value_name = "PATH", env = "LOCKSTEP_PROFILE")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        hide_env_values = true,
+        env = "LOCKSTEP_PROFILE"
+    )]
     pub(crate) profile: Option<PathBuf>,
     /// Address of the controller, `host:port`
     #[arg(
         long,
         global = true,
         value_name = "ADDRESS",
+        hide_env_values = true,
         env = "LOCKSTEP_CONTROLLER"
     )]
     pub(crate) controller: Option<String>,
