@@ -128,6 +128,8 @@ pub enum Cause {
     Host,
     /// People asked for it to be stopped.
     Cancelled,
+    /// The step process died, and the host was asked what is there: another attempt is safe.
+    Interrupted,
 }
 
 impl Cause {
@@ -140,6 +142,7 @@ impl Cause {
             Self::Refused => "refused",
             Self::Host => "host not ready",
             Self::Cancelled => "cancelled",
+            Self::Interrupted => "interrupted",
         }
     }
 }

@@ -249,7 +249,16 @@ impl World {
     /// INV-3 and INV-6 at the moment an order is given.
     fn check_order(&mut self, order: &Order) {
         let key = &order.key;
-        assert_eq!(key.attempt, 1, "INV-1: nothing is retried by itself");
+        if key.attempt > 1 {
+            let before = StepKey {
+                attempt: key.attempt - 1,
+                ..key.clone()
+            };
+            assert!(
+                self.interrupted(&before),
+                "INV-1: {key} is retried without proof"
+            );
+        }
         let plan = self.plan.plan();
         let quarantined: BTreeSet<&HostId> = self
             .journal
@@ -348,6 +357,22 @@ impl World {
         })
     }
 
+    /// Whether a host has proven what an attempt left when it was cut off.
+    fn interrupted(&self, wanted: &StepKey) -> bool {
+        self.journal.iter().any(|entry| match &entry.record {
+            Record::Reported {
+                body:
+                    ReportBody::Finished {
+                        key,
+                        outcome: StepOutcome::Failed(failure),
+                        ..
+                    },
+                ..
+            } => key == wanted && failure.cause == Cause::Interrupted,
+            _ => false,
+        })
+    }
+
     /// An agent gets a message.
     fn deliver(&mut self, host: &HostId, message: Message) {
         let agent = self.agents.get_mut(host).unwrap();
@@ -402,7 +427,11 @@ impl World {
                 let roll = self.dice.roll(100);
                 let outcome = if roll < self.faults.fail / if undo { 4 } else { 1 } {
                     StepOutcome::Failed(Failure {
-                        cause: Cause::Step,
+                        cause: if self.dice.percent(50) {
+                            Cause::Step
+                        } else {
+                            Cause::Interrupted
+                        },
                         message: "no".into(),
                         hint: None,
                         last_lines: vec![],
@@ -581,10 +610,7 @@ impl World {
             let step = self.plan.plan().step(key.at).unwrap().step;
             let undoable = key.direction == Direction::Do && step.action.info().undo;
             if undoable && *effect {
-                let undo = StepKey {
-                    direction: Direction::Undo,
-                    ..key.clone()
-                };
+                let done = key;
                 let undone = self.journal.iter().any(|entry| match &entry.record {
                     Record::Reported {
                         body:
@@ -594,7 +620,11 @@ impl World {
                                 ..
                             },
                         ..
-                    } => *key == undo,
+                    } => {
+                        key.direction == Direction::Undo
+                            && key.at == done.at
+                            && key.host == done.host
+                    }
                     _ => false,
                 });
                 assert!(

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_proto::action::Class;
 use lockstep_proto::ids::{Direction, HostId, StepRef};
+use lockstep_proto::order::Fact;
 use lockstep_proto::plan::{Step, Undo};
 use lockstep_proto::report::Cause;
 use lockstep_proto::values::Timestamp;
@@ -27,7 +28,17 @@ enum Need {
     Stuck,
 }
 
-fn need(step: &Step, attempt: &Attempt) -> Need {
+fn need(step: &Step, attempts: &[Attempt]) -> Need {
+    let mut needs = attempts.iter().rev().map(|attempt| need_of(step, attempt));
+    match needs.next() {
+        // A later attempt that found everything in place does not undo what an earlier one did.
+        Some(Need::Nothing) if needs.any(|need| need == Need::Undo) => Need::Undo,
+        Some(last) => last,
+        None => Need::Nothing,
+    }
+}
+
+fn need_of(step: &Step, attempt: &Attempt) -> Need {
     let info = step.action.info();
     if step.undo == Undo::Keep || info.class == Class::Observing {
         return Need::Nothing;
@@ -166,10 +177,8 @@ impl Rollout {
     fn standing_of_host(&self, host: &HostId, chain: &[StepRef], standing: &mut Standing) {
         for &at in chain {
             let step = self.placed(at).step;
-            let done = self
-                .last_attempt(at, Direction::Do, host)
-                .expect("the chain was ordered");
-            match need(step, done) {
+            let attempts = &self.attempts[&(at, Direction::Do)][host];
+            match need(step, attempts) {
                 Need::Nothing => continue,
                 Need::Undo => {}
                 Need::Stuck => {
@@ -181,13 +190,9 @@ impl Rollout {
                     return;
                 }
             }
-            let first = self.retry_from(at, host);
-            match self
-                .last_attempt(at, Direction::Undo, host)
-                .filter(|last| last.number >= first)
-            {
+            match self.last_attempt(at, Direction::Undo, host) {
                 None => {
-                    standing.due.push((at, first, host.clone()));
+                    standing.due.push((at, 1, host.clone()));
                     return;
                 }
                 Some(attempt) => match &attempt.result {
@@ -196,6 +201,10 @@ impl Rollout {
                         return;
                     }
                     Some(_) if attempt.is_ok() => {}
+                    Some(_) if attempt.is_to_be_repeated() => {
+                        standing.due.push((at, attempt.number + 1, host.clone()));
+                        return;
+                    }
                     Some(result) => {
                         let why = format!("undo of {}", self.say_failure(at, result));
                         let name = step.action.name();
@@ -209,17 +218,6 @@ impl Rollout {
                     }
                 },
             }
-        }
-    }
-
-    fn retry_from(&self, at: StepRef, host: &HostId) -> u16 {
-        match &self.mode {
-            Mode::Backward(backward) => backward
-                .retry_from
-                .get(&(at, host.clone()))
-                .copied()
-                .unwrap_or(1),
-            _ => 1,
         }
     }
 
@@ -325,14 +323,16 @@ impl Rollout {
 
     /// Whether a state came from a step that had nothing to undo.
     fn reported_by_steps(&self, host: &HostId, name: &str) -> bool {
+        let says = |fact: &Fact| matches!(fact, Fact::State { name: other, .. } if other == name);
         self.attempts.iter().any(|((at, direction), hosts)| {
+            let attempts = hosts.get(host).map_or(&[][..], Vec::as_slice);
+            let mut facts = attempts
+                .iter()
+                .flat_map(|a| &a.result)
+                .flat_map(|r| &r.facts);
             *direction == Direction::Do
-                && hosts.get(host).and_then(|attempts| attempts.last()).is_some_and(|attempt| {
-                    let reported = attempt.result.iter().flat_map(|result| &result.facts).any(|fact| {
-                        matches!(fact, lockstep_proto::order::Fact::State { name: other, .. } if other == name)
-                    });
-                    reported && need(self.placed(*at).step, attempt) == Need::Nothing
-                })
+                && facts.any(says)
+                && need(self.placed(*at).step, attempts) == Need::Nothing
         })
     }
 }

@@ -233,7 +233,6 @@ impl Rollout {
                                 ..Cursor::default()
                             },
                             checks_closed: None,
-                            retry_from: BTreeMap::new(),
                         });
                     }
                 }
@@ -346,23 +345,20 @@ impl Rollout {
         } else {
             Direction::Do
         };
-        let mut retry = BTreeMap::new();
-        for ((at, direction), hosts) in &mut self.attempts {
+        for ((_, direction), hosts) in &mut self.attempts {
             if *direction != wanted {
                 continue;
             }
-            for (host, attempts) in hosts {
+            for attempts in hosts.values_mut() {
                 let Some(last) = attempts.last_mut() else {
                     continue;
                 };
                 if last.result.is_some() && !last.is_ok() {
                     last.forgiven = true;
-                    retry.insert((*at, host.clone()), last.number + 1);
                 }
             }
         }
         if let Mode::Backward(state) = &mut self.mode {
-            state.retry_from = retry;
             state.undone = None;
             let phase = state.checks.phase;
             state.checks = Cursor {

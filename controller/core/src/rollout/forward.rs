@@ -231,7 +231,7 @@ impl Rollout {
                 Outcome::Ok { .. } if !attempt.given_up => {}
                 // A dry run goes on: it says all that would happen.
                 _ if self.dry_run => {}
-                _ if attempt.forgiven => return Progress::Next(at, attempt.number + 1),
+                _ if attempt.is_to_be_repeated() => return Progress::Next(at, attempt.number + 1),
                 _ => return Progress::Failed(self.say_failure(at, result)),
             }
         }

@@ -53,6 +53,9 @@ pub fn order_life(direction: Direction) -> Period {
 /// How much longer than its timeout an attempt may take until its report is here.
 pub const REPORT_GRACE: Period = Period::seconds(20);
 
+/// A step whose process dies this often is not ordered again: something on the host kills it.
+pub const MOST_ATTEMPTS: u16 = 3;
+
 /// How long hosts have to say what their state is after a rollback.
 pub const SURVEY_WITHIN: Period = Period::seconds(60);
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
-use lockstep_proto::report::{Failure, Refusal};
+use lockstep_proto::report::{Cause, Failure, Refusal};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::{Period, Timestamp};
 
-use super::REPORT_GRACE;
+use super::{MOST_ATTEMPTS, REPORT_GRACE};
 use crate::event::RolloutEvent;
 use crate::record::{End, Lost, NoticeRef};
 
@@ -87,8 +87,6 @@ pub(crate) struct Backward {
     /// The checks after the rollback.
     pub(crate) checks: Cursor,
     pub(crate) checks_closed: Option<Timestamp>,
-    /// Undo attempts below this number failed before a person said to go on.
-    pub(crate) retry_from: BTreeMap<(StepRef, HostId), u16>,
 }
 
 /// How and why a rollout ended.
@@ -181,6 +179,19 @@ impl Attempt {
             Some(started) => started.plus(timeout).plus(REPORT_GRACE),
             None => self.not_after.plus(REPORT_GRACE),
         }
+    }
+
+    /// The attempt was cut off, and its host has proven what is there: another one is no blind
+    /// retry (INV-1).
+    pub(crate) fn is_to_be_repeated(&self) -> bool {
+        let interrupted = match &self.result {
+            Some(AttemptResult {
+                outcome: Outcome::Failed(failure),
+                ..
+            }) => failure.cause == Cause::Interrupted,
+            _ => false,
+        };
+        self.forgiven || (interrupted && !self.given_up && self.number < MOST_ATTEMPTS)
     }
 
     pub(crate) fn is_ok(&self) -> bool {
