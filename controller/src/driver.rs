@@ -11,19 +11,24 @@
 //! ends without sending anything of that batch, and the process with it; the next process folds
 //! what was persisted.
 
+mod clock;
+mod handle;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use lockstep_core::event::EventKind;
 use lockstep_core::{
-    Answer, Call, Config, Coordinator, Effects, Entry, Event, Message, Notify, Record,
-    RecoverError, Refused,
+    Answer, Config, Coordinator, Effects, Entry, Event, Message, Notify, Record, RecoverError,
+    Refused, RolloutEvent,
 };
-use lockstep_proto::ids::{Epoch, HostId, OperatorName, PlanDigest};
+use lockstep_proto::ids::{Epoch, HostId, PlanDigest, RolloutId};
 use lockstep_proto::seal::SealedPlan;
-use lockstep_proto::values::{Period, Timestamp};
+use lockstep_proto::values::Timestamp;
 use lockstep_proto::wire::{Hello, Welcome, agent_v1 as wire};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
@@ -32,6 +37,9 @@ use crate::api::convert;
 use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
 use crate::session::registry::{self, Candidate, Registry, SessionNumber};
+use clock::Clock;
+pub(crate) use handle::{Handle, Stopping};
+use handle::{Input, Read};
 
 /// Inputs that wait for the driver. When it is full, sessions stop reading from their sockets,
 /// and HTTP/2's flow control holds the agents back: enough for every tenth of 10,000 agents.
@@ -43,129 +51,6 @@ const BATCH: usize = 1024;
 
 /// After `Drain`, agents wait at least this long before they dial again.
 const RECONNECT_AFTER_MS: u32 = 1000;
-
-/// Something for the driver.
-enum Input {
-    Event(Event),
-    Call {
-        operator: OperatorName,
-        groups: Vec<String>,
-        call: Call,
-        answer: oneshot::Sender<Result<Answer, Refused>>,
-    },
-    Open {
-        hello: Box<Hello>,
-        version: u32,
-        candidate: Candidate,
-        admitted: oneshot::Sender<Result<SessionNumber, Status>>,
-    },
-    Closed {
-        host: HostId,
-        session: SessionNumber,
-    },
-    Read(Read),
-    Drain,
-    Stop,
-}
-
-type Read = Box<dyn FnOnce(&Coordinator) + Send>;
-
-/// The driver has ended, or is about to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the controller is stopping")]
-pub(crate) struct Stopping;
-
-impl From<Stopping> for Status {
-    fn from(stopping: Stopping) -> Self {
-        Self::unavailable(stopping.to_string())
-    }
-}
-
-/// What everyone else has of the driver.
-#[derive(Debug, Clone)]
-pub(crate) struct Handle {
-    inputs: mpsc::Sender<Input>,
-}
-
-impl Handle {
-    /// Hands over an event; waits while the driver is busy.
-    pub(crate) async fn event(&self, event: Event) -> Result<(), Stopping> {
-        self.send(Input::Event(event)).await
-    }
-
-    /// Asks for what an operator wants; the answer is durable.
-    pub(crate) async fn call(
-        &self,
-        operator: OperatorName,
-        groups: Vec<String>,
-        call: Call,
-    ) -> Result<Result<Answer, Refused>, Stopping> {
-        let (answer, answered) = oneshot::channel();
-        self.send(Input::Call {
-            operator,
-            groups,
-            call,
-            answer,
-        })
-        .await?;
-        answered.await.map_err(|_| Stopping)
-    }
-
-    /// Asks for a session to be admitted. `Welcome` is the first message in its queue.
-    pub(crate) async fn open(
-        &self,
-        hello: Hello,
-        version: u32,
-        candidate: Candidate,
-    ) -> Result<SessionNumber, Status> {
-        let (admitted, answered) = oneshot::channel();
-        self.send(Input::Open {
-            hello: Box::new(hello),
-            version,
-            candidate,
-            admitted,
-        })
-        .await?;
-        answered.await.map_err(|_| Status::from(Stopping))?
-    }
-
-    /// Says that a session is gone.
-    pub(crate) async fn closed(
-        &self,
-        host: HostId,
-        session: SessionNumber,
-    ) -> Result<(), Stopping> {
-        self.send(Input::Closed { host, session }).await
-    }
-
-    /// Reads the coordinator's state; everything that is seen is durable.
-    pub(crate) async fn read<T: Send + 'static>(
-        &self,
-        read: impl FnOnce(&Coordinator) -> T + Send + 'static,
-    ) -> Result<T, Stopping> {
-        let (answer, answered) = oneshot::channel();
-        let read = move |coordinator: &Coordinator| {
-            // Who asked may be gone.
-            let _ = answer.send(read(coordinator));
-        };
-        self.send(Input::Read(Box::new(read))).await?;
-        answered.await.map_err(|_| Stopping)
-    }
-
-    /// Tells every agent to come back later, ends all sessions and admits no more.
-    pub(crate) async fn drain(&self) -> Result<(), Stopping> {
-        self.send(Input::Drain).await
-    }
-
-    /// Asks the driver to finish what it was handed before, and to close the journal.
-    pub(crate) async fn stop(&self) -> Result<(), Stopping> {
-        self.send(Input::Stop).await
-    }
-
-    async fn send(&self, input: Input) -> Result<(), Stopping> {
-        self.inputs.send(input).await.map_err(|_| Stopping)
-    }
-}
 
 /// Why the driver ended before it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -516,7 +401,7 @@ struct Round {
     /// Where in `sends` a session is told which of its reports are durable.
     acknowledged: HashMap<SessionNumber, usize>,
     notify: Vec<Notify>,
-    published: Vec<(lockstep_proto::ids::RolloutId, lockstep_core::RolloutEvent)>,
+    published: Vec<(RolloutId, RolloutEvent)>,
     answers: Vec<Owed<Result<Answer, Refused>>>,
     admitted: Vec<Owed<Result<SessionNumber, Status>>>,
     reads: Vec<Read>,
@@ -553,48 +438,6 @@ impl Round {
         }
         self.notify.extend(notify);
         self.published.extend(published);
-    }
-}
-
-/// The controller's time: it begins at the wall clock or the last persisted entry, whichever is
-/// later, goes on with the monotonic clock, and never goes back.
-#[derive(Debug)]
-struct Clock {
-    base: Timestamp,
-    since: Instant,
-}
-
-impl Clock {
-    fn starting_at(last: Timestamp) -> Self {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
-        let wall = wall.unwrap_or_default().as_millis();
-        let wall = Timestamp(u64::try_from(wall).unwrap_or(u64::MAX));
-        let ahead = last.since(wall);
-        if ahead > Period::seconds(60) {
-            tracing::warn!(
-                %ahead,
-                "the journal's last record is in the future of this machine's clock; the \
-                 controller's time goes on from there"
-            );
-        }
-        Self {
-            base: wall.max(last),
-            since: Instant::now(),
-        }
-    }
-
-    fn now(&self) -> Timestamp {
-        let elapsed = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.base.plus(Period(elapsed))
-    }
-
-    /// When the clock shows a time; a year from now stands for everything later.
-    fn instant(&self, at: Timestamp) -> Instant {
-        const LATEST: Duration = Duration::from_secs(365 * 86_400);
-        self.since
-            + at.since(self.base)
-                .to_std()
-                .min(self.since.elapsed() + LATEST)
     }
 }
 

@@ -25,6 +25,9 @@ use tonic::{Status, Streaming};
 
 pub(crate) const DOMAIN: &str = "example.com";
 
+/// The operators' API.
+pub(crate) type Api = ControlServiceClient<Channel>;
+
 /// Things that take milliseconds, on a machine that does much else.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
@@ -200,7 +203,7 @@ impl Controller {
         channel.map_err(|error| format!("{error:?}"))
     }
 
-    pub(crate) async fn control(&self, identity: &Identity) -> ControlServiceClient<Channel> {
+    pub(crate) async fn control(&self, identity: &Identity) -> Api {
         ControlServiceClient::new(self.dial(Some(identity)).await.unwrap())
     }
 

@@ -1,0 +1,47 @@
+//! The controller's time.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use lockstep_proto::values::{Period, Timestamp};
+
+/// The controller's time: it begins at the wall clock or the last persisted entry, whichever is
+/// later, goes on with the monotonic clock, and never goes back.
+#[derive(Debug)]
+pub(super) struct Clock {
+    base: Timestamp,
+    since: Instant,
+}
+
+impl Clock {
+    pub(super) fn starting_at(last: Timestamp) -> Self {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
+        let wall = wall.unwrap_or_default().as_millis();
+        let wall = Timestamp(u64::try_from(wall).unwrap_or(u64::MAX));
+        let ahead = last.since(wall);
+        if ahead > Period::seconds(60) {
+            tracing::warn!(
+                %ahead,
+                "the journal's last record is in the future of this machine's clock; the \
+                 controller's time goes on from there"
+            );
+        }
+        Self {
+            base: wall.max(last),
+            since: Instant::now(),
+        }
+    }
+
+    pub(super) fn now(&self) -> Timestamp {
+        let elapsed = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.base.plus(Period(elapsed))
+    }
+
+    /// When the clock shows a time; a year from now stands for everything later.
+    pub(super) fn instant(&self, at: Timestamp) -> Instant {
+        const LATEST: Duration = Duration::from_secs(365 * 86_400);
+        self.since
+            + at.since(self.base)
+                .to_std()
+                .min(self.since.elapsed() + LATEST)
+    }
+}

@@ -1,0 +1,178 @@
+//! The driver over a journal in memory.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use lockstep_proto::ids::{BootId, InstanceId};
+use lockstep_proto::values::Period;
+use lockstep_proto::wire::VersionRange;
+
+use super::*;
+use crate::journal::memory::Memory;
+use crate::journal::{Head, JournalId};
+use crate::session::registry::{Ending, QUEUE};
+
+/// A journal whose disk can break.
+#[derive(Debug)]
+struct Breakable {
+    inner: Box<dyn Journal>,
+    broken: Arc<AtomicBool>,
+}
+
+impl Journal for Breakable {
+    fn id(&self) -> JournalId {
+        self.inner.id()
+    }
+
+    fn head(&self) -> Head {
+        self.inner.head()
+    }
+
+    fn append(&mut self, payloads: &[Vec<u8>]) -> Result<Head, AppendError> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(AppendError::Poisoned);
+        }
+        self.inner.append(payloads)
+    }
+
+    fn payloads(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, OpenError>> + '_> {
+        self.inner.payloads()
+    }
+
+    fn close(self: Box<Self>) {
+        self.inner.close();
+    }
+}
+
+fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
+    Parts {
+        journal: Box::new(Breakable {
+            inner: Box::new(memory.open()),
+            broken: Arc::clone(broken),
+        }),
+        hub: Hub::default(),
+        notices: mpsc::channel(1).0,
+        epoch_above: 0,
+    }
+}
+
+fn driver(memory: &Memory) -> Driver {
+    Driver::recover(parts(memory, &Arc::default()), |_| None).unwrap()
+}
+
+fn hello(host: &str) -> Hello {
+    Hello {
+        versions: VersionRange { min: 1, max: 1 },
+        host: host.parse().unwrap(),
+        instance: InstanceId::from_random([1; 8]),
+        boot: BootId::from_bytes([1; 8]),
+        highest_epoch: Epoch::NONE,
+        last_report: 0,
+        labels: BTreeMap::new(),
+        agent_version: "0.1.0".into(),
+        held_rollout: None,
+    }
+}
+
+fn candidate(host: &str) -> (Candidate, mpsc::Receiver<registry::Down>) {
+    let (queue, messages) = mpsc::channel(QUEUE);
+    let candidate = Candidate {
+        host: host.parse().unwrap(),
+        instance: InstanceId::from_random([1; 8]),
+        peer: "127.0.0.1:1".parse().unwrap(),
+        queue,
+        ending: Ending::default(),
+    };
+    (candidate, messages)
+}
+
+#[tokio::test]
+async fn nothing_is_sent_of_a_batch_that_is_not_durable() {
+    let (memory, broken) = (Memory::default(), Arc::default());
+    let driver = Driver::recover(parts(&memory, &broken), |_| None).unwrap();
+    let (handle, end) = driver.spawn();
+    let (healthy, mut messages) = candidate("app-1");
+    handle.open(hello("app-1"), 1, healthy).await.unwrap();
+    assert!(messages.recv().await.is_some(), "the welcome");
+
+    broken.store(true, Ordering::Relaxed);
+    let (candidate, mut messages) = candidate("app-2");
+    let refused = handle.open(hello("app-2"), 1, candidate).await;
+    assert_eq!(refused.unwrap_err().code(), tonic::Code::Unavailable);
+    assert!(messages.recv().await.is_none(), "a welcome was sent");
+    let end = end.await.expect("the driver ends by itself");
+    assert!(matches!(end, Err(DriverError::Append(_))), "{end:?}");
+    assert_eq!(handle.read(|_| ()).await, Err(Stopping));
+}
+
+#[tokio::test]
+async fn what_was_handed_over_before_a_stop_is_still_done() {
+    let memory = Memory::default();
+    let (handle, end) = driver(&memory).spawn();
+    let (candidate, mut messages) = candidate("app-1");
+    let opening = handle.open(hello("app-1"), 1, candidate);
+    let (opened, stopped) = tokio::join!(opening, handle.stop());
+    opened.unwrap();
+    stopped.unwrap();
+    assert!(messages.recv().await.is_some());
+    assert!(matches!(end.await, Ok(Ok(()))));
+    let records = memory.open().payloads().count();
+    assert_eq!(records, 2, "a term and a host");
+}
+
+#[test]
+fn a_term_is_above_every_earlier_one() {
+    let memory = Memory::default();
+    let mut last = 0;
+    for _ in 0..3 {
+        let mut driver = driver(&memory);
+        assert!(driver.epoch.counter > last);
+        last = driver.epoch.counter;
+        let effects = driver.coordinator.resume(driver.clock.now());
+        let mut round = Round::default();
+        round.take(&driver.sessions, effects);
+        driver.finish(round).unwrap();
+    }
+    let mut parts = parts(&memory, &Arc::default());
+    parts.epoch_above = 40;
+    let driver = Driver::recover(parts, |_| None).unwrap();
+    assert_eq!(driver.epoch.counter, 41);
+}
+
+#[test]
+fn a_session_with_many_reports_in_a_batch_is_told_once() {
+    let mut sessions = Registry::default();
+    for host in ["app-1", "app-2"] {
+        sessions.admit(candidate(host).0).unwrap();
+    }
+    let mut round = Round::default();
+    for number in 1..=100 {
+        for host in ["app-1", "app-2"] {
+            let message = Message::Acknowledged(number);
+            let effects = Effects {
+                send: vec![(host.parse().unwrap(), message)],
+                ..Effects::default()
+            };
+            round.take(&sessions, effects);
+        }
+    }
+    assert_eq!(round.sends.len(), 2);
+    for (_, _, message) in round.sends {
+        let told = wire::down::Message::Acknowledged(100);
+        assert_eq!(message.message, Some(told));
+    }
+}
+
+#[test]
+fn time_never_goes_back() {
+    let future = Timestamp(u64::MAX / 4);
+    let clock = Clock::starting_at(future);
+    assert!(clock.now() >= future);
+    let clock = Clock::starting_at(Timestamp(0));
+    let now = clock.now();
+    assert!(now > Timestamp(1_600_000_000_000), "the wall clock");
+    assert!(clock.instant(now.plus(Period::seconds(5))) > Instant::now());
+    // A deadline at the end of all time does not overflow.
+    let _ = clock.instant(Timestamp(u64::MAX));
+}

@@ -1,0 +1,398 @@
+//! One rollout through a real controller, with an agent that only speaks the protocol: consent,
+//! orders, reports, output, a restart in the middle, and what operators see of it.
+
+#[allow(dead_code, reason = "other tests of this crate use the rest of it")]
+mod support;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_proto::action::Action;
+use lockstep_proto::action::check::Port;
+use lockstep_proto::ids::{Direction, HostId, StepKey, StepRef};
+use lockstep_proto::plan::{
+    CompiledPlan, FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
+};
+use lockstep_proto::report::{Report, ReportBody, StepOutcome};
+use lockstep_proto::seal::{self, SealedPlan};
+use lockstep_proto::values::{Period, Timestamp};
+use lockstep_proto::wire::agent_v1::{self as agent, Up, down, up};
+use lockstep_proto::wire::control_v1::{self as control, EventKind};
+use support::{Controller, Identity, Place, SOON, Session, hello};
+use tonic::{Code, Streaming};
+
+const LINES: &[u8] = b"\x1b[31mfirst\x1b[0m line\nsecond line\nlast";
+
+fn plan(serial: u64) -> SealedPlan {
+    let step = |line| Step {
+        name: None,
+        action: Action::CheckPort(Port {
+            port: 8000,
+            expect: lockstep_proto::action::check::PortState::default(),
+        }),
+        timeout: Period::seconds(30),
+        undo: Undo::Auto,
+        line,
+    };
+    let label = BTreeMap::from([("role".to_owned(), "app".to_owned())]);
+    seal::seal(CompiledPlan {
+        format: FORMAT,
+        plan: "ports".into(),
+        serial,
+        not_before: Timestamp(0),
+        expires: Timestamp(u64::MAX / 2),
+        deadline: Period::seconds(600),
+        inputs: BTreeMap::new(),
+        fleet: BTreeMap::from([("app".to_owned(), Selector { labels: label })]),
+        phases: vec![Phase {
+            name: "look".into(),
+            stages: vec![Stage {
+                target: Target::Groups(vec!["app".into()]),
+                strategy: Strategy::All,
+                steps: vec![step(1), step(2)],
+            }],
+            deadline: None,
+            planned: None,
+        }],
+        after_rollback: None,
+        max_failures: None,
+        notices: vec![],
+        slo: Slo::default(),
+        signoff: vec![],
+    })
+    .unwrap()
+}
+
+/// An agent that says what it is told to say.
+struct Agent {
+    host: HostId,
+    identity: Identity,
+    session: Session,
+    reported: u64,
+}
+
+impl Agent {
+    async fn connect(controller: &Controller, identity: Identity, reported: u64) -> Self {
+        let mut hello = hello("app-1");
+        hello.labels.insert("role".to_owned(), "app".to_owned());
+        hello.last_report = reported;
+        let session = controller.session(&identity, hello).await.unwrap();
+        Self {
+            host: "app-1".parse().unwrap(),
+            identity,
+            session,
+            reported,
+        }
+    }
+
+    /// The next message that is no acknowledgement.
+    async fn next(&mut self) -> down::Message {
+        loop {
+            match self.session.next().await.unwrap().message.unwrap() {
+                down::Message::Acknowledged(_) => {}
+                message => return message,
+            }
+        }
+    }
+
+    /// Reports, and waits until that is durable.
+    async fn report(&mut self, body: ReportBody) {
+        self.reported += 1;
+        let report = Report {
+            number: self.reported,
+            body,
+        };
+        let message = Some(up::Message::Report(report.into()));
+        self.session.up.send(Up { message }).await.unwrap();
+        loop {
+            match self.session.next().await.unwrap().message.unwrap() {
+                down::Message::Acknowledged(number) if number == self.reported => return,
+                down::Message::Acknowledged(_) => {}
+                other => panic!("{other:?} instead of an acknowledgement"),
+            }
+        }
+    }
+
+    async fn consent(&mut self, controller: &Controller, plan: &SealedPlan) {
+        let down::Message::Offer(offer) = self.next().await else {
+            panic!("no offer");
+        };
+        let (rollout, digest, ..) = offer.into_parts().unwrap();
+        assert_eq!(digest, plan.digest());
+        assert_eq!(
+            fetch(controller, &self.identity, plan).await.unwrap(),
+            plan.bytes()
+        );
+        self.report(ReportBody::Consented {
+            rollout,
+            plan: digest,
+            state: vec![],
+        })
+        .await;
+    }
+
+    async fn order(&mut self) -> StepKey {
+        let down::Message::Order(order) = self.next().await else {
+            panic!("no order");
+        };
+        order.into_order(self.host.clone()).unwrap().key
+    }
+
+    async fn finish(&mut self, key: StepKey) {
+        self.report(ReportBody::Finished {
+            key,
+            outcome: StepOutcome::Ok {
+                changed: false,
+                summary: "port 8000 is open".into(),
+            },
+            facts: vec![],
+            took: Period(12),
+        })
+        .await;
+    }
+}
+
+async fn fetch(
+    controller: &Controller,
+    identity: &Identity,
+    plan: &SealedPlan,
+) -> Result<Vec<u8>, Code> {
+    let digest = plan.digest().0.to_vec().into();
+    let mut client = controller.agents(identity).await;
+    let chunks = client.fetch_blob(agent::FetchBlobRequest { digest }).await;
+    let mut chunks = chunks.map_err(|status| status.code())?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(chunk) = chunks.message().await.unwrap() {
+        bytes.extend_from_slice(&chunk.data);
+    }
+    Ok(bytes)
+}
+
+async fn next(events: &mut Streaming<control::RolloutEvent>) -> control::RolloutEvent {
+    let event = tokio::time::timeout(SOON, events.message()).await;
+    event.expect("an event in time").unwrap().expect("an event")
+}
+
+/// The events from a number on, until the stream ends.
+async fn all(client: &mut support::Api, rollout: &str, after: u64) -> Vec<control::RolloutEvent> {
+    let rollout = rollout.to_owned();
+    let request = control::WatchRequest { rollout, after };
+    let mut stream = client.watch(request).await.unwrap().into_inner();
+    let mut events = Vec::new();
+    while let Ok(Some(event)) = tokio::time::timeout(SOON, stream.message())
+        .await
+        .expect("the stream ends in time")
+    {
+        events.push(event);
+    }
+    events.retain(|event| event.kind() != EventKind::Heartbeat);
+    events
+}
+
+async fn output(client: &mut support::Api, rollout: &str) -> Vec<(String, String)> {
+    let request = control::LogsRequest {
+        rollout: rollout.to_owned(),
+        ..control::LogsRequest::default()
+    };
+    let mut stream = client.logs(request).await.unwrap().into_inner();
+    let mut lines = Vec::new();
+    while let Some(line) = stream.message().await.unwrap() {
+        lines.push((line.key, line.text));
+    }
+    lines
+}
+
+#[tokio::test]
+async fn a_rollout_survives_the_controllers_death() {
+    let place = Place::new();
+    let identity = place.agent("app-1");
+    let dora = place.operator("dora", &["dba"]);
+    let plan = Arc::new(plan(7));
+    let controller = place.start();
+    let mut agent = Agent::connect(&controller, identity.clone(), 0).await;
+    let mut client = controller.control(&dora).await;
+
+    // Nothing is readable before it is offered, and not by others afterwards.
+    let early = fetch(&controller, &identity, &plan).await;
+    assert_eq!(early, Err(Code::NotFound));
+    let request = control::SubmitRequest {
+        compiled_plan: plan.bytes().to_vec().into(),
+        source: "plan: ports".into(),
+        dry_run: false,
+    };
+    let submitted = client.submit(request.clone()).await.unwrap().into_inner();
+    assert_eq!(submitted.plan_digest, plan.digest().to_string());
+    let again = client.submit(request).await.unwrap_err();
+    assert_eq!(again.code(), Code::AlreadyExists, "{again:?}");
+    let rollout = submitted.rollout;
+
+    agent.consent(&controller, &plan).await;
+    let stranger = fetch(&controller, &place.agent("app-2"), &plan).await;
+    assert_eq!(stranger, Err(Code::NotFound));
+    let first = agent.order().await;
+    assert_eq!(
+        (first.at, first.attempt),
+        (StepRef { phase: 0, step: 0 }, 1)
+    );
+    let watch = control::WatchRequest {
+        rollout: rollout.clone(),
+        after: 0,
+    };
+    let mut events = client.watch(watch).await.unwrap().into_inner();
+    assert_eq!(next(&mut events).await.kind(), EventKind::Submitted);
+
+    // Output and progress come while the step runs; progress is never kept.
+    let chunk = agent::LogChunk {
+        key: first.to_string(),
+        offset: 0,
+        data: LINES.to_vec().into(),
+        progress_permille: Some(500),
+        progress_text: "half\u{1b}[2J way".into(),
+    };
+    let elsewhere = agent::LogChunk {
+        key: first.to_string().replace("app-1", "app-2"),
+        ..chunk.clone()
+    };
+    let mut output_client = controller.agents(&identity).await;
+    let kept = output_client.logs(tokio_stream::once(chunk)).await.unwrap();
+    assert_eq!(kept.into_inner().kept_bytes, LINES.len() as u64);
+    let refused = output_client.logs(tokio_stream::once(elsewhere)).await;
+    assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
+    let progress = loop {
+        let event = next(&mut events).await;
+        if event.kind() == EventKind::StepProgress {
+            break event;
+        }
+    };
+    assert_eq!(
+        (progress.number, progress.progress_permille),
+        (0, Some(500))
+    );
+    assert_eq!(
+        (progress.message.as_str(), progress.phase.as_str()),
+        ("half way", "look")
+    );
+
+    agent.finish(first.clone()).await;
+    let second = agent.order().await;
+    let key = second.clone();
+    agent.report(ReportBody::Started { key }).await;
+    let reported = agent.reported;
+    controller.kill();
+    drop(agent);
+
+    // The same rollout, the same attempt; what was reported is not asked for again.
+    let controller = place.start();
+    let mut agent = Agent::connect(&controller, identity.clone(), reported).await;
+    assert_eq!(agent.session.acknowledged, reported);
+    let again = agent.order().await;
+    assert_eq!(again, second, "the order is said again, as it was");
+    assert_eq!(again.direction, Direction::Do);
+    agent.finish(again).await;
+    let down::Message::Release(release) = agent.next().await else {
+        panic!("the hold is not released");
+    };
+    assert_eq!(release.rollout, rollout);
+
+    let mut client = controller.control(&dora).await;
+    let events = all(&mut client, &rollout, 0).await;
+    let end = events.last().unwrap();
+    assert_eq!(
+        (end.kind(), end.state.as_str()),
+        (EventKind::Ended, "succeeded")
+    );
+    let ok = events
+        .iter()
+        .filter(|event| event.kind() == EventKind::StepOk);
+    assert_eq!(ok.count(), 2);
+    assert!(events.is_sorted_by(|one, other| one.number < other.number));
+    let middle = events[events.len() / 2].number;
+    let tail = all(&mut client, &rollout, middle).await;
+    assert_eq!(tail, events[events.len() / 2 + 1..]);
+
+    assert_eq!(
+        output(&mut client, &rollout).await,
+        [
+            (first.to_string(), "first line\nsecond line\n".to_owned()),
+            (first.to_string(), "last\n".to_owned())
+        ]
+    );
+    let request = control::GetRolloutRequest {
+        rollout: rollout.clone(),
+    };
+    let found = client.get_rollout(request).await.unwrap().into_inner();
+    assert_eq!(
+        (found.state.as_str(), found.requester.as_str()),
+        ("succeeded", "dora")
+    );
+    let document: serde_json::Value = serde_json::from_slice(&found.document_json).unwrap();
+    assert_eq!(document["source"], "plan: ports");
+    let hosts = client
+        .list_hosts(control::ListHostsRequest {})
+        .await
+        .unwrap();
+    let hosts = hosts.into_inner().hosts;
+    assert_eq!((hosts.len(), hosts[0].connected), (1, true));
+    assert_eq!(hosts[0].locked_by, "");
+}
+
+#[tokio::test]
+async fn an_agent_that_lost_its_journal_in_a_rollout_is_refused() {
+    let place = Place::new();
+    let identity = place.agent("app-1");
+    let controller = place.start();
+    let mut agent = Agent::connect(&controller, identity.clone(), 0).await;
+    let mut client = controller.control(&place.operator("dora", &[])).await;
+    let plan = plan(8);
+    let request = control::SubmitRequest {
+        compiled_plan: plan.bytes().to_vec().into(),
+        ..control::SubmitRequest::default()
+    };
+    let rollout = client.submit(request).await.unwrap().into_inner().rollout;
+    agent.consent(&controller, &plan).await;
+    drop(agent);
+    let mut lost = hello("app-1");
+    lost.labels.insert("role".to_owned(), "app".to_owned());
+    // The older session may still be on its way out.
+    let refused = loop {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let refused = controller.session(&identity, lost.clone()).await;
+        let refused = refused.unwrap_err();
+        if refused.code() != Code::AlreadyExists {
+            break refused;
+        }
+    };
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    assert!(refused.message().contains(&rollout), "{refused:?}");
+}
+
+#[tokio::test]
+async fn watchers_are_sent_away_when_the_controller_drains() {
+    let place = Place::new();
+    let identity = place.agent("app-1");
+    let controller = place.start();
+    let _agent = Agent::connect(&controller, identity, 0).await;
+    let mut client = controller.control(&place.operator("dora", &[])).await;
+    let plan = plan(9);
+    let request = control::SubmitRequest {
+        compiled_plan: plan.bytes().to_vec().into(),
+        ..control::SubmitRequest::default()
+    };
+    let rollout = client.submit(request).await.unwrap().into_inner().rollout;
+    let request = control::WatchRequest { rollout, after: 0 };
+    let mut events = client.watch(request).await.unwrap().into_inner();
+    assert_eq!(next(&mut events).await.kind(), EventKind::Submitted);
+    // Nothing else happens, and that is said.
+    while next(&mut events).await.kind() != EventKind::Heartbeat {}
+    let begun = std::time::Instant::now();
+    assert_eq!(controller.terminate(), Some(0), "{}", place.log());
+    assert!(begun.elapsed() < Duration::from_secs(8));
+    let end = loop {
+        match events.message().await {
+            Ok(Some(_)) => {}
+            other => break other,
+        }
+    };
+    assert_eq!(end.unwrap_err().code(), Code::Unavailable);
+}
