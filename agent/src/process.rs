@@ -27,7 +27,8 @@ pub(crate) struct Program {
     pub(crate) argv: Vec<String>,
     /// The directory it runs in. A program name with a `/` in it is relative to it.
     pub(crate) dir: Option<PathBuf>,
-    /// Its environment, which is otherwise only PATH, HOME, LANG=C.UTF-8, LC_ALL=C.UTF-8 and the user.
+    /// Its environment, which is otherwise only PATH, HOME, LANG=C.UTF-8, LC_ALL=C.UTF-8 and the
+    /// user's name.
     pub(crate) env: BTreeMap<String, String>,
     /// Who it runs as. Default: whoever the agent runs as.
     pub(crate) user: Option<String>,
@@ -417,8 +418,9 @@ mod tests {
         let program = Program {
             timeout: Some(Duration::from_millis(1500)),
             ..script(
-                "import subprocess, sys, time\n\
-                 child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'\n\
+                "import signal, subprocess, sys, time\n\
+                 child = 'import signal, time\\n'\n\
+                 child += 'signal.signal(signal.SIGTERM, signal.SIG_IGN)\\ntime.sleep(60)'\n\
                  print(subprocess.Popen([sys.executable, '-c', child]).pid)\n\
                  time.sleep(60)",
             )
@@ -466,7 +468,8 @@ mod tests {
         let host = Host::new();
         let cx = host.context();
         let program = script(
-            "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid)",
+            "import subprocess\n\
+             print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid)",
         );
         let began = std::time::Instant::now();
         let ended = program.succeed(&cx).await.unwrap();

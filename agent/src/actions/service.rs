@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use lockstep_proto::action::Address;
-use lockstep_proto::action::service::{Driver, Expected, Restart, Start, Status, Stop};
+use lockstep_proto::action::service::{Driver, Expected, Start, Status, Stop};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -15,13 +15,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
-use super::files::{self, OrFailed as _};
 use super::net::{self, Answer, PAUSE};
 use super::{Act, Done, Probe};
 use crate::step::{Context, failure};
 
 mod command;
 mod process;
+mod restart;
 mod systemd;
 
 pub(crate) use process::supervise;
@@ -112,7 +112,9 @@ impl<'a> Service<'a> {
         if let Self::Systemd(unit) = self {
             return unit.restart(until).await;
         }
-        self.stop(cx, until).await?;
+        // One that resists must leave time for its successor.
+        let left = until.saturating_duration_since(Instant::now());
+        self.stop(cx, Instant::now() + left / 2).await?;
         self.start(cx, until).await
     }
 
@@ -493,68 +495,6 @@ fn describe_up(verb: &str, service: &str, listens: &[Address]) -> String {
             "{verb} service {service}, until {} accepts",
             some.join(", ")
         ),
-    }
-}
-
-/// The receipt of a restart: which run it ended, written before it is ended.
-const RECEIPT: &str = "restarted-run";
-
-impl Act for Restart {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let service = Service::open(cx, &self.service, self.driver).await?;
-        let State {
-            phase, words, run, ..
-        } = service.state(cx).await?;
-        let name = &self.service;
-        let Ok(ended) = std::fs::read_to_string(cx.dir.join(RECEIPT)) else {
-            return Ok(Probe::Absent(format!("restarts {name}, which is {words}")));
-        };
-        Ok(match (phase, run) {
-            (_, None) if phase.is_up() => Probe::NoProof(format!(
-                "{name} is {words}, but its driver does not tell its runs apart"
-            )),
-            (_, Some(run)) if run == ended && phase.is_up() => {
-                Probe::Absent(format!("restarts {name}, whose old run goes on"))
-            }
-            (Phase::Running, _) => match all_answer(&self.listens, &Answer::Accepts).await {
-                Ok(()) => Probe::Present(format!("{name} is {words} in a new run")),
-                Err(other) => {
-                    Probe::Partial(format!("{name} is {words} in a new run, but {other}"))
-                }
-            },
-            _ => Probe::Partial(format!("{name} is {words}")),
-        })
-    }
-
-    async fn before(&self, cx: &Context) -> Result<Value, Failure> {
-        let service = Service::open(cx, &self.service, self.driver).await?;
-        Ok(to_value(&service.state(cx).await?))
-    }
-
-    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let service = Service::open(cx, &self.service, self.driver).await?;
-        let until = until(cx, self.within);
-        let run = service.state(cx).await?.run.unwrap_or_default();
-        files::write(&cx.dir.join(RECEIPT), run.as_bytes(), 0o600, None)
-            .or_failed(|| "note which run is ended")?;
-        service.restart(cx, until).await?;
-        service
-            .await_running(cx, &self.service, &self.listens, until)
-            .await?;
-        Ok(Done {
-            changed: true,
-            summary: format!("{} runs anew", self.service),
-            facts: vec![],
-        })
-    }
-
-    fn describe(&self) -> String {
-        describe_up("restart", &self.service, &self.listens)
-    }
-
-    async fn state(&self, cx: &Context) -> Result<Vec<Fact>, Failure> {
-        let service = Service::open(cx, &self.service, self.driver).await?;
-        Ok(state_fact(&self.service, service.state(cx).await?))
     }
 }
 

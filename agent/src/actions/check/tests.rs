@@ -25,12 +25,14 @@ async fn apply(act: &impl Act, cx: &Context) -> Result<Done, Failure> {
 
 #[test]
 fn the_kernels_table_of_sockets_is_read() {
-    let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 31337 1";
-    let found = parse_listener(line).unwrap();
+    let rest = "00000000:00000000 00:00000000 00000000     0        0";
+    let line = format!("   0: 0100007F:1F90 00000000:0000 0A {rest} 31337 1");
+    let found = parse_listener(&line).unwrap();
     assert_eq!((found.port, found.inode), (8080, 31337));
     assert_eq!(found.address.to_string(), "127.0.0.1");
-    let line = "   0: 00000000000000000000000001000000:0050 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 5 1";
-    assert_eq!(parse_listener(line).unwrap().address.to_string(), "::1");
+    let (local, none) = ("00000000000000000000000001000000", "0".repeat(32));
+    let line = format!("   0: {local}:0050 {none}:0000 0A {rest} 5 1");
+    assert_eq!(parse_listener(&line).unwrap().address.to_string(), "::1");
     assert_eq!(parse_listener(&line.replace(" 0A ", " 01 ")), None);
 }
 

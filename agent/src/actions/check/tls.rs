@@ -145,3 +145,113 @@ impl Act for Tls {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lockstep_proto::action::Address;
+    use lockstep_proto::values::Period;
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use rustls::ServerConfig;
+    use rustls::pki_types::PrivatePkcs8KeyDer;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::testing::Host;
+
+    /// A TLS server whose certificate, for `localhost`, ends in so many days; its authority's file
+    /// and its address.
+    async fn server(host: &Host, days: u64) -> (String, Address) {
+        let mut authority = CertificateParams::new(vec![]).unwrap();
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority =
+            CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
+        let ca_file = host.path().join("ca.pem");
+        std::fs::write(&ca_file, authority.pem()).unwrap();
+
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        // An hour more, so that the day does not end while the test runs.
+        let life = Duration::from_secs(days * 86_400 + 3600);
+        params.not_after = (SystemTime::now() + life).into();
+        let certificate = params.signed_by(&key, &authority).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![certificate.der().clone()],
+                PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
+            )
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let _ = acceptor.accept(stream).await;
+            }
+        });
+        (
+            ca_file.to_string_lossy().into_owned(),
+            Address(format!("127.0.0.1:{port}")),
+        )
+    }
+
+    #[tokio::test]
+    async fn a_certificate_is_held_against_trust_name_and_remaining_life() {
+        let host = Host::new();
+        let cx = host.context();
+        let (ca_file, address) = server(&host, 20).await;
+        let check = Tls {
+            address,
+            name: Some("localhost".into()),
+            valid_for: Period(19 * 86_400_000),
+            ca_file: Some(ca_file),
+        };
+        let apply = async |check: &Tls| check.apply(&cx, &Value::Null).await;
+        let done = apply(&check).await.unwrap();
+        assert!(
+            done.summary.ends_with("valid for 20 more days"),
+            "{}",
+            done.summary
+        );
+
+        let longer = Tls {
+            valid_for: Period(30 * 86_400_000),
+            ..check.clone()
+        };
+        let failed = apply(&longer).await.unwrap_err();
+        assert_eq!(failed.cause, Cause::CheckUnmet);
+        assert!(
+            failed.message.ends_with("valid for 20 more days"),
+            "{}",
+            failed.message
+        );
+        let other_name = Tls {
+            name: Some("example.org".into()),
+            ..check.clone()
+        };
+        let failed = apply(&other_name).await.unwrap_err();
+        assert!(
+            failed.message.contains("no valid certificate"),
+            "{}",
+            failed.message
+        );
+        let not_trusted = Tls {
+            ca_file: None,
+            ..check.clone()
+        };
+        let failed = apply(&not_trusted).await.unwrap_err();
+        assert!(
+            failed.message.contains("UnknownIssuer"),
+            "{}",
+            failed.message
+        );
+        let no_file = Tls {
+            ca_file: Some("/no/such/file".into()),
+            ..check
+        };
+        assert_eq!(apply(&no_file).await.unwrap_err().cause, Cause::Host);
+    }
+}

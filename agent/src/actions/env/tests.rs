@@ -23,8 +23,9 @@ fn render_to(host: &Host, set: &[(&str, &str)]) -> Render {
 
 #[test]
 fn environment_files_are_read_as_systemd_reads_them() {
-    let text = "# comment\n; comment too\n\nA=1\n B = two words  \nC=\"a \\\"b\\\" \\$x \\n\"\nD='it is $raw \\'\n\
-                E=one\\\n two\nno assignment\n1X=bad name\nF=\nG=a=b#c\nH=\"two\nlines\"\nI=x\\ \nJ=it's";
+    let text = "# comment\n; comment too\n\nA=1\n B = two words  \n\
+                C=\"a \\\"b\\\" \\$x \\n\"\nD='it is $raw \\'\nE=one\\\n two\nno assignment\n\
+                1X=bad name\nF=\nG=a=b#c\nH=\"two\nlines\"\nI=x\\ \nJ=it's";
     let expected = map(&[
         ("A", "1"),
         ("B", "two words"),
@@ -43,7 +44,9 @@ fn environment_files_are_read_as_systemd_reads_them() {
 proptest! {
     #[test]
     fn what_is_rendered_is_read_back(
-        set in proptest::collection::btree_map("[A-Za-z_][A-Za-z0-9_]{0,8}", "[^\n\r\0]{0,24}", 0..6)
+        set in proptest::collection::btree_map(
+            "[A-Za-z_][A-Za-z0-9_]{0,8}", "[^\n\r\0]{0,24}", 0..6
+        )
     ) {
         prop_assert_eq!(parse_env(&render(&set)), set);
     }

@@ -35,7 +35,11 @@ fn checked(fetch: &Fetch) -> Result<(), Failure> {
     {
         return refused("the repository must be an https or ssh URL or an absolute path");
     }
-    if scheme == Some("https") && url.split('/').nth(2).is_some_and(|host| host.contains('@')) {
+    let user = scheme
+        .and_then(|_| url.split('/').nth(2)?.rsplit_once('@'))
+        .map(|(user, _)| user);
+    // A token often stands alone, as the user's name.
+    if user.is_some_and(|user| scheme == Some("https") || user.contains(':')) {
         return refused("the repository's URL must hold no password: use a credential helper");
     }
     let odd = |c: char| c.is_control() || " ~^:?*[\\".contains(c);

@@ -226,7 +226,8 @@ async fn unfit_repositories_and_tags_are_refused_before_git_sees_them() {
         "ext::sh -c id",
         "http://x/y",
         "relative",
-        "https://u:p@h/r",
+        "https://token@h/r",
+        "ssh://u:p@h/r",
         "",
     ] {
         assert_eq!(apply(url, "v1").await.cause, Cause::Refused, "{url}");
@@ -375,4 +376,52 @@ async fn an_unknown_application_says_what_to_configure() {
     };
     let failed = act.probe(&site.host.context()).await.unwrap_err();
     assert!(failed.hint.unwrap().contains("[apps.other]"));
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_apart_from_a_broken_build() {
+    let site = Site::new();
+    let cx = site.host.context();
+    site.fetch("v1").apply(&cx, &Value::Null).await.unwrap();
+    let full = "import os, sys; sys.exit('npm ERR! ' + os.strerror(28))";
+    let failed = build("v1", &["python3", "-c", full])
+        .apply(&cx, &Value::Null)
+        .await
+        .unwrap_err();
+    assert_eq!(failed.cause, Cause::Host);
+    assert!(failed.hint.unwrap().contains("free space"));
+}
+
+/// Only root can act as another user.
+#[tokio::test]
+async fn releases_belong_to_the_applications_user() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let nobody = User::find("nobody").unwrap();
+    let mut site = Site::new();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(site.host.path(), mode).unwrap();
+    let status = Command::new("chown")
+        .args(["-R", "nobody"])
+        .arg(&site.repository)
+        .status();
+    assert!(status.unwrap().success());
+    site.host.config.apps.get_mut("web").unwrap().user = Some("nobody".into());
+    let cx = site.host.context();
+    let fetch = site.fetch("v1");
+    fetch.apply(&cx, &Value::Null).await.unwrap();
+    let write = ["python3", "-c", "open('built', 'w').write('x')"];
+    build("v1", &write).apply(&cx, &Value::Null).await.unwrap();
+    let dir = site.root().join("releases/v1");
+    for path in [
+        dir.clone(),
+        dir.join("version"),
+        dir.join("deep/built"),
+        dir.join(NOTE),
+    ] {
+        let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(&path).unwrap());
+        assert_eq!(owner, nobody.uid, "{}", path.display());
+    }
+    assert!(fetch.undo(&cx, &Value::Bool(false)).await.unwrap().changed);
 }

@@ -271,7 +271,8 @@ mod tests {
                 .strip_prefix("secret://")
                 .map(|name| format!("<{name}>")))
         };
-        let value = json!({"id": "${capture.id}", "t": ["no ${capture.id}", "secret://key"], "s": "${capture.s}"});
+        let value = json!({"id": "${capture.id}", "t": ["no ${capture.id}", "secret://key"],
+            "s": "${capture.s}"});
         let filled = captures.fill_json(&value, &mut resolve).unwrap().unwrap();
         assert_eq!(
             filled,

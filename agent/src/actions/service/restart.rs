@@ -1,0 +1,74 @@
+//! Restarts, with a receipt that tells a new run from the old one.
+
+use lockstep_proto::action::service::Restart;
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::Failure;
+use serde_json::Value;
+
+use super::{Phase, Service, State, all_answer, describe_up, state_fact, to_value, until};
+use crate::actions::files::{self, OrFailed as _};
+use crate::actions::net::Answer;
+use crate::actions::{Act, Done, Probe};
+use crate::step::Context;
+
+/// The receipt of a restart: which run it ended, written before it is ended.
+const RECEIPT: &str = "restarted-run";
+
+impl Act for Restart {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        let service = Service::open(cx, &self.service, self.driver).await?;
+        let State {
+            phase, words, run, ..
+        } = service.state(cx).await?;
+        let name = &self.service;
+        let Ok(ended) = std::fs::read_to_string(cx.dir.join(RECEIPT)) else {
+            return Ok(Probe::Absent(format!("restarts {name}, which is {words}")));
+        };
+        Ok(match (phase, run) {
+            (_, None) if phase.is_up() => Probe::NoProof(format!(
+                "{name} is {words}, but its driver does not tell its runs apart"
+            )),
+            (_, Some(run)) if run == ended && phase.is_up() => {
+                Probe::Absent(format!("restarts {name}, whose old run goes on"))
+            }
+            (Phase::Running, _) => match all_answer(&self.listens, &Answer::Accepts).await {
+                Ok(()) => Probe::Present(format!("{name} is {words} in a new run")),
+                Err(other) => {
+                    Probe::Partial(format!("{name} is {words} in a new run, but {other}"))
+                }
+            },
+            _ => Probe::Partial(format!("{name} is {words}")),
+        })
+    }
+
+    async fn before(&self, cx: &Context) -> Result<Value, Failure> {
+        let service = Service::open(cx, &self.service, self.driver).await?;
+        Ok(to_value(&service.state(cx).await?))
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        let service = Service::open(cx, &self.service, self.driver).await?;
+        let until = until(cx, self.within);
+        let run = service.state(cx).await?.run.unwrap_or_default();
+        files::write(&cx.dir.join(RECEIPT), run.as_bytes(), 0o600, None)
+            .or_failed(|| "note which run is ended")?;
+        service.restart(cx, until).await?;
+        service
+            .await_running(cx, &self.service, &self.listens, until)
+            .await?;
+        Ok(Done {
+            changed: true,
+            summary: format!("{} runs anew", self.service),
+            facts: vec![],
+        })
+    }
+
+    fn describe(&self) -> String {
+        describe_up("restart", &self.service, &self.listens)
+    }
+
+    async fn state(&self, cx: &Context) -> Result<Vec<Fact>, Failure> {
+        let service = Service::open(cx, &self.service, self.driver).await?;
+        Ok(state_fact(&self.service, service.state(cx).await?))
+    }
+}
