@@ -45,8 +45,11 @@ use crate::tls::{Settings, TlsError, spawn_accepting};
 /// what takes longer.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 
-/// Of that, what open calls have to come to their end.
-const FINISH_WITHIN: Duration = Duration::from_secs(7);
+/// Of that, what open streams and messages on their way have to come to their end.
+const FINISH_WITHIN: Duration = Duration::from_secs(6);
+
+/// Of that, what peers have to close their connections once nothing is open on them.
+const CLOSE_WITHIN: Duration = Duration::from_secs(2);
 
 /// A ping on every connection, so that a peer that is gone is noticed within 10 s (DESIGN 7).
 const PING_EVERY: Duration = Duration::from_secs(5);
@@ -271,11 +274,11 @@ impl App {
         let (driver, driver_end) = driver.spawn();
         let stop_accepting = CancellationToken::new();
         let draining = CancellationToken::new();
-        let (calls, tasks) = (TaskTracker::new(), TaskTracker::new());
+        let (calls, messages) = (TaskTracker::new(), TaskTracker::new());
 
         let (reload, asked) = mpsc::channel(1);
         tokio::spawn(Arc::clone(&tls).keep_fresh(asked, draining.clone()));
-        tasks.spawn(notifier.run(notices, driver.clone(), tasks.clone()));
+        tokio::spawn(notifier.run(notices, driver.clone(), messages.clone()));
         let agents = Agents {
             driver: driver.clone(),
             blobs: Arc::clone(&blobs),
@@ -328,7 +331,7 @@ impl App {
             stop_accepting,
             draining,
             calls,
-            tasks,
+            messages,
             reload,
             signals,
         })
@@ -346,8 +349,8 @@ pub(crate) struct Running {
     draining: CancellationToken,
     /// Sessions and streams.
     calls: TaskTracker,
-    /// Everything else.
-    tasks: TaskTracker,
+    /// Messages to people that are being sent.
+    messages: TaskTracker,
     reload: mpsc::Sender<()>,
     signals: Signals,
 }
@@ -400,7 +403,7 @@ impl Running {
             stop_accepting,
             draining,
             calls,
-            tasks,
+            messages,
             mut signals,
             ..
         } = self;
@@ -413,20 +416,19 @@ impl Running {
             draining.cancel();
             tracing::info!("draining: finishing what is open");
             calls.close();
-            tasks.close();
-            let finishing = async {
-                calls.wait().await;
-                let _ = server.await;
-            };
-            if tokio::time::timeout(FINISH_WITHIN, finishing)
-                .await
-                .is_err()
-            {
+            messages.close();
+            let finishing = async { tokio::join!(calls.wait(), messages.wait()) };
+            let finished = tokio::time::timeout(FINISH_WITHIN, finishing).await;
+            if finished.is_err() {
                 tracing::warn!(
                     streams = calls.len(),
-                    messages = tasks.len(),
-                    "draining: some calls did not end in time; they are cut"
+                    messages = messages.len(),
+                    "draining: not everything ended in time; the rest is cut"
                 );
+            }
+            let closed = tokio::time::timeout(CLOSE_WITHIN, server).await;
+            if closed.is_err() {
+                tracing::info!("draining: some peers keep their connections; they are cut");
             }
             tracing::info!("draining: closing the journal");
             let _ = driver.stop().await;

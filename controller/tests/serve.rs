@@ -254,7 +254,8 @@ async fn each_term_is_newer_and_a_newer_one_ends_the_controller() {
     assert_eq!(third.epoch.counter, newer + 1);
 }
 
-#[tokio::test]
+// With threads of its own, so that the client goes on while the test waits for the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_controller_drains_when_it_is_told_to_end() {
     let place = Place::new();
     let agent = place.agent("app-1");
@@ -269,7 +270,7 @@ async fn a_controller_drains_when_it_is_told_to_end() {
     let end = session.next().await.unwrap_err();
     assert_eq!(end.code(), Code::Ok, "{end:?}");
     assert_eq!(controller.wait(), Some(0), "{}", place.log());
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{}", place.log());
     place.start();
 }
 

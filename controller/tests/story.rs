@@ -367,7 +367,8 @@ async fn an_agent_that_lost_its_journal_in_a_rollout_is_refused() {
     assert!(refused.message().contains(&rollout), "{refused:?}");
 }
 
-#[tokio::test]
+// With threads of its own, so that the client goes on while the test waits for the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watchers_are_sent_away_when_the_controller_drains() {
     let place = Place::new();
     let identity = place.agent("app-1");
@@ -387,7 +388,7 @@ async fn watchers_are_sent_away_when_the_controller_drains() {
     while next(&mut events).await.kind() != EventKind::Heartbeat {}
     let begun = std::time::Instant::now();
     assert_eq!(controller.terminate(), Some(0), "{}", place.log());
-    assert!(begun.elapsed() < Duration::from_secs(8));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{}", place.log());
     let end = loop {
         match events.message().await {
             Ok(Some(_)) => {}
