@@ -303,19 +303,15 @@ impl Driver {
         if self.draining {
             return Ok(Err(Stopping.into()));
         }
-        let acknowledged = self.coordinator.acknowledged(&host);
-        if hello.last_report < acknowledged {
-            let rollout = self.coordinator.locked_by(&host);
-            tracing::error!(
-                %host, last_report = hello.last_report, acknowledged, locked_by = ?rollout,
-                "the agent has lost its journal, or was installed anew"
-            );
-            if let Some(rollout) = rollout {
+        let acknowledged = self.coordinator.acknowledged(&host, &hello.instance);
+        let known = self.coordinator.hosts().find(|(known, _)| **known == host);
+        let anew = known.is_some_and(|(_, info)| info.instance != hello.instance);
+        if anew || hello.last_report < acknowledged {
+            tracing::warn!(%host, anew, acknowledged, "the agent has lost its journal");
+            if let Some(rollout) = self.coordinator.locked_by(&host) {
                 return Ok(Err(Status::failed_precondition(format!(
-                    "{host}'s agent knows of {} reports, but {acknowledged} are stored here: it \
-                     lost its journal in the middle of {rollout}, and could do a step twice. Put \
-                     the agent's state directory back, or end {rollout} first",
-                    hello.last_report
+                    "{host}'s agent lost its journal in the middle of {rollout}, and could do a \
+                     step twice. Put the agent's state directory back, or end {rollout} first"
                 ))));
             }
         }
@@ -338,6 +334,7 @@ impl Driver {
         round.sends.push((host.clone(), number, welcome));
         let event = Event::HostUp {
             host,
+            instance: hello.instance,
             labels: hello.labels,
             agent_version: hello.agent_version,
             held: hello.held_rollout,

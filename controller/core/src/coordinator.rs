@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Epoch, HostId, PlanDigest, RolloutId};
+use lockstep_proto::ids::{Epoch, HostId, InstanceId, PlanDigest, RolloutId};
 use lockstep_proto::report::Report;
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
@@ -49,12 +49,26 @@ pub struct HostInfo {
     pub connected: bool,
     /// When something was last heard of it.
     pub last_seen: Timestamp,
+    /// The installation of its agent.
+    pub instance: InstanceId,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Its agent's release.
     pub agent_version: String,
-    /// The newest durable report.
+    /// The newest durable report of this installation.
     pub acknowledged: u64,
+}
+
+impl HostInfo {
+    fn is_as_in(&self, record: &Record) -> bool {
+        matches!(
+            record,
+            Record::HostSeen { instance, labels, agent_version, .. }
+                if self.instance == *instance
+                    && self.labels == *labels
+                    && self.agent_version == *agent_version
+        )
+    }
 }
 
 /// The coordinator.
@@ -180,11 +194,18 @@ impl Coordinator {
         match event {
             Event::HostUp {
                 host,
+                instance,
                 labels,
                 agent_version,
                 held,
             } => {
-                self.handle_host_up(now, host, labels, agent_version, held, &mut effects);
+                let seen = Record::HostSeen {
+                    host: host.clone(),
+                    instance,
+                    labels,
+                    agent_version,
+                };
+                self.handle_host_up(now, host, seen, held, &mut effects);
             }
             Event::HostDown { host } => {
                 if let Some(info) = self.hosts.get_mut(&host) {
@@ -233,22 +254,16 @@ impl Coordinator {
         &mut self,
         now: Timestamp,
         host: HostId,
-        labels: BTreeMap<String, String>,
-        agent_version: String,
+        seen: Record,
         held: Option<RolloutId>,
         effects: &mut Effects,
     ) {
-        let known = self
+        if !self
             .hosts
             .get(&host)
-            .is_some_and(|info| info.labels == labels && info.agent_version == agent_version);
-        if !known {
-            let record = Record::HostSeen {
-                host: host.clone(),
-                labels,
-                agent_version,
-            };
-            self.commit(now, record, effects);
+            .is_some_and(|info| info.is_as_in(&seen))
+        {
+            self.commit(now, seen, effects);
         }
         let info = self.hosts.get_mut(&host).expect("it was just seen");
         info.connected = true;
@@ -305,7 +320,7 @@ impl Coordinator {
             };
             self.commit(now, record, effects);
         }
-        let acknowledged = self.acknowledged(&host);
+        let acknowledged = self.hosts[&host].acknowledged;
         effects
             .send
             .push((host, Message::Acknowledged(acknowledged)));
@@ -451,18 +466,23 @@ impl Coordinator {
             Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
             Record::HostSeen {
                 host,
+                instance,
                 labels,
                 agent_version,
             } => {
-                let info = self.hosts.entry(host.clone()).or_insert_with(|| HostInfo {
-                    connected: false,
+                let before = self
+                    .hosts
+                    .get(host)
+                    .filter(|info| info.instance == *instance);
+                let info = HostInfo {
+                    connected: self.hosts.get(host).is_some_and(|info| info.connected),
                     last_seen: entry.at,
-                    labels: BTreeMap::new(),
-                    agent_version: String::new(),
-                    acknowledged: 0,
-                });
-                info.labels.clone_from(labels);
-                info.agent_version.clone_from(agent_version);
+                    instance: instance.clone(),
+                    labels: labels.clone(),
+                    agent_version: agent_version.clone(),
+                    acknowledged: before.map_or(0, |info| info.acknowledged),
+                };
+                self.hosts.insert(host.clone(), info);
             }
             Record::Matched { rollout, hosts } => {
                 let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
@@ -521,9 +541,14 @@ impl Coordinator {
             .map(|rollout| &rollout.id)
     }
 
-    /// The newest durable report of a host: what `Welcome` says.
-    pub fn acknowledged(&self, host: &HostId) -> u64 {
-        self.hosts.get(host).map_or(0, |info| info.acknowledged)
+    /// The newest durable report of an agent's installation: what `Welcome` says. 0 for one that
+    /// is not known.
+    pub fn acknowledged(&self, host: &HostId, instance: &InstanceId) -> u64 {
+        let known = self
+            .hosts
+            .get(host)
+            .filter(|info| info.instance == *instance);
+        known.map_or(0, |info| info.acknowledged)
     }
 
     /// The ids of all rollouts, oldest first.

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, Epoch, HostId, OperatorName, PlanDigest, RolloutId, StepRef};
+use lockstep_proto::ids::{
+    Digest, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
+};
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
 use lockstep_proto::seal::SealedPlan;
@@ -20,6 +22,8 @@ pub enum Event {
     HostUp {
         /// The host.
         host: HostId,
+        /// The installation of its agent; reports are numbered for each anew.
+        instance: InstanceId,
         /// Its labels.
         labels: BTreeMap<String, String>,
         /// Its agent's release.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use lockstep_proto::ids::{
-    Digest, Direction, Epoch, HostId, OperatorName, PlanDigest, RolloutId, StepRef,
+    Digest, Direction, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
 };
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::values::Timestamp;
@@ -31,10 +31,12 @@ pub enum Record {
         /// The term.
         epoch: Epoch,
     },
-    /// A host introduced itself for the first time, or with other labels than before.
+    /// A host introduced itself for the first time, or otherwise than before.
     HostSeen {
         /// The host.
         host: HostId,
+        /// The installation of its agent. Another one than before numbers its reports anew.
+        instance: InstanceId,
         /// Its labels, from its own file.
         labels: BTreeMap<String, String>,
         /// Its agent's release.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use lockstep_core::{Call, Config, Coordinator, Effects, Entry, Event, Message, Record};
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Direction, Epoch, HostId, RolloutId, StepKey, StepRef};
+use lockstep_proto::ids::{Direction, Epoch, HostId, InstanceId, RolloutId, StepKey, StepRef};
 use lockstep_proto::order::Order;
 use lockstep_proto::plan::{
     Batch, CompiledPlan, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
@@ -221,10 +221,13 @@ impl World {
         self.event(Event::HostUp {
             host: host.clone(),
             labels: Self::labels(host),
+            instance: InstanceId::from_random([1; 8]),
             agent_version: "1".into(),
             held: None,
         });
-        let acknowledged = self.coordinator.acknowledged(host);
+        let acknowledged = self
+            .coordinator
+            .acknowledged(host, &InstanceId::from_random([1; 8]));
         self.agents.get_mut(host).unwrap().sent = acknowledged;
     }
 
@@ -463,7 +466,9 @@ impl World {
     fn report(&mut self) {
         let hosts: Vec<HostId> = self.agents.keys().cloned().collect();
         for host in hosts {
-            let acknowledged = self.coordinator.acknowledged(&host);
+            let acknowledged = self
+                .coordinator
+                .acknowledged(&host, &InstanceId::from_random([1; 8]));
             let agent = &self.agents[&host];
             if !agent.up || agent.reports.len() as u64 <= acknowledged || self.dice.percent(30) {
                 continue;
@@ -557,6 +562,11 @@ impl World {
             self.chaos();
             self.now += 1000;
             self.event(Event::Tick);
+            let next = self.coordinator.next_deadline();
+            assert!(
+                next.is_none_or(|due| due.0 > self.now),
+                "what is due is done at once"
+            );
         }
         self.check_end()
     }

@@ -7,7 +7,7 @@ use lockstep_core::{
     Answer, Call, Config, Coordinator, Effects, Entry, Event, Message, Record, Refused,
 };
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, Direction, Epoch, HostId, RolloutId, StepKey};
+use lockstep_proto::ids::{Digest, Direction, Epoch, HostId, InstanceId, RolloutId, StepKey};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::plan::{
     CompiledPlan, Notice, NoticeWhen, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
@@ -126,6 +126,7 @@ impl Fleet {
         self.event(Event::HostUp {
             host: host(name),
             labels: BTreeMap::from([("role".into(), "app".into())]),
+            instance: InstanceId::from_random([1; 8]),
             agent_version: "1".into(),
             held: None,
         });
@@ -539,6 +540,7 @@ fn cancel_needs_no_agent() {
     fleet.event(Event::HostUp {
         host: host("a"),
         labels: BTreeMap::from([("role".into(), "app".into())]),
+        instance: InstanceId::from_random([1; 8]),
         agent_version: "1".into(),
         held: Some(rollout(1)),
     });
@@ -568,6 +570,13 @@ fn a_paused_rollout_sends_nothing_new() {
         .unwrap();
     fleet.finish("a", ok(), vec![]);
     assert_eq!((fleet.orders.len(), fleet.state(1)), (1, "paused"));
+    fleet.later(60);
+    assert!(
+        fleet
+            .coordinator
+            .next_deadline()
+            .is_some_and(|due| due.0 > fleet.now)
+    );
     fleet
         .call(
             "olga",
@@ -650,4 +659,31 @@ fn a_signature_needs_the_role() {
         Err(Refused::NotAllowed(_))
     ));
     fleet.call("quinn", &["qa_lead"], sign()).unwrap();
+}
+
+#[test]
+fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(1), "succeeded");
+    let anew = InstanceId::from_random([2; 8]);
+    fleet.event(Event::HostUp {
+        host: host("a"),
+        instance: anew.clone(),
+        labels: BTreeMap::from([("role".into(), "app".into())]),
+        agent_version: "1".into(),
+        held: None,
+    });
+    assert_eq!(fleet.coordinator.acknowledged(&host("a"), &anew), 0);
+    fleet.reports.clear();
+    fleet
+        .submit(2, plan(2, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(2, "a", vec![]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(2), "succeeded");
 }

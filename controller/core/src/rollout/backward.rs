@@ -91,13 +91,20 @@ impl Rollout {
             return vec![self.halted(backward, &standing)];
         }
         let index = self.compiled().after_rollback_index();
-        if backward.checks_closed.is_none()
-            && !self.touched().is_empty()
+        if self.checks_pending(backward)
             && let Some(phase) = self.compiled().phase(index)
         {
             return self.advance_phase(&backward.checks, phase, now, up);
         }
         self.advance_survey(backward, undone, now, floor)
+    }
+
+    /// Whether the checks after a rollback are still to be made. Where nothing was touched there
+    /// is nothing to check.
+    pub(super) fn checks_pending(&self, backward: &Backward) -> bool {
+        backward.checks_closed.is_none()
+            && self.compiled().after_rollback.is_some()
+            && !self.touched().is_empty()
     }
 
     fn advance_undo(&self, now: Timestamp) -> Vec<Record> {
@@ -250,10 +257,7 @@ impl Rollout {
         let Mode::Backward(backward) = &self.mode else {
             return vec![];
         };
-        let checks_pending = backward.checks_closed.is_none()
-            && self.compiled().after_rollback.is_some()
-            && !self.touched().is_empty();
-        if self.ended.is_some() || backward.undone.is_none() || checks_pending {
+        if self.ended.is_some() || backward.undone.is_none() || self.checks_pending(backward) {
             return vec![];
         }
         self.touched()

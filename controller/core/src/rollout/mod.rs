@@ -257,12 +257,12 @@ impl Rollout {
         });
         let mode = match &self.mode {
             Mode::Consenting => Some(self.submitted.max(floor).plus(CONSENT_WITHIN)),
+            // Nothing becomes due while paused.
+            _ if self.paused => None,
             Mode::Forward(cursor) => self.cursor_deadline(cursor),
             Mode::Backward(backward) => match backward.undone {
                 None => None,
-                Some(_) if backward.checks_closed.is_none() => {
-                    self.cursor_deadline(&backward.checks)
-                }
+                Some(_) if self.checks_pending(backward) => self.cursor_deadline(&backward.checks),
                 Some(undone) => {
                     Some(backward::survey_from(backward, undone, floor).plus(SURVEY_WITHIN))
                 }

@@ -59,6 +59,9 @@ impl Rollout {
     }
 
     pub(super) fn next_notice(&self) -> Option<Timestamp> {
+        if self.dry_run || matches!(self.mode, Mode::Consenting) {
+            return None;
+        }
         let sent = |index: u16| {
             let of_index = self.notices.keys().filter_map(move |which| match which {
                 NoticeRef::Plan { index: other, time } if *other == index => Some(*time),
