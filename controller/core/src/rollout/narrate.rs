@@ -120,15 +120,7 @@ impl Rollout {
                 comment,
                 ..
             } => RolloutEvent {
-                message: format!(
-                    "{operator} {}{}",
-                    if *approve { "approves" } else { "rejects" },
-                    if comment.is_empty() {
-                        String::new()
-                    } else {
-                        format!(": {comment}")
-                    }
-                ),
+                message: self.say_decision(*at, operator, *approve, comment),
                 ..self.step_event(EventKind::GateDecided, *at, Direction::Do, 0)
             },
             Record::GateClosed { at, why, .. } => RolloutEvent {
@@ -266,6 +258,19 @@ impl Rollout {
                 message: self.say_failure(at, result),
                 ..event
             },
+        }
+    }
+
+    fn say_decision(&self, at: StepRef, operator: &str, approve: bool, comment: &str) -> String {
+        let does = match &self.placed(at).step.action {
+            _ if !approve => "rejects",
+            Action::GateChecklist(_) => "confirms",
+            _ => "approves",
+        };
+        if comment.is_empty() {
+            format!("{operator} {does}")
+        } else {
+            format!("{operator} {does}: {comment}")
         }
     }
 
