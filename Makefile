@@ -10,7 +10,7 @@ LOCKED := --locked
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release test deny demo fleet ci
+.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -32,6 +32,9 @@ build: prepare ## the binaries that stories run
 
 release: prepare ## the binaries that users run
 	$(CARGO) build $(LOCKED) --release --workspace --bins
+
+agent: ## the agent as hosts get it, small: target/agent/lockstep-agent
+	$(CARGO) build $(LOCKED) --profile agent -p lockstep-agent
 
 test: build ## unit, property, golden and whole-process tests, and the documentation's examples
 	@$(NOFILE)
