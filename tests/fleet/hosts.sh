@@ -260,7 +260,8 @@ create() {
   docker create --name "$(container "$name")" --hostname "$name" \
     --label "$label" --label "$run_label" --label "lockstep.fleet.ip=$ip" \
     --network "$network" --network-alias "$name" --ip "$ip" \
-    --cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt seccomp=unconfined \
+    --cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add DAC_READ_SEARCH --cap-add SYS_PTRACE \
+    --security-opt seccomp=unconfined \
     --cgroupns=host --volume /sys/fs/cgroup:/sys/fs/cgroup:rw --tmpfs /run --tmpfs /run/lock \
     --stop-signal SIGRTMIN+3 "${flags[@]}" "$image" /sbin/init >/dev/null
   tar -C "$reach" --owner=0 --group=0 -c . | docker cp - "$(container "$name"):/"
