@@ -51,7 +51,7 @@ const FINISH_WITHIN: Duration = Duration::from_secs(6);
 /// Of that, what peers have to close their connections once nothing is open on them.
 const CLOSE_WITHIN: Duration = Duration::from_secs(2);
 
-/// A ping on every connection, so that a peer that is gone is noticed within 10 s (DESIGN 7).
+/// A ping on every connection, so that a peer that is gone is noticed within 10 s.
 const PING_EVERY: Duration = Duration::from_secs(5);
 
 /// How long a ping may take.
