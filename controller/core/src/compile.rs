@@ -161,7 +161,11 @@ fn fence_stage(filled: &Filled, phase: &DraftPhase, fence: &DraftFence, action: 
     let on = fence.on.as_ref().or(phase.on.as_ref()).expect(CHECKED);
     let step = Step {
         name: None,
-        timeout: default_timeout(&action),
+        timeout: fence
+            .raw
+            .timeout
+            .as_ref()
+            .map_or_else(|| default_timeout(&action), |at| at.value),
         action,
         undo: Undo::Auto,
         line: filled.line(fence.node),
@@ -248,7 +252,10 @@ pub fn default_timeout(action: &Action) -> Period {
         Action::ReleaseBuild(_) => minutes(30),
         Action::PostgresBackup(_)
         | Action::PostgresVerifyBackup(_)
-        | Action::PostgresRestore(_) => HOUR,
+        | Action::PostgresRestore(_)
+        // Raising and lowering a fence read every row for its checksums, as a backup does.
+        | Action::PostgresFence(_)
+        | Action::PostgresUnfence(_) => HOUR,
         Action::PostgresCounts(_) | Action::PostgresCompare(_) | Action::PostgresAssert(_) => {
             minutes(10)
         }
@@ -271,8 +278,6 @@ pub fn default_timeout(action: &Action) -> Period {
         | Action::ReleasePrevious(_)
         | Action::EnvDiff(_)
         | Action::EnvRender(_)
-        | Action::PostgresFence(_)
-        | Action::PostgresUnfence(_)
         | Action::CheckPort(_)
         | Action::CheckProcess(_)
         | Action::CheckDisk(_)

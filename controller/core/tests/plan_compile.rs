@@ -141,6 +141,29 @@ fn a_fence_is_raised_first_and_lowered_when_its_last_phase_begins() {
     assert_eq!(fences.count(), 2);
 }
 
+/// Fences hold checksums of every row against each other: a minute is too short for most.
+#[test]
+fn a_fence_has_time_for_the_whole_database() {
+    let timeouts = |key: &str| -> Vec<Period> {
+        let plan = compiled(&format!(
+            "
+phases:
+  - name: a
+    on: db
+    fence: {{database: p, roles: [web], until: b{key}}}
+    steps: [{{postgres.fence: {{database: q, roles: [web]}}}}]
+  - name: b
+    on: db
+    steps: [{{postgres.unfence: {{database: q, roles: [web]}}}}]
+"
+        ));
+        plan.steps().map(|placed| placed.step.timeout).collect()
+    };
+    let (hour, own) = (Period::seconds(3600), Period::seconds(5400));
+    assert_eq!(timeouts(""), [hour; 4]);
+    assert_eq!(timeouts(", timeout: 90m"), [own, hour, own, hour]);
+}
+
 #[test]
 fn stages_are_runs_of_steps_with_the_same_hosts() {
     let plan = compiled(

@@ -268,16 +268,16 @@ impl Check<'_> {
             self.reader
                 .warn(Code::UndoOfNothing, undo.node, message, "leave `undo` out");
         }
-        if let Some(timeout) = &step.timeout
+        self.timeout(step.timeout.as_ref());
+    }
+
+    fn timeout(&self, timeout: Option<&At<Period>>) {
+        if let Some(timeout) = timeout
             && timeout.value == Period(0)
         {
             let message = "a timeout of nothing cannot be kept";
-            self.report(
-                Code::BadTime,
-                timeout.node,
-                message,
-                "leave it out for the default",
-            );
+            let hint = "leave it out for the default";
+            self.report(Code::BadTime, timeout.node, message, hint);
         }
     }
 
@@ -329,6 +329,7 @@ impl Check<'_> {
             }
             None => {}
         }
+        self.timeout(fence.raw.timeout.as_ref());
         let until = &fence.raw.until;
         if tree.scalar(until.node).is_some_and(|scalar| scalar.open) {
             return;

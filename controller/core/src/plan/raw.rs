@@ -294,6 +294,8 @@ pub(crate) struct RawFence {
     /// The phase that begins by lowering it.
     #[schemars(with = "String")]
     pub(crate) until: At<String>,
+    /// The longest time for one attempt at raising it, and at lowering it. Default: 1h.
+    pub(crate) timeout: Option<At<Period>>,
 }
 
 /// How a phase spreads over its hosts.
