@@ -153,3 +153,27 @@ phases: [{name: a, on: app, steps: [{release.activate: {app: p, release: v1}}]}]
     );
     assert!(!plan.warnings().has_errors());
 }
+
+/// A plan of these steps, on one group of hosts.
+fn steps(steps: &str) -> Result<Plan, Findings> {
+    let head = "version: 1\nplan: p\nfleet: {app: {labels: {role: app}}}\n";
+    let phase = format!("phases:\n  - name: a\n    on: app\n    steps:\n{steps}");
+    Plan::parse("p.yaml", &format!("{head}{phase}"))
+}
+
+/// The findings of one step, by kind.
+fn codes(step: &str) -> Vec<Code> {
+    match steps(&format!("      - {step}\n")) {
+        Ok(plan) => plan.warnings().iter().map(|f| f.code).collect(),
+        Err(findings) => findings.iter().map(|f| f.code).collect(),
+    }
+}
+
+#[test]
+fn a_statement_of_which_nothing_is_asked_is_no_check() {
+    let check = |rest: &str| codes(&format!("check.sql: {{database: p, sql: select 1{rest}}}"));
+    assert_eq!(check(""), [Code::NothingAsked]);
+    for asked in ["equals: 1", "at_least: 0", "at_most: 5"] {
+        assert_eq!(check(&format!(", {asked}")), [], "{asked}");
+    }
+}

@@ -250,7 +250,10 @@ impl Args<'_> {
             }
             Action::CheckHttp(args) => self.http(args),
             Action::CheckDisk(args) => self.absolute(&args.path, &["path".into()]),
-            Action::CheckSql(args) => self.database(&args.database),
+            Action::CheckSql(args) => {
+                self.database(&args.database);
+                self.expects_a_value();
+            }
             Action::CheckLog(args) => {
                 self.absolute(&args.path, &["path".into()]);
                 for (key, patterns) in [("deny", &args.deny), ("require", &args.require)] {
@@ -328,6 +331,17 @@ impl Args<'_> {
                 format!("there are no {what} here"),
                 "",
             );
+        }
+    }
+
+    /// A statement that nothing is asked of would always be well.
+    fn expects_a_value(&self) {
+        let tree = self.reader.tree;
+        let keys = ["equals", "at_least", "at_most"];
+        if keys.iter().all(|key| tree.get(self.args, key).is_none()) {
+            let message = "this asks nothing of the statement's value";
+            let hint = "give `equals`, `at_least` or `at_most`";
+            self.report(Code::NothingAsked, &[], message, hint);
         }
     }
 
