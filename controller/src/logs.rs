@@ -53,6 +53,8 @@ impl Logs {
     /// Announces every file of a rollout that grows from now on.
     pub(crate) fn follow(&self, rollout: &RolloutId) -> broadcast::Receiver<StepKey> {
         let mut followed = self.followed();
+        // Where nothing grows any more, nobody else finds out that the followers are gone.
+        followed.retain(|_, sender| sender.receiver_count() > 0);
         let sender = followed.entry(rollout.clone());
         let sender = sender.or_insert_with(|| broadcast::Sender::new(FOLLOWER_LAG));
         sender.subscribe()
@@ -514,5 +516,19 @@ mod tests {
         let step = StepRef { phase: 1, step: 2 };
         assert_eq!(found(Some("db-1"), Some(step)).len(), 1);
         assert!(found(Some("db-2"), None).is_empty());
+    }
+
+    #[test]
+    fn a_rollout_without_followers_is_forgotten() {
+        let (_dir, logs) = logs();
+        for number in 0..100 {
+            // Read once, and nothing of it grows afterwards.
+            drop(logs.follow(&RolloutId::from_random([number; 6])));
+        }
+        let mut follower = logs.follow(&key().rollout);
+        let _another = logs.follow(&RolloutId::from_random([200; 6]));
+        assert_eq!(logs.followed().len(), 2);
+        logs.writer(&key()).unwrap().append(0, b"x").unwrap();
+        assert_eq!(follower.try_recv().unwrap(), key());
     }
 }
