@@ -420,6 +420,14 @@ impl Hold {
                 "a host takes steps in the order of the plan",
             ));
         }
+        let done = attempts.iter().rev().find(|a| a.direction == Direction::Do);
+        let done = done.filter(|a| matches!(a.ended, Some((_, How::Ok { .. }))));
+        if let Some(done) = done.filter(|_| chain.before.is_some()) {
+            return Err(refused(
+                format!("attempt {} of this step is done, and not undone", done.number),
+                "its report says so; nothing is done twice",
+            ));
+        }
         Ok(Decision::Begin(Begin {
             before: chain.before.filter(|_| chain.changed),
         }))

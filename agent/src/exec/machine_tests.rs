@@ -81,7 +81,7 @@ impl Agent {
                 held_step(0, "service.stop", json!({"service": "web"})),
                 held_step(1, "check.port", json!({"port": 1})),
                 held_step(2, "service.start", json!({"service": "web"})),
-                held_step(3, "service.restart", json!({"service": "web"})),
+                held_step(3, "exec.run", json!({"name": "x", "argv": ["x"]})),
             ],
             clock: 500,
         };
@@ -283,6 +283,18 @@ fn attempts_go_upwards() {
 }
 
 #[test]
+fn what_is_done_is_not_done_again_under_another_number() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 1), ok(true));
+    assert!(refusal(agent.decide(&order(key(0, Do, 2)))).contains("attempt 1"));
+    agent.run(&key(0, Back, 1), ok(true));
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 2))),
+        Decision::Begin(_)
+    ));
+}
+
+#[test]
 fn a_later_attempt_returns_to_the_state_before_the_first_that_changed_something() {
     let mut agent = Agent::holding();
     agent.run(&key(0, Do, 1), failed(false));
@@ -322,7 +334,7 @@ fn only_what_was_done_here_is_undone() {
     agent.run(&key(3, Do, 1), ok(true));
     assert!(
         matches!(undo(&agent, 3), Decision::Nothing(_)),
-        "a restart has no undo"
+        "a command has no undo"
     );
     agent.steps[2].undo = Undo::Keep;
     assert_eq!(

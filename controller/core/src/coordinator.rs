@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Epoch, HostId, InstanceId, PlanDigest, RolloutId};
+use lockstep_proto::ids::{Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepRef};
 use lockstep_proto::report::Report;
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
 use crate::event::{Answer, Effects, Event, Message, Notify, RolloutEvent};
 use crate::record::{End, Entry, Record};
-use crate::rollout::{Rollout, order_life};
+use crate::rollout::{Mode, Rollout, order_life};
 
 mod calls;
 
@@ -83,6 +83,8 @@ pub struct Coordinator {
     serials: BTreeMap<u64, RolloutId>,
     /// When this controller began: nothing is given up before hosts had time to come back.
     floor: Timestamp,
+    /// When something was last decided.
+    now: Timestamp,
     /// Hosts that were asked for their state in their present session.
     surveyed: BTreeSet<(RolloutId, HostId)>,
     last_epoch: Option<Epoch>,
@@ -103,6 +105,7 @@ impl Coordinator {
             order: Vec::new(),
             serials: BTreeMap::new(),
             floor: Timestamp::default(),
+            now: Timestamp::default(),
             surveyed: BTreeSet::new(),
             last_epoch: None,
         };
@@ -136,6 +139,7 @@ impl Coordinator {
     /// again with a later end, and whatever is due.
     pub fn resume(&mut self, now: Timestamp) -> Effects {
         self.floor = now;
+        self.now = now;
         let mut effects = Effects::default();
         self.commit(
             now,
@@ -144,26 +148,8 @@ impl Coordinator {
             },
             &mut effects,
         );
-        let again: Vec<Record> = self
-            .rollouts
-            .values()
-            .filter(|rollout| rollout.ended.is_none())
-            .flat_map(|rollout| {
-                rollout
-                    .outstanding()
-                    .filter(|(_, _, _, attempt)| attempt.started.is_none())
-                    .map(|(at, direction, host, attempt)| Record::Dispatched {
-                        rollout: rollout.id.clone(),
-                        at,
-                        direction,
-                        attempt: attempt.number,
-                        hosts: vec![host.clone()],
-                        not_after: now.plus(order_life(direction)),
-                    })
-            })
-            .collect();
-        for record in again {
-            self.commit(now, record, &mut effects);
+        for id in self.order.clone() {
+            self.say_again(now, &id, &mut effects);
         }
         // A message that was about to be sent may have been: it is not sent again.
         let unsure: Vec<Record> = self
@@ -190,6 +176,7 @@ impl Coordinator {
 
     /// Takes one event. `now` never goes back.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Effects {
+        self.now = now;
         let mut effects = Effects::default();
         match event {
             Event::HostUp {
@@ -250,6 +237,27 @@ impl Coordinator {
         effects
     }
 
+    /// Orders that nobody has begun are given again, with a later end.
+    fn say_again(&mut self, now: Timestamp, id: &RolloutId, effects: &mut Effects) {
+        let rollout = &self.rollouts[id];
+        let unstarted = rollout.outstanding().filter(|(at, direction, _, attempt)| {
+            attempt.started.is_none() && rollout.may_say(*at, *direction)
+        });
+        let again: Vec<Record> = unstarted
+            .map(|(at, direction, host, attempt)| Record::Dispatched {
+                rollout: rollout.id.clone(),
+                at,
+                direction,
+                attempt: attempt.number,
+                hosts: vec![host.clone()],
+                not_after: now.plus(order_life(direction)),
+            })
+            .collect();
+        for record in again {
+            self.commit(now, record, effects);
+        }
+    }
+
     fn handle_host_up(
         &mut self,
         now: Timestamp,
@@ -278,7 +286,8 @@ impl Coordinator {
                 effects.send.push((host.clone(), rollout.offer(epoch)));
             }
             for (at, direction, other, attempt) in rollout.outstanding() {
-                if *other == host && rollout.ended.is_none() {
+                let begun = attempt.started.is_some() || rollout.may_say(at, direction);
+                if *other == host && rollout.ended.is_none() && begun {
                     let order = rollout.order(&self.config, at, direction, other, attempt);
                     effects.send.push((host.clone(), Message::Order(order)));
                 }
@@ -360,7 +369,8 @@ impl Coordinator {
     }
 
     /// Folds a record that was just decided, and collects what follows from it.
-    fn commit(&mut self, now: Timestamp, record: Record, effects: &mut Effects) {
+    fn commit(&mut self, now: Timestamp, mut record: Record, effects: &mut Effects) {
+        record.shorten();
         let published = record
             .rollout()
             .and_then(|id| self.rollouts.get(id))
@@ -523,7 +533,7 @@ impl Coordinator {
     pub fn next_deadline(&self) -> Option<Timestamp> {
         self.rollouts
             .values()
-            .filter_map(|rollout| rollout.next_deadline(self.floor))
+            .filter_map(|rollout| rollout.next_deadline(self.now, self.floor))
             .min()
     }
 
@@ -598,6 +608,14 @@ impl Coordinator {
 }
 
 impl Rollout {
+    /// Whether an order that nobody has begun may still be given: nothing while paused, and no
+    /// step forward once the rollout goes back.
+    fn may_say(&self, at: StepRef, direction: Direction) -> bool {
+        let forward =
+            direction == Direction::Do && at.phase != self.compiled().after_rollback_index();
+        self.ended.is_none() && !self.paused && !(forward && matches!(self.mode, Mode::Backward(_)))
+    }
+
     fn offer(&self, epoch: Epoch) -> Message {
         Message::Offer {
             rollout: self.id.clone(),

@@ -315,6 +315,33 @@ impl Record {
     }
 }
 
+/// The longest text of people, reasons and lists of hosts in a record, in bytes: with it, and
+/// [`MAX_HOSTS_PER_RECORD`] hosts, every record fits into the journal's 32 KiB.
+pub const MAX_TEXT: usize = 4 << 10;
+
+impl Record {
+    /// Cuts texts that grow with the fleet; the report has them whole.
+    pub(crate) fn shorten(&mut self) {
+        let text = match self {
+            Self::Quarantined { why, .. } | Self::GateClosed { why, .. } => why,
+            Self::GateDecided { comment, .. } | Self::SignedOff { comment, .. } => comment,
+            Self::NoticeSent {
+                error: Some(error), ..
+            } => error,
+            Self::RollbackStarted { reason, .. }
+            | Self::Ended { reason, .. }
+            | Self::Closed { reason, .. } => reason,
+            _ => return,
+        };
+        if text.len() > MAX_TEXT {
+            let end = text.floor_char_boundary(MAX_TEXT);
+            let cut = text.len() - end;
+            text.truncate(end);
+            text.push_str(&format!(" ... and {cut} bytes more: see `lockstep report`"));
+        }
+    }
+}
+
 /// Why the controller gave up waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

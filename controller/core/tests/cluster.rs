@@ -41,9 +41,10 @@ fn action(name: &str, args: serde_json::Value) -> Action {
 }
 
 fn step(dice: &mut Dice) -> Step {
-    let action = match dice.roll(6) {
+    let action = match dice.roll(7) {
         0 => action("check.disk", serde_json::json!({"path": "/", "free": "1B"})),
         1 => action("exec.run", serde_json::json!({"name": "x", "argv": ["x"]})),
+        6 => action("service.restart", serde_json::json!({"service": "web"})),
         2 | 3 => action("service.stop", serde_json::json!({"service": "web"})),
         _ => action(
             "release.activate",
@@ -240,7 +241,14 @@ impl World {
         if let Some(Err(refused)) = &effects.answer {
             panic!("a call of the world was refused: {refused}");
         }
-        self.journal.extend(effects.persist);
+        for entry in effects.persist {
+            let size = serde_json::to_vec(&entry).unwrap().len();
+            assert!(
+                size < 32_000,
+                "INV-2: the journal would refuse {size} bytes"
+            );
+            self.journal.push(entry);
+        }
         for (host, message) in effects.send {
             if let Message::Order(order) = &message {
                 self.check_order(order);
@@ -295,15 +303,27 @@ impl World {
             Direction::Undo => {
                 let repeated = self.undos.contains(&(key.host.clone(), key.at));
                 if !repeated {
-                    let last = self.undos.iter().rev().find(|(host, _)| *host == key.host);
+                    // Restarts are undone at the very end.
+                    let last = |at: StepRef| {
+                        let action = &plan.step(at).unwrap().step.action;
+                        matches!(action, Action::ServiceRestart(_))
+                    };
+                    let on_host = |at: StepRef| (last(at), std::cmp::Reverse(at));
+                    let before = self.undos.iter().rev().find(|(host, _)| *host == key.host);
                     assert!(
-                        last.is_none_or(|(_, at)| *at > key.at),
+                        before.is_none_or(|(_, at)| on_host(*at) < on_host(key.at)),
                         "INV-6: undo goes in reverse"
                     );
-                    let stage = |at: StepRef| (at.phase, plan.step(at).unwrap().stage);
-                    let last = self.undos.last();
+                    let stage = |at: StepRef| {
+                        (
+                            last(at),
+                            std::cmp::Reverse((at.phase, plan.step(at).unwrap().stage)),
+                        )
+                    };
                     assert!(
-                        last.is_none_or(|(_, at)| stage(*at) >= stage(key.at)),
+                        self.undos
+                            .last()
+                            .is_none_or(|(_, at)| stage(*at) <= stage(key.at)),
                         "INV-6: a stage is undone on all hosts before the one before it"
                     );
                     self.undos.push((key.host.clone(), key.at));
@@ -435,7 +455,7 @@ impl World {
                         } else {
                             Cause::Interrupted
                         },
-                        message: "no".into(),
+                        message: "no".repeat(1 + usize::try_from(self.dice.roll(5000)).unwrap()),
                         hint: None,
                         last_lines: vec![],
                         changed: self.dice.percent(50),

@@ -177,3 +177,18 @@ fn a_statement_of_which_nothing_is_asked_is_no_check() {
         assert_eq!(check(&format!(", {asked}")), [], "{asked}");
     }
 }
+
+/// `within` asks again until the answer is right: what creates something would create it again.
+#[test]
+fn only_requests_that_change_nothing_are_repeated() {
+    let check = |rest: &str| codes(&format!("check.http: {{url: 'http://x/', {rest}}}"));
+    for method in ["POST", "PUT", "PATCH", "DELETE"] {
+        let repeated = check(&format!("method: {method}, within: 5s"));
+        assert_eq!(repeated, [Code::RepeatedEffect], "{method}");
+        assert_eq!(check(&format!("method: {method}")), [], "{method}");
+    }
+    assert_eq!(check("within: 5s"), []);
+    assert_eq!(check("method: HEAD, within: 5s"), []);
+    let then = "within: 5s, then: [{url: 'http://x/', method: POST}]";
+    assert_eq!(check(then), []);
+}

@@ -687,3 +687,201 @@ fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
     fleet.finish("a", ok(), vec![]);
     assert_eq!(fleet.state(2), "succeeded");
 }
+
+fn canary_plan(serial: u64, phases: Vec<(Target, Strategy, Step)>) -> CompiledPlan {
+    let stages = phases.into_iter().map(|(target, strategy, step)| Stage {
+        target,
+        strategy,
+        steps: vec![step],
+    });
+    plan(serial, stages.collect())
+}
+
+#[test]
+fn the_step_of_an_elected_host_that_stayed_behind_is_not_skipped() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let one = || Target::OneOf(vec!["app".into()]);
+    let rolling = Strategy::Rolling {
+        batch: lockstep_proto::plan::Batch::Hosts(1),
+        max_failures: 1,
+        pause: Period(0),
+    };
+    let run = |name: &str| step("exec.run", json!({"name": name, "argv": ["x"]}));
+    let phases = vec![
+        (one(), Strategy::All, run("first")),
+        (Target::Groups(vec!["app".into()]), rolling, stop()),
+        (one(), Strategy::All, run("second")),
+    ];
+    fleet.submit(1, canary_plan(1, phases)).unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![]);
+    }
+    fleet.finish("a", ok(), vec![]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    assert_eq!(
+        fleet.state(1),
+        "rolling_back",
+        "INV-3: `second` has no host"
+    );
+}
+
+#[test]
+fn resume_after_a_deadline_opens_a_new_one() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    plan.deadline = Period::seconds(20);
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.later(20);
+    assert_eq!(fleet.state(1), "halted");
+    let back = Call::RollBack {
+        rollout: rollout(1),
+        reason: "too late".into(),
+    };
+    fleet.call("olga", &[], back).unwrap();
+    assert_eq!(fleet.state(1), "rolling_back");
+}
+
+#[test]
+fn resume_opens_a_gate_that_timed_out_anew() {
+    let mut fleet = Fleet::new(&["a"]);
+    let args = json!({"from": {"dba": 1}, "timeout": "1m", "on_timeout": "halt"});
+    let gate = step("gate.approval", args);
+    fleet
+        .submit(1, plan(1, vec![on("controller", vec![gate])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.later(60);
+    assert_eq!(fleet.state(1), "halted");
+    fleet
+        .call(
+            "olga",
+            &[],
+            Call::Resume {
+                rollout: rollout(1),
+            },
+        )
+        .unwrap();
+    assert_eq!(fleet.state(1), "running");
+    fleet.decide("dana", &["dba"], fleet.evidence()).unwrap();
+    assert_eq!(fleet.state(1), "succeeded");
+}
+
+#[test]
+fn resume_asks_a_failed_check_after_a_rollback_again() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    let check = step("check.disk", json!({"path": "/", "free": "1B"}));
+    plan.after_rollback = Some(Phase {
+        name: "after_rollback".into(),
+        stages: vec![on("app", vec![check])],
+        deadline: None,
+        planned: None,
+    });
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    for outcome in [failed(), ok(), failed()] {
+        fleet.finish("a", outcome, vec![]);
+    }
+    assert_eq!(fleet.state(1), "halted");
+    fleet
+        .call(
+            "olga",
+            &[],
+            Call::Resume {
+                rollout: rollout(1),
+            },
+        )
+        .unwrap();
+    assert_eq!(
+        (fleet.newest("a").at.phase, fleet.newest("a").attempt),
+        (1, 2)
+    );
+    fleet.finish("a", ok(), vec![]);
+    fleet.report(
+        "a",
+        ReportBody::Surveyed {
+            rollout: rollout(1),
+            state: vec![],
+        },
+    );
+    assert_eq!(fleet.state(1), "rolled_back");
+}
+
+#[test]
+fn a_late_report_of_success_is_not_done_again() {
+    let mut fleet = Fleet::new(&["a"]);
+    let run = step("exec.run", json!({"name": "x", "argv": ["x"]}));
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![run])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet
+        .call(
+            "olga",
+            &[],
+            Call::Pause {
+                rollout: rollout(1),
+            },
+        )
+        .unwrap();
+    fleet.event(Event::HostDown { host: host("a") });
+    fleet.later(200);
+    fleet.up("a");
+    fleet.finish("a", ok(), vec![]);
+    fleet
+        .call(
+            "olga",
+            &[],
+            Call::Resume {
+                rollout: rollout(1),
+            },
+        )
+        .unwrap();
+    assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
+    assert_eq!(fleet.state(1), "succeeded");
+}
+
+#[test]
+fn a_rollback_gives_no_forward_order_new_life() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![]);
+    }
+    fleet.event(Event::HostDown { host: host("b") });
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(fleet.state(1), "rolling_back");
+    let before = fleet.orders.len();
+    fleet.restart();
+    fleet.up("b");
+    let given: Vec<_> = fleet.orders[before..]
+        .iter()
+        .map(|order| order.key.direction)
+        .collect();
+    assert!(!given.contains(&Direction::Do), "INV-6: {given:?}");
+}
+
+#[test]
+fn restarts_are_undone_last() {
+    let mut fleet = Fleet::new(&["a"]);
+    let activate = step("release.activate", json!({"app": "a", "release": "r"}));
+    let restart = step("service.restart", json!({"service": "web"}));
+    let fails = step("check.disk", json!({"path": "/", "free": "1B"}));
+    let stages = vec![on("app", vec![activate, restart]), on("app", vec![fails])];
+    fleet.submit(1, plan(1, stages)).unwrap();
+    fleet.consent(1, "a", vec![]);
+    for outcome in [ok(), ok(), failed()] {
+        fleet.finish("a", outcome, vec![]);
+    }
+    assert_eq!(fleet.newest("a").at.step, 0, "the link goes back first");
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(
+        fleet.newest("a").at.step,
+        1,
+        "then the service runs what is there"
+    );
+}

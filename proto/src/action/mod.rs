@@ -110,7 +110,7 @@ macro_rules! actions {
 actions! {
     "service.stop" ServiceStop(service::Stop) Convergent Host true "Stops a service and proves that its port refuses.";
     "service.start" ServiceStart(service::Start) Convergent Host true "Starts a service and proves that it is active and listens.";
-    "service.restart" ServiceRestart(service::Restart) Receipted Host false "Restarts a service and proves that it is active and listens.";
+    "service.restart" ServiceRestart(service::Restart) Receipted Host true "Restarts a service and proves that it is active and listens; undone last, when what it reads is back.";
     "service.status" ServiceStatus(service::Status) Observing Host false "Says whether a service runs, and fails if it should not be so.";
     "release.fetch" ReleaseFetch(release::Fetch) Convergent Host true "Brings a release's sources from git into a directory of its own.";
     "release.build" ReleaseBuild(release::Build) Convergent Host true "Runs a release's build commands in its directory, once.";

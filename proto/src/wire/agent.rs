@@ -8,7 +8,7 @@ use crate::ids::{
     BootId, Digest, Direction, Epoch, HostId, InstanceId, InvalidId, RolloutId, StepKey, StepRef,
 };
 use crate::order::{Binding, Fact, MAX_FACT_BYTES, Order};
-use crate::report::{Report, ReportBody};
+use crate::report::{MAX_REPORT_BYTES, Report, ReportBody};
 use crate::values::Timestamp;
 
 /// The protocol versions that this release speaks.
@@ -141,12 +141,13 @@ impl TryFrom<wire::Hello> for Hello {
             agent_version,
             held_rollout,
         } = hello;
-        if labels.len() > 64
-            || labels
-                .iter()
-                .any(|(name, value)| name.len() + value.len() > 512)
-        {
+        // Both are journalled, in one record of at most 32 KiB.
+        let label_bytes: usize = labels.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if labels.len() > 64 || label_bytes > 4 << 10 {
             return Err(InvalidMessage::Field("labels"));
+        }
+        if agent_version.len() > 128 {
+            return Err(InvalidMessage::Field("agent_version"));
         }
         Ok(Self {
             versions: VersionRange {
@@ -337,6 +338,9 @@ impl TryFrom<wire::Report> for Report {
     type Error = InvalidMessage;
     fn try_from(report: wire::Report) -> Result<Self, InvalidMessage> {
         let wire::Report { number, body_json } = report;
+        if body_json.len() > MAX_REPORT_BYTES {
+            return Err(InvalidMessage::Field("report"));
+        }
         let body: ReportBody = serde_json::from_slice(&body_json)
             .map_err(|error| InvalidMessage::Json("report", error))?;
         Ok(Self { number, body })

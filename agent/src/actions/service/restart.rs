@@ -5,7 +5,9 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::Failure;
 use serde_json::Value;
 
-use super::{Phase, Service, State, all_answer, describe_up, state_fact, to_value, until};
+use super::{
+    Phase, Service, State, all_answer, describe_up, from_value, state_fact, to_value, until,
+};
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::net::Answer;
 use crate::actions::{Act, Done, Probe};
@@ -59,6 +61,29 @@ impl Act for Restart {
         Ok(Done {
             changed: true,
             summary: format!("{} runs anew", self.service),
+            facts: vec![],
+        })
+    }
+
+    /// Comes last in a rollback: what the service reads is as before, and a new run finds it.
+    async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
+        let before: State = from_value(before)?;
+        let service = Service::open(cx, &self.service, self.driver).await?;
+        let until = until(cx, self.within);
+        let summary = if before.phase.is_up() {
+            service.restart(cx, until).await?;
+            service
+                .await_running(cx, &self.service, &self.listens, until)
+                .await
+                ?;
+            format!("{} runs anew, with what was there before", self.service)
+        } else {
+            service.stop(cx, until).await?;
+            format!("{} is stopped again", self.service)
+        };
+        Ok(Done {
+            changed: true,
+            summary,
             facts: vec![],
         })
     }

@@ -42,6 +42,12 @@ impl Coordinator {
                 let at = self.live(&rollout)?.gate_for(gate)?;
                 self.live(&rollout)?
                     .may_decide(at, &operator, &groups, evidence, approve, &items)?;
+                // An approval has no items.
+                let is_list = matches!(
+                    self.live(&rollout)?.placed(at).step.action,
+                    Action::GateChecklist(_)
+                );
+                let items = if is_list { items } else { vec![] };
                 let missing = format!("{rollout}/{at}");
                 let record = Record::GateDecided {
                     rollout,
@@ -71,7 +77,13 @@ impl Coordinator {
                         state.state()
                     )));
                 }
-                Record::Resumed { rollout, operator }
+                let record = Record::Resumed {
+                    rollout: rollout.clone(),
+                    operator,
+                };
+                self.commit(now, record, effects);
+                self.say_again(now, &rollout, effects);
+                return Ok(Answer::Done);
             }
             Call::Cancel { rollout, reason } => {
                 self.live(&rollout)?;
@@ -325,6 +337,9 @@ impl Rollout {
                     return Err(Refused::NotAllowed(format!(
                         "{operator} is not of the group {wanted}"
                     )));
+                }
+                if items.len() > list.items.len() {
+                    return Err(Refused::Invalid("an item is named twice".into()));
                 }
                 match items
                     .iter()

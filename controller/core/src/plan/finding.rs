@@ -67,6 +67,7 @@ codes! {
     UndoOfNothing "0039" "`undo` on a step that a rollback leaves alone anyway.";
     NotACheck "0040" "`after_rollback` holds checks only.";
     TooLarge "0041" "The compiled plan is larger than an agent holds.";
+    RepeatedEffect "0042" "A check would repeat a request that changes something.";
 }
 
 impl fmt::Display for Code {

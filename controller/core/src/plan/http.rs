@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_proto::action::check::{Expect, Http, Request};
+use lockstep_proto::action::check::{Expect, Http, Method, Request};
 
 use super::args::{Args, Path, is_known, later_names};
 use super::finding::{Code, did_you_mean};
@@ -12,11 +12,22 @@ impl Args<'_> {
     /// A chain of requests: each may use what those before it captured.
     pub(super) fn http(&self, http: &Http) {
         let mut captured = BTreeSet::new();
+        self.asked_again(http);
         self.request(&http.first(), &[], &mut captured);
         for (key, requests) in [("then", &http.then), ("cleanup", &http.cleanup)] {
             for (index, request) in requests.iter().enumerate() {
                 self.request(request, &[key.into(), index.into()], &mut captured);
             }
+        }
+    }
+
+    /// `within` repeats the first request until its answer is the expected one.
+    fn asked_again(&self, http: &Http) {
+        if http.within.is_some() && !matches!(http.method, Method::Get | Method::Head) {
+            let message = "`within` would repeat a request that changes something";
+            let hint = "wait with a `GET` in a step before, or begin the chain with one and put \
+                        this request under `then`";
+            self.report(Code::RepeatedEffect, &["within".into()], message, hint);
         }
     }
 

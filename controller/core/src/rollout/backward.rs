@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lockstep_proto::action::Class;
+use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::plan::{Step, Undo};
@@ -154,20 +154,30 @@ impl Rollout {
             .collect();
         stages.sort_unstable();
         stages.dedup();
-        for (phase, stage) in stages.into_iter().rev() {
-            self.standing_of(phase, stage, &mut standing);
-            if standing.waiting || !standing.due.is_empty() || standing.stopped.is_some() {
-                break;
+        stages.reverse();
+        // A service that was restarted is restarted again at the very end: it has to find what it
+        // reads (release, environment, database) as it was.
+        for last in [false, true] {
+            for &(phase, stage) in &stages {
+                self.standing_of(phase, stage, last, &mut standing);
+                let open = standing.waiting || !standing.due.is_empty();
+                if open || standing.stopped.is_some() {
+                    return standing;
+                }
             }
         }
         standing
     }
 
-    fn standing_of(&self, phase: u16, stage: usize, standing: &mut Standing) {
+    fn standing_of(&self, phase: u16, stage: usize, last: bool, standing: &mut Standing) {
         // Host by host, the stage's ordered steps from last to first.
         let mut chains: BTreeMap<&HostId, Vec<StepRef>> = BTreeMap::new();
         let ordered = self.attempts.iter().rev().filter(|((at, direction), _)| {
-            *direction == Direction::Do && at.phase == phase && self.placed(*at).stage == stage
+            let placed = self.placed(*at);
+            *direction == Direction::Do
+                && at.phase == phase
+                && placed.stage == stage
+                && matches!(placed.step.action, Action::ServiceRestart(_)) == last
         });
         for ((at, _), hosts) in ordered {
             for host in hosts.keys() {

@@ -214,12 +214,18 @@ impl Rollout {
                 notice.sent = Some(error.clone().map_or(Ok(()), Err));
             }
             Record::Paused { .. } => self.paused = true,
-            Record::Resumed { .. } => self.fold_resumed(),
+            Record::Resumed { .. } => {
+                self.deadline_from = now;
+                self.fold_resumed();
+            }
             Record::RollbackStarted {
                 reason, operator, ..
             } => {
                 self.paused = false;
                 self.ended = None;
+                if operator.is_some() {
+                    self.deadline_from = now;
+                }
                 match &mut self.mode {
                     Mode::Backward(_) => self.fold_resumed(),
                     mode => {
@@ -335,25 +341,29 @@ impl Rollout {
         }
     }
 
-    /// What failed is tried again, as a new attempt.
+    /// What failed is tried again, as a new attempt; a gate that was not met opens anew.
     fn fold_resumed(&mut self) {
         self.paused = false;
         self.ended = None;
         let backward = matches!(self.mode, Mode::Backward(_));
-        let wanted = if backward {
-            Direction::Undo
-        } else {
-            Direction::Do
-        };
-        for ((_, direction), hosts) in &mut self.attempts {
-            if *direction != wanted {
-                continue;
-            }
-            for attempts in hosts.values_mut() {
-                let Some(last) = attempts.last_mut() else {
+        let checks = self.compiled().after_rollback_index();
+        for ((at, direction), hosts) in &mut self.attempts {
+            let again = match direction {
+                Direction::Do => !backward || at.phase == checks,
+                Direction::Undo => backward,
+                Direction::Probe => false,
+            };
+            for last in hosts
+                .values_mut()
+                .filter_map(|attempts| attempts.last_mut())
+            {
+                let Some(result) = last.result.as_ref().filter(|_| again) else {
                     continue;
                 };
-                if last.result.is_some() && !last.is_ok() {
+                // A host that was given up may have said meanwhile that it is done (INV-1).
+                if matches!(result.outcome, Outcome::Ok { .. }) {
+                    last.given_up = false;
+                } else {
                     last.forgiven = true;
                 }
             }
@@ -369,6 +379,9 @@ impl Rollout {
             for member in self.members.values_mut() {
                 member.surveyed = false;
             }
+        } else {
+            self.gates
+                .retain(|_, gate| !matches!(gate.closed, Some((_, false, _))));
         }
     }
 

@@ -70,7 +70,7 @@ impl Rollout {
         };
         match &stage.target {
             Target::Controller => self.advance_controller_stage(cursor, phase, stage, now),
-            Target::OneOf(groups) if !self.elected.contains_key(groups) => self.elect(groups, up),
+            Target::OneOf(groups) if self.must_elect(groups) => self.elect(groups, up),
             _ => self.advance_host_stage(cursor, phase, stage, now),
         }
     }
@@ -106,6 +106,23 @@ impl Rollout {
         } else {
             self.end(End::Partial, format!("left behind: {}", behind.join("; ")))
         }
+    }
+
+    /// Whether a host is to be elected: for the first time, or again because the elected one is
+    /// quarantined and has changed nothing in such a stage.
+    fn must_elect(&self, groups: &[String]) -> bool {
+        let Some(elected) = self.elected.get(groups) else {
+            return true;
+        };
+        let target = Target::OneOf(groups.to_vec());
+        let changed = self.attempts.iter().any(|((at, direction), hosts)| {
+            let placed = self.placed(*at);
+            *direction == Direction::Do
+                && *placed.target == target
+                && placed.step.action.changes()
+                && hosts.contains_key(elected)
+        });
+        self.members[elected].quarantined.is_some() && !changed
     }
 
     /// Elects one host for stages with these groups: a connected one if there is one, then by
@@ -340,7 +357,7 @@ impl Rollout {
         let rollout = self.id.clone();
         let next = match cursor.closed {
             None if self.hosts_of(&stage.target).is_empty() => {
-                return vec![Record::StageClosed { rollout }];
+                return vec![self.deserted(stage)];
             }
             None => 0,
             Some((wave, _)) if wave + 1 == cursor.waves.len() => {
@@ -357,8 +374,23 @@ impl Rollout {
         }]
     }
 
+    /// No host is left to do a stage. It is not skipped: what follows may rest on it (INV-3).
+    fn deserted(&self, stage: &Stage) -> Record {
+        if self.is_verifying() {
+            return Record::StageClosed {
+                rollout: self.id.clone(),
+            };
+        }
+        let groups = stage.target.groups().join(", ");
+        let steps: Vec<&str> = stage.steps.iter().map(|step| step.action.name()).collect();
+        let steps = steps.join(", ");
+        self.failed(format!(
+            "every host of {groups} that could do {steps} is quarantined"
+        ))
+    }
+
     /// When the cursor may move without an event.
-    pub(super) fn cursor_deadline(&self, cursor: &Cursor) -> Option<Timestamp> {
+    pub(super) fn cursor_deadline(&self, cursor: &Cursor, now: Timestamp) -> Option<Timestamp> {
         let (phase, stage) = self.stage_of(cursor.phase, cursor.stage)?;
         let phase_end = cursor
             .opened
@@ -368,7 +400,7 @@ impl Rollout {
             .closed
             .filter(|_| cursor.wave.is_none())
             .map(|(_, closed)| wave_pause_ends(stage, closed));
-        let gate = self.gate_deadline(cursor);
+        let gate = self.gate_deadline(cursor, now);
         [phase_end, wave, gate].into_iter().flatten().min()
     }
 }

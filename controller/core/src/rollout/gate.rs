@@ -189,14 +189,14 @@ impl Rollout {
     }
 
     /// When a gate of the cursor's stage may close without a decision.
-    pub(super) fn gate_deadline(&self, cursor: &Cursor) -> Option<Timestamp> {
+    pub(super) fn gate_deadline(&self, cursor: &Cursor, now: Timestamp) -> Option<Timestamp> {
         let open = self
             .gates
             .iter()
             .find(|(at, gate)| at.phase == cursor.phase && gate.closed.is_none());
         let (at, gate) = open?;
         Some(match &self.placed(*at).step.action {
-            Action::GateWindow(window) => opens(window, gate.opened),
+            Action::GateWindow(window) => opens(window, now),
             _ => gate.until,
         })
     }

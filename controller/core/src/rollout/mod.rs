@@ -89,6 +89,7 @@ impl Rollout {
             requester,
             dry_run,
             submitted,
+            deadline_from: submitted,
             members: BTreeMap::new(),
             groups,
             elected: BTreeMap::new(),
@@ -227,7 +228,12 @@ impl Rollout {
                 "the deadline of {} passed: {blocked}",
                 self.compiled().deadline
             );
-            return vec![self.end(End::Halted, reason)];
+            let end = if self.dry_run {
+                End::Cancelled
+            } else {
+                End::Halted
+            };
+            return vec![self.end(end, reason)];
         }
         let given_up = self.due_give_ups(now, floor, up);
         if !given_up.is_empty() {
@@ -246,7 +252,7 @@ impl Rollout {
     }
 
     /// When something may become due without an event; none if only events matter.
-    pub(crate) fn next_deadline(&self, floor: Timestamp) -> Option<Timestamp> {
+    pub(crate) fn next_deadline(&self, now: Timestamp, floor: Timestamp) -> Option<Timestamp> {
         if self.ended.is_some() {
             return None;
         }
@@ -259,10 +265,12 @@ impl Rollout {
             Mode::Consenting => Some(self.submitted.max(floor).plus(CONSENT_WITHIN)),
             // Nothing becomes due while paused.
             _ if self.paused => None,
-            Mode::Forward(cursor) => self.cursor_deadline(cursor),
+            Mode::Forward(cursor) => self.cursor_deadline(cursor, now),
             Mode::Backward(backward) => match backward.undone {
                 None => None,
-                Some(_) if self.checks_pending(backward) => self.cursor_deadline(&backward.checks),
+                Some(_) if self.checks_pending(backward) => {
+                    self.cursor_deadline(&backward.checks, now)
+                }
                 Some(undone) => {
                     Some(backward::survey_from(backward, undone, floor).plus(SURVEY_WITHIN))
                 }
@@ -277,7 +285,7 @@ impl Rollout {
 
     /// The rollout has ended by then (INV-8).
     pub(crate) fn deadline(&self) -> Timestamp {
-        self.submitted.plus(self.compiled().deadline)
+        self.deadline_from.plus(self.compiled().deadline)
     }
 
     fn due_give_ups(

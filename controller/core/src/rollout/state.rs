@@ -21,6 +21,9 @@ pub struct Rollout {
     pub(crate) requester: OperatorName,
     pub(crate) dry_run: bool,
     pub(crate) submitted: Timestamp,
+    /// The deadline counts from here: from the submission, or from when a person last decided
+    /// that an ended or running rollout goes on.
+    pub(crate) deadline_from: Timestamp,
     /// The hosts that the plan meant when it was submitted (INV-12).
     pub(crate) members: BTreeMap<HostId, Member>,
     /// Which of them each group of the plan meant.
