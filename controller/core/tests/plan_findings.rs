@@ -192,3 +192,23 @@ fn only_requests_that_change_nothing_are_repeated() {
     let then = "within: 5s, then: [{url: 'http://x/', method: POST}]";
     assert_eq!(check(then), []);
 }
+
+/// Whatever holds a command, and wherever its shell or its password stands.
+#[test]
+fn commands_have_no_shell_behind_wrappers_and_no_passwords() {
+    let holders = [
+        "exec.run: {name: a, argv: ARGV}",
+        "check.command: {argv: ARGV}",
+        "release.build: {app: p, release: v1, run: [{argv: ARGV}]}",
+    ];
+    for holder in holders {
+        let check = |argv: &str| {
+            let mut codes = codes(&holder.replace("ARGV", argv));
+            codes.retain(|code| *code != Code::NeverFetched);
+            codes
+        };
+        assert_eq!(check("[timeout, 5s, sh, -c, make]"), [Code::BadCommand]);
+        assert_eq!(check("[psql, 'postgres://a:b@db/x']"), [Code::BadUrl]);
+        assert_eq!(check("[timeout, 5s, make, 'postgres://a@db/x']"), []);
+    }
+}

@@ -1,4 +1,4 @@
-//! Checks of actions' arguments that their types alone cannot make: commands, names, URLs,
+//! Checks of actions' arguments that their types alone cannot make: names, URLs,
 //! expressions, and the variables and secrets in them.
 
 use std::collections::BTreeSet;
@@ -7,29 +7,12 @@ use lockstep_proto::action::gate::Window;
 use lockstep_proto::action::{Action, Site};
 use regex::Regex;
 
+use super::command::holds_password;
 use super::draft::{Draft, DraftStep};
 use super::finding::{Code, did_you_mean};
 use super::inputs::{LATER, cause};
 use super::node::{NodeId, Step};
 use super::reader::Reader;
-
-/// Programs that take a command line as text. Lockstep has argument lists only.
-const SHELLS: [&str; 14] = [
-    "sh",
-    "ash",
-    "bash",
-    "dash",
-    "zsh",
-    "ksh",
-    "mksh",
-    "csh",
-    "tcsh",
-    "fish",
-    "cmd",
-    "cmd.exe",
-    "powershell",
-    "pwsh",
-];
 
 /// What `${rollout.}` can be.
 const ROLLOUT: [&str; 6] = ["id", "plan", "state", "reason", "elapsed", "phase"];
@@ -433,27 +416,6 @@ impl Args<'_> {
         }
     }
 
-    fn argv(&self, argv: &[String], path: &Path<'_>) {
-        let Some(program) = argv.first() else {
-            self.report(Code::BadCommand, path, "a command needs a program", "");
-            return;
-        };
-        let name = program.rsplit('/').next().unwrap_or_default();
-        let mut first = path.to_vec();
-        first.push(Step::Item(0));
-        if program.trim().is_empty() {
-            self.report(Code::BadCommand, &first, "the program has no name", "");
-        } else if SHELLS.contains(&name) {
-            let message = format!("`{name}` is a shell, and there is no shell in a plan");
-            let hint = "name the program itself, each argument an item of the list";
-            self.report(Code::BadCommand, &first, message, hint);
-        } else if argv.len() == 1 && program.contains(' ') {
-            let message = format!("`{program}` is one word here, and no command line");
-            let hint = "make each argument an item of the list";
-            self.report(Code::BadCommand, &first, message, hint);
-        }
-    }
-
     fn regex(&self, pattern: &str, path: &Path<'_>) {
         if let Err(error) = Regex::new(pattern)
             && is_known(pattern)
@@ -480,12 +442,7 @@ impl Args<'_> {
 
     /// A repository may name a user, as ssh does, but no password.
     fn no_password(&self, url: &str, path: &Path<'_>) {
-        let rest = url.split_once("://").map_or("", |(_, rest)| rest);
-        let authority = rest.split('/').next().unwrap_or_default();
-        if authority
-            .rsplit_once('@')
-            .is_some_and(|(user, _)| user.contains(':'))
-        {
+        if holds_password(url) {
             let hint = "let git on the hosts know it, for example through a credential helper";
             self.report(Code::BadUrl, path, "this URL holds a password", hint);
         }

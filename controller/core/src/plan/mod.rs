@@ -11,6 +11,7 @@
 
 mod args;
 pub(crate) mod check;
+mod command;
 mod de;
 pub(crate) mod draft;
 mod finding;
