@@ -18,8 +18,13 @@
 //! Nothing is allowed that is not listed, but probes that neither run what a plan names nor read
 //! what a plan points at. `deny` wins. Each argument under `where` must be one of the listed
 //! values; if it is a list, each of its items must. In texts `*` stands for anything (but never
-//! lets `..` through); in lists of words a last `**` stands for any further words. A command may be given by its words
-//! alone. `(default)` stands for an argument that the plan leaves out.
+//! lets `..` through); in lists of words a last `**` stands for any further words. A command may
+//! be given by its words alone. `(default)` stands for an argument that the plan leaves out.
+//!
+//! Patterns that begin with `http://` or `https://` are held against URLs part by part: scheme,
+//! host, port, and path with query. A rule for `check.http` holds for each request of a chain.
+//! Secrets reach the commands of `exec.run` and `check.command` only where `env` lists them, name
+//! by name: `env = [{ TOKEN = "secret://smoke_token" }]`.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
@@ -30,6 +35,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::process::head;
+
+mod url;
 
 /// Probes that run a program or a statement that the plan names, or show what is in a file.
 const MUST_BE_LISTED: [&str; 8] = [
@@ -42,6 +49,12 @@ const MUST_BE_LISTED: [&str; 8] = [
     "migration.verify",
     "postgres.assert",
 ];
+
+/// Actions whose commands get secrets only if a rule lists them.
+const SECRETS_BY_NAME: [&str; 2] = ["check.command", "exec.run"];
+
+/// What a value begins with that stands for a secret.
+const SECRET: &str = "secret://";
 
 /// Stands for an argument that the plan leaves out.
 const DEFAULT: &str = "(default)";
@@ -152,12 +165,7 @@ impl Policy {
     pub(crate) fn check(&self, action: &Action) -> Result<(), String> {
         let (name, args) = (action.name(), action.args());
         let file = self.path.display();
-        if let Some(rule) = self
-            .rules
-            .deny
-            .iter()
-            .find(|r| r.mismatch(name, &args).is_ok())
-        {
+        if let Some(rule) = self.rules.deny.iter().find(|rule| rule.denies(name, &args)) {
             let only = if rule.only.is_empty() {
                 ""
             } else {
@@ -171,32 +179,28 @@ impl Policy {
         if is_harmless(action) {
             return Ok(());
         }
-        let mut nearest = None;
-        for rule in &self.rules.allow {
-            match rule.mismatch(name, &args) {
-                Ok(()) => return Ok(()),
-                Err(Mismatch::Name) => {}
-                Err(Mismatch::Argument(argument)) => nearest = Some((rule, argument)),
-            }
+        let urls = values_of(name, &args, "url").into_iter().flatten();
+        if urls.filter_map(Value::as_str).any(url::names_a_user) {
+            return Err(format!(
+                "a URL of `{name}` names a user before its host; a password belongs into a header, \
+                 as `{SECRET}NAME`"
+            ));
         }
-        Err(match nearest {
-            Some((rule, argument)) => format!(
-                "{file} allows `{}` only with other values of `{argument}`; if it is right on this \
-                 host, add {} to `{argument}` there",
-                rule.action,
-                args.get(&argument)
-                    .map_or_else(|| format!("\"{DEFAULT}\""), short),
-            ),
-            None if self.exists => format!(
+        let rules = self.rules.allow.iter();
+        let near = rules.filter_map(|rule| Some((rule, rule.misfits(name, &args)?)));
+        match near.min_by_key(|(_, misfits)| misfits.len()) {
+            Some((_, misfits)) if misfits.is_empty() => Ok(()),
+            Some((rule, misfits)) => Err(format!("{file} {}", rule.refusal(name, &args, &misfits))),
+            None if self.exists => Err(format!(
                 "{file} does not allow `{name}`; if it is right on this host, add {}",
                 line_for(name, &args)
-            ),
-            None => format!(
+            )),
+            None => Err(format!(
                 "this host has no policy, so only probes are allowed; if `{name}` is right here, \
                  write {} into {file}",
                 line_for(name, &args)
-            ),
-        })
+            )),
+        }
     }
 
     /// For each action that hosts carry out, what the policy says of it.
@@ -257,11 +261,6 @@ pub(crate) fn check_owner(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-enum Mismatch {
-    Name,
-    Argument(String),
-}
-
 impl Rule {
     fn check(&self) -> Result<(), String> {
         if !CATALOGUE.iter().any(|row| glob(&self.action, row.name)) {
@@ -275,23 +274,79 @@ impl Rule {
                 self.action
             ));
         }
-        Ok(())
-    }
-
-    fn mismatch(&self, name: &str, args: &Value) -> Result<(), Mismatch> {
-        if !glob(&self.action, name) {
-            return Err(Mismatch::Name);
-        }
-        for (argument, allowed) in &self.only {
-            let fits = match args.get(argument) {
-                Some(value) => is_one_of(value, allowed, argument != "argv"),
-                None => allowed.iter().any(|value| value == DEFAULT),
-            };
-            if !fits {
-                return Err(Mismatch::Argument(argument.clone()));
+        if let Some(urls) = self.only.get("url") {
+            for pattern in urls.iter().filter(|pattern| *pattern != DEFAULT) {
+                let Some(pattern) = pattern.as_str() else {
+                    return Err(format!("`url` of `{}` lists texts", self.action));
+                };
+                url::check(pattern).map_err(|why| format!("`{}`: {why}", self.action))?;
             }
         }
         Ok(())
+    }
+
+    /// Whether this rule, as one that denies, speaks of the action: one forbidden value among
+    /// several is enough.
+    fn denies(&self, name: &str, args: &Value) -> bool {
+        glob(&self.action, name)
+            && self.only.iter().all(|(argument, denied)| {
+                values_of(name, args, argument)
+                    .into_iter()
+                    .any(|value| is_any_of(argument, value, denied))
+            })
+    }
+
+    /// The arguments that speak against this rule, as one that allows; none if it allows the
+    /// action. `None` if it is about other actions.
+    fn misfits(&self, name: &str, args: &Value) -> Option<Vec<&str>> {
+        if !glob(&self.action, name) {
+            return None;
+        }
+        let unfit = self.only.iter().filter(|(argument, allowed)| {
+            !values_of(name, args, argument)
+                .into_iter()
+                .all(|value| is_one_of(argument, value, allowed))
+        });
+        let mut unfit: Vec<&str> = unfit.map(|(argument, _)| argument.as_str()).collect();
+        if !self.only.contains_key("env") && has_secrets(name, args) {
+            unfit.push("env");
+        }
+        Some(unfit)
+    }
+
+    /// What to change so that this rule allows what it does not allow now.
+    fn refusal(&self, name: &str, args: &Value, misfits: &[&str]) -> String {
+        if misfits == ["env"] && !self.only.contains_key("env") {
+            let env = toml(&args["env"]);
+            let add = if self.action == name {
+                format!("`env = [{env}]` to its `where`")
+            } else {
+                line_for(name, args)
+            };
+            return format!(
+                "allows `{}` without secrets in `env`; if they are right on this host, add {add} \
+                 there",
+                self.action
+            );
+        }
+        let add = misfits.iter().map(|&argument| {
+            // Of a chain, the value of the first request that does not fit.
+            let values = values_of(name, args, argument);
+            let allowed = self.only.get(argument).map_or(&[][..], Vec::as_slice);
+            let mut wrong = values
+                .into_iter()
+                .filter(|value| !is_one_of(argument, *value, allowed));
+            let value = wrong.next().flatten();
+            let value = value.map_or_else(|| format!("\"{DEFAULT}\""), short);
+            format!("{value} to `{argument}`")
+        });
+        let add: Vec<String> = add.collect();
+        format!(
+            "allows `{}` only with other values of `{}`; if it is right on this host, add {} there",
+            self.action,
+            misfits.join("`, `"),
+            add.join(" and ")
+        )
     }
 
     fn limits(&self) -> String {
@@ -303,22 +358,79 @@ impl Rule {
     }
 }
 
+/// The values of an argument. A chain of requests has one for each of them: what holds for the
+/// first request holds for those that follow and those that clean up.
+fn values_of<'a>(name: &str, args: &'a Value, argument: &str) -> Vec<Option<&'a Value>> {
+    let mut values = vec![args.get(argument)];
+    if name == "check.http" && OF_REQUESTS.contains(&argument) {
+        let more = ["then", "cleanup"]
+            .into_iter()
+            .filter_map(|list| args[list].as_array());
+        values.extend(more.flatten().map(|request| request.get(argument)));
+    }
+    values
+}
+
+/// Arguments that each request of a chain has.
+const OF_REQUESTS: [&str; 5] = ["url", "method", "headers", "form", "json"];
+
+/// Whether a command would get secrets in its environment.
+fn has_secrets(name: &str, args: &Value) -> bool {
+    let is_secret = |value: &Value| value.as_str().is_some_and(|text| text.starts_with(SECRET));
+    SECRETS_BY_NAME.contains(&name)
+        && args["env"]
+            .as_object()
+            .is_some_and(|env| env.values().any(is_secret))
+}
+
 /// Whether a value is one of those listed; a list also if each of its items is.
-fn is_one_of(value: &Value, allowed: &[Value], by_item: bool) -> bool {
-    if allowed.iter().any(|pattern| fits(pattern, value)) {
+fn is_one_of(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
+    if fits_some(argument, value, listed) {
         return true;
     }
     match value {
-        Value::Array(items) if by_item => items
-            .iter()
-            .all(|item| allowed.iter().any(|pattern| fits(pattern, item))),
+        Some(Value::Array(items)) if argument != "argv" => {
+            let mut items = items.iter();
+            items.all(|item| fits_some(argument, Some(item), listed))
+        }
         _ => false,
     }
 }
 
+/// Whether a value, or one item of it, is among those listed. A URL that cannot be read may be any.
+fn is_any_of(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
+    if fits_some(argument, value, listed) {
+        return true;
+    }
+    match value {
+        Some(Value::Array(items)) if argument != "argv" => {
+            let mut items = items.iter();
+            items.any(|item| fits_some(argument, Some(item), listed))
+        }
+        Some(Value::String(text)) => argument == "url" && !url::fits("*", text),
+        _ => false,
+    }
+}
+
+fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
+    listed.iter().any(|pattern| match (pattern, value) {
+        (pattern, None) => pattern == DEFAULT,
+        (Value::String(pattern), Some(Value::String(text))) if argument == "url" => {
+            url::fits(pattern, text)
+        }
+        (pattern, Some(value)) => fits(pattern, value),
+    })
+}
+
 fn fits(pattern: &Value, value: &Value) -> bool {
     match (pattern, value) {
-        (Value::String(pattern), Value::String(text)) => glob(pattern, text),
+        (Value::String(pattern), Value::String(text)) if url::is_url(pattern) => {
+            url::fits(pattern, text)
+        }
+        // `*` stands for any text, and not for what is put in for it.
+        (Value::String(pattern), Value::String(text)) => {
+            glob(pattern, text) && (pattern.starts_with(SECRET) || !text.starts_with(SECRET))
+        }
         (Value::Array(patterns), Value::Array(items)) => match patterns.split_last() {
             Some((last, first)) if last == "**" => {
                 first.len() <= items.len() && first.iter().zip(items).all(|(p, i)| fits(p, i))
@@ -364,11 +476,34 @@ fn glob(pattern: &str, text: &str) -> bool {
     text.ends_with(tail)
 }
 
+/// The beginning of a value as it is written in a policy.
 fn short(value: &Value) -> String {
-    let text = value.to_string();
+    let text = toml(value);
     match head(&text, 160) {
         cut if cut.len() < text.len() => format!("{cut}…"),
         _ => text,
+    }
+}
+
+/// A value as it is written in a policy.
+fn toml(value: &Value) -> String {
+    match value {
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(toml).collect();
+            format!("[{}]", items.join(", "))
+        }
+        Value::Object(fields) => {
+            let bare = |name: &str| {
+                let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+                !name.is_empty() && name.chars().all(plain)
+            };
+            let fields = fields.iter().map(|(name, value)| match name.as_str() {
+                name if bare(name) => format!("{name} = {}", toml(value)),
+                name => format!("{} = {}", Value::from(name), toml(value)),
+            });
+            format!("{{ {} }}", fields.collect::<Vec<_>>().join(", "))
+        }
+        other => other.to_string(),
     }
 }
 
@@ -380,6 +515,7 @@ fn line_for(name: &str, args: &Value) -> String {
     let only: Vec<String> = narrow
         .iter()
         .filter_map(|argument| Some(format!("{argument} = [{}]", short(args.get(argument)?))))
+        .chain(has_secrets(name, args).then(|| format!("env = [{}]", toml(&args["env"]))))
         .collect();
     match only.as_slice() {
         [] => format!("`[[allow]] action = \"{name}\"`"),
@@ -391,148 +527,4 @@ fn line_for(name: &str, args: &Value) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn action(name: &str, args: Value) -> Action {
-        Action::deserialize_args(name, args).unwrap().unwrap()
-    }
-
-    fn policy(text: &str) -> Policy {
-        Policy::parse(Path::new("/etc/lockstep/policy.toml"), text).unwrap()
-    }
-
-    #[test]
-    fn without_a_policy_only_probes_that_run_nothing_are_allowed() {
-        let dir = tempfile::tempdir().unwrap();
-        let none = Policy::load(&dir.path().join("policy.toml")).unwrap();
-        assert!(!none.exists());
-        let allowed = action("check.disk", json!({"path": "/", "free": "1GiB"}));
-        assert_eq!(none.check(&allowed), Ok(()));
-        for (name, args) in [
-            ("check.command", json!({"argv": ["true"]})),
-            ("check.sql", json!({"database": "d", "sql": "select 1"})),
-            ("check.log", json!({"path": "/etc/shadow"})),
-            ("service.stop", json!({"service": "web"})),
-            ("exec.run", json!({"name": "x", "argv": ["true"]})),
-            ("check.http", json!({"url": "http://localhost"})),
-        ] {
-            let refusal = none.check(&action(name, args)).unwrap_err();
-            assert!(
-                refusal.contains(name) && refusal.contains("[[allow]]"),
-                "{refusal}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_rule_allows_only_the_values_it_lists() {
-        let policy =
-            policy("[[allow]]\naction = 'service.*'\nwhere = { service = ['employee-*', 'web'] }");
-        let stop = |service: &str| action("service.stop", json!({"service": service}));
-        assert_eq!(policy.check(&stop("employee-backend")), Ok(()));
-        assert_eq!(policy.check(&stop("web")), Ok(()));
-        let refusal = policy.check(&stop("sshd")).unwrap_err();
-        assert!(
-            refusal.contains("`service`") && refusal.contains("\"sshd\""),
-            "{refusal}"
-        );
-        let other = action("release.previous", json!({"app": "x"}));
-        assert_eq!(policy.check(&other), Ok(()), "it only looks");
-    }
-
-    #[test]
-    fn an_argument_that_the_plan_leaves_out_is_its_default() {
-        let policy = policy(
-            "[[allow]]\naction = 'service.stop'\nwhere = { driver = ['(default)', 'process'] }",
-        );
-        let stop = |driver: Value| {
-            let mut args = json!({"service": "web"});
-            if !driver.is_null() {
-                args["driver"] = driver;
-            }
-            policy.check(&action("service.stop", args))
-        };
-        assert_eq!(stop(Value::Null), Ok(()));
-        assert_eq!(stop(json!("process")), Ok(()));
-        assert!(stop(json!("command")).is_err());
-    }
-
-    #[test]
-    fn deny_wins() {
-        let policy = policy("[[allow]]\naction = '*'\n[[deny]]\naction = 'exec.*'");
-        let run = action("exec.run", json!({"name": "x", "argv": ["true"]}));
-        assert!(policy.check(&run).unwrap_err().contains("denies"));
-        let stop = action("service.stop", json!({"service": "web"}));
-        assert_eq!(policy.check(&stop), Ok(()));
-    }
-
-    #[test]
-    fn commands_are_listed_word_by_word() {
-        let policy = policy(
-            "[[allow]]\naction = 'exec.run'\n[allow.where]\n\
-             argv = [['/usr/bin/python3', 'scripts/*.py'], ['npm', 'run', '**']]",
-        );
-        let run =
-            |argv: &[&str]| policy.check(&action("exec.run", json!({"name": "x", "argv": argv})));
-        assert_eq!(run(&["/usr/bin/python3", "scripts/smoke.py"]), Ok(()));
-        assert_eq!(run(&["npm", "run", "build", "--", "x"]), Ok(()));
-        for bad in [
-            &["/usr/bin/python3"][..],
-            &["/usr/bin/python3", "scripts/smoke.py", "-c"],
-            &["/usr/bin/python3", "scripts/../../tmp/x.py"],
-            &["npm"],
-            &["npm", "install"],
-            &["scripts/x.py"],
-        ] {
-            assert!(run(bad).is_err(), "{bad:?}");
-        }
-        let flat = "[[allow]]\naction = 'exec.run'\nwhere = { argv = ['true', '*'] }";
-        assert!(Policy::parse(Path::new("p"), flat).is_err());
-    }
-
-    #[test]
-    fn every_build_command_must_be_listed() {
-        let policy = policy(
-            "[[allow]]\naction = 'release.build'\n[allow.where]\napp = ['web']\n\
-             run = [['make', '**'], { argv = ['npm', 'ci'], in = 'frontend' }]",
-        );
-        let build = |run: Value| {
-            let args = json!({"app": "web", "release": "v1", "run": run});
-            policy.check(&action("release.build", args))
-        };
-        let make = json!({"argv": ["make", "all"], "in": "backend"});
-        let npm = json!({"argv": ["npm", "ci"], "in": "frontend"});
-        assert_eq!(build(json!([make, npm])), Ok(()));
-        assert!(build(json!([make, {"argv": ["npm", "ci"]}])).is_err());
-        assert!(build(json!([make, {"argv": ["curl", "x"]}])).is_err());
-    }
-
-    #[test]
-    fn a_rule_for_no_action_is_an_error() {
-        for bad in [
-            "[[allow]]\naction = 'servce.stop'",
-            "[[alow]]\naction = '*'",
-            "allow = 1",
-        ] {
-            assert!(Policy::parse(Path::new("p"), bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_policy_that_others_can_write_is_not_used() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("policy.toml");
-        std::fs::write(&path, "[[allow]]\naction = '*'").unwrap();
-        let mode = |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
-        mode(0o644);
-        assert!(Policy::load(&path).is_ok());
-        for unsafe_mode in [0o664, 0o646] {
-            mode(unsafe_mode);
-            let error = Policy::load(&path).unwrap_err().to_string();
-            assert!(error.contains("chmod"), "{error}");
-        }
-    }
-}
+mod tests;

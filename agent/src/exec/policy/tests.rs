@@ -1,0 +1,286 @@
+use super::*;
+use serde_json::json;
+
+fn action(name: &str, args: Value) -> Action {
+    Action::deserialize_args(name, args).unwrap().unwrap()
+}
+
+fn policy(text: &str) -> Policy {
+    Policy::parse(Path::new("/etc/lockstep/policy.toml"), text).unwrap()
+}
+
+#[test]
+fn without_a_policy_only_probes_that_run_nothing_are_allowed() {
+    let dir = tempfile::tempdir().unwrap();
+    let none = Policy::load(&dir.path().join("policy.toml")).unwrap();
+    assert!(!none.exists());
+    let allowed = action("check.disk", json!({"path": "/", "free": "1GiB"}));
+    assert_eq!(none.check(&allowed), Ok(()));
+    for (name, args) in [
+        ("check.command", json!({"argv": ["true"]})),
+        ("check.sql", json!({"database": "d", "sql": "select 1"})),
+        ("check.log", json!({"path": "/etc/shadow"})),
+        ("service.stop", json!({"service": "web"})),
+        ("exec.run", json!({"name": "x", "argv": ["true"]})),
+        ("check.http", json!({"url": "http://localhost"})),
+    ] {
+        let refusal = none.check(&action(name, args)).unwrap_err();
+        assert!(
+            refusal.contains(name) && refusal.contains("[[allow]]"),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
+fn a_rule_allows_only_the_values_it_lists() {
+    let policy =
+        policy("[[allow]]\naction = 'service.*'\nwhere = { service = ['employee-*', 'web'] }");
+    let stop = |service: &str| action("service.stop", json!({"service": service}));
+    assert_eq!(policy.check(&stop("employee-backend")), Ok(()));
+    assert_eq!(policy.check(&stop("web")), Ok(()));
+    let refusal = policy.check(&stop("sshd")).unwrap_err();
+    assert!(
+        refusal.contains("`service`") && refusal.contains("\"sshd\""),
+        "{refusal}"
+    );
+    let other = action("release.previous", json!({"app": "x"}));
+    assert_eq!(policy.check(&other), Ok(()), "it only looks");
+}
+
+#[test]
+fn an_argument_that_the_plan_leaves_out_is_its_default() {
+    let policy =
+        policy("[[allow]]\naction = 'service.stop'\nwhere = { driver = ['(default)', 'process'] }");
+    let stop = |driver: Value| {
+        let mut args = json!({"service": "web"});
+        if !driver.is_null() {
+            args["driver"] = driver;
+        }
+        policy.check(&action("service.stop", args))
+    };
+    assert_eq!(stop(Value::Null), Ok(()));
+    assert_eq!(stop(json!("process")), Ok(()));
+    assert!(stop(json!("command")).is_err());
+}
+
+#[test]
+fn deny_wins() {
+    let policy = policy("[[allow]]\naction = '*'\n[[deny]]\naction = 'exec.*'");
+    let run = action("exec.run", json!({"name": "x", "argv": ["true"]}));
+    assert!(policy.check(&run).unwrap_err().contains("denies"));
+    let stop = action("service.stop", json!({"service": "web"}));
+    assert_eq!(policy.check(&stop), Ok(()));
+}
+
+#[test]
+fn commands_are_listed_word_by_word() {
+    let policy = policy(
+        "[[allow]]\naction = 'exec.run'\n[allow.where]\n\
+         argv = [['/usr/bin/python3', 'scripts/*.py'], ['npm', 'run', '**']]",
+    );
+    let run = |argv: &[&str]| policy.check(&action("exec.run", json!({"name": "x", "argv": argv})));
+    assert_eq!(run(&["/usr/bin/python3", "scripts/smoke.py"]), Ok(()));
+    assert_eq!(run(&["npm", "run", "build", "--", "x"]), Ok(()));
+    for bad in [
+        &["/usr/bin/python3"][..],
+        &["/usr/bin/python3", "scripts/smoke.py", "-c"],
+        &["/usr/bin/python3", "scripts/../../tmp/x.py"],
+        &["npm"],
+        &["npm", "install"],
+        &["scripts/x.py"],
+    ] {
+        assert!(run(bad).is_err(), "{bad:?}");
+    }
+    let flat = "[[allow]]\naction = 'exec.run'\nwhere = { argv = ['true', '*'] }";
+    assert!(Policy::parse(Path::new("p"), flat).is_err());
+}
+
+#[test]
+fn every_build_command_must_be_listed() {
+    let policy = policy(
+        "[[allow]]\naction = 'release.build'\n[allow.where]\napp = ['web']\n\
+         run = [['make', '**'], { argv = ['npm', 'ci'], in = 'frontend' }]",
+    );
+    let build = |run: Value| {
+        let args = json!({"app": "web", "release": "v1", "run": run});
+        policy.check(&action("release.build", args))
+    };
+    let make = json!({"argv": ["make", "all"], "in": "backend"});
+    let npm = json!({"argv": ["npm", "ci"], "in": "frontend"});
+    assert_eq!(build(json!([make, npm])), Ok(()));
+    assert!(build(json!([make, {"argv": ["npm", "ci"]}])).is_err());
+    assert!(build(json!([make, {"argv": ["curl", "x"]}])).is_err());
+}
+
+#[test]
+fn a_rule_for_no_action_is_an_error() {
+    for bad in [
+        "[[allow]]\naction = 'servce.stop'",
+        "[[alow]]\naction = '*'",
+        "allow = 1",
+    ] {
+        assert!(Policy::parse(Path::new("p"), bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_policy_that_others_can_write_is_not_used() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("policy.toml");
+    std::fs::write(&path, "[[allow]]\naction = '*'").unwrap();
+    let mode = |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+    mode(0o644);
+    assert!(Policy::load(&path).is_ok());
+    for unsafe_mode in [0o664, 0o646] {
+        mode(unsafe_mode);
+        let error = Policy::load(&path).unwrap_err().to_string();
+        assert!(error.contains("chmod"), "{error}");
+    }
+}
+
+fn http(policy: &Policy, args: Value) -> Result<(), String> {
+    policy.check(&action("check.http", args))
+}
+
+#[test]
+fn each_request_of_a_chain_is_held_against_the_rule() {
+    let policy = policy(
+        "[[allow]]\naction = 'check.http'\nwhere = { url = ['http://127.*:8000/*'], \
+         method = ['(default)', 'POST'] }",
+    );
+    let chain = |then: &str, cleanup: &str| {
+        http(
+            &policy,
+            json!({"url": "http://127.0.0.1:8000/login", "method": "POST",
+                "then": [{"url": "http://127.0.0.1:8000/x/${capture.id}"}, {"url": then}],
+                "cleanup": [{"url": cleanup}]}),
+        )
+    };
+    let good = "http://127.0.0.9:8000/y";
+    assert_eq!(chain(good, good), Ok(()));
+    for bad in [
+        "http://evil.test/:8000/y",
+        "http://${capture.host}:8000/y",
+        "http://127.0.0.1:8001/y",
+    ] {
+        assert!(chain(bad, good).unwrap_err().contains(bad));
+        assert!(chain(good, bad).unwrap_err().contains(bad));
+    }
+    let delete = json!({"url": good, "cleanup": [{"url": good, "method": "DELETE"}]});
+    let refusal = http(&policy, delete).unwrap_err();
+    assert!(refusal.contains("\"DELETE\" to `method`"), "{refusal}");
+}
+
+#[test]
+fn a_url_with_a_user_is_refused_under_any_rule() {
+    let policy = policy("[[allow]]\naction = '*'");
+    assert_eq!(http(&policy, json!({"url": "http://h/"})), Ok(()));
+    for args in [
+        json!({"url": "http://olga:canary@h/"}),
+        json!({"url": "http://h/", "then": [{"url": "http://canary@h/"}]}),
+        json!({"url": "http://h/", "cleanup": [{"url": "http://canary@h"}]}),
+    ] {
+        let refusal = http(&policy, args).unwrap_err();
+        assert!(
+            refusal.contains("header") && !refusal.contains("canary"),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
+fn one_denied_value_among_several_is_denied() {
+    let policy = policy(
+        "[[allow]]\naction = '*'\n\
+         [[deny]]\naction = 'check.http'\nwhere = { url = ['http://evil.test/*'] }\n\
+         [[deny]]\naction = 'release.build'\nwhere = { run = [['curl', '**']] }",
+    );
+    let good = "http://h/";
+    assert_eq!(http(&policy, json!({"url": good})), Ok(()));
+    for bad in ["http://evil.test/x", "http://${capture.host}/x"] {
+        let chain = json!({"url": good, "then": [{"url": bad}]});
+        assert!(
+            http(&policy, chain).unwrap_err().contains("denies"),
+            "{bad}"
+        );
+    }
+    let run = json!([{"argv": ["make"]}, {"argv": ["curl", "x"]}]);
+    let build = action(
+        "release.build",
+        json!({"app": "a", "release": "v1", "run": run}),
+    );
+    assert!(policy.check(&build).unwrap_err().contains("denies"));
+}
+
+#[test]
+fn a_pattern_for_urls_that_means_nothing_is_an_error() {
+    let rule = "[[allow]]\naction = 'check.http'\nwhere = { url = ['app-1:8000/*'] }";
+    let error = Policy::parse(Path::new("p"), rule).unwrap_err().to_string();
+    assert!(error.contains("https://example.com/*"), "{error}");
+}
+
+#[test]
+fn commands_get_only_the_secrets_that_are_listed() {
+    let run = |name: &str, env: Value| {
+        let mut args = json!({"argv": ["true"], "env": env});
+        if name == "exec.run" {
+            args["name"] = "x".into();
+        }
+        action(name, args)
+    };
+    for name in ["exec.run", "check.command"] {
+        let rule = format!("[[allow]]\naction = '{name}'\n");
+        let open = policy(&rule);
+        assert_eq!(open.check(&run(name, json!({"A": "1"}))), Ok(()));
+        let secret = run(name, json!({"A": "1", "KEY": "secret://key"}));
+        let refusal = open.check(&secret).unwrap_err();
+        let add = "add `env = [{ A = \"1\", KEY = \"secret://key\" }]` to its `where`";
+        assert!(refusal.contains(add), "{refusal}");
+        // Whatever the rule is called by; then another one is named.
+        let refusal = policy("[[allow]]\naction = '*'")
+            .check(&secret)
+            .unwrap_err();
+        let add = format!("action = \"{name}\", where = {{ argv = [[\"true\"]], env = [{{");
+        assert!(refusal.contains(&add), "{refusal}");
+
+        let listed = policy(&format!(
+            "{rule}where = {{ env = [{{ A = '*', KEY = 'secret://key' }}, '(default)'] }}"
+        ));
+        assert_eq!(listed.check(&secret), Ok(()));
+        for bad in [
+            json!({"A": "1", "KEY": "secret://root"}),
+            json!({"A": "secret://key", "KEY": "secret://key"}),
+            json!({"A": "1", "KEY": "secret://key", "MORE": "1"}),
+            json!({"KEY": "secret://key"}),
+        ] {
+            assert!(listed.check(&run(name, bad.clone())).is_err(), "{bad}");
+        }
+    }
+}
+
+#[test]
+fn a_url_in_an_environment_is_held_against_a_pattern_for_urls() {
+    let policy = policy(
+        "[[allow]]\naction = 'exec.run'\nwhere = { env = [{ BASE_URL = 'http://*:8000' }] }",
+    );
+    let run = |base: &str| {
+        let args = json!({"name": "x", "argv": ["true"], "env": {"BASE_URL": base}});
+        policy.check(&action("exec.run", args))
+    };
+    assert_eq!(run("http://app-1:8000"), Ok(()));
+    assert!(run("http://evil.test/:8000").is_err());
+    assert!(run("http://app-1@evil.test:8000").is_err());
+}
+
+#[test]
+fn the_rule_that_comes_nearest_is_the_one_to_extend() {
+    let policy = policy(
+        "[[allow]]\naction = 'exec.run'\nwhere = { argv = [['smoke']], env = [{ A = '1' }] }\n\
+         [[allow]]\naction = 'exec.run'\nwhere = { argv = [['seed']], env = [{ B = '1' }] }",
+    );
+    let args = json!({"name": "x", "argv": ["smoke"], "env": {"A": "2"}});
+    let refusal = policy.check(&action("exec.run", args)).unwrap_err();
+    assert!(refusal.contains("add { A = \"2\" } to `env`"), "{refusal}");
+}
