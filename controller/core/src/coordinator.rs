@@ -494,6 +494,9 @@ impl Coordinator {
                 };
                 self.hosts.insert(host.clone(), info);
             }
+            Record::HostForgotten { host, .. } => {
+                self.hosts.remove(host);
+            }
             Record::Matched { rollout, hosts } => {
                 let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
                 for host in hosts {

@@ -123,6 +123,11 @@ pub enum Call {
         /// Why that is acceptable.
         reason: String,
     },
+    /// Forget a host that is gone for good.
+    Forget {
+        /// The host.
+        host: HostId,
+    },
     /// Sign the report of an ended rollout.
     SignOff {
         /// The rollout.

@@ -42,6 +42,13 @@ pub enum Record {
         /// Its agent's release.
         agent_version: String,
     },
+    /// A host is gone for good: plans mean it no more, until its agent connects again.
+    HostForgotten {
+        /// The host.
+        host: HostId,
+        /// Who said so.
+        operator: OperatorName,
+    },
     /// A report is durable, and may be acknowledged.
     Reported {
         /// Who reported.
@@ -280,7 +287,7 @@ impl Record {
     /// The rollout that the record is about; none for those about hosts and terms.
     pub fn rollout(&self) -> Option<&RolloutId> {
         match self {
-            Self::TermBegan { .. } | Self::HostSeen { .. } => None,
+            Self::TermBegan { .. } | Self::HostSeen { .. } | Self::HostForgotten { .. } => None,
             Self::Reported { body, .. } => Some(match body {
                 ReportBody::Consented { rollout, .. }
                 | ReportBody::Declined { rollout, .. }

@@ -885,3 +885,23 @@ fn restarts_are_undone_last() {
         "then the service runs what is there"
     );
 }
+
+#[test]
+fn a_host_that_is_gone_for_good_is_forgotten() {
+    let mut fleet = Fleet::new(&["a", "old"]);
+    let forget = || Call::Forget { host: host("old") };
+    assert!(
+        matches!(fleet.call("olga", &[], forget()), Err(Refused::NotNow(_))),
+        "connected"
+    );
+    fleet.event(Event::HostDown { host: host("old") });
+    fleet.call("olga", &[], forget()).unwrap();
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(1), "succeeded");
+    fleet.restart();
+    assert_eq!(fleet.coordinator.hosts().count(), 1);
+}

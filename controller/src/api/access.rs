@@ -44,6 +44,10 @@ const TABLE: &[(&str, Role)] = &[
         "/lockstep.control.v1.ControlService/ListHosts",
         Role::Operator,
     ),
+    (
+        "/lockstep.control.v1.ControlService/ForgetHost",
+        Role::Operator,
+    ),
     ("/lockstep.control.v1.ControlService/Logs", Role::Operator),
 ];
 

@@ -8,7 +8,7 @@ mod watch;
 use std::sync::Arc;
 
 use lockstep_core::{Answer, Call, Coordinator};
-use lockstep_proto::ids::{Digest, RolloutId};
+use lockstep_proto::ids::{Digest, InvalidId, RolloutId};
 use lockstep_proto::seal;
 use lockstep_proto::wire::control_v1 as wire;
 use lockstep_proto::wire::control_v1::control_service_server::ControlService;
@@ -287,6 +287,19 @@ impl ControlService for Control {
         };
         self.call(&peer, call).await?;
         Ok(Response::new(wire::SignOffResponse {}))
+    }
+
+    async fn forget_host(
+        &self,
+        request: Request<wire::ForgetHostRequest>,
+    ) -> Result<Response<wire::ForgetHostResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::ForgetHostRequest { host } = request.into_inner();
+        let host = host
+            .parse()
+            .map_err(|error: InvalidId| Status::invalid_argument(error.to_string()))?;
+        self.call(&peer, Call::Forget { host }).await?;
+        Ok(Response::new(wire::ForgetHostResponse {}))
     }
 
     async fn list_hosts(

@@ -1,10 +1,12 @@
 //! A rollout's events for one watcher: what was, then what comes.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lockstep_core::Coordinator;
+use lockstep_core::{Coordinator, event};
 use lockstep_proto::ids::RolloutId;
 use lockstep_proto::wire::control_v1::{EventKind, RolloutEvent};
+use serde_json::Value;
 use tokio::sync::{broadcast, mpsc};
 use tonic::Status;
 
@@ -26,6 +28,7 @@ pub(super) async fn watch(
     // First, so that nothing falls between what was and what comes.
     let mut live = control.hub.subscribe(&rollout);
     let mut last = after;
+    let mut waiting = Waiting::default();
     loop {
         let ended = replay(&control, &rollout, &mut last, &sender).await?;
         if ended {
@@ -34,7 +37,7 @@ pub(super) async fn watch(
         loop {
             let next = tokio::time::timeout(HEARTBEAT_EVERY, live.recv()).await;
             let event = match next {
-                Err(_) => heartbeat(),
+                Err(_) => waiting.heartbeat(&control, &rollout, last).await?,
                 // Number 0 is progress: it is kept nowhere and never comes twice.
                 Ok(Ok(event)) if event.number == 0 => (*event).clone(),
                 Ok(Ok(event)) if event.number > last => {
@@ -85,9 +88,78 @@ async fn replay(
     }
 }
 
-fn heartbeat() -> RolloutEvent {
-    RolloutEvent {
-        kind: EventKind::Heartbeat.into(),
-        ..RolloutEvent::default()
+/// What a heartbeat says: what is missing at the first gate that waits for people.
+#[derive(Default)]
+struct Waiting {
+    /// The newest event that was there when it was read.
+    as_of: Option<u64>,
+    event: RolloutEvent,
+}
+
+impl Waiting {
+    /// Every change at a gate is an event, so nothing is read again while no event comes: a
+    /// document is large, and everything else waits while it is made.
+    async fn heartbeat(
+        &mut self,
+        control: &Control,
+        rollout: &RolloutId,
+        last: u64,
+    ) -> Result<RolloutEvent, Status> {
+        if self.as_of != Some(last) {
+            let asked = rollout.clone();
+            let read = move |coordinator: &Coordinator| {
+                let gate = first_gate(coordinator.events(&asked, 0)?)?;
+                let document = coordinator.document(&asked)?;
+                with_missing(gate, &document)
+            };
+            self.event = control.driver.read(read).await?.unwrap_or_default();
+            self.event.set_kind(EventKind::Heartbeat);
+            self.as_of = Some(last);
+        }
+        Ok(self.event.clone())
     }
+}
+
+/// The first open gate that people decide at; what others wait for does not change.
+fn first_gate(events: &[lockstep_core::RolloutEvent]) -> Option<RolloutEvent> {
+    let mut open = BTreeMap::new();
+    for event in events {
+        match event.kind {
+            event::EventKind::GateOpened => {
+                open.insert(event.step, event);
+            }
+            event::EventKind::GateClosed => {
+                open.remove(&event.step);
+            }
+            // On the way back, nobody waits at a gate of the way there.
+            event::EventKind::RollbackStarted => open.clear(),
+            _ => {}
+        }
+    }
+    let mut decided = open
+        .into_values()
+        .filter(|event| matches!(event.action, "gate.approval" | "gate.checklist"));
+    let event = convert::event(decided.next()?);
+    Some(RolloutEvent {
+        phase: event.phase,
+        step: event.step,
+        action: event.action,
+        ..RolloutEvent::default()
+    })
+}
+
+/// Says in a gate's event what is still missing there; none if nothing is.
+fn with_missing(gate: RolloutEvent, document: &Value) -> Option<RolloutEvent> {
+    let phases = document["phases"].as_array()?;
+    let mut steps = phases.iter().flat_map(|phase| phase["steps"].as_array());
+    let step = steps.find_map(|steps| steps.iter().find(|step| step["at"] == gate.step))?;
+    let missing = step["gate"]["missing"].as_str()?;
+    if missing.is_empty() {
+        return None;
+    }
+    let message = match step["args"]["title"].as_str() {
+        Some(title) => format!("{title}: waiting for {missing}"),
+        None => format!("waiting for {missing}"),
+    };
+    Some(RolloutEvent { message, ..gate })
 }

@@ -1,6 +1,6 @@
 //! `lockstep pause`, `resume`, `cancel`, `rollback`, `close` and `signoff`: one call each.
 
-use lockstep_proto::ids::RolloutId;
+use lockstep_proto::ids::{HostId, RolloutId};
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
@@ -29,6 +29,12 @@ pub(crate) struct Close {
     /// Why that is acceptable, for the report
     #[arg(long)]
     reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Forget {
+    /// The host's name
+    host: HostId,
 }
 
 #[derive(Debug, clap::Args)]
@@ -157,6 +163,29 @@ pub(crate) async fn sign_off(arguments: SignOff, session: &Session) -> Result<Ex
         &format!("{rollout} is signed as {role}"),
         None,
     )
+}
+
+/// `lockstep forget`.
+pub(crate) async fn forget(arguments: Forget, session: &Session) -> Result<Exit, CliError> {
+    let Forget { host } = arguments;
+    let request = wire::ForgetHostRequest {
+        host: host.to_string(),
+    };
+    let client = session.connect().await?;
+    client
+        .call(|mut api| async move { api.forget_host(request).await })
+        .await?;
+    if session.printer.is_json() {
+        session.printer.json(&json!({
+            "format": "lockstep.done/1",
+            "command": "forget",
+            "host": host,
+        }))?;
+    } else {
+        let said = format!("{host} is forgotten");
+        session.printer.lines(&[Line::plain(&said)])?;
+    }
+    Ok(Exit::Done)
 }
 
 fn watch_hint(rollout: &RolloutId) -> String {

@@ -109,6 +109,8 @@ enum Command {
     Signoff(control::SignOff),
     /// List the hosts that the controller knows
     Hosts,
+    /// Forget a host that is gone for good, so that no plan waits for it
+    Forget(control::Forget),
     /// List rollouts, newest first
     History(status::History),
     /// Print the output of a rollout's steps
@@ -183,6 +185,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::Status(status) => status::status(status, session).await,
         Command::History(history) => status::history(history, session).await,
         Command::Hosts => status::hosts(session).await,
+        Command::Forget(forget) => control::forget(forget, session).await,
         Command::Watch(RolloutArg { rollout }) => {
             let client = session.connect().await?;
             watch::watch(&client, &rollout, session.printer).await

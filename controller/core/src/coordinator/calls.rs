@@ -129,6 +129,22 @@ impl Coordinator {
                     reason,
                 }
             }
+            Call::Forget { host } => {
+                let Some(info) = self.hosts.get(&host) else {
+                    return Err(Refused::Invalid(format!("there is no host {host}")));
+                };
+                if info.connected {
+                    return Err(Refused::NotNow(format!(
+                        "{host} is connected: stop its agent first"
+                    )));
+                }
+                if let Some(holder) = self.locked_by(&host) {
+                    return Err(Refused::NotNow(format!(
+                        "{host} is locked by {holder}: end that first"
+                    )));
+                }
+                Record::HostForgotten { host, operator }
+            }
             Call::SignOff {
                 rollout,
                 role,

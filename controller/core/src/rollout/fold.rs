@@ -32,6 +32,7 @@ impl Rollout {
         match record {
             Record::TermBegan { .. }
             | Record::HostSeen { .. }
+            | Record::HostForgotten { .. }
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
             Record::Reported { host, body, .. } => self.fold_report(now, host, body),

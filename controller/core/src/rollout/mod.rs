@@ -344,7 +344,8 @@ impl Rollout {
         }
         if now >= self.submitted.max(floor).plus(CONSENT_WITHIN) {
             let reason = format!(
-                "nothing was done: no answer from {} within {CONSENT_WITHIN}; see `lockstep hosts`",
+                "nothing was done: no answer from {} within {CONSENT_WITHIN}; see `lockstep hosts`, and \
+                 `lockstep forget HOST` for one that is gone for good",
                 silent.join(", ")
             );
             return vec![self.end(End::Cancelled, reason)];

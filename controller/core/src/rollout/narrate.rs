@@ -176,6 +176,7 @@ impl Rollout {
             | Record::NoticeOrdered { .. }
             | Record::TermBegan { .. }
             | Record::HostSeen { .. }
+            | Record::HostForgotten { .. }
             | Record::Submitted { .. }
             | Record::Matched { .. } => return vec![],
         };
