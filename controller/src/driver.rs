@@ -37,7 +37,7 @@ use crate::api::convert;
 use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
 use crate::session::registry::{self, Candidate, Registry, SessionNumber};
-use clock::Clock;
+use clock::{Alarm, Clock};
 pub(crate) use handle::{Handle, Stopping};
 use handle::{Input, Read};
 
@@ -119,6 +119,7 @@ pub(crate) struct Driver {
     hub: Hub,
     notices: mpsc::Sender<Notify>,
     clock: Clock,
+    alarm: Alarm,
     epoch: Epoch,
     draining: bool,
     stopping: bool,
@@ -154,6 +155,7 @@ impl Driver {
             hub,
             notices,
             clock: Clock::starting_at(last),
+            alarm: Alarm::default(),
             epoch,
             draining: false,
             stopping: false,
@@ -197,15 +199,14 @@ impl Driver {
 
         let mut batch = Vec::with_capacity(BATCH);
         loop {
-            let deadline = self.coordinator.next_deadline();
-            let deadline = deadline.map(|at| self.clock.instant(at));
+            let wake = self.wake_at();
             tokio::select! {
                 received = inputs.recv_many(&mut batch, BATCH), if self.own.is_empty() => {
                     if received == 0 {
                         break;
                     }
                 }
-                () = sleep_until(deadline) => {}
+                () = sleep_until(wake) => {}
                 () = std::future::ready(()), if !self.own.is_empty() => {}
             }
             self.round(&mut batch)?;
@@ -216,6 +217,12 @@ impl Driver {
         }
         self.journal.close();
         Ok(())
+    }
+
+    /// When deadlines are looked at next, if nothing else comes before.
+    fn wake_at(&self) -> Option<Instant> {
+        let deadline = self.coordinator.next_deadline();
+        self.alarm.at(deadline.map(|at| self.clock.instant(at)))
     }
 
     /// One batch: handle each input, persist once, then let the world know.
@@ -229,10 +236,27 @@ impl Driver {
         }
         // A stream of inputs must not keep deadlines waiting.
         let now = self.clock.now();
-        if self.coordinator.next_deadline().is_some_and(|at| at <= now) {
-            self.handle(&mut round, Event::Tick);
+        if self.is_due(now) {
+            let effects = self.coordinator.handle(now, Event::Tick);
+            self.rest_after(now, &effects);
+            round.take(&self.sessions, effects);
+        } else {
+            self.alarm.rang(false);
         }
         self.finish(round)
+    }
+
+    fn is_due(&self, now: Timestamp) -> bool {
+        self.coordinator.next_deadline().is_some_and(|at| at <= now)
+    }
+
+    /// State changes by entries only: a tick without any would be in vain again at once.
+    fn rest_after(&mut self, now: Timestamp, tick: &Effects) {
+        let in_vain = tick.persist.is_empty() && self.is_due(now);
+        if in_vain {
+            tracing::debug!("a deadline has come, but there is nothing to do");
+        }
+        self.alarm.rang(in_vain);
     }
 
     fn take_input(&mut self, round: &mut Round, input: Input) -> Result<(), DriverError> {

@@ -45,3 +45,26 @@ impl Clock {
                 .min(self.since.elapsed() + LATEST)
     }
 }
+
+/// After a tick that changed nothing although a deadline had come, the next one comes this much
+/// later at the earliest.
+const REST: Duration = Duration::from_secs(1);
+
+/// When the driver wakes up by itself. A deadline that stays due, whatever is done, must not keep
+/// a processor busy.
+#[derive(Debug, Default)]
+pub(super) struct Alarm {
+    not_before: Option<Instant>,
+}
+
+impl Alarm {
+    /// When to wake up for the next deadline; none if there is none.
+    pub(super) fn at(&self, deadline: Option<Instant>) -> Option<Instant> {
+        deadline.map(|deadline| self.not_before.map_or(deadline, |rest| deadline.max(rest)))
+    }
+
+    /// Deadlines were looked at. `in_vain`: one had come, but there was nothing to do.
+    pub(super) fn rang(&mut self, in_vain: bool) {
+        self.not_before = in_vain.then(|| Instant::now() + REST);
+    }
+}

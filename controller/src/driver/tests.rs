@@ -2,9 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use lockstep_core::Call;
+use lockstep_proto::action::Action;
+use lockstep_proto::action::check::{Port, PortState};
 use lockstep_proto::ids::{BootId, InstanceId};
+use lockstep_proto::plan::{
+    CompiledPlan, FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
+};
+use lockstep_proto::seal;
 use lockstep_proto::values::Period;
 use lockstep_proto::wire::VersionRange;
 
@@ -175,4 +182,98 @@ fn time_never_goes_back() {
     assert!(clock.instant(now.plus(Period::seconds(5))) > Instant::now());
     // A deadline at the end of all time does not overflow.
     let _ = clock.instant(Timestamp(u64::MAX));
+}
+
+/// A plan for one host, to be ended ten minutes after it was submitted.
+fn plan() -> SealedPlan {
+    let step = Step {
+        name: None,
+        action: Action::CheckPort(Port {
+            port: 8000,
+            expect: PortState::default(),
+        }),
+        timeout: Period::seconds(30),
+        undo: Undo::Auto,
+        line: 1,
+    };
+    let fleet = Selector {
+        labels: BTreeMap::from([("role".to_owned(), "app".to_owned())]),
+    };
+    seal::seal(CompiledPlan {
+        format: FORMAT,
+        plan: "ports".into(),
+        serial: 1,
+        not_before: Timestamp(0),
+        expires: Timestamp(u64::MAX / 2),
+        deadline: Period::seconds(600),
+        inputs: BTreeMap::new(),
+        fleet: BTreeMap::from([("app".to_owned(), fleet)]),
+        phases: vec![Phase {
+            name: "look".into(),
+            stages: vec![Stage {
+                target: Target::Groups(vec!["app".into()]),
+                strategy: Strategy::All,
+                steps: vec![step],
+            }],
+            deadline: None,
+            planned: None,
+        }],
+        after_rollback: None,
+        max_failures: None,
+        notices: vec![],
+        slo: Slo::default(),
+        signoff: vec![],
+    })
+    .unwrap()
+}
+
+#[test]
+fn a_deadline_that_stays_due_does_not_keep_the_driver_busy() {
+    let mut driver = driver(&Memory::default());
+    let mut round = Round::default();
+    let mut hello = hello("app-1");
+    hello.labels.insert("role".into(), "app".into());
+    let opened = driver.open(&mut round, hello, 1, candidate("app-1").0);
+    opened.unwrap().unwrap();
+    let now = driver.clock.now();
+    let call = Call::Submit {
+        rollout: RolloutId::from_random([1; 6]),
+        plan: Arc::new(plan()),
+        dry_run: false,
+    };
+    let submit = Event::Operator {
+        operator: "dora".parse().unwrap(),
+        groups: vec![],
+        call,
+    };
+    let effects = driver.coordinator.handle(now, submit);
+    assert!(matches!(effects.answer, Some(Ok(_))), "{effects:?}");
+    assert!(driver.wake_at().unwrap() > Instant::now());
+
+    // An hour later, every deadline has come.
+    driver.clock = Clock::starting_at(now.plus(Period::seconds(3600)));
+    let now = driver.clock.now();
+    assert!(driver.wake_at().unwrap() <= Instant::now());
+    let begun = Instant::now();
+    driver.rest_after(now, &Effects::default());
+    let wake = driver.wake_at().unwrap();
+    assert!(wake >= begun + Duration::from_secs(1), "no rest");
+    assert!(wake < begun + Duration::from_secs(10), "too long a rest");
+
+    // A tick that did something may have to be followed by another one at once.
+    let record = Record::TermBegan {
+        epoch: driver.epoch,
+    };
+    let effects = Effects {
+        persist: vec![Entry { at: now, record }],
+        ..Effects::default()
+    };
+    driver.rest_after(now, &effects);
+    assert!(driver.wake_at().unwrap() <= Instant::now());
+
+    // Whatever else comes is not kept waiting, nor are deadlines in the same batch.
+    driver.rest_after(now, &Effects::default());
+    driver.round(&mut Vec::new()).unwrap();
+    let wake = driver.wake_at();
+    assert!(wake.is_none_or(|at| at > Instant::now()), "still due");
 }
