@@ -284,3 +284,67 @@ fn the_rule_that_comes_nearest_is_the_one_to_extend() {
     let refusal = policy.check(&action("exec.run", args)).unwrap_err();
     assert!(refusal.contains("add { A = \"2\" } to `env`"), "{refusal}");
 }
+
+#[test]
+fn the_examples_policy_gives_each_script_its_own_secrets_and_nobody_else_a_request() {
+    let policy = policy(include_str!(
+        "../../../../deploy/examples/employee-system/hosts/app/policy.toml"
+    ));
+    let run = |name: &str, script: &[&str], env: Value| {
+        let argv = [&["venv/bin/python"], script].concat();
+        let dir = "/var/www/employee-system/releases/v1.0.0/backend";
+        let mut args = json!({"argv": argv, "dir": dir, "env": env});
+        if name == "exec.run" {
+            args["name"] = "x".into();
+        }
+        policy.check(&action(name, args))
+    };
+    let smoke = &["scripts/smoke_tests.py"][..];
+    let admin = |base: &str| json!({"BASE_URL": base, "SMOKE_PASSWORD": "secret://admin_password"});
+    let data = json!({"DATABASE_URL": "secret://migrator_database_url"});
+    let mut seed = data.clone();
+    seed["ADMIN_PASSWORD"] = "secret://admin_password".into();
+    let here = "http://127.0.0.1:8000";
+    let benchmark = "scripts/performance_benchmark.py --list-ms=1 --search-ms=1 --create-ms=1 \
+                     --update-ms=1";
+    let benchmark: Vec<&str> = benchmark.split(' ').collect();
+    let (seeds, verify) = (["scripts/seed.py"], ["scripts/verify_data_integrity.py"]);
+    assert_eq!(run("exec.run", smoke, admin(here)), Ok(()));
+    assert_eq!(run("exec.run", &benchmark, admin(here)), Ok(()));
+    assert_eq!(run("exec.run", &seeds, seed.clone()), Ok(()));
+    assert_eq!(run("check.command", &verify, data.clone()), Ok(()));
+    assert_eq!(run("check.command", &["-m", "unittest"], json!({})), Ok(()));
+
+    assert!(run("exec.run", smoke, admin("http://evil.test/:8000")).is_err());
+    assert!(run("exec.run", smoke, admin("http://127.evil.test:8000")).is_err());
+    assert!(run("exec.run", smoke, seed).is_err());
+    assert!(
+        run(
+            "exec.run",
+            smoke,
+            json!({"BASE_URL": here, "PYTHONPATH": "/tmp"})
+        )
+        .is_err()
+    );
+    assert!(
+        run(
+            "exec.run",
+            &[benchmark[0], "--base-url=http://evil.test"],
+            admin(here)
+        )
+        .is_err()
+    );
+    assert!(run("check.command", &["-m", "unittest"], data).is_err());
+
+    let login = |url: &str| {
+        http(
+            &policy,
+            json!({"url": format!("{here}/api/auth/login"), "method": "POST",
+                "form": {"password": "secret://admin_password"},
+                "then": [{"url": format!("{here}/api/employees/${{capture.id}}")}, {"url": url}]}),
+        )
+    };
+    assert_eq!(login(&format!("{here}/api/employees")), Ok(()));
+    assert!(login("http://evil.test:8000/api/employees").is_err());
+    assert!(login(&format!("{here}/admin")).is_err());
+}
