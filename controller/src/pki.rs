@@ -9,6 +9,7 @@
 //! DIR/domain                              the trust domain of every certificate
 //! DIR/ca-{controllers,agents,operators}.{crt,key}
 //! OUT/{controller,agent,operator}-NAME.{crt,key}
+//! OUT/ca-*.crt                            the issuers of the peers: what goes to a host is whole
 //! ```
 
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -40,6 +41,8 @@ pub(crate) struct Issued {
     pub(crate) certificate: PathBuf,
     /// Its private key, in PEM, readable by its owner only.
     pub(crate) key: PathBuf,
+    /// The certificates of the issuers that its owner trusts, in PEM, beside the others.
+    pub(crate) trusts: Vec<PathBuf>,
     /// When the certificate ends.
     pub(crate) not_after: SystemTime,
 }
@@ -65,6 +68,14 @@ pub(crate) enum PkiError {
     /// A controller that nobody could dial.
     #[error("a controller's certificate needs at least one address that agents dial")]
     NoAddress,
+    /// The directory holds the issuers of another installation, and they are not overwritten.
+    #[error("{path} does not hold the issuer in {dir}")]
+    OtherIssuer {
+        /// The file that is there.
+        path: PathBuf,
+        /// Where this installation's issuers are.
+        dir: PathBuf,
+    },
     /// A file could not be read or written.
     #[error("{path}")]
     File {
@@ -161,6 +172,14 @@ impl Kind {
     /// The word in the certificate's URI.
     fn singular(self) -> &'static str {
         self.plural().trim_end_matches('s')
+    }
+
+    /// Whose certificates a peer of this kind is shown.
+    fn peers(self) -> &'static [Self] {
+        match self {
+            Self::Controllers => &[Self::Agents, Self::Operators],
+            Self::Agents | Self::Operators => &[Self::Controllers],
+        }
     }
 
     fn issuer_files(self, dir: &Path) -> (PathBuf, PathBuf) {
@@ -267,8 +286,12 @@ impl<'a> Leaf<'a> {
         let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(failed)?;
         let signed = params.signed_by(&pair, &issuer).map_err(failed)?;
         make_directory(out)?;
+        // First: if the directory is another installation's, nothing of it is touched.
+        let trusts = kind.peers().iter();
+        let trusts = trusts.map(|peer| hand_out(*peer, dir, out));
         let stem = format!("{}-{name}", kind.singular());
         let issued = Issued {
+            trusts: trusts.collect::<Result<_, _>>()?,
             certificate: out.join(format!("{stem}.crt")),
             key: out.join(format!("{stem}.key")),
             not_after,
@@ -277,6 +300,22 @@ impl<'a> Leaf<'a> {
         write(&issued.certificate, 0o644, signed.pem().as_bytes())?;
         Ok(issued)
     }
+}
+
+/// Copies an issuer's certificate to those who trust it. A file that holds it already, perhaps
+/// among others, stays as it is.
+fn hand_out(kind: Kind, dir: &Path, out: &Path) -> Result<PathBuf, PkiError> {
+    let (certificate, copy) = (kind.issuer_files(dir).0, kind.issuer_files(out).0);
+    let pem = read(&certificate)?;
+    if !copy.exists() {
+        write(&copy, 0o644, pem.as_bytes())?;
+    } else if !read(&copy)?.contains(pem.trim()) {
+        return Err(PkiError::OtherIssuer {
+            path: copy,
+            dir: dir.to_owned(),
+        });
+    }
+    Ok(copy)
 }
 
 /// The groups as the one organisational unit that a subject of ours has. Readers take every unit
@@ -373,6 +412,59 @@ mod tests {
             let mode = fs::metadata(&key).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{}", key.display());
         }
+    }
+
+    #[test]
+    fn what_is_issued_comes_with_the_issuers_that_its_owner_trusts() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pki, out) = (dir.path().join("pki"), dir.path().join("out"));
+        init(&pki, "example.com").unwrap();
+        let files = |of: &Path| {
+            let files = fs::read_dir(of).unwrap().map(|file| file.unwrap());
+            let mut names: Vec<String> = files
+                .map(|file| file.file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            fs::remove_dir_all(of).unwrap();
+            names
+        };
+        let issued = issue_controller(&pki, "main", &["localhost".to_owned()], &out).unwrap();
+        let trusted = [out.join("ca-agents.crt"), out.join("ca-operators.crt")];
+        assert_eq!(issued.trusts, trusted);
+        let issuer = fs::read(pki.join("ca-agents.crt")).unwrap();
+        assert_eq!(fs::read(&trusted[0]).unwrap(), issuer);
+        let expected = ["ca-agents.crt", "ca-operators.crt", "controller-main.crt"];
+        assert_eq!(files(&out)[..3], expected);
+        issue_agent(&pki, "app-1", &out).unwrap();
+        let expected = ["agent-app-1.crt", "agent-app-1.key", "ca-controllers.crt"];
+        assert_eq!(files(&out), expected);
+        issue_operator(&pki, "olga", &[], &out).unwrap();
+        let expected = ["ca-controllers.crt", "operator-olga.crt"];
+        assert_eq!(files(&out)[..2], expected);
+    }
+
+    #[test]
+    fn issuers_of_others_stay_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pki, out) = (dir.path().join("pki"), dir.path().join("out"));
+        init(&pki, "example.com").unwrap();
+        issue_agent(&pki, "app-1", &out).unwrap();
+        // While an issuer is replaced, both are trusted.
+        let file = out.join("ca-controllers.crt");
+        let both = format!("# old\n{}", fs::read_to_string(&file).unwrap());
+        fs::write(&file, &both).unwrap();
+        issue_agent(&pki, "app-1", &out).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), both);
+
+        let other = dir.path().join("other");
+        init(&other, "example.com").unwrap();
+        let before = fs::read(out.join("agent-app-1.crt")).unwrap();
+        let refused = issue_agent(&other, "app-1", &out);
+        assert!(matches!(refused, Err(PkiError::OtherIssuer { .. })));
+        assert_eq!(fs::read_to_string(&file).unwrap(), both);
+        assert_eq!(fs::read(out.join("agent-app-1.crt")).unwrap(), before);
+        // Beside the issuers themselves nothing is copied.
+        issue_agent(&pki, "app-1", &pki).unwrap();
     }
 
     #[test]

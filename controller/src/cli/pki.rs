@@ -61,7 +61,7 @@ pub(crate) struct Issuers {
 pub(crate) struct Files {
     #[command(flatten)]
     issuers: Issuers,
-    /// Where certificate and key are written
+    /// Where certificate and key are written, with the issuers that their owner trusts
     #[arg(long, value_name = "DIR", default_value = ".")]
     out: PathBuf,
 }
@@ -118,14 +118,20 @@ fn say(issued: &Issued, printer: Printer) -> Result<Exit, CliError> {
             "format": "lockstep.issued/1",
             "certificate": issued.certificate,
             "key": issued.key,
+            "trusts": issued.trusts,
             "not_after": not_after,
         }))?;
     } else {
-        printer.lines(&[
+        let mut lines = vec![
             Line::plain(format!("certificate {}", issued.certificate.display())),
             Line::plain(format!("key         {}", issued.key.display())),
-            Line::plain(format!("valid until {}", words::moment(not_after))),
-        ])?;
+        ];
+        for issuer in &issued.trusts {
+            lines.push(Line::plain(format!("trusts      {}", issuer.display())));
+        }
+        let until = words::moment(not_after);
+        lines.push(Line::plain(format!("valid until {until}")));
+        printer.lines(&lines)?;
         debug_assert!(
             issued.not_after > SystemTime::now(),
             "a fresh certificate is valid"
