@@ -170,6 +170,23 @@ impl ServeError {
             _ => 4,
         }
     }
+
+    /// What to do about it, where one can tell.
+    pub(crate) fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Config(ConfigError::Unreadable { .. }) => {
+                Some("name the configuration with --config; it must be readable to this user")
+            }
+            Self::Tls(TlsError::File { .. } | TlsError::Empty { .. }) => Some(
+                "`[tls]` names PEM files that this user can read, relative to the configuration; \
+                 `lockstep pki controller NAME --address ADDRESS --out DIR` makes all four",
+            ),
+            Self::Bind { .. } => Some(
+                "is something else listening on `listen`, and is it an address of this machine?",
+            ),
+            _ => None,
+        }
+    }
 }
 
 /// Runs a controller until it is told to stop.
@@ -529,4 +546,27 @@ fn notify_systemd(state: &str) {
 
 fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_without_its_files_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("controller.toml");
+        let options = ServeOptions {
+            config: file.clone(),
+            ready_file: None,
+            epoch_above: 0,
+        };
+        let hint = || serve(&options).unwrap_err().hint().unwrap_or_default();
+        assert!(hint().contains("--config"), "{}", hint());
+        let text = "listen = \"127.0.0.1:0\"\nstate_dir = \"state\"\ndomain = \"example.com\"\n\
+                    [tls]\ncert = \"c.crt\"\nkey = \"c.key\"\nagent_ca = \"a.crt\"\n\
+                    operator_ca = \"o.crt\"\n";
+        fs::write(&file, text).unwrap();
+        assert!(hint().contains("lockstep pki controller"), "{}", hint());
+    }
 }

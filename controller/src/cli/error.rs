@@ -103,7 +103,43 @@ impl CliError {
                  --profile or LOCKSTEP_PROFILE"
                     .into(),
             ),
+            Self::Profile(ProfileError::Invalid { .. }) => Some(
+                "a profile has `controller`, `ca`, `cert` and `key`, and perhaps `server_name`"
+                    .into(),
+            ),
+            Self::Client(ClientError::File { .. }) => Some(
+                "`ca`, `cert` and `key` in the profile name PEM files that you can read, relative \
+                 to the profile; `lockstep pki operator NAME` makes all three"
+                    .into(),
+            ),
             Self::Client(error) => error.hint(),
+            Self::Pki(PkiError::OtherIssuer { path, dir }) => Some(format!(
+                "use another --out; or, if both are to be trusted, append the certificate of {} \
+                 to {}",
+                dir.join(path.file_name().unwrap_or_default()).display(),
+                path.display(),
+            )),
+            Self::Pki(PkiError::File { .. }) => Some(
+                "--dir is where `lockstep pki init` made the issuers, --out where you can write"
+                    .into(),
+            ),
+            Self::Pki(PkiError::Certificate { .. }) => Some(
+                "is an address a DNS name or an IP address, and are the issuers' files whole?"
+                    .into(),
+            ),
+            Self::File {
+                verb: "read",
+                source,
+                ..
+            } => Some(
+                match source.kind() {
+                    io::ErrorKind::NotFound => "check the path; it is relative to this directory",
+                    io::ErrorKind::PermissionDenied => "let yourself read it, or name another file",
+                    _ => "name a file that can be read",
+                }
+                .into(),
+            ),
+            Self::File { .. } => Some("name a file in a directory that you can write to".into()),
             Self::Document(InvalidDocument::Format(_)) => {
                 Some("use the command line of the controller's own release".into())
             }
@@ -136,5 +172,66 @@ impl CliError {
             lines.push(Line::plain(format!("  hint: {hint}")));
         }
         lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::cli::client::Client;
+    use crate::cli::plan;
+    use crate::cli::profile::{Profile, ProfileArgs};
+    use crate::pki;
+
+    fn said(error: impl Into<CliError>) -> String {
+        let lines = error.into().lines();
+        let lines: Vec<String> = lines.iter().map(|line| line.render(false)).collect();
+        lines.join("\n")
+    }
+
+    /// Whoever meets a file that is not there hears of which, and what to do next.
+    #[tokio::test]
+    async fn files_that_cannot_be_read_come_with_a_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+
+        let text = said(plan::read(&at("nope.yaml")).unwrap_err());
+        assert!(text.contains("nope.yaml cannot be read"), "{text}");
+        assert!(text.contains("hint: check the path"), "{text}");
+
+        let named = ProfileArgs {
+            profile: Some(at("client.toml")),
+            ..ProfileArgs::default()
+        };
+        let text = said(Profile::load(&named).unwrap_err());
+        assert!(text.contains("hint: write a profile"), "{text}");
+
+        pki::init(&at("pki"), "example.com").unwrap();
+        let issued = pki::issue_operator(&at("pki"), "olga", &[], dir.path()).unwrap();
+        let profile = Profile {
+            controller: "127.0.0.1:1".to_owned(),
+            server_name: None,
+            ca: issued.trusts[0].clone(),
+            cert: issued.certificate,
+            key: issued.key,
+        };
+        for file in [&profile.ca, &profile.cert, &profile.key] {
+            let kept = fs::read(file).unwrap();
+            fs::remove_file(file).unwrap();
+            let text = said(Client::connect(&profile).await.unwrap_err());
+            assert!(text.contains(&*file.to_string_lossy()), "{text}");
+            assert!(text.contains("hint: `ca`, `cert` and `key`"), "{text}");
+            fs::write(file, kept).unwrap();
+        }
+
+        fs::remove_file(at("pki").join("ca-agents.key")).unwrap();
+        let text = said(pki::issue_agent(&at("pki"), "app-1", dir.path()).unwrap_err());
+        assert!(text.contains("ca-agents.key"), "{text}");
+        assert!(text.contains("hint: --dir is where"), "{text}");
+        let nowhere = said(pki::issue_agent(Path::new("/nope"), "a", dir.path()).unwrap_err());
+        assert!(nowhere.contains("lockstep pki init"), "{nowhere}");
     }
 }

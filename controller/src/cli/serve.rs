@@ -47,6 +47,7 @@ pub(crate) fn serve(arguments: Serve) -> Exit {
         Err(error) => {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
+                hint = error.hint(),
                 "the controller ends"
             );
             Exit::of_controller(&error)
