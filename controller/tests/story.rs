@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::action::check::Port;
+use lockstep_proto::action::gate::{Approval, OnTimeout};
 use lockstep_proto::ids::{Direction, HostId, StepKey, StepRef};
 use lockstep_proto::plan::{
     CompiledPlan, FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
@@ -396,4 +397,110 @@ async fn watchers_are_sent_away_when_the_controller_drains() {
         }
     };
     assert_eq!(end.unwrap_err().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn heartbeats_say_what_is_missing_at_a_gate() {
+    let place = Place::new();
+    let identity = place.agent("app-1");
+    let controller = place.start();
+    let mut agent = Agent::connect(&controller, identity, 0).await;
+    let mut client = controller.control(&place.operator("dora", &["dba"])).await;
+    let mut plan = plan(10).plan().clone();
+    let from = BTreeMap::from([("dba".to_owned(), 1), ("qa".to_owned(), 1)]);
+    plan.phases[0].stages[0].target = Target::Controller;
+    plan.phases[0].stages[0].steps = vec![Step {
+        name: None,
+        action: Action::GateApproval(Approval {
+            from,
+            timeout: Period::seconds(600),
+            on_timeout: OnTimeout::default(),
+            title: Some("Go live".into()),
+        }),
+        timeout: Period::seconds(600),
+        undo: Undo::Auto,
+        line: 1,
+    }];
+    let plan = seal::seal(plan).unwrap();
+    let request = control::SubmitRequest {
+        compiled_plan: plan.bytes().to_vec().into(),
+        ..control::SubmitRequest::default()
+    };
+    let rollout = client.submit(request).await.unwrap().into_inner().rollout;
+    agent.consent(&controller, &plan).await;
+    let request = control::WatchRequest {
+        rollout: rollout.clone(),
+        after: 0,
+    };
+    let mut events = client.watch(request).await.unwrap().into_inner();
+    let opened = next_of(&mut events, EventKind::GateOpened).await;
+    let evidence = opened
+        .detail
+        .iter()
+        .find_map(|line| line.strip_prefix("evidence "));
+    let evidence = evidence.expect("evidence").to_owned();
+    let beat = next_of(&mut events, EventKind::Heartbeat).await;
+    assert_eq!((beat.number, beat.phase.as_str()), (0, "look"));
+    assert_eq!(
+        (beat.step, beat.action),
+        (opened.step.clone(), opened.action)
+    );
+    assert_eq!(beat.message, "Go live: waiting for 1 of dba, 1 of qa");
+
+    let mut other = controller.control(&place.operator("edna", &["dba"])).await;
+    let decision = control::DecideRequest {
+        rollout,
+        gate: opened.step,
+        evidence,
+        approve: true,
+        ..control::DecideRequest::default()
+    };
+    let decided = other.decide(decision).await.unwrap().into_inner();
+    assert_eq!(decided.missing, "1 of qa");
+    next_of(&mut events, EventKind::GateDecided).await;
+    let beat = next_of(&mut events, EventKind::Heartbeat).await;
+    assert_eq!(beat.message, "Go live: waiting for 1 of qa");
+}
+
+#[tokio::test]
+async fn a_large_document_reaches_the_command_line() {
+    let place = Place::new();
+    let identity = place.agent("app-1");
+    let controller = place.start();
+    let _agent = Agent::connect(&controller, identity, 0).await;
+    let mut client = controller.control(&place.operator("dora", &[])).await;
+    let request = control::SubmitRequest {
+        compiled_plan: plan(11).bytes().to_vec().into(),
+        // Each is six characters in a document.
+        source: "\u{1}".repeat(1 << 20),
+        dry_run: false,
+    };
+    let rollout = client.submit(request).await.unwrap().into_inner().rollout;
+    let profile = place.path().join("profile.toml");
+    let text = format!(
+        "controller = \"{}\"\nca = \"ca-controllers.crt\"\n\
+         cert = \"operator-dora.crt\"\nkey = \"operator-dora.key\"\n",
+        controller.address
+    );
+    std::fs::write(&profile, text).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    command.args(["status", &rollout, "--output", "json"]);
+    let shown = command.env("LOCKSTEP_PROFILE", &profile).output().unwrap();
+    let words = String::from_utf8_lossy(&shown.stderr);
+    assert!(shown.status.success(), "{words}");
+    // More than gRPC takes in one message by default.
+    assert!(shown.stdout.len() > 6 << 20, "{} bytes", shown.stdout.len());
+}
+
+/// Skips events until one of a kind comes.
+async fn next_of(
+    events: &mut Streaming<control::RolloutEvent>,
+    kind: EventKind,
+) -> control::RolloutEvent {
+    loop {
+        let event = next(events).await;
+        if event.kind() == kind {
+            return event;
+        }
+    }
 }
