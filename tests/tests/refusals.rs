@@ -1,7 +1,8 @@
 //! What must not work says so: who, why, and what to do next; and nothing is half done.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use lockstep_tests::cluster::Cluster;
@@ -226,18 +227,13 @@ fn a_wrong_password_is_said_and_never_shown() {
         files_with(cluster.root(), wrong, &secrets),
         Vec::<String>::new()
     );
-    let copies = fs::read_dir(cluster.root().join("backups"))
-        .unwrap()
-        .flatten();
-    assert_eq!(
-        copies.filter(|entry| entry.path().is_file()).count(),
-        0,
-        "a copy of nothing"
-    );
+    assert_eq!(copies(&cluster), NOTHING, "a copy of nothing");
+    let store = cluster.host("db-1").root.join("backups");
+    assert_eq!(walk(&store), NOTHING, "a backup of nothing");
 }
 
 /// A small file system of its own, gone with the value.
-struct SmallDisk(std::path::PathBuf);
+struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     fn mount(at: &Path) -> Self {
@@ -273,10 +269,7 @@ fn a_full_disk_is_said_and_leaves_no_half_backup() {
         .backup_dir(&disk.0)
         .start()
         .unwrap();
-    // Noise, so that compression does not make room for it.
-    let noise = "CREATE TABLE noise AS SELECT string_agg(md5(random()::text), '') AS n \
-                 FROM generate_series(1, 200000) AS g GROUP BY g % 100";
-    cluster.postgres().query(example::DATABASE, noise).unwrap();
+    make_noise(&cluster);
     let document = run_plan(&cluster, &backup_plan(&cluster));
     assert_ne!(text(&document["state"]), "succeeded");
     let failed = failures(&document).join("\n");
@@ -287,27 +280,137 @@ fn a_full_disk_is_said_and_leaves_no_half_backup() {
         failed.contains(&disk.0.display().to_string()),
         "which disk? {failed}"
     );
-    let left: Vec<_> = walk(&disk.0)
-        .into_iter()
-        .filter(|path| path.is_file())
-        .collect();
-    assert_eq!(
-        left,
-        Vec::<std::path::PathBuf>::new(),
-        "half a backup stays behind"
+    assert_eq!(walk(&disk.0), NOTHING, "half a backup stays behind");
+    assert_eq!(copies(&cluster), NOTHING, "a copy of half of it");
+    drop(cluster);
+}
+
+/// A rollout that changes a file, raises the fence, and takes a backup with a copy.
+fn change_and_backup(cluster: &Cluster, settings: &Path, to: &Path) -> String {
+    format!(
+        "version: 1\nplan: change\nfleet:\n  db: {{labels: {{role: db}}}}\nphases:\n\
+         \x20 - name: change\n    on: db\n    steps:\n      \
+         - env.render: {{path: \"{}\", set: {{RELEASE: new}}}}\n\
+         \x20 - name: backup\n    on: db\n    \
+         fence: {{database: {database}, via: connect, roles: [employee_app], until: after}}\n    \
+         steps:\n      - postgres.backup: {{database: {database}, copies: [\"{}\"]}}\n\
+         \x20 - name: after\n    on: db\n    steps:\n      \
+         - check.disk: {{path: \"{}\", free: 1KiB}}\n",
+        settings.display(),
+        to.display(),
+        cluster.root().display(),
+        database = example::DATABASE,
+    )
+}
+
+/// What people would look at after a rollback.
+fn looks(cluster: &Cluster, settings: &Path) -> [String; 4] {
+    let postgres = cluster.postgres();
+    let may_connect = format!(
+        "SELECT has_database_privilege('employee_app', '{}', 'connect')",
+        example::DATABASE
     );
-    let copies = fs::read_dir(cluster.root().join("backups"))
-        .unwrap()
-        .flatten();
+    let rows = postgres.rows(example::DATABASE, "noise").unwrap();
+    [
+        fs::read_to_string(settings).unwrap(),
+        postgres.query(example::DATABASE, &may_connect).unwrap(),
+        postgres.schema(example::DATABASE).unwrap(),
+        rows.join("\n"),
+    ]
+}
+
+/// Runs a backup that has room by its estimate, twice the one before, and none in the end; with
+/// the store (`store`) or the directory for copies on the disk that becomes full.
+fn full_in_the_middle(store: bool, words: &[&str]) {
+    let place = tempfile::tempdir().unwrap();
+    fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
+    let disk = SmallDisk::mount(&place.path().join("disk"));
+    let mut builder = Cluster::builder()
+        .hosts(&[("db-1", "db")])
+        .policy("db-1", Some("[[allow]]\naction = \"*\"\n"));
+    if store {
+        builder = builder.backup_dir(&disk.0);
+    }
+    let cluster = builder.start().unwrap();
+    let to = if store {
+        cluster.root().join("backups/production")
+    } else {
+        disk.0.clone()
+    };
+    let settings = cluster.root().join("settings.env");
+    fs::write(&settings, "RELEASE=old\n").unwrap();
+    let first = run_plan(&cluster, &change_and_backup(&cluster, &settings, &to));
     assert_eq!(
-        copies.filter(|entry| entry.path().is_file()).count(),
-        0,
-        "a copy of half of it"
+        text(&first["state"]),
+        "succeeded",
+        "{}",
+        cluster.explain(&first)
+    );
+    fs::write(&settings, "RELEASE=old\n").unwrap();
+    make_noise(&cluster);
+    let kept = [walk(&disk.0), copies(&cluster)];
+    assert_ne!(kept[0], NOTHING);
+    let before = looks(&cluster, &settings);
+
+    let document = run_plan(&cluster, &change_and_backup(&cluster, &settings, &to));
+    let story = cluster.explain(&document);
+    assert_eq!(text(&document["state"]), "rolled_back", "{story}");
+    let failed = failures(&document).join("\n");
+    let place = disk.0.display().to_string();
+    for words in [
+        &["db-1", "postgres.backup", "No space left", "make room"],
+        words,
+    ]
+    .concat()
+    {
+        assert!(failed.contains(words), "`{words}` is not named: {failed}");
+    }
+    assert!(story.contains("is shut"), "the fence was not up: {story}");
+    assert!(store || failed.contains(&place), "which disk? {failed}");
+    assert_eq!(looks(&cluster, &settings), before, "{story}");
+    assert_eq!(
+        [walk(&disk.0), copies(&cluster)],
+        kept,
+        "half a backup stays behind, or the one before is gone"
     );
     drop(cluster);
 }
 
-fn walk(directory: &Path) -> Vec<std::path::PathBuf> {
+#[test]
+fn a_disk_that_becomes_full_in_the_middle_of_a_dump_takes_everything_back() {
+    if lockstep_tests::is_root() {
+        full_in_the_middle(true, &["pg_dump"]);
+    }
+}
+
+#[test]
+fn a_disk_that_becomes_full_in_the_middle_of_a_copy_takes_everything_back() {
+    if lockstep_tests::is_root() {
+        full_in_the_middle(false, &["cannot copy the backup"]);
+    }
+}
+
+/// Rows that compression does not make room for.
+fn make_noise(cluster: &Cluster) {
+    let noise = "CREATE TABLE noise AS SELECT string_agg(md5(random()::text), '') AS n \
+                 FROM generate_series(1, 200000) AS g GROUP BY g % 100";
+    cluster.postgres().query(example::DATABASE, noise).unwrap();
+}
+
+/// No entries of a directory.
+const NOTHING: [PathBuf; 0] = [];
+
+/// All that is in the directories for copies, but the one that is there from the start.
+fn copies(cluster: &Cluster) -> Vec<PathBuf> {
+    let backups = cluster.root().join("backups");
+    assert!(backups.join("production").is_dir());
+    let mut found = walk(&backups);
+    found.retain(|path| *path != backups.join("production"));
+    found
+}
+
+/// Everything below a directory, directories and what is not complete included, in order.
+fn walk(directory: &Path) -> Vec<PathBuf> {
     let mut found = vec![];
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.path().is_dir() {
@@ -315,5 +418,6 @@ fn walk(directory: &Path) -> Vec<std::path::PathBuf> {
         }
         found.push(entry.path());
     }
+    found.sort();
     found
 }

@@ -1,5 +1,7 @@
 //! The runbook from end to end: v1.0.0 goes out, v1.1.0 comes back by itself.
 
+use std::collections::BTreeSet;
+
 use lockstep_tests::cluster::Cluster;
 use lockstep_tests::example::{self, ledger};
 use lockstep_tests::operator::{attempts, list, text};
@@ -60,9 +62,24 @@ fn v1_0_0_goes_out_and_v1_1_0_comes_back() {
         "{}",
         cluster.explain(&bad)
     );
+    // Lockstep's own comparison: of every part that the rollout touched, on every host.
+    let mut parts = BTreeSet::new();
     for compared in list(&bad["state_compared"]) {
         assert_eq!(compared["equal"], true, "{compared}");
+        let name = text(&compared["name"]);
+        let kind = name.split_once(' ').map_or(name, |(kind, _)| kind);
+        parts.insert((text(&compared["host"]), kind));
     }
+    for host in cluster.app_hosts() {
+        for kind in ["release", "service", "file"] {
+            let part = (host.name.as_str(), kind);
+            assert!(parts.contains(&part), "{part:?} is not among {parts:?}");
+        }
+    }
+    assert!(
+        parts.iter().any(|(_, kind)| *kind == "database"),
+        "{parts:?}"
+    );
 
     // The application's own record: each effect once, on one host.
     let mut migrations: Vec<String> = vec![];
