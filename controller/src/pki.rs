@@ -443,6 +443,29 @@ mod tests {
         assert_eq!(files(&out)[..2], expected);
     }
 
+    /// Whoever follows the setting-up page ends with the files that its examples name.
+    #[test]
+    fn the_setting_up_page_names_what_is_issued() {
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/setup.md");
+        let page = fs::read_to_string(page).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (pki, out) = (dir.path().join("pki"), dir.path().join("out"));
+        init(&pki, "example.com").unwrap();
+        issue_controller(&pki, "main", &["localhost".to_owned()], &out).unwrap();
+        issue_agent(&pki, "app-1", &out).unwrap();
+        issue_operator(&pki, "olga", &[], &out).unwrap();
+        let named = page
+            .split(['"', '`'])
+            .map(|word| word.trim_start_matches("tls/"));
+        let named = named.filter(|word| word.ends_with(".crt") || word.ends_with(".key"));
+        let named: std::collections::BTreeSet<&str> = named.collect();
+        let issued = fs::read_dir(&out)
+            .unwrap()
+            .map(|file| file.unwrap().file_name());
+        let issued: Vec<String> = issued.map(|name| name.into_string().unwrap()).collect();
+        assert_eq!(named, issued.iter().map(String::as_str).collect());
+    }
+
     #[test]
     fn issuers_of_others_stay_as_they_are() {
         let dir = tempfile::tempdir().unwrap();
