@@ -73,41 +73,98 @@ fn every_place_that_the_table_names_is_in_the_plan() {
     }
 }
 
-#[test]
-fn every_section_of_the_runbook_has_a_row() {
+/// A heading by its name alone: without `## `, `1. ` or `Phase 1: `, and without `(T-24 hours)`
+/// where it holds other headings.
+fn bare(title: &str) -> &str {
+    let title = title.trim_start_matches('#').trim();
+    if let Some((phase, name)) = title.split_once(": ")
+        && phase.starts_with("Phase ")
+    {
+        return name.split_once(" (").map_or(name, |(name, _)| name);
+    }
+    match title.split_once(". ") {
+        Some((number, name)) if number.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => title,
+    }
+}
+
+/// The sections of the runbook that hold operations, as `chapter › section`: two chapters have a
+/// section of the same name.
+fn sections() -> BTreeSet<String> {
     let runbook = repository().join("tests/fixtures/runbooks/S0-employee-management-system.md");
     let text = std::fs::read_to_string(runbook).unwrap();
-    let named: BTreeSet<String> = table().into_iter().map(|row| row.runbook).collect();
-    let with_operations = |title: &str| {
-        // Headings that only hold others, and the introduction.
-        let holders = ["Phase ", "When to Rollback", "Rollback Procedure"];
-        !holders.iter().any(|holder| title.starts_with(holder))
-    };
-    let mut sections = BTreeSet::new();
+    // Headings that only hold others, that introduce, and what is no chapter but a section.
+    let holders = [
+        "### Phase ",
+        "### When to Rollback",
+        "### Rollback Procedure",
+    ];
+    let flat = [
+        "Emergency Contacts",
+        "Deployment Timeline",
+        "Deployment Sign-Off",
+    ];
+    let (mut chapter, mut part) = ("", "");
+    let mut found = BTreeSet::new();
     for line in text.lines() {
-        let deep = line
-            .strip_prefix("#### ")
-            .or_else(|| line.strip_prefix("### "));
-        let last = [
-            "Emergency Contacts",
-            "Deployment Timeline",
-            "Deployment Sign-Off",
-        ];
-        let flat = line
-            .strip_prefix("## ")
-            .filter(|title| last.contains(title));
-        sections.extend(deep.or(flat).filter(|title| with_operations(title)));
+        let title = bare(line);
+        if line.starts_with("#### ") {
+            assert!(found.insert(format!("{part} › {title}")), "{title}");
+        } else if holders.iter().any(|holder| line.starts_with(holder)) {
+            part = title;
+        } else if line.starts_with("### ") {
+            assert!(found.insert(format!("{chapter} › {title}")), "{title}");
+        } else if line.starts_with("## ") {
+            chapter = title;
+            if flat.contains(&title) {
+                found.insert(title.to_owned());
+            }
+        }
     }
-    // `### 1. Code Preparation` is called by its name alone.
-    let bare = |title: &str| {
-        title
-            .split_once(". ")
-            .map_or(title, |(_, name)| name)
-            .to_owned()
-    };
-    assert!(sections.len() > 30, "{sections:?}");
-    for section in sections {
-        assert!(named.contains(&bare(section)), "`{section}` has no row");
+    found
+}
+
+#[test]
+fn every_section_of_the_runbook_has_a_row() {
+    let named: BTreeSet<String> = table().into_iter().map(|row| row.runbook).collect();
+    let sections = sections();
+    assert_eq!(sections.len(), 35, "{sections:?}");
+    for twin in ["Deployment Window", "Rollback Procedure"] {
+        let twin = format!("{twin} › Step 2: Stop Application");
+        assert!(sections.contains(&twin), "{sections:?}");
+    }
+    let without: Vec<_> = sections.difference(&named).collect();
+    assert!(without.is_empty(), "no row has {without:?}");
+    let invented: Vec<_> = named.difference(&sections).collect();
+    assert!(invented.is_empty(), "the runbook has no {invented:?}");
+}
+
+/// When a phase is planned to begin, in minutes.
+fn planned(part: &str) -> u32 {
+    let at = part
+        .split_once("planned: {at: ")
+        .and_then(|(_, rest)| rest.split_once(','))
+        .unwrap_or_else(|| panic!("no time is planned:\n{part}"));
+    match at.0 {
+        "0s" => 0,
+        at => at.strip_suffix('m').unwrap().parse().unwrap(),
+    }
+}
+
+#[test]
+fn the_timeline_that_people_are_told_is_the_plan_s() {
+    let parts = parts();
+    let announce = &parts["announce"];
+    for (phase, words) in [
+        ("stop", "start of the deployment, the application stops"),
+        ("migrate", "database migration"),
+        ("start", "application deployment"),
+        ("smoke", "smoke tests"),
+        ("validate", "system available"),
+    ] {
+        let minutes = planned(&parts[phase]) - planned(announce);
+        let line = format!("+{minutes}: {words}\n");
+        assert!(announce.contains(&line), "`{line}` is not told");
     }
 }
 
