@@ -84,10 +84,11 @@ pub(crate) enum StepRunner {
 pub(crate) struct App {
     /// Holds `releases/`, `shared/` and the link `current`.
     pub(crate) root: PathBuf,
-    /// Who owns releases and runs builds and migrations. Default: whoever the agent runs as.
+    /// Who owns releases and environment files, and runs builds, migrations, and what plans run
+    /// within `root`. Default: whoever the agent runs as.
     #[serde(default)]
     pub(crate) user: Option<String>,
-    /// Variables for builds and migrations, such as a package cache. A value may be
+    /// Variables for all of these programs, such as a package cache. A value may be
     /// `secret://NAME`.
     #[serde(default)]
     pub(crate) env: BTreeMap<String, String>,

@@ -13,6 +13,7 @@ use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::exec::app_of;
 use super::files::{self, OrFailed as _};
 use super::{Act, Done, Probe};
 use crate::process::User;
@@ -373,7 +374,10 @@ impl Wanted {
                 ..failure(Cause::Refused, message)
             });
         }
-        let owner = match act.owner.as_deref().map(User::find).transpose()? {
+        // Commands of an application read its files as its user.
+        let app = || app_of(&cx.config, Path::new(&act.path))?.user.as_deref();
+        let owner = act.owner.as_deref().or_else(app);
+        let owner = match owner.map(User::find).transpose()? {
             Some(user) => (user.uid, user.gid),
             None => (
                 rustix::process::geteuid().as_raw(),

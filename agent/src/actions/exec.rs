@@ -1,5 +1,8 @@
 //! Commands of the user's own, and commands that only look.
 
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+
 use lockstep_proto::action::exec::Run;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -7,7 +10,8 @@ use regex::Regex;
 use serde_json::Value;
 
 use super::{Act, Done, Probe};
-use crate::process::{Ended, Program, head};
+use crate::config::{App, Config};
+use crate::process::{Ended, Program, base_env, head};
 use crate::step::{Context, failure};
 
 /// The longest line of output that stands in a report, in bytes.
@@ -65,14 +69,99 @@ pub(crate) fn pattern(text: &str) -> Result<Regex, Failure> {
     })
 }
 
-/// The command as it is run: from the root directory unless another is named.
-pub(crate) fn program(argv: &[String], dir: Option<&str>) -> Program {
-    let dir = Some(dir.unwrap_or("/").into());
-    Program {
+/// The command as it is run: from the root directory unless another is named. What belongs to an
+/// application, by its directory or its program, runs as the application's user: others than root
+/// can change it.
+pub(crate) fn program(
+    cx: &Context,
+    argv: &[String],
+    dir: Option<&str>,
+    env: &BTreeMap<String, String>,
+) -> Result<Program, Failure> {
+    let dir = Path::new(dir.unwrap_or("/"));
+    let mut program = Program {
         argv: argv.to_vec(),
-        dir,
+        dir: Some(dir.to_owned()),
         ..Program::default()
+    };
+    // The search path may lead into an application.
+    let of_dir = app_of(&cx.config, dir);
+    let path = env
+        .get("PATH")
+        .or_else(|| of_dir.and_then(|app| app.env.get("PATH")));
+    let file = file_of(argv, dir, path.map(String::as_str));
+    let of_program = file.and_then(|file| app_of(&cx.config, &file));
+    if let (Some(one), Some(other)) = (of_dir, of_program)
+        && one.user != other.user
+    {
+        return Err(Failure {
+            hint: Some("run it in a directory of the application that brings the program".into()),
+            ..failure(
+                Cause::Refused,
+                format!(
+                    "`{}` and {} belong to applications of different users",
+                    argv.first().map_or("", String::as_str),
+                    dir.display()
+                ),
+            )
+        });
     }
+    if let Some(app) = of_dir.or(of_program) {
+        program.user.clone_from(&app.user);
+        program = program.with_env(cx, &app.env)?;
+    }
+    program.with_env(cx, env)
+}
+
+/// The application whose directory a path lies in, by its name or by where its links lead.
+pub(crate) fn app_of<'a>(config: &'a Config, path: &Path) -> Option<&'a App> {
+    let named = plain(path);
+    let real = path.canonicalize().ok();
+    let holds = |app: &&App| {
+        let root = app.root.canonicalize().ok();
+        named.starts_with(plain(&app.root))
+            || real
+                .iter()
+                .any(|real| root.iter().any(|root| real.starts_with(root)))
+    };
+    // One may lie within another's directory.
+    let within = config.apps.values().filter(holds);
+    within.max_by_key(|app| plain(&app.root).components().count())
+}
+
+/// The path without `.` and `..`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                plain.pop();
+            }
+            Component::CurDir => {}
+            part => plain.push(part),
+        }
+    }
+    plain
+}
+
+/// The file that a command runs, found as the system finds it.
+fn file_of(argv: &[String], dir: &Path, path: Option<&str>) -> Option<PathBuf> {
+    let name = argv.first()?;
+    if name.contains('/') {
+        return Some(dir.join(name));
+    }
+    let own;
+    let path = match path {
+        Some(path) => path,
+        None => {
+            own = base_env(None)
+                .into_iter()
+                .find_map(|(name, value)| (name == "PATH").then_some(value))?;
+            &own
+        }
+    };
+    let mut files = path.split(':').map(|entry| dir.join(entry).join(name));
+    files.find(|file| file.is_file())
 }
 
 impl Act for Run {
@@ -93,7 +182,7 @@ impl Act for Run {
             matches: self.matches.as_deref(),
         };
         let pattern = expected.pattern()?;
-        let program = program(&self.argv, self.dir.as_deref()).with_env(cx, &self.env)?;
+        let program = program(cx, &self.argv, self.dir.as_deref(), &self.env)?;
         let ended = program.run(cx).await?;
         let ran = expected.hold(pattern.as_ref(), &ended);
         let summary = format!("{} {}", self.name, ran.words);
@@ -122,82 +211,4 @@ impl Act for Run {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::Host;
-
-    fn run(argv: &[&str]) -> Run {
-        Run {
-            name: "greet".into(),
-            argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
-            dir: None,
-            env: std::collections::BTreeMap::new(),
-            exit: 0,
-            matches: None,
-        }
-    }
-
-    #[tokio::test]
-    async fn a_command_is_held_against_exit_code_and_output() {
-        let host = Host::new();
-        let cx = host.context();
-        let done = run(&["printf", "one\nlast\n\n"])
-            .apply(&cx, &Value::Null)
-            .await
-            .unwrap();
-        assert!(done.changed);
-        let note = Fact::Note {
-            name: "greet".into(),
-            value: "last".into(),
-        };
-        assert_eq!(done.facts, [note]);
-
-        let failed = run(&["false"]).apply(&cx, &Value::Null).await.unwrap_err();
-        assert_eq!(
-            (failed.cause, failed.message.as_str()),
-            (Cause::Step, "greet exited with 1, not 0")
-        );
-        assert!(failed.changed);
-        Run {
-            exit: 1,
-            ..run(&["false"])
-        }
-        .apply(&cx, &Value::Null)
-        .await
-        .unwrap();
-
-        let unmatched = Run {
-            matches: Some("^two$".into()),
-            ..run(&["printf", "one"])
-        };
-        let failed = unmatched.apply(&cx, &Value::Null).await.unwrap_err();
-        assert!(
-            failed.message.contains("does not match `^two$`"),
-            "{}",
-            failed.message
-        );
-    }
-
-    #[tokio::test]
-    async fn a_bad_expression_is_refused_before_anything_is_run() {
-        let host = Host::new();
-        let marker = host.path().join("ran");
-        let touch = Run {
-            matches: Some("(".into()),
-            ..run(&["touch", marker.to_str().unwrap()])
-        };
-        let failed = touch
-            .apply(&host.context(), &Value::Null)
-            .await
-            .unwrap_err();
-        assert_eq!(failed.cause, Cause::Refused);
-        assert!(!marker.exists());
-    }
-
-    #[tokio::test]
-    async fn after_a_crash_there_is_no_proof() {
-        let host = Host::new();
-        let probe = run(&["true"]).probe(&host.context()).await.unwrap();
-        assert!(matches!(probe, Probe::NoProof(_)));
-    }
-}
+mod tests;

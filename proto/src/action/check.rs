@@ -274,10 +274,13 @@ pub struct Log {
 pub struct Command {
     /// Program and arguments. There is no shell. The host's policy must list it.
     pub argv: Vec<String>,
-    /// The directory to run in.
+    /// The directory to run in. Default: `/`. If it or the program lies within an
+    /// application's root on the host, the command runs as that application's user and with
+    /// its variables, else as the agent's user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dir: Option<String>,
-    /// Variables to set. A value may be `secret://NAME`.
+    /// Variables to set; they win over the application's. A value may be `secret://NAME` if
+    /// the host's policy lists it in `env`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
     /// The exit code expected. Default: 0.

@@ -27,7 +27,8 @@ pub struct Render {
     /// Octal permissions. Default: 0600.
     #[serde(default = "private")]
     pub mode: String,
-    /// User that owns the file. Default: whoever the agent runs as.
+    /// User that owns the file. Default: the application's user if the file lies within its
+    /// root, else whoever the agent runs as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
 }

@@ -190,3 +190,24 @@ async fn a_command_is_run_again_until_it_is_met() {
         (Cause::CheckUnmet, "test exited with 1, not 0")
     );
 }
+
+#[tokio::test]
+async fn a_command_within_an_application_runs_as_its_user() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut host = Host::new();
+    std::os::unix::fs::chown(host.path(), Some(65534), None).unwrap();
+    let app = crate::config::App {
+        root: host.path().to_owned(),
+        user: Some("nobody".into()),
+        env: [("COLOR".to_owned(), "app".to_owned())].into(),
+    };
+    host.config.apps.insert("web".into(), app);
+    let check = Command {
+        dir: Some(host.path().to_str().unwrap().to_owned()),
+        matches: Some("(?s)COLOR=app.*USER=nobody|(?s)USER=nobody.*COLOR=app".into()),
+        ..command_of(&["env"])
+    };
+    apply(&check, &host.context()).await.unwrap();
+}

@@ -205,3 +205,27 @@ async fn a_diff_shows_names_only() {
     assert!(!format!("{done:?}").contains("canary"));
     assert!(!done.changed);
 }
+
+#[tokio::test]
+async fn a_file_within_an_application_belongs_to_its_user() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut host = Host::new();
+    let app = crate::config::App {
+        root: host.path().to_owned(),
+        user: Some("nobody".into()),
+        env: BTreeMap::new(),
+    };
+    host.config.apps.insert("web".into(), app);
+    let act = render_to(&host, &[("A", "1")]);
+    let uid = |act: &Render| fs::metadata(&act.path).unwrap().uid();
+    act.apply(&host.context(), &Value::Null).await.unwrap();
+    assert_eq!(uid(&act), User::find("nobody").unwrap().uid);
+    let owned = Render {
+        owner: Some("root".into()),
+        ..act
+    };
+    owned.apply(&host.context(), &Value::Null).await.unwrap();
+    assert_eq!(uid(&owned), 0);
+}
