@@ -151,7 +151,7 @@ fn first_gate(events: &[lockstep_core::RolloutEvent]) -> Option<RolloutEvent> {
 /// Says in a gate's event what is still missing there; none if nothing is.
 fn with_missing(gate: RolloutEvent, document: &Value) -> Option<RolloutEvent> {
     let phases = document["phases"].as_array()?;
-    let mut steps = phases.iter().flat_map(|phase| phase["steps"].as_array());
+    let mut steps = phases.iter().filter_map(|phase| phase["steps"].as_array());
     let step = steps.find_map(|steps| steps.iter().find(|step| step["at"] == gate.step))?;
     let missing = step["gate"]["missing"].as_str()?;
     if missing.is_empty() {

@@ -26,7 +26,7 @@ const DEAF: Duration = Duration::from_secs(30);
 const AFTER_THE_END: Duration = Duration::from_secs(2);
 
 /// How long to wait for one answer: that a plan is taken, the last word about a rollout.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Waits between attempts to reach a controller that went away: at most so long, with full jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(250);

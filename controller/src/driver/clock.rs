@@ -38,7 +38,7 @@ impl Clock {
 
     /// When the clock shows a time; a year from now stands for everything later.
     pub(super) fn instant(&self, at: Timestamp) -> Instant {
-        const LATEST: Duration = Duration::from_secs(365 * 86_400);
+        const LATEST: Duration = Duration::from_hours(365 * 24);
         self.since
             + at.since(self.base)
                 .to_std()
