@@ -47,6 +47,8 @@ async fn only_a_certificate_of_its_roles_issuer_gets_in() {
         let agents = place.pki().join(format!("ca-agents.{kind}"));
         fs::copy(agents, crossed.join(format!("ca-operators.{kind}"))).unwrap();
     }
+    let controllers = "ca-controllers.crt";
+    fs::copy(place.pki().join(controllers), crossed.join(controllers)).unwrap();
     let crossed = Identity::of(pki::issue_operator(&crossed, "eve", &[], &crossed).unwrap());
     let server = Identity {
         certificate: place.path().join("controller-c1.crt"),
