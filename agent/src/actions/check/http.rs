@@ -57,7 +57,9 @@ struct Chain<'a> {
 
 /// Why a request is not met.
 enum Unmet {
-    /// It could not be sent, or got no answer (status 0), or another one than expected.
+    /// There was no connection: nothing was asked.
+    Unreached(Failure),
+    /// It got no answer (status 0), or another one than expected.
     Answer(u16, Failure),
     /// It needs something that was not captured.
     NotCaptured(String),
@@ -68,7 +70,9 @@ enum Unmet {
 impl From<Unmet> for Failure {
     fn from(unmet: Unmet) -> Self {
         match unmet {
-            Unmet::Answer(_, failure) | Unmet::Unfit(failure) => failure,
+            Unmet::Unreached(failure) | Unmet::Answer(_, failure) | Unmet::Unfit(failure) => {
+                failure
+            }
             Unmet::NotCaptured(name) => Self {
                 hint: Some(format!("capture `{name}` in a request before")),
                 ..failure(
@@ -107,24 +111,32 @@ impl<'a> Chain<'a> {
             let left = until
                 .saturating_duration_since(Instant::now())
                 .max(Duration::from_secs(1));
-            match self
-                .ask(
-                    &first,
-                    left.min(end.saturating_duration_since(Instant::now())),
-                )
-                .await
-            {
+            let left = left.min(end.saturating_duration_since(Instant::now()));
+            let (failure, again) = match self.ask(&first, left).await {
                 Ok(()) => break,
-                Err(Unmet::Answer(_, failure)) if Instant::now() + PAUSE >= until => {
-                    let message = match tries {
-                        1 => failure.message,
-                        _ => format!("{} (tried {tries} times)", failure.message),
-                    };
-                    return Err(Failure { message, ..failure });
-                }
-                Err(Unmet::Answer(_, failure)) => self.cx.log.line(&failure.message),
+                Err(Unmet::Unreached(failure)) => (failure, true),
+                // What was asked for may have been done.
+                Err(Unmet::Answer(_, failure)) => (failure, only_asks(first.method)),
                 Err(unmet) => return Err(unmet.into()),
+            };
+            if !again && self.check.within.is_some() {
+                return Err(Failure {
+                    hint: Some(
+                        "it is not sent again, for it may have had its effect: begin with a GET"
+                            .into(),
+                    ),
+                    ..failure
+                });
             }
+            if Instant::now() + PAUSE >= until {
+                let message = match tries {
+                    1 => failure.message,
+                    _ => format!("{} (tried {tries} times)", failure.message),
+                };
+                return Err(Failure { message, ..failure });
+            }
+            self.cx.log.line(&failure.message);
+            self.captures.begin_anew();
             sleep(PAUSE).await;
         }
         self.begun = true;
@@ -144,11 +156,20 @@ impl<'a> Chain<'a> {
         let prepared = Prepared::of(self.cx, request, &self.captures, &mut self.secrets)?;
         let label = prepared.label.clone();
         let limit = self.check.timeout.to_std().min(left);
-        let answer = match timeout(limit, client::send(prepared)).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => return Err(self.unmet(&label, &error, None)),
-            Err(_) => return Err(self.unmet(&label, &format!("no answer within {limit:?}"), None)),
+        let began = Instant::now();
+        let too_late = || format!("no answer within {limit:?}");
+        let connection = timeout(limit, client::connect(&prepared)).await;
+        let connection = match connection.unwrap_or_else(|_| Err(too_late())) {
+            Ok(connection) => connection,
+            Err(error) => return Err(Unmet::Unreached(self.failure(&label, &error, None))),
         };
+        let left = limit.saturating_sub(began.elapsed());
+        let answer = timeout(left, client::send(prepared, connection)).await;
+        let mut answer = match answer.unwrap_or_else(|_| Err(too_late())) {
+            Ok(answer) => answer,
+            Err(error) => return Err(self.unmet(&label, &error, None)),
+        };
+        answer.took = began.elapsed();
         self.cx.log.line(&format!(
             "{label}: status {}, {:?}",
             answer.status, answer.took
@@ -179,6 +200,11 @@ impl<'a> Chain<'a> {
     }
 
     fn unmet(&self, label: &str, why: &str, answer: Option<&Answer>) -> Unmet {
+        let status = answer.map_or(0, |answer| answer.status);
+        Unmet::Answer(status, self.failure(label, why, answer))
+    }
+
+    fn failure(&self, label: &str, why: &str, answer: Option<&Answer>) -> Failure {
         let hide = Redactor::new(&self.secrets);
         let shown = answer.map(|answer| {
             let body = hide.hide(&String::from_utf8_lossy(&answer.body));
@@ -193,8 +219,7 @@ impl<'a> Chain<'a> {
             )
         });
         let message = format!("{label}: {}{}", hide.hide(why), shown.unwrap_or_default());
-        let status = answer.map_or(0, |answer| answer.status);
-        Unmet::Answer(status, failure(Cause::CheckUnmet, message))
+        failure(Cause::CheckUnmet, message)
     }
 
     /// Sends the requests that remove what was created, as far as it is known. All are tried; the
@@ -202,9 +227,29 @@ impl<'a> Chain<'a> {
     async fn clean_up(&mut self, end: Instant) -> Result<usize, Failure> {
         let mut first = None;
         let mut sent = 0;
+        // What tries left that were not met goes first; the last is the chain itself.
+        for set in 0..=self.captures.earlier() {
+            let main = self.captures.turn_to(set);
+            let begun = self.begun && main;
+            self.clean_set(begun, end, &mut sent, &mut first).await?;
+        }
+        match first {
+            Some(failure) => Err(failure),
+            None => self.captures.remove().map(|()| sent),
+        }
+    }
+
+    /// Sends those requests for what one try captured.
+    async fn clean_set(
+        &mut self,
+        begun: bool,
+        end: Instant,
+        sent: &mut usize,
+        first: &mut Option<Failure>,
+    ) -> Result<(), Failure> {
         for (index, request) in self.check.cleanup.iter().enumerate() {
             // What needs no capture belongs to what the first request began.
-            let not_begun = captures::used(request).is_empty() && !self.begun;
+            let not_begun = captures::used(request).is_empty() && !begun;
             if not_begun || self.captures.is_cleaned(index) {
                 continue;
             }
@@ -214,12 +259,11 @@ impl<'a> Chain<'a> {
             match self.ask(request, left).await {
                 Err(Unmet::NotCaptured(_)) => continue,
                 Err(Unmet::Answer(status, failure)) if !is_gone(request, status) => {
-                    first.get_or_insert_with(|| Failure {
-                        hint: Some(format!("remove by hand what step {} created", self.cx.key)),
-                        changed: true,
-                        message: format!("the clean-up failed: {}", failure.message),
-                        ..failure
-                    });
+                    first.get_or_insert_with(|| self.unclean(failure));
+                    continue;
+                }
+                Err(Unmet::Unreached(failure)) => {
+                    first.get_or_insert_with(|| self.unclean(failure));
                     continue;
                 }
                 Err(Unmet::Unfit(failure)) => {
@@ -228,14 +272,25 @@ impl<'a> Chain<'a> {
                 }
                 Ok(()) | Err(Unmet::Answer(..)) => {}
             }
-            sent += 1;
+            *sent += 1;
             self.captures.set_cleaned(index)?;
         }
-        match first {
-            Some(failure) => Err(failure),
-            None => self.captures.remove().map(|()| sent),
+        Ok(())
+    }
+
+    fn unclean(&self, failure: Failure) -> Failure {
+        Failure {
+            hint: Some(format!("remove by hand what step {} created", self.cx.key)),
+            changed: true,
+            message: format!("the clean-up failed: {}", failure.message),
+            ..failure
         }
     }
+}
+
+/// Whether a request of this method has no effect, so that it may be sent again.
+fn only_asks(method: Method) -> bool {
+    matches!(method, Method::Get | Method::Head)
 }
 
 /// Whether a clean-up found that what it was to remove had been removed by the chain itself.
@@ -367,7 +422,7 @@ impl Act for Http {
         } else {
             format!("; {more} requests follow")
         };
-        if !matches!(self.method, Method::Get | Method::Head) {
+        if !only_asks(self.method) {
             return Ok(Probe::NotYet(format!(
                 "{} would be sent something{follow}",
                 self.url
@@ -387,7 +442,7 @@ impl Act for Http {
                 .await
             {
                 Ok(()) => Probe::Present(format!("{} is as expected{follow}", self.url)),
-                Err(Unmet::Answer(_, failure)) => {
+                Err(Unmet::Unreached(failure) | Unmet::Answer(_, failure)) => {
                     Probe::NotYet(format!("not met now: {}", failure.message))
                 }
                 Err(unmet) => return Err(unmet.into()),

@@ -19,10 +19,23 @@ pub(super) const FILE: &str = "captures.json";
 pub(super) struct Captures {
     file: Option<PathBuf>,
     kept: Kept,
+    /// The set that is put into requests; beyond the earlier ones, that of the chain itself.
+    turn: Option<usize>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
+    /// That of the chain.
+    #[serde(flatten)]
+    own: Set,
+    /// Those of tries that were not met: what they created is there all the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier: Vec<Set>,
+}
+
+/// What the answers to one try told.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Set {
     values: BTreeMap<String, Value>,
     /// Clean-up requests that have been met, by their place in the plan.
     cleaned: Vec<usize>,
@@ -33,7 +46,7 @@ impl Captures {
     pub(super) fn new(cx: &Context) -> Self {
         Self {
             file: Some(cx.dir.join(FILE)),
-            kept: Kept::default(),
+            ..Self::default()
         }
     }
 
@@ -49,12 +62,53 @@ impl Captures {
         Ok(Self {
             file: Some(file),
             kept,
+            turn: None,
         })
     }
 
     /// Adds what an answer told.
     pub(super) fn add(&mut self, told: Vec<(String, Value)>) {
-        self.kept.values.extend(told);
+        self.set_mut().values.extend(told);
+    }
+
+    /// Puts aside what a try has told that was not met, so that the next one does not overwrite
+    /// it.
+    pub(super) fn begin_anew(&mut self) {
+        let told = std::mem::take(&mut self.kept.own);
+        let known = |set: &Set| set.values == told.values;
+        if !told.values.is_empty() && !self.kept.earlier.iter().any(known) {
+            self.kept.earlier.push(told);
+        }
+    }
+
+    /// How many sets have been put aside.
+    pub(super) fn earlier(&self) -> usize {
+        self.kept.earlier.len()
+    }
+
+    /// Turns to one of the sets that were put aside, or to the chain's own after them. Says
+    /// whether it is the chain's own.
+    pub(super) fn turn_to(&mut self, set: usize) -> bool {
+        self.turn = (set < self.earlier()).then_some(set);
+        self.turn.is_none()
+    }
+
+    fn set(&self) -> &Set {
+        self.turn
+            .map_or(&self.kept.own, |set| &self.kept.earlier[set])
+    }
+
+    fn set_mut(&mut self) -> &mut Set {
+        match self.turn {
+            Some(set) => &mut self.kept.earlier[set],
+            None => &mut self.kept.own,
+        }
+    }
+
+    /// All sets that hold anything.
+    fn all(&self) -> impl Iterator<Item = &Set> {
+        let sets = self.kept.earlier.iter().chain([&self.kept.own]);
+        sets.filter(|set| !set.values.is_empty())
     }
 
     /// Returns when they are on the disk.
@@ -66,14 +120,21 @@ impl Captures {
         files::write(file, &text, 0o600, None).or_failed(|| "keep what the answers told")
     }
 
+    /// Whether a clean-up request was met, or the chain's own set says the same as this one.
     pub(super) fn is_cleaned(&self, request: usize) -> bool {
-        self.kept.cleaned.contains(&request)
+        let set = self.set();
+        let own = &self.kept.own.values;
+        let repeated = || {
+            let mut values = set.values.iter();
+            self.turn.is_some() && values.all(|(name, value)| own.get(name) == Some(value))
+        };
+        set.cleaned.contains(&request) || repeated()
     }
 
     /// Notes that a clean-up request was met, so that it is not sent again.
     pub(super) fn set_cleaned(&mut self, request: usize) -> Result<(), Failure> {
-        self.kept.cleaned.push(request);
-        if self.kept.values.is_empty() {
+        self.set_mut().cleaned.push(request);
+        if self.all().next().is_none() {
             Ok(())
         } else {
             self.save()
@@ -90,7 +151,8 @@ impl Captures {
 
     /// Captured texts that are long enough to be tokens.
     pub(super) fn tokens(&self, from: usize) -> Vec<String> {
-        let texts = self.kept.values.values().filter_map(Value::as_str);
+        let values = self.all().flat_map(|set| set.values.values());
+        let texts = values.filter_map(Value::as_str);
         texts
             .filter(|text| text.len() >= from)
             .map(str::to_owned)
@@ -149,7 +211,7 @@ impl Captures {
     }
 
     fn get(&self, name: &str) -> Result<&Value, String> {
-        self.kept.values.get(name).ok_or_else(|| name.to_owned())
+        self.set().values.get(name).ok_or_else(|| name.to_owned())
     }
 }
 
@@ -239,11 +301,10 @@ mod tests {
     use serde_json::json;
 
     fn captures(values: Value) -> Captures {
-        let kept = Kept {
-            values: serde_json::from_value(values).unwrap(),
-            cleaned: vec![],
-        };
-        Captures { file: None, kept }
+        let told: BTreeMap<String, Value> = serde_json::from_value(values).unwrap();
+        let mut captures = Captures::none();
+        captures.add(told.into_iter().collect());
+        captures
     }
 
     #[test]

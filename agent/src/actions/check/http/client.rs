@@ -171,9 +171,17 @@ fn word(method: Method) -> http::Method {
     }
 }
 
-/// Sends a request and reads the answer. The error says in words what went wrong.
-pub(super) async fn send(request: Prepared) -> Result<Answer, String> {
-    let began = Instant::now();
+/// A connection, with TLS if the request's URL says so.
+pub(super) type Connection = Box<dyn Stream>;
+
+/// What a request is sent through.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
+
+/// Connects to where a request goes; nothing of it is sent yet. The error says in words what went
+/// wrong.
+pub(super) async fn connect(request: &Prepared) -> Result<Connection, String> {
     let https = request.uri.scheme_str() == Some("https");
     let host = request
         .uri
@@ -188,18 +196,20 @@ pub(super) async fn send(request: Prepared) -> Result<Answer, String> {
     let stream = TcpStream::connect((host.as_str(), port))
         .await
         .map_err(|error| format!("cannot connect: {error}"))?;
-    let (status, body) = if https {
-        let name = tls::server_name(&host).map_err(|failure| failure.message)?;
-        let connector = tls::connector(None).map_err(|failure| failure.message)?;
-        let stream = connector.connect(name, stream).await;
-        exchange(
-            stream.map_err(|error| format!("TLS failed: {error}"))?,
-            request,
-        )
-        .await?
-    } else {
-        exchange(stream, request).await?
-    };
+    if !https {
+        return Ok(Box::new(stream));
+    }
+    let name = tls::server_name(&host).map_err(|failure| failure.message)?;
+    let connector = tls::connector(None).map_err(|failure| failure.message)?;
+    let stream = connector.connect(name, stream).await;
+    let stream = stream.map_err(|error| format!("TLS failed: {error}"))?;
+    Ok(Box::new(stream))
+}
+
+/// Sends a request and reads the answer. The error says in words what went wrong.
+pub(super) async fn send(request: Prepared, connection: Connection) -> Result<Answer, String> {
+    let began = Instant::now();
+    let (status, body) = exchange(connection, request).await?;
     Ok(Answer {
         status,
         body,

@@ -20,6 +20,8 @@ struct State {
     next: AtomicUsize,
     /// Answers 503 to so many requests for its health.
     sick: AtomicUsize,
+    /// Answers 500 to so many creations, after it has created.
+    hiccups: AtomicUsize,
     /// Answers 500 to reads.
     broken: std::sync::atomic::AtomicBool,
 }
@@ -34,6 +36,14 @@ impl Drop for App {
     fn drop(&mut self) {
         self.server.abort();
     }
+}
+
+/// Whether there was something left to take one from.
+fn count_down(count: &AtomicUsize) -> bool {
+    let less = |left: usize| left.checked_sub(1);
+    count
+        .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less)
+        .is_ok()
 }
 
 const TOKEN: &str = "tok-canary-123456789";
@@ -59,18 +69,13 @@ async fn serve(state: Arc<State>, request: http::Request<Incoming>) -> http::Res
         .and_then(|id| id.parse::<u64>().ok());
     let (status, answer) = match (head.method.as_str(), path.as_str(), id) {
         ("GET", "/health", _) => {
-            let sick = state
-                .sick
-                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
-                    left.checked_sub(1)
-                });
-            if sick.is_ok() {
+            if count_down(&state.sick) {
                 (503, json!({"status": "starting"}))
             } else {
                 (200, json!({"status": "healthy"}))
             }
         }
-        ("GET", "/slow", _) => {
+        (_, "/slow", _) => {
             sleep(Duration::from_millis(400)).await;
             (200, json!({}))
         }
@@ -88,10 +93,18 @@ async fn serve(state: Arc<State>, request: http::Request<Incoming>) -> http::Res
                 .lock()
                 .unwrap()
                 .insert(id, header("x-lockstep-step"));
+            let hiccup = count_down(&state.hiccups);
             (
-                201,
+                if hiccup { 500 } else { 201 },
                 json!({"id": id, "name": serde_json::from_str::<Value>(&body).unwrap()["name"]}),
             )
+        }
+        // Creates, though it should not.
+        ("GET", "/items", _) => {
+            let id = state.next.fetch_add(1, Ordering::SeqCst) as u64 + 1000;
+            state.items.lock().unwrap().insert(id, String::new());
+            let hiccup = count_down(&state.hiccups);
+            (if hiccup { 500 } else { 200 }, json!({"id": id}))
         }
         ("GET", _, Some(_)) if state.broken.load(Ordering::SeqCst) => {
             (500, json!({"detail": format!("token was {TOKEN}")}))
@@ -118,8 +131,12 @@ async fn serve(state: Arc<State>, request: http::Request<Incoming>) -> http::Res
 
 impl App {
     async fn start() -> Self {
+        Self::start_at("127.0.0.1:0").await
+    }
+
+    async fn start_at(address: &str) -> Self {
         let state = Arc::new(State::default());
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let shared = state.clone();
         let server = tokio::spawn(async move {
@@ -387,4 +404,76 @@ async fn a_dry_run_sends_nothing_that_changes() {
     let post = app.check(&json!({"url": "BASE/login", "method": "POST"}));
     assert!(matches!(post.probe(&cx).await.unwrap(), Probe::NotYet(_)));
     assert_eq!(app.state.seen.lock().unwrap().clone(), ["GET /health"]);
+}
+
+#[tokio::test]
+async fn a_request_that_may_have_had_its_effect_is_not_repeated() {
+    let (app, host) = (App::start().await, host());
+    app.state.hiccups.store(1, Ordering::SeqCst);
+    let bearer = json!({"Authorization": format!("Bearer {TOKEN}")});
+    let check = app.check(&json!({
+        "url": "BASE/items", "method": "POST", "headers": bearer, "json": {"name": "Smoke"},
+        "expect": {"status": 201}, "capture": {"id": "$.id"}, "within": "10s",
+        "cleanup": [{"url": "BASE/items/${capture.id}", "method": "DELETE", "headers": bearer,
+            "expect": {"status": 204}}],
+    }));
+    let failed = apply(&check, &host.context()).await.unwrap_err();
+    assert!(failed.message.contains("status 500"), "{}", failed.message);
+    assert!(failed.hint.unwrap().contains("not sent again"));
+    let seen = app.state.seen.lock().unwrap().clone();
+    assert_eq!(seen, ["POST /items", "DELETE /items/1000"]);
+    assert_eq!(app.items(), 0);
+    // Nor is one that got no answer.
+    let slow = app.check(&json!({
+        "url": "BASE/slow", "method": "POST", "headers": bearer, "timeout": "100ms",
+        "within": "2s",
+    }));
+    app.state.seen.lock().unwrap().clear();
+    assert!(apply(&slow, &host.context()).await.is_err());
+    assert_eq!(app.state.seen.lock().unwrap().clone(), ["POST /slow"]);
+}
+
+#[tokio::test]
+async fn a_request_that_reached_nobody_is_repeated_whatever_it_asks() {
+    let host = host();
+    let check = |base: &str| -> Http {
+        let args = json!({"url": format!("{base}/login"), "method": "POST", "within": "10s",
+            "form": {"username": "admin", "password": "secret://smoke"}});
+        serde_json::from_value(args).unwrap()
+    };
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = port.local_addr().unwrap();
+    drop(port);
+    let cx = host.context();
+    let check = check(&format!("http://{address}"));
+    let (done, app) = tokio::join!(apply(&check, &cx), async {
+        sleep(Duration::from_millis(500)).await;
+        App::start_at(&address.to_string()).await
+    });
+    done.unwrap();
+    assert_eq!(app.state.seen.lock().unwrap().clone(), ["POST /login"]);
+}
+
+#[tokio::test]
+async fn what_each_try_captured_is_removed() {
+    let (app, host) = (App::start().await, host());
+    app.state.hiccups.store(2, Ordering::SeqCst);
+    let bearer = json!({"Authorization": format!("Bearer {TOKEN}")});
+    let check = app.check(&json!({
+        "url": "BASE/items", "headers": bearer, "capture": {"id": "$.id"}, "within": "10s",
+        "cleanup": [{"url": "BASE/items/${capture.id}", "method": "DELETE", "headers": bearer,
+            "expect": {"status": 204}}],
+    }));
+    let killed = host.context();
+    {
+        // Killed after three tries: all of them are known on the disk.
+        let mut chain = Chain::new(&killed, &check, Captures::new(&killed));
+        let end = Instant::now() + Duration::from_secs(20);
+        chain.run(end).await.unwrap();
+    }
+    assert_eq!(app.items(), 3);
+    app.state.hiccups.store(1, Ordering::SeqCst);
+    let done = apply(&check, &host.context()).await.unwrap();
+    assert!(done.summary.ends_with("5 cleaned up"), "{}", done.summary);
+    assert_eq!(app.items(), 0);
 }
