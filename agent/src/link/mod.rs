@@ -121,8 +121,14 @@ impl LinkError {
                 "a certificate has expired, or a clock is wrong"
             }
             _ if has("CertificateRevoked") || has("Revoked") => "this host has been suspended",
-            _ if has("UnknownIssuer") || has("UnknownCA") => {
-                "the certificates are not of the same domain: look at `controller_ca`"
+            // Issuers of two installations may have the same name: then it is the signature that
+            // is wrong.
+            _ if has("alert: UnknownCA") || has("alert: DecryptError") => {
+                "the controller does not know the issuer of this host's certificate: make it with \
+                 the issuers of the controller's installation"
+            }
+            _ if has("UnknownIssuer") || has("BadSignature") => {
+                "the certificates are not of the same installation: look at `controller_ca`"
             }
             _ if has("NotValidForName") => {
                 "set `controller_name` to the name in the controller's certificate"
