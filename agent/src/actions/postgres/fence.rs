@@ -14,9 +14,23 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{changed, hinted, measure};
+use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session, ident, literal};
 use crate::step::Context;
+
+/// What an attempt to lower a fence measured just before.
+const MEASURED: &str = "measured-state.json";
+
+/// The state that an earlier attempt measured before it lowered the fence, and then died.
+fn measured_before(cx: &Context) -> Vec<Fact> {
+    files::attempts(cx)
+        .iter()
+        .filter_map(|dir| std::fs::read(dir.join(MEASURED)).ok())
+        .find_map(|text| serde_json::from_slice(&text).ok())
+        .into_iter()
+        .collect()
+}
 
 /// A fence that is up.
 #[derive(Debug, Clone, PartialEq)]
@@ -396,7 +410,7 @@ impl Act for Fence {
                 token
             }
         };
-        if let Some(why) = broken(&session, &token).await? {
+        if let Some(why) = broken(&session, &token).await.map_err(changed)? {
             return Err(changed(hinted(
                 Cause::Step,
                 format!("the fence of `{}` does not hold: {why}", self.database),
@@ -427,11 +441,16 @@ impl Act for Fence {
             let summary = format!("no fence of this rollout is around `{}`", self.database);
             return Ok(Done {
                 summary,
+                facts: measured_before(cx),
                 ..Done::default()
             });
         }
-        // While nobody can write: the state that the rollback has led to.
+        // While nobody can write: the state that the rollback has led to. It is kept first, for an
+        // attempt that finds the fence lowered cannot measure it any more.
         let state = measure::state(cx, &database).await?;
+        let text = serde_json::to_vec(&state).expect("a fact is JSON");
+        files::write(&cx.dir.join(MEASURED), &text, 0o600, None)
+            .or_failed(|| "keep the state of the database")?;
         lower(&session, &database).await?;
         let summary = format!("`{}` is open again", self.database);
         Ok(Done {
