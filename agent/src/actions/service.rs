@@ -115,7 +115,7 @@ impl<'a> Service<'a> {
         // One that resists must leave time for its successor.
         let left = until.saturating_duration_since(Instant::now());
         self.stop(cx, Instant::now() + left / 2).await?;
-        self.start(cx, until).await
+        self.start(cx, until).await.map_err(changed)
     }
 
     /// Forgets that it failed, where the driver remembers such a thing.
@@ -135,7 +135,8 @@ impl<'a> Service<'a> {
         }
     }
 
-    /// Waits until it runs and every address accepts; fails at once if it crashes meanwhile.
+    /// Waits until it runs and every address accepts; fails at once if it crashes meanwhile. Who
+    /// calls has started it: a failure says that something was changed.
     async fn await_running(
         &self,
         cx: &Context,
@@ -146,7 +147,7 @@ impl<'a> Service<'a> {
         let mut waiting: Vec<&Address> = listens.iter().collect();
         let mut settling: Option<(Instant, Option<String>)> = None;
         loop {
-            let state = self.state(cx).await?;
+            let state = self.state(cx).await.map_err(changed)?;
             let still = match state.phase {
                 Phase::Stopped | Phase::Failed => return Err(self.crashed(cx, name, &state).await),
                 Phase::Changing if state.trouble.is_some() => {
@@ -224,6 +225,14 @@ const UNDO_START: Period = Period::seconds(60);
 fn until(cx: &Context, within: Period) -> Instant {
     let end = Instant::now().checked_add(within.to_std());
     end.map_or(cx.deadline, |end| end.min(cx.deadline))
+}
+
+/// The same failure, of an attempt that has changed something.
+fn changed(failure: Failure) -> Failure {
+    Failure {
+        changed: true,
+        ..failure
+    }
 }
 
 fn to_value(state: &State) -> Value {
@@ -315,7 +324,7 @@ impl Act for Stop {
         let changed = service.state(cx).await?.phase.is_up();
         if changed {
             service.stop(cx, until).await?;
-            let state = service.state(cx).await?;
+            let state = service.state(cx).await.map_err(self::changed)?;
             if state.phase.is_up() {
                 return Err(Failure {
                     hint: Some(
@@ -369,7 +378,8 @@ impl Act for Stop {
         if before.phase == Phase::Running {
             service
                 .await_running(cx, &self.service, &self.refuses, until)
-                .await?;
+                .await
+                .map_err(|failure| Failure { changed, ..failure })?;
         }
         let summary = format!("{} runs again", self.service);
         Ok(Done {
@@ -467,8 +477,16 @@ impl Act for Start {
             service.stop(cx, until(cx, self.within)).await?;
         }
         // A start that failed leaves its mark on the unit, which was not there before.
-        if before.phase == Phase::Stopped && service.state(cx).await?.phase == Phase::Failed {
-            service.forget_failure().await?;
+        if before.phase == Phase::Stopped {
+            let unmark = async {
+                if service.state(cx).await?.phase == Phase::Failed {
+                    service.forget_failure().await?;
+                }
+                Ok(())
+            };
+            unmark
+                .await
+                .map_err(|failure| Failure { changed, ..failure })?;
         }
         Ok(Done {
             changed,

@@ -27,7 +27,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::systemd;
-use super::{Phase, State};
+use super::{Phase, State, changed};
 use crate::actions::env::parse_env;
 use crate::actions::files::{self, OrFailed as _};
 use crate::config;
@@ -139,10 +139,15 @@ impl<'a> Process<'a> {
     }
 
     pub(super) async fn start(&self, cx: &Context) -> Result<(), Failure> {
-        if let Some(left) = self.read_note()?.filter(Note::has_members) {
-            // Its first process has ended, but not all that it started.
-            left.end(Instant::now() + TAKE_OFF).await;
-        }
+        let Some(left) = self.read_note()?.filter(Note::has_members) else {
+            return self.begin(cx).await;
+        };
+        // Its first process has ended, but not all that it started.
+        left.end(Instant::now() + TAKE_OFF).await;
+        self.begin(cx).await.map_err(changed)
+    }
+
+    async fn begin(&self, cx: &Context) -> Result<(), Failure> {
         for path in [&self.note, &self.output] {
             let dir = files::parent(path);
             fs::create_dir_all(dir)
@@ -221,7 +226,9 @@ impl<'a> Process<'a> {
                     )
                 });
             }
-            files::remove(&self.note).or_failed(|| format!("remove {}", self.note.display()))?;
+            files::remove(&self.note)
+                .or_failed(|| format!("remove {}", self.note.display()))
+                .map_err(changed)?;
         }
         Ok(())
     }

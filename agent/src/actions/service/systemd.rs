@@ -14,7 +14,7 @@ use zbus::{
     Connection, DynamicType, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant,
 };
 
-use super::{Phase, State};
+use super::{Phase, State, changed};
 use crate::process::Program;
 use crate::step::{Context, failure};
 
@@ -148,13 +148,16 @@ impl Unit {
     async fn job(&self, method: &str, verb: &str, until: Instant) -> Result<(), Failure> {
         let told = |error: zbus::Error| unanswered(&self.name, verb, &error);
         let mut removed = self.removed_jobs().await.map_err(told)?;
-        let reply = manager(&self.bus, method, &(self.name.as_str(), "replace"))
-            .await
-            .map_err(told)?;
-        let job: OwnedObjectPath = read(&reply, &self.name)?;
+        let reply = manager(&self.bus, method, &(self.name.as_str(), "replace")).await;
+        let reply = reply.map_err(|error| Failure {
+            // Without an answer it may be at it all the same.
+            changed: !is_refusal(&error),
+            ..told(error)
+        })?;
+        let job: OwnedObjectPath = read(&reply, &self.name).map_err(changed)?;
         loop {
             let signal = match timeout_at(until, removed.next()).await {
-                Ok(Some(signal)) => signal.map_err(told)?,
+                Ok(Some(signal)) => signal.map_err(told).map_err(changed)?,
                 Ok(None) => {
                     let message = format!("the bus was closed while {} was to {verb}", self.name);
                     return Err(Failure {
@@ -177,7 +180,7 @@ impl Unit {
                 }
             };
             let (_, path, _, result): (u32, OwnedObjectPath, String, String) =
-                read(&signal, &self.name)?;
+                read(&signal, &self.name).map_err(changed)?;
             if path != job {
                 continue;
             }
@@ -347,6 +350,20 @@ fn unanswered(unit: &str, verb: &str, error: &zbus::Error) -> Failure {
     Failure {
         hint,
         ..failure(cause, format!("cannot {verb} {unit}: {text}"))
+    }
+}
+
+/// Whether systemd itself has said no.
+fn is_refusal(error: &zbus::Error) -> bool {
+    /// What the bus says instead of an answer that did not come.
+    const NO_ANSWER: [&str; 3] = [
+        "org.freedesktop.DBus.Error.NoReply",
+        "org.freedesktop.DBus.Error.Timeout",
+        "org.freedesktop.DBus.Error.TimedOut",
+    ];
+    match error {
+        zbus::Error::MethodError(name, ..) => !NO_ANSWER.contains(&name.as_str()),
+        _ => false,
     }
 }
 

@@ -354,3 +354,99 @@ async fn commands_of_the_configuration_run_a_service() {
     assert!(start.undo(&cx, &before).await.unwrap().changed);
     assert!(!Path::new(&up).exists());
 }
+
+/// A service of commands whose status can be asked so often before it is broken.
+fn forgetful(host: &mut Host, running: bool, answers: usize) -> PathBuf {
+    let up = host.path().join("up");
+    if running {
+        fs::write(&up, "").unwrap();
+    }
+    fs::write(host.path().join("answers"), answers.to_string()).unwrap();
+    let status = format!(
+        "import os,sys\nleft=int(open('answers').read())\nopen('answers','w').write(str(left-1))\n\
+         sys.exit(7 if left < 1 else 0 if os.path.exists({up:?}) else 3)"
+    );
+    let argv = |argv: &[&str]| argv.iter().map(|&argument| argument.to_owned()).collect();
+    let service = config::Service {
+        start: argv(&["touch", up.to_str().unwrap()]),
+        stop: argv(&["rm", up.to_str().unwrap()]),
+        status: argv(&["python3", "-c", &status]),
+        dir: Some(host.path().to_owned()),
+        ..config::Service::default()
+    };
+    host.config.services.insert("flag".into(), service);
+    up
+}
+
+#[tokio::test]
+async fn what_fails_after_the_effect_says_that_something_was_changed() {
+    let mut host = Host::new();
+    let stop = Stop {
+        service: "flag".into(),
+        driver: Driver::Command,
+        refuses: vec![],
+        within: Period::seconds(10),
+    };
+    let start = Start {
+        service: "flag".into(),
+        driver: Driver::Command,
+        listens: vec![],
+        within: Period::seconds(10),
+    };
+    let restart = Restart {
+        service: "flag".into(),
+        driver: Driver::Command,
+        listens: vec![],
+        within: Period::seconds(10),
+    };
+    let up = forgetful(&mut host, true, 1);
+    let failed = stop.apply(&host.context(), &Value::Null).await.unwrap_err();
+    assert!(failed.message.contains("exited with 7"), "{failed:?}");
+    assert!(failed.changed && !up.exists());
+
+    let up = forgetful(&mut host, false, 1);
+    let failed = start
+        .apply(&host.context(), &Value::Null)
+        .await
+        .unwrap_err();
+    assert!(failed.changed && up.exists(), "{failed:?}");
+
+    forgetful(&mut host, true, 1);
+    let failed = restart
+        .apply(&host.context(), &Value::Null)
+        .await
+        .unwrap_err();
+    assert!(
+        failed.message.contains("exited with 7") && failed.changed,
+        "{failed:?}"
+    );
+    // Stopped, and then not started: the program is not there.
+    forgetful(&mut host, true, 9);
+    host.config.services.get_mut("flag").unwrap().start = vec!["/no/such/program".into()];
+    let failed = restart
+        .apply(&host.context(), &Value::Null)
+        .await
+        .unwrap_err();
+    assert!(
+        failed.message.contains("/no/such/program") && failed.changed,
+        "{failed:?}"
+    );
+
+    // Both ways back.
+    forgetful(&mut host, true, 2);
+    let before = stop.before(&host.context()).await.unwrap();
+    fs::remove_file(&up).unwrap();
+    let failed = stop.undo(&host.context(), &before).await.unwrap_err();
+    assert!(failed.changed && up.exists(), "{failed:?}");
+    fs::remove_file(&up).unwrap();
+    forgetful(&mut host, false, 2);
+    let before = start.before(&host.context()).await.unwrap();
+    fs::write(&up, "").unwrap();
+    let failed = start.undo(&host.context(), &before).await.unwrap_err();
+    assert!(failed.changed && !up.exists(), "{failed:?}");
+
+    // Before the effect nothing was.
+    forgetful(&mut host, true, 0);
+    let failed = stop.apply(&host.context(), &Value::Null).await.unwrap_err();
+    assert!(!failed.changed && up.exists(), "{failed:?}");
+}
