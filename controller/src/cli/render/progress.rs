@@ -221,7 +221,9 @@ impl Progress {
                 }
             }
             EventKind::Paused => self.paused_since = Some(event.at_ms),
-            EventKind::Resumed | EventKind::RollbackStarted => {
+            // A gate that was open stays open.
+            EventKind::Resumed => self.paused_since = None,
+            EventKind::RollbackStarted => {
                 self.paused_since = None;
                 self.gates.clear();
             }
