@@ -462,7 +462,12 @@ impl Act for Render {
             wanted.mode,
             Some(wanted.owner),
         )
-        .or_failed(|| format!("write {}", self.path))?;
+        .or_failed(|| format!("write {}", self.path))
+        .map_err(|failure| Failure {
+            // It may be in place, and only not be durable.
+            changed: find(path).map_or(true, |found| found.is_some_and(|is| wanted.is(&is))),
+            ..failure
+        })?;
         let fact = Fact::Note {
             name: format!("env {}", self.path),
             value: changes.to_string(),

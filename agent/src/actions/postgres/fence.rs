@@ -503,7 +503,11 @@ impl Act for Unfence {
             Some(raised) if !raised.is_of(cx) => return Err(foreign(&database, raised)),
             Some(_) => lower(&session, &database).await?,
         }
-        let open = open_to(&session, &self.roles).await?;
+        let open = open_to(&session, &self.roles).await;
+        let open = open.map_err(|failure| Failure {
+            changed: was.is_some(),
+            ..failure
+        })?;
         let shut: Vec<&str> = self
             .roles
             .iter()

@@ -133,7 +133,7 @@ impl Act for Restore {
         aside.end_left_over(cx).await?;
         let there = There::look(&aside, &names).await?;
         if there.swapped() {
-            allow(&aside, &names.live, true).await?;
+            allow(&aside, &names.live, true).await.map_err(changed)?;
             return Ok(done(self, &names, None));
         }
         if there.undone {
@@ -163,8 +163,12 @@ impl Act for Restore {
         };
         drop(session);
         if let Err(failure) = filled {
-            let _ = scratch::drop(&aside, &names.new).await;
-            return Err(failure);
+            let dropped = scratch::drop(&aside, &names.new).await;
+            // What could not be dropped is left to the undo.
+            return Err(Failure {
+                changed: failure.changed || dropped.is_err(),
+                ..failure
+            });
         }
         swap(&aside, &names.live, &names.new, &names.failed)
             .await
@@ -180,10 +184,17 @@ impl Act for Restore {
         let there = There::look(&aside, &names).await?;
         let swapped = there.swapped();
         if swapped {
-            swap(&aside, &names.live, &names.failed, &names.undone).await?;
+            let swapped = swap(&aside, &names.live, &names.failed, &names.undone).await;
+            swapped.map_err(changed)?;
         }
-        allow(&aside, &names.live, true).await?;
-        scratch::drop(&aside, &names.new).await?;
+        let of_undo = |failure: Failure| Failure {
+            changed: failure.changed || swapped,
+            ..failure
+        };
+        let opened = allow(&aside, &names.live, true).await;
+        opened.map_err(of_undo)?;
+        let dropped = scratch::drop(&aside, &names.new).await;
+        dropped.map_err(of_undo)?;
         let name = &self.database;
         let summary = match (swapped, there.undone) {
             (true, _) => format!(

@@ -70,13 +70,19 @@ impl Act for Activate {
                 facts,
             });
         }
-        files::link(&target(&self.release), &app.current()).or_failed(|| {
-            format!(
-                "point {} at release {}",
-                app.current().display(),
-                self.release
-            )
-        })?;
+        files::link(&target(&self.release), &app.current())
+            .or_failed(|| {
+                format!(
+                    "point {} at release {}",
+                    app.current().display(),
+                    self.release
+                )
+            })
+            .map_err(|failure| Failure {
+                // It may point there, and only not be durable.
+                changed: app.active().map_or(true, |active| active == self.release),
+                ..failure
+            })?;
         let from = match old.as_deref().map(release_of) {
             Some(old) => format!(" instead of {old}"),
             None => String::new(),

@@ -9,7 +9,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::{App, Build, before, explained};
+use super::{App, Build, before, changed, explained};
 use crate::actions::{Act, Done, Probe};
 use crate::process::Program;
 use crate::step::{Context, failure};
@@ -98,7 +98,7 @@ impl Act for release::Build {
             by: cx.key.clone(),
             done: false,
         });
-        app.write_note(&dir, &note)?;
+        app.write_note(&dir, &note).map_err(changed)?;
         let began = Instant::now();
         for (index, (command, within)) in self.run.iter().zip(dirs).enumerate() {
             #[expect(clippy::cast_precision_loss, reason = "a fraction for a progress bar")]
@@ -112,20 +112,16 @@ impl Act for release::Build {
                 user: app.config.user.clone(),
                 ..Program::default()
             };
-            let program = program.with_env(cx, &app.config.env)?;
-            program.succeed(cx).await.map_err(|failed| {
-                explained(Failure {
-                    changed: true,
-                    ..failed
-                })
-            })?;
+            let program = program.with_env(cx, &app.config.env).map_err(changed)?;
+            let ended = program.succeed(cx).await;
+            ended.map_err(|failed| explained(changed(failed)))?;
         }
         note.build = Some(Build {
             digest,
             by: cx.key.clone(),
             done: true,
         });
-        app.write_note(&dir, &note)?;
+        app.write_note(&dir, &note).map_err(changed)?;
         let took = format!("{:.1} s", began.elapsed().as_secs_f64());
         let summary = format!(
             "release {} is built: {} commands in {took}",

@@ -9,7 +9,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::{App, NOTE, Note, PARTIAL, REMOVED, before, explained, remove_all};
+use super::{App, NOTE, Note, PARTIAL, REMOVED, before, changed, explained, remove_all};
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
 use crate::process::Program;
@@ -299,33 +299,9 @@ impl Act for Fetch {
                 other => Err(occupied(self, other.as_ref())),
             };
         }
-        let partial = releases.join(format!("{PARTIAL}{}", cx.key));
-        app.make_dir(&partial)?;
-        git.check_out(cx, &commit, &partial).await?;
-        if partial.join(".gitmodules").exists() {
-            cx.log
-                .line("this release has submodules: they are not fetched");
-        }
-        if fs::symlink_metadata(partial.join(NOTE)).is_ok() {
-            return Err(failure(
-                Cause::Step,
-                format!("the repository itself has a file {NOTE}"),
-            ));
-        }
-        let note = Note {
-            app: self.app.clone(),
-            release: self.release.clone(),
-            url: self.git.url.clone(),
-            tag: self.git.tag.clone(),
-            commit: commit.clone(),
-            fetched_by: cx.key.clone(),
-            build: None,
-        };
-        app.write_note(&partial, &note)?;
-        sync_file_system(&partial)
-            .and_then(|()| fs::rename(&partial, &dir))
-            .and_then(|()| files::sync_dir(&releases))
-            .or_failed(|| format!("put release {} in place", self.release))?;
+        put_in_place(self, cx, &git, &commit)
+            .await
+            .map_err(changed)?;
         let summary = format!("release {} is commit {commit}", self.release);
         Ok(Done {
             changed: true,
@@ -361,7 +337,8 @@ impl Act for Fetch {
         fs::rename(&dir, &removed)
             .and_then(|()| files::sync_dir(&app.releases()))
             .and_then(|()| fs::remove_dir_all(&removed))
-            .or_failed(|| format!("remove release {}", self.release))?;
+            .or_failed(|| format!("remove release {}", self.release))
+            .map_err(changed)?;
         Ok(Done {
             changed: true,
             summary: format!("release {} is gone again", self.release),
@@ -375,6 +352,44 @@ impl Act for Fetch {
             self.git.tag, self.git.url, self.release
         )
     }
+}
+
+/// Makes the release of a commit that the mirror has.
+async fn put_in_place(
+    fetch: &Fetch,
+    cx: &Context,
+    git: &Git<'_>,
+    commit: &str,
+) -> Result<(), Failure> {
+    let app = git.app;
+    let (dir, releases) = (app.release(&fetch.release)?, app.releases());
+    let partial = releases.join(format!("{PARTIAL}{}", cx.key));
+    app.make_dir(&partial)?;
+    git.check_out(cx, commit, &partial).await?;
+    if partial.join(".gitmodules").exists() {
+        cx.log
+            .line("this release has submodules: they are not fetched");
+    }
+    if fs::symlink_metadata(partial.join(NOTE)).is_ok() {
+        return Err(failure(
+            Cause::Step,
+            format!("the repository itself has a file {NOTE}"),
+        ));
+    }
+    let note = Note {
+        app: fetch.app.clone(),
+        release: fetch.release.clone(),
+        url: fetch.git.url.clone(),
+        tag: fetch.git.tag.clone(),
+        commit: commit.to_owned(),
+        fetched_by: cx.key.clone(),
+        build: None,
+    };
+    app.write_note(&partial, &note)?;
+    sync_file_system(&partial)
+        .and_then(|()| fs::rename(&partial, &dir))
+        .and_then(|()| files::sync_dir(&releases))
+        .or_failed(|| format!("put release {} in place", fetch.release))
 }
 
 /// Whether two paths lead to the same directory.

@@ -425,3 +425,43 @@ async fn releases_belong_to_the_applications_user() {
     }
     assert!(fetch.undo(&cx, &Value::Bool(false)).await.unwrap().changed);
 }
+
+#[tokio::test]
+async fn what_fails_after_the_effect_says_that_something_was_changed() {
+    let mut site = Site::new();
+    let cx = site.host.context();
+    site.fetch("v1")
+        .apply(&cx, &Value::Bool(false))
+        .await
+        .unwrap();
+    // The build is noted as begun before its variables are looked for.
+    let app = site.host.config.apps.get_mut("web").unwrap();
+    app.env.insert("KEY".into(), "secret://none".into());
+    let cx = site.host.context();
+    let failed = build("v1", &["true"])
+        .apply(&cx, &Value::Null)
+        .await
+        .unwrap_err();
+    assert!(failed.message.contains("no secret `none`"), "{failed:?}");
+    assert!(failed.changed);
+    site.host.config.apps.get_mut("web").unwrap().env.clear();
+
+    // A release that cannot be put in place leaves its parts to the undo.
+    fs::write(site.repository.join(NOTE), "{}").unwrap();
+    git(&site.repository, &["add", "."]);
+    git(&site.repository, &["commit", "--quiet", "-m", "v3"]);
+    git(&site.repository, &["tag", "v3"]);
+    let cx = site.host.context();
+    let fetch = site.fetch("v3");
+    let failed = fetch.apply(&cx, &Value::Bool(false)).await.unwrap_err();
+    assert!(failed.message.contains("itself has a file"), "{failed:?}");
+    assert!(failed.changed);
+    assert_eq!(site.names().len(), 2);
+    fetch.undo(&cx, &Value::Bool(false)).await.unwrap();
+    assert_eq!(site.names(), ["v1"]);
+
+    // The link cannot be made: nothing was changed.
+    fs::create_dir(site.root().join("current")).unwrap();
+    let failed = activate("v1").apply(&cx, &Value::Null).await.unwrap_err();
+    assert!(!failed.changed, "{failed:?}");
+}
