@@ -1,7 +1,7 @@
 //! A host in a temporary directory, for tests of actions.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
@@ -102,8 +102,8 @@ impl Host {
             config: Arc::new(self.config.clone()),
             dir,
             log: StepLog::nowhere(),
-            deadline: Instant::now() + Duration::from_secs(60),
-            log_offsets: Arc::new(BTreeMap::<PathBuf, u64>::new()),
+            deadline: Instant::now() + Duration::from_mins(1),
+            log_offsets: Arc::new(BTreeMap::new()),
             dry_run: false,
         }
     }

@@ -19,7 +19,7 @@ use lockstep_proto::values::Timestamp;
 
 use super::consent::HeldStep;
 use crate::journal::{Position, Record};
-use crate::step::failure;
+use crate::step::{LogMark, failure};
 
 /// How many ended rollouts are remembered by name, so that a late offer of one does not bring it
 /// back. Offers come in order on one stream; late ones come from a restored controller.
@@ -50,7 +50,7 @@ pub(crate) struct Hold {
     pub(crate) rollout: RolloutId,
     pub(crate) plan: PlanDigest,
     pub(crate) steps: Digest,
-    pub(crate) log_offsets: BTreeMap<PathBuf, u64>,
+    pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
     /// The report of the consent.
     pub(crate) consent: Option<Recorded>,
     /// The attempts at each step, in the order in which they were recorded.
@@ -424,7 +424,10 @@ impl Hold {
         let done = done.filter(|a| matches!(a.ended, Some((_, How::Ok { .. }))));
         if let Some(done) = done.filter(|_| chain.before.is_some()) {
             return Err(refused(
-                format!("attempt {} of this step is done, and not undone", done.number),
+                format!(
+                    "attempt {} of this step is done, and not undone",
+                    done.number
+                ),
                 "its report says so; nothing is done twice",
             ));
         }

@@ -16,7 +16,7 @@ use super::plans::{self, HeldPlan};
 use super::{Event, Exec, ExecError, Gathered, Offer, Outbound};
 use crate::actions;
 use crate::journal::{AppendError, Held, Need, Record};
-use crate::step::Job;
+use crate::step::{Job, LogMark};
 
 /// Offers that wait for their plan. A controller offers few rollouts to one host at a time.
 const AWAITING: usize = 16;
@@ -305,14 +305,14 @@ fn name(fact: &Fact) -> &str {
 
 /// Where the log files that the plan reads end now: what they hold already is older than the
 /// rollout.
-fn log_offsets(held: &HeldPlan) -> BTreeMap<PathBuf, u64> {
+fn log_offsets(held: &HeldPlan) -> BTreeMap<PathBuf, LogMark> {
     let logs = held.steps.iter().filter_map(|step| match &step.action {
         Action::CheckLog(log) => Some(PathBuf::from(&log.path)),
         _ => None,
     });
     logs.map(|path| {
-        let size = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        (path, size)
+        let end = LogMark::end_of(&path);
+        (path, end)
     })
     .collect()
 }

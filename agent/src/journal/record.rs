@@ -9,6 +9,8 @@ use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::step::LogMark;
+
 /// The version of this vocabulary. Readers refuse kinds of records that they do not know.
 pub(crate) const FORMAT: u32 = 1;
 
@@ -64,9 +66,9 @@ pub(crate) struct Held {
     pub(crate) plan: PlanDigest,
     /// Digest of the file with this host's steps, as it consented to them.
     pub(crate) steps: Digest,
-    /// Sizes of the log files that the plan's `check.log` steps name, at the time of consent.
+    /// Where the log files that the plan's `check.log` steps name ended at the time of consent.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) log_offsets: BTreeMap<PathBuf, u64>,
+    pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
 }
 
 /// The beginning of an attempt.

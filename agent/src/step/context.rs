@@ -7,10 +7,52 @@ use std::sync::Arc;
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::order::Binding;
 use lockstep_proto::report::{Cause, Failure};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::process::head;
+
+/// A place in a log file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "StoredMark")]
+pub(crate) struct LogMark {
+    /// In bytes, from the beginning of the file.
+    pub(crate) size: u64,
+    /// Which file it is: one with another number was begun since. Unknown if there was none.
+    pub(crate) inode: Option<u64>,
+}
+
+impl LogMark {
+    /// The end of a file.
+    pub(crate) fn end_of(path: &Path) -> Self {
+        use std::os::unix::fs::MetadataExt as _;
+        std::fs::metadata(path).map_or_else(
+            |_| Self::default(),
+            |file| Self {
+                size: file.len(),
+                inode: Some(file.ino()),
+            },
+        )
+    }
+}
+
+/// The forms in which a place may have been stored; first there was the size alone.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum StoredMark {
+    Size(u64),
+    Mark { size: u64, inode: Option<u64> },
+}
+
+impl From<StoredMark> for LogMark {
+    fn from(stored: StoredMark) -> Self {
+        match stored {
+            StoredMark::Size(size) => Self { size, inode: None },
+            StoredMark::Mark { size, inode } => Self { size, inode },
+        }
+    }
+}
 
 /// What an action may use.
 #[derive(Clone)]
@@ -27,9 +69,9 @@ pub(crate) struct Context {
     pub(crate) log: StepLog,
     /// The attempt must have ended by then.
     pub(crate) deadline: Instant,
-    /// Sizes of the log files that the plan's `check.log` steps name, taken when the host
-    /// consented: lines before are older than the rollout.
-    pub(crate) log_offsets: Arc<BTreeMap<PathBuf, u64>>,
+    /// Where the log files that the plan's `check.log` steps name ended when the host consented:
+    /// lines before are older than the rollout.
+    pub(crate) log_offsets: Arc<BTreeMap<PathBuf, LogMark>>,
     /// Whether this is a dry run: then `probe` may answer `NotYet` for what depends on earlier
     /// steps.
     pub(crate) dry_run: bool,
@@ -176,5 +218,25 @@ impl StepLog {
             .filter(|line| !line.starts_with('\u{1}'))
             .cloned()
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_read_in_both_forms() {
+        let read = |text: &str| serde_json::from_str::<LogMark>(text).unwrap();
+        let old = LogMark {
+            size: 7,
+            inode: None,
+        };
+        assert_eq!(read("7"), old);
+        let new = LogMark {
+            size: 7,
+            inode: Some(3),
+        };
+        assert_eq!(read(&serde_json::to_string(&new).unwrap()), new);
     }
 }

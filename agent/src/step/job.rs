@@ -15,6 +15,7 @@ use rustix::fs::FallocateFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::LogMark;
 use crate::identity::{private_dir, replace_file};
 use crate::journal::sync_dir;
 
@@ -32,7 +33,7 @@ pub(crate) struct Job {
     /// The longest time, from the step process's start.
     pub(crate) timeout: Period,
     /// Where the log files that `check.log` reads ended at the time of consent.
-    pub(crate) log_offsets: BTreeMap<PathBuf, u64>,
+    pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
 }
 
 /// Space for an outcome, in bytes: with the facts of all actions there are, it takes less.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::{Act, Done, Finding, Probe, until};
 use crate::actions::exec::pattern;
 use crate::actions::files;
 use crate::process::head;
-use crate::step::{Context, failure};
+use crate::step::{Context, LogMark, failure};
 
 /// Between two looks at a log that is watched.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -30,10 +30,8 @@ const MAX_SHOWN: usize = 300;
 /// A log on the way through its new lines.
 struct Reader<'a> {
     path: &'a Path,
-    /// Where the next line begins.
-    offset: u64,
-    /// The file that the offset is of: a rotated log begins anew.
-    inode: Option<u64>,
+    /// Where the next line begins, and in which file: a rotated log begins anew.
+    mark: LogMark,
     read: u64,
 }
 
@@ -59,22 +57,52 @@ impl Reader<'_> {
             Err(error) => return Err(failed(error)),
         };
         let metadata = file.metadata().map_err(failed)?;
-        let rotated = self.inode.is_some_and(|inode| inode != metadata.ino());
-        // Shorter than before: it was emptied, and all that is in it is new.
-        if rotated || metadata.len() < self.offset {
-            self.offset = 0;
+        let inode = Some(metadata.ino());
+        if self.mark.inode.is_some() && self.mark.inode != inode {
+            // What the old file gained before it was put aside is new too.
+            if let Some(old) = self.put_aside() {
+                self.lines(old, true, &mut each)?;
+            }
+            self.mark.size = 0;
         }
-        self.inode = Some(metadata.ino());
+        // Shorter than before: it was emptied, and all that is in it is new.
+        if metadata.len() < self.mark.size {
+            self.mark.size = 0;
+        }
+        self.mark.inode = inode;
+        self.lines(file, last, &mut each)?;
+        Ok(true)
+    }
+
+    /// The file that the mark is in, which has another name by now: `app.log.1`.
+    fn put_aside(&self) -> Option<File> {
+        let name = self.path.file_name()?.as_encoded_bytes();
+        let entries = std::fs::read_dir(self.path.parent()?).ok()?;
+        let mut logs = entries.filter_map(Result::ok).filter(|entry| {
+            entry.file_name().as_encoded_bytes().starts_with(name)
+                && Some(entry.ino()) == self.mark.inode
+        });
+        File::open(logs.next()?.path()).ok()
+    }
+
+    fn lines(
+        &mut self,
+        file: File,
+        last: bool,
+        each: &mut impl FnMut(&str),
+    ) -> Result<(), Failure> {
+        let failed =
+            |error: std::io::Error| files::failed(format!("read {}", self.path.display()), &error);
         let mut file = BufReader::new(file);
-        file.seek(SeekFrom::Start(self.offset)).map_err(failed)?;
+        file.seek(SeekFrom::Start(self.mark.size)).map_err(failed)?;
         let mut line = vec![];
         loop {
             line.clear();
             let length = file.read_until(b'\n', &mut line).map_err(failed)?;
             if length == 0 || (!last && !line.ends_with(b"\n")) {
-                return Ok(true);
+                return Ok(());
             }
-            self.offset += length as u64;
+            self.mark.size += length as u64;
             self.read += length as u64;
             if self.read > MAX_BYTES {
                 let message = format!("{} gained more than {MAX_BYTES} bytes", self.path.display());
@@ -114,11 +142,9 @@ impl<'a> Patterns<'a> {
 
 async fn look(check: &Log, cx: &Context, until: Instant) -> Result<Finding, Failure> {
     let path = Path::new(&check.path);
-    let offset = cx.log_offsets.get(path).copied().unwrap_or(0);
     let mut reader = Reader {
         path,
-        offset,
-        inode: None,
+        mark: cx.log_offsets.get(path).copied().unwrap_or_default(),
         read: 0,
     };
     let mut patterns = Patterns::of(check)?;
@@ -189,7 +215,15 @@ mod tests {
     }
 
     fn context(host: &Host, log: &Log, offset: u64) -> Context {
-        let offsets = BTreeMap::from([(log.path.clone().into(), offset)]);
+        let mark = LogMark {
+            size: offset,
+            inode: None,
+        };
+        context_at(host, log, mark)
+    }
+
+    fn context_at(host: &Host, log: &Log, mark: LogMark) -> Context {
+        let offsets = BTreeMap::from([(log.path.clone().into(), mark)]);
         Context {
             log_offsets: Arc::new(offsets),
             ..host.context()
@@ -250,5 +284,30 @@ mod tests {
         });
         assert!(result.is_ok(), "{result:?}");
         assert!(began.elapsed() < Duration::from_secs(10));
+    }
+
+    #[tokio::test]
+    async fn a_log_that_was_rotated_since_is_read_from_its_beginning() {
+        let host = Host::new();
+        let log = check(&host, &["ERROR"], &[], None);
+        std::fs::write(&log.path, "ERROR old\n").unwrap();
+        let cx = context_at(&host, &log, LogMark::end_of(Path::new(&log.path)));
+        let apply = async || log.apply(&cx, &Value::Null).await;
+        assert!(apply().await.is_ok());
+        let aside = format!("{}.1", log.path);
+        std::fs::rename(&log.path, &aside).unwrap();
+        // Longer than the old one was at consent, so that its length tells nothing.
+        std::fs::write(&log.path, "ERROR new\nfine, fine, fine\n").unwrap();
+        let failed = apply().await.unwrap_err();
+        assert!(failed.message.ends_with("ERROR new"), "{}", failed.message);
+        // What the old one gained before that counts as well, and not what it had.
+        std::fs::write(&log.path, "fine, fine, fine\n").unwrap();
+        assert!(apply().await.is_ok());
+        let mut old = File::options().append(true).open(&aside).unwrap();
+        writeln!(old, "ERROR last").unwrap();
+        let failed = apply().await.unwrap_err();
+        assert!(failed.message.ends_with("ERROR last"), "{}", failed.message);
+        std::fs::remove_file(&aside).unwrap();
+        assert!(apply().await.is_ok());
     }
 }
