@@ -150,16 +150,10 @@ fn file_of(argv: &[String], dir: &Path, path: Option<&str>) -> Option<PathBuf> {
     if name.contains('/') {
         return Some(dir.join(name));
     }
-    let own;
-    let path = match path {
-        Some(path) => path,
-        None => {
-            own = base_env(None)
-                .into_iter()
-                .find_map(|(name, value)| (name == "PATH").then_some(value))?;
-            &own
-        }
-    };
+    let path = path.map(str::to_owned).or_else(|| {
+        let mut own = base_env(None).into_iter();
+        own.find_map(|(name, value)| (name == "PATH").then_some(value))
+    })?;
     let mut files = path.split(':').map(|entry| dir.join(entry).join(name));
     files.find(|file| file.is_file())
 }

@@ -90,31 +90,27 @@ fn parts(text: &str, is_pattern: bool) -> Option<Parts> {
     let end = after.find(['/', '?', '#']).unwrap_or(after.len());
     let (authority, rest) = after.split_at(end);
     let star = |c: char| is_pattern && c == '*';
-    let (host, port) = match authority.strip_prefix('[') {
-        Some(address) => {
-            let (address, port) = address.split_once(']')?;
-            let fits = |c: char| c.is_ascii_hexdigit() || matches!(c, ':' | '.') || star(c);
-            if address.is_empty() || !address.chars().all(fits) {
-                return None;
-            }
-            let port = match port {
-                "" => None,
-                port => Some(port.strip_prefix(':')?),
-            };
-            (format!("[{address}]"), port)
+    let (host, port) = if let Some(address) = authority.strip_prefix('[') {
+        let (address, port) = address.split_once(']')?;
+        let fits = |c: char| c.is_ascii_hexdigit() || matches!(c, ':' | '.') || star(c);
+        if address.is_empty() || !address.chars().all(fits) {
+            return None;
         }
-        None => {
-            let (host, port) = match authority.split_once(':') {
-                Some((host, port)) => (host, Some(port)),
-                None => (authority, None),
-            };
-            let fits =
-                |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_') || star(c);
-            if host.is_empty() || !host.chars().all(fits) {
-                return None;
-            }
-            (host.to_owned(), port)
+        let port = match port {
+            "" => None,
+            port => Some(port.strip_prefix(':')?),
+        };
+        (format!("[{address}]"), port)
+    } else {
+        let (host, port) = match authority.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, None),
+        };
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_') || star(c);
+        if host.is_empty() || !host.chars().all(fits) {
+            return None;
         }
+        (host.to_owned(), port)
     };
     let usual = if scheme == "https" { "443" } else { "80" };
     let port = port.unwrap_or(usual);
