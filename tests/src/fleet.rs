@@ -293,24 +293,19 @@ impl Fleet {
         );
         self.on_with("db-1", &psql, &format!("{passwords}{setup}"))?;
         self.on_with("db-1", &psql, "ALTER SYSTEM SET listen_addresses = '*'")?;
-        let rule = "host employee_system employee_migrator,employee_app samenet scram-sha-256\n";
-        self.on_with(
-            "db-1",
-            &["tee", "-a", "/etc/postgresql/15/main/pg_hba.conf"],
-            rule,
-        )?;
+        let files = example::directory().join("hosts/db");
+        for name in ["pg_hba.conf", "pg_ident.conf"] {
+            let installed = format!("/etc/postgresql/15/main/{name}");
+            let ours = fs::read_to_string(files.join(name))?;
+            let theirs = self.on("db-1", &["cat", &installed])?;
+            self.on_with("db-1", &["tee", &installed], &format!("{ours}{theirs}"))?;
+        }
         self.on("db-1", &["systemctl", "restart", "postgresql@15-main"])?;
-        self.on(
-            "db-1",
-            &[
-                "install",
-                "-d",
-                "-m",
-                "700",
-                "/backups",
-                "/backups/production",
-            ],
-        )?;
+        let private = ["install", "-d", "-m", "700"];
+        let copies = ["/backups", "/backups/production"];
+        self.on("db-1", &[&private[..], &copies].concat())?;
+        let backups = ["-o", "postgres", "-g", "postgres", "/var/backups/lockstep"];
+        self.on("db-1", &[&private[..], &backups].concat())?;
         Ok(())
     }
 
