@@ -200,7 +200,7 @@ impl Config {
             path: path.into(),
             source: Box::new(source),
         })?;
-        let base = path.parent().unwrap_or(Path::new(""));
+        let base = path.parent().unwrap_or_else(|| Path::new(""));
         let Tls {
             controller_ca,
             cert,
@@ -209,14 +209,20 @@ impl Config {
         for file in [controller_ca, cert, key] {
             *file = base.join(&*file);
         }
-        config.policy =
-            Some(base.join(config.policy.as_deref().unwrap_or(Path::new("policy.toml"))));
+        config.policy = Some(
+            base.join(
+                config
+                    .policy
+                    .as_deref()
+                    .unwrap_or_else(|| Path::new("policy.toml")),
+            ),
+        );
         config.secrets_dir = Some(
             base.join(
                 config
                     .secrets_dir
                     .as_deref()
-                    .unwrap_or(Path::new("secrets")),
+                    .unwrap_or_else(|| Path::new("secrets")),
             ),
         );
         Ok(config)

@@ -26,7 +26,7 @@ const INBOUND: usize = 64;
 const LOGS: usize = 32;
 
 /// A quarantined agent says so again after this: the log of the first time may be gone.
-const REMIND: Duration = Duration::from_secs(3600);
+const REMIND: Duration = Duration::from_hours(1);
 
 /// Runs until SIGTERM or SIGINT. Step processes go on without it.
 pub(crate) fn run(config: Config, config_path: &Path) -> u8 {

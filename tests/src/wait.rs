@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 /// For what takes a moment on a quiet machine: the bound is for a busy one.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_mins(1);
 
 /// For a whole rollout with builds in it.
-pub const ROLLOUT: Duration = Duration::from_secs(240);
+pub const ROLLOUT: Duration = Duration::from_mins(4);
 
 /// Between two looks.
 const PACE: Duration = Duration::from_millis(50);

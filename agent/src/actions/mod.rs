@@ -69,7 +69,10 @@ pub(crate) trait Act {
     /// Returns to the before-state, from any state that an attempt may have left. It must be safe
     /// to run again.
     async fn undo(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        Ok(Done { summary: "nothing to undo".into(), ..Done::default() })
+        Ok(Done {
+            summary: "nothing to undo".into(),
+            ..Done::default()
+        })
     }
 
     /// One line for people: what the step does on this host.
@@ -84,8 +87,14 @@ pub(crate) trait Act {
 }
 
 /// The newest fact among an order's bindings that `pick` wants.
-pub(crate) fn bound<'a, T>(bindings: &'a [Binding], pick: impl Fn(&'a Fact) -> Option<T>) -> Option<T> {
-    bindings.iter().rev().find_map(|binding| pick(&binding.fact))
+pub(crate) fn bound<'a, T>(
+    bindings: &'a [Binding],
+    pick: impl Fn(&'a Fact) -> Option<T>,
+) -> Option<T> {
+    bindings
+        .iter()
+        .rev()
+        .find_map(|binding| pick(&binding.fact))
 }
 
 /// Runs `$body` with `$act` bound to the arguments of `$action`, whichever action it is. Gates and

@@ -299,7 +299,9 @@ fn judge(direction: Direction, action: &Action, probe: Result<Probe, Failure>) -
     };
     match (direction, probe) {
         // A service that was restarted is not restarted again.
-        (Direction::Do, Ok(Probe::Present(text))) if matches!(action, Action::ServiceRestart(_)) => {
+        (Direction::Do, Ok(Probe::Present(text)))
+            if matches!(action, Action::ServiceRestart(_)) =>
+        {
             Ended {
                 outcome: StepOutcome::Ok {
                     changed: true,
@@ -310,9 +312,10 @@ fn judge(direction: Direction, action: &Action, probe: Result<Probe, Failure>) -
             }
         }
         // An undo is safe to run again: from whatever is there.
-        (Direction::Undo, Ok(Probe::Absent(text) | Probe::Present(text) | Probe::Partial(text))) => {
-            again(&text, true)
-        }
+        (
+            Direction::Undo,
+            Ok(Probe::Absent(text) | Probe::Present(text) | Probe::Partial(text)),
+        ) => again(&text, true),
         (_, Ok(Probe::Present(text))) => again(&format!("done: {text}"), true),
         (_, Ok(Probe::Absent(text))) => again(&format!("not done: {text}"), false),
         (_, Ok(Probe::Partial(text))) => again(&format!("done in part: {text}"), true),
@@ -376,7 +379,11 @@ mod tests {
         assert_eq!(changed(Do, Ok(Probe::NoProof(text()))), ("unknown", false));
         assert_eq!(changed(Do, Ok(Probe::NotYet(text()))), ("unknown", false));
         let restarted = judge(Do, &restart, Ok(Probe::Present(text())));
-        assert_eq!(say(restarted), ("ok", true), "INV-1: it is not restarted twice");
+        assert_eq!(
+            say(restarted),
+            ("ok", true),
+            "INV-1: it is not restarted twice"
+        );
         let error = || Err(failure(Cause::Host, "no answer"));
         assert_eq!(changed(Do, error()), ("unknown", false));
         assert_eq!(changed(Undo, Ok(Probe::Absent(text()))), ("again", true));

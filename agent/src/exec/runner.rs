@@ -23,7 +23,7 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How long the end of an attempt's processes is waited for in all. A process in uninterruptible
 /// sleep can hold out longer; then nothing can be proven.
-const GONE_WITHIN: Duration = Duration::from_secs(60);
+const GONE_WITHIN: Duration = Duration::from_mins(1);
 
 /// The bus answers at once or is not well.
 const BUS_TIMEOUT: Duration = Duration::from_secs(10);

@@ -39,7 +39,7 @@ const OUTBOX: usize = 16;
 const WELCOME_WITHIN: Duration = Duration::from_secs(20);
 
 /// A plan has at most 1 MiB.
-const FETCH_WITHIN: Duration = Duration::from_secs(60);
+const FETCH_WITHIN: Duration = Duration::from_mins(1);
 
 /// The first pause between two dials; each is longer than the one before, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -50,7 +50,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const GOOD_SESSION: Duration = Duration::from_secs(10);
 
 /// The controller asks for a pause before it stops; a wrong number keeps nobody away for long.
-const LONGEST_DRAIN: Duration = Duration::from_secs(60);
+const LONGEST_DRAIN: Duration = Duration::from_mins(1);
 
 /// Why a session ended, or did not begin.
 #[derive(Debug, thiserror::Error)]

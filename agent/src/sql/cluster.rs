@@ -93,7 +93,7 @@ impl Cluster {
         let began = Instant::now();
         while !std::fs::read_to_string(&ready).is_ok_and(|text| text.contains("ready")) {
             let log = || std::fs::read_to_string(root.join("log")).unwrap_or_default();
-            assert!(began.elapsed() < Duration::from_secs(60), "{}", log());
+            assert!(began.elapsed() < Duration::from_mins(1), "{}", log());
             std::thread::sleep(Duration::from_millis(20));
         }
         Self {

@@ -40,7 +40,7 @@ pub(crate) const HOST: &str = "app-1";
 pub(crate) const DOMAIN: &str = "example.org";
 
 /// Generous: machines of all kinds run these tests, and each wait ends as soon as it can.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 struct Ca {
     issuer: Issuer<'static, KeyPair>,

@@ -344,7 +344,7 @@ impl Record {
             let end = text.floor_char_boundary(MAX_TEXT);
             let cut = text.len() - end;
             text.truncate(end);
-            text.push_str(&format!(" ... and {cut} bytes more: see `lockstep report`"));
+            *text = format!("{text} ... and {cut} bytes more: see `lockstep report`");
         }
     }
 }

@@ -79,7 +79,7 @@ fn stage(dice: &mut Dice, rolling: bool) -> Stage {
         },
         _ => Strategy::All,
     };
-    let steps = (0..1 + dice.roll(3)).map(|_| step(dice)).collect();
+    let steps = (0..=dice.roll(3)).map(|_| step(dice)).collect();
     Stage {
         target,
         strategy,
@@ -88,7 +88,7 @@ fn stage(dice: &mut Dice, rolling: bool) -> Stage {
 }
 
 fn plan(dice: &mut Dice) -> CompiledPlan {
-    let phases = (0..1 + dice.roll(5))
+    let phases = (0..=dice.roll(5))
         .map(|index| {
             let rolling = dice.percent(40);
             let count = if rolling { 1 } else { 1 + dice.roll(2) };
@@ -627,7 +627,7 @@ impl World {
             }
             "rolled_back" => self.check_rolled_back(),
             "halted" | "cancelled" => {
-                assert!(!summary.reason.is_empty(), "INV-8: names what blocked it")
+                assert!(!summary.reason.is_empty(), "INV-8: names what blocked it");
             }
             other => panic!("INV-8: {other} is no end"),
         }

@@ -406,9 +406,7 @@ fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
 
 fn rollout_id(text: &str) -> Result<RolloutId, Status> {
     text.parse()
-        .map_err(|error: lockstep_proto::ids::InvalidId| {
-            Status::invalid_argument(error.to_string())
-        })
+        .map_err(|error: InvalidId| Status::invalid_argument(error.to_string()))
 }
 
 fn not_found(rollout: &RolloutId) -> Status {

@@ -142,7 +142,10 @@ impl TryFrom<wire::Hello> for Hello {
             held_rollout,
         } = hello;
         // Both are journalled, in one record of at most 32 KiB.
-        let label_bytes: usize = labels.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let label_bytes: usize = labels
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
         if labels.len() > 64 || label_bytes > 4 << 10 {
             return Err(InvalidMessage::Field("labels"));
         }

@@ -149,7 +149,7 @@ fn deploy(cluster: &Cluster, release: &str) -> Result<(Value, i32)> {
         scope.spawn(|| copy(stderr));
         let rollout = wait::until(
             "the rollout to begin",
-            Duration::from_secs(60),
+            Duration::from_mins(1),
             || match newest(&requester) {
                 Ok(now) if now != known => now.ok_or_else(|| "none".to_owned()),
                 Ok(_) => Err("none yet".to_owned()),

@@ -4,11 +4,13 @@
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_tests::fleet::{Fleet, HOSTS};
-use lockstep_tests::operator::{Operator, answer_gates, list, text};
+use lockstep_tests::operator::{Operator, answer_gates, list, steps, text};
+use lockstep_tests::story::under_way;
 use lockstep_tests::timeline::timeline;
 use lockstep_tests::{cluster, example, target, wait};
 use serde_json::{Value, json};
@@ -57,13 +59,17 @@ fn run() -> Result<()> {
 
 fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
     say("installing v0.9.5");
-    let installed = deploy(fleet, &example::install_plan(), "v0.9.5")?;
+    let installed = deploy(fleet, &example::install_plan(), "v0.9.5", |_| Ok(()))?;
     expect(&installed, "succeeded")?;
 
-    say("deploying v1.0.0");
-    let good = deploy(fleet, &example::plan(), "v1.0.0")?;
+    say("deploying v1.0.0, with a step and an agent killed on the way");
+    let good = deploy(fleet, &example::plan(), "v1.0.0", |rollout| {
+        kill_step(fleet, rollout, "release.build", "app-1")?;
+        kill_agent(fleet, rollout, "migration.apply")
+    })?;
     report(fleet, &good, evidence, "v1.0.0")?;
     expect(&good, "succeeded")?;
+    each_effect_once(fleet)?;
     let before = fleet.snapshot()?;
     ensure!(
         before.releases.values().all(|release| release == "v1.0.0"),
@@ -73,7 +79,7 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
     seen.succeeded = true;
 
     say("deploying v1.1.0, which comes back");
-    let bad = deploy(fleet, &example::plan(), "v1.1.0")?;
+    let bad = deploy(fleet, &example::plan(), "v1.1.0", |_| Ok(()))?;
     report(fleet, &bad, evidence, "v1.1.0")?;
     expect(&bad, "rolled_back")?;
     seen.rolled_back = true;
@@ -101,14 +107,6 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
         );
     }
     for (name, _) in HOSTS {
-        let steps = [
-            "journalctl",
-            "--no-pager",
-            "_SYSTEMD_SLICE=lockstep-steps.slice",
-        ];
-        let steps = fleet.on(name, &steps)?;
-        fs::create_dir_all(evidence.join(name))?;
-        fs::write(evidence.join(name).join("steps.journal"), &steps)?;
         let units = fleet.on(
             name,
             &["journalctl", "--no-pager", "_PID=1", "-g", "lockstep-step"],
@@ -121,7 +119,13 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
     Ok(())
 }
 
-fn deploy(fleet: &Fleet, plan: &Path, release: &str) -> Result<Value> {
+/// Runs a plan to its end with people at the gates, while `interfere` does what it does.
+fn deploy(
+    fleet: &Fleet,
+    plan: &Path,
+    release: &str,
+    interfere: impl FnOnce(&str) -> Result<()>,
+) -> Result<Value> {
     let requester = fleet.operator(cluster::REQUESTER);
     let mut inputs = vec![("release", release)];
     if plan == example::plan() {
@@ -135,16 +139,85 @@ fn deploy(fleet: &Fleet, plan: &Path, release: &str) -> Result<Value> {
         .iter()
         .filter(|person| person.name != cluster::REQUESTER)
         .collect();
-    let document = answer_gates(&people, &rollout, wait::ROLLOUT, |person, gate| {
-        say(&format!(
-            "  {} decides at gate {} of phase `{}`",
-            person.name, gate.at, gate.phase
-        ));
-    })?;
+    let (document, interfered) = thread::scope(|scope| {
+        let answers = scope.spawn(|| {
+            answer_gates(&people, &rollout, wait::ROLLOUT, |person, gate| {
+                say(&format!(
+                    "  {} decides at gate {} of phase `{}`",
+                    person.name, gate.at, gate.phase
+                ));
+            })
+        });
+        let interfered = interfere(&rollout);
+        let document = answers.join().expect("nobody at the gates panics");
+        (document, interfered)
+    });
+    let document = document?;
     for line in timeline(&document) {
         say(&format!("  {line}"));
     }
+    interfered?;
     Ok(document)
+}
+
+/// Kills the main process of a step's unit in the middle of it; systemd ends what it started.
+fn kill_step(fleet: &Fleet, rollout: &str, action: &str, host: &str) -> Result<()> {
+    let watcher = fleet.operator(cluster::REQUESTER);
+    under_way(&watcher, rollout, action, Some(host))?;
+    let document = watcher.rollout(rollout)?;
+    let step = steps(&document).find(|(_, step)| text(&step["action"]) == action);
+    let (_, step) = step.context("the plan has this action")?;
+    let units = format!("lockstep-step-{rollout}.{}.do.1*", text(&step["at"]));
+    let unit = wait::until(&format!("{units} on {host}"), wait::SOON, || {
+        let list = ["systemctl", "list-units", "--plain", "--no-legend", &units];
+        let running = fleet
+            .on(host, &list)
+            .map_err(|error| format!("{error:#}"))?;
+        let unit = running.split_whitespace().next();
+        unit.map(str::to_owned).ok_or(running.clone())
+    })?;
+    kill(fleet, host, &unit)
+}
+
+/// Kills the daemon of the host that does an action; systemd starts it again.
+fn kill_agent(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
+    let watcher = fleet.operator(cluster::REQUESTER);
+    let host = under_way(&watcher, rollout, action, None)?;
+    kill(fleet, &host, "lockstep-agent.service")
+}
+
+/// Kills the main process of a unit, and sees in the journal that it was killed and what of.
+fn kill(fleet: &Fleet, host: &str, unit: &str) -> Result<()> {
+    let kill = ["systemctl", "kill", "--kill-whom=main", "--signal=KILL"];
+    fleet.on(host, &[&kill[..], &["--", unit]].concat())?;
+    wait::until(&format!("{unit} on {host} to die"), wait::SOON, || {
+        let journal = ["journalctl", "--no-pager", "-o", "cat", "-u", unit];
+        let said = fleet
+            .on(host, &journal)
+            .map_err(|error| format!("{error:#}"))?;
+        let died = said.contains("Main process exited, code=killed, status=9/KILL");
+        died.then_some(()).ok_or(said)
+    })?;
+    say(&format!("  killed {unit} on {host}"));
+    Ok(())
+}
+
+/// Holds the application's own record of v0.9.5 and v1.0.0 against the promise (INV-1).
+fn each_effect_once(fleet: &Fleet) -> Result<()> {
+    let mut migrations = vec![];
+    for (name, _) in HOSTS.iter().filter(|(_, role)| *role == "app") {
+        let starts = fleet.ledger(name, "effects")?;
+        ensure!(
+            starts == ["start 0.9.5", "stop 0.9.5", "start 1.0.0"],
+            "on {name} the application saw {starts:?}"
+        );
+        migrations.extend(fleet.ledger(name, "migrations")?);
+    }
+    ensure!(
+        migrations == ["upgrade 0001_base", "upgrade 0002_extended_fields"],
+        "the migrations saw {migrations:?}"
+    );
+    Ok(())
 }
 
 fn expect(document: &Value, state: &str) -> Result<()> {

@@ -74,8 +74,7 @@ impl Act for Restart {
             service.restart(cx, until).await?;
             service
                 .await_running(cx, &self.service, &self.listens, until)
-                .await
-                ?;
+                .await?;
             format!("{} runs anew, with what was there before", self.service)
         } else {
             service.stop(cx, until).await?;
