@@ -10,7 +10,6 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_tests::fleet::{Fleet, HOSTS};
 use lockstep_tests::operator::{Operator, answer_gates, list, steps, text};
-use lockstep_tests::story::under_way;
 use lockstep_tests::timeline::timeline;
 use lockstep_tests::{cluster, example, target, wait};
 use serde_json::{Value, json};
@@ -64,12 +63,12 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
 
     say("deploying v1.0.0, with a step and an agent killed on the way");
     let good = deploy(fleet, &example::plan(), "v1.0.0", |rollout| {
-        kill_step(fleet, rollout, "release.build", "app-1")?;
+        kill_step(fleet, rollout, "release.build")?;
         kill_agent(fleet, rollout, "migration.apply")
     })?;
     report(fleet, &good, evidence, "v1.0.0")?;
     expect(&good, "succeeded")?;
-    each_effect_once(fleet)?;
+    each_effect_once(fleet, evidence)?;
     let before = fleet.snapshot()?;
     ensure!(
         before.releases.values().all(|release| release == "v1.0.0"),
@@ -160,30 +159,42 @@ fn deploy(
     Ok(document)
 }
 
-/// Kills the main process of a step's unit in the middle of it; systemd ends what it started.
-fn kill_step(fleet: &Fleet, rollout: &str, action: &str, host: &str) -> Result<()> {
-    let watcher = fleet.operator(cluster::REQUESTER);
-    under_way(&watcher, rollout, action, Some(host))?;
-    let document = watcher.rollout(rollout)?;
+/// Waits until systemd runs the first attempt at an action; where, and its unit.
+fn under_way(fleet: &Fleet, rollout: &str, action: &str) -> Result<(&'static str, String)> {
+    let document = fleet.operator(cluster::REQUESTER).rollout(rollout)?;
     let step = steps(&document).find(|(_, step)| text(&step["action"]) == action);
     let (_, step) = step.context("the plan has this action")?;
-    let units = format!("lockstep-step-{rollout}.{}.do.1*", text(&step["at"]));
-    let unit = wait::until(&format!("{units} on {host}"), wait::SOON, || {
-        let list = ["systemctl", "list-units", "--plain", "--no-legend", &units];
-        let running = fleet
-            .on(host, &list)
-            .map_err(|error| format!("{error:#}"))?;
-        let unit = running.split_whitespace().next();
-        unit.map(str::to_owned).ok_or(running.clone())
-    })?;
+    let pattern = format!("lockstep-step-{rollout}.{}.do.1*", text(&step["at"]));
+    let list = [
+        "systemctl",
+        "list-units",
+        "--plain",
+        "--no-legend",
+        &pattern,
+    ];
+    wait::until(&format!("a unit {pattern}"), wait::ROLLOUT, || {
+        for (host, _) in HOSTS {
+            let units = fleet
+                .on(host, &list)
+                .map_err(|error| format!("{error:#}"))?;
+            if let Some(unit) = units.split_whitespace().next() {
+                return Ok((host, unit.to_owned()));
+            }
+        }
+        Err("none on any host".to_owned())
+    })
+}
+
+/// Kills a step in the middle of it; systemd ends what its main process has started.
+fn kill_step(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
+    let (host, unit) = under_way(fleet, rollout, action)?;
     kill(fleet, host, &unit)
 }
 
 /// Kills the daemon of the host that does an action; systemd starts it again.
 fn kill_agent(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
-    let watcher = fleet.operator(cluster::REQUESTER);
-    let host = under_way(&watcher, rollout, action, None)?;
-    kill(fleet, &host, "lockstep-agent.service")
+    let (host, _) = under_way(fleet, rollout, action)?;
+    kill(fleet, host, "lockstep-agent.service")
 }
 
 /// Kills the main process of a unit, and sees in the journal that it was killed and what of.
@@ -203,19 +214,27 @@ fn kill(fleet: &Fleet, host: &str, unit: &str) -> Result<()> {
 }
 
 /// Holds the application's own record of v0.9.5 and v1.0.0 against the promise (INV-1).
-fn each_effect_once(fleet: &Fleet) -> Result<()> {
+fn each_effect_once(fleet: &Fleet, evidence: &Path) -> Result<()> {
     let mut migrations = vec![];
     for (name, _) in HOSTS.iter().filter(|(_, role)| *role == "app") {
-        let starts = fleet.ledger(name, "effects")?;
+        let ledger = |which: &str| {
+            // One host of all migrates; the others have no such file.
+            let find = ["find", "/var/log/employee-system", "-name", which];
+            let lines = fleet.on(name, &[&find[..], &["-exec", "cat", "{}", "+"]].concat())?;
+            let kept = evidence.join(format!("v1.0.0.{name}.{which}"));
+            fs::write(&kept, lines)?;
+            anyhow::Ok(example::ledger(&kept))
+        };
+        let effects = ledger("effects")?;
         ensure!(
-            starts == ["start 0.9.5", "stop 0.9.5", "start 1.0.0"],
-            "on {name} the application saw {starts:?}"
+            effects == ["start 0.9.5", "stop 0.9.5", "start 1.0.0"],
+            "the application's record on {name}: {effects:?}"
         );
-        migrations.extend(fleet.ledger(name, "migrations")?);
+        migrations.extend(ledger("migrations")?);
     }
     ensure!(
         migrations == ["upgrade 0001_base", "upgrade 0002_extended_fields"],
-        "the migrations saw {migrations:?}"
+        "the migrations' record: {migrations:?}"
     );
     Ok(())
 }
