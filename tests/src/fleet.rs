@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -39,6 +39,8 @@ pub struct Fleet {
     work: tempfile::TempDir,
     secrets: BTreeMap<&'static str, String>,
     _reaper: Reaper,
+    // Let go of after the reaper has cleaned up.
+    _lock: File,
 }
 
 impl Fleet {
@@ -49,6 +51,9 @@ impl Fleet {
             "systemd hosts need root: run `sudo make fleet`"
         );
         let binaries = Binaries::find()?;
+        let lock = File::create(format!("/run/lockstep-fleet-{NAME}.lock"))?;
+        let free = lock.try_lock();
+        free.context("another `make fleet` runs on this machine: wait until it has ended")?;
         let reaper = Reaper::of_fleet(NAME)?;
         hosts(&["prepare"])?;
         tell("booting four hosts");
@@ -65,6 +70,7 @@ impl Fleet {
             work: tempfile::Builder::new().prefix("lockstep-").tempdir()?,
             secrets: BTreeMap::new(),
             _reaper: reaper,
+            _lock: lock,
         };
         for name in ["migrator", "app", "secret_key", "admin"] {
             fleet

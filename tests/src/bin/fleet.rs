@@ -36,10 +36,10 @@ fn run() -> Result<()> {
     let begun = Instant::now();
     let reports = target().join("reports");
     let evidence = reports.join("fleet");
-    let _ = fs::remove_dir_all(&evidence);
-    fs::create_dir_all(&evidence)?;
     let mut seen = Seen::default();
     let fleet = Fleet::start(say)?;
+    let _ = fs::remove_dir_all(&evidence);
+    fs::create_dir_all(&evidence)?;
     let shown = show(&fleet, &mut seen, &evidence);
     let collected = fleet.collect(&evidence);
     let stopped = fleet.stop();
@@ -61,10 +61,11 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
     let installed = deploy(fleet, &example::install_plan(), "v0.9.5", |_| Ok(()))?;
     expect(&installed, "succeeded")?;
 
-    say("deploying v1.0.0, with a step and an agent killed on the way");
+    say("deploying v1.0.0, with steps and an agent killed on the way");
     let good = deploy(fleet, &example::plan(), "v1.0.0", |rollout| {
         kill_step(fleet, rollout, "release.build")?;
-        kill_agent(fleet, rollout, "migration.apply")
+        kill_agent(fleet, rollout, "release.build")?;
+        kill_step(fleet, rollout, "migration.apply")
     })?;
     report(fleet, &good, evidence, "v1.0.0")?;
     expect(&good, "succeeded")?;
