@@ -1,8 +1,8 @@
 //! Who this agent is: its installation, its boot, and the lock that makes it the only one.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{BootId, Digest};
@@ -43,6 +43,13 @@ pub(crate) fn private_dir(path: &Path) -> Result<(), IdentityError> {
         .map_err(io_error("make", path))
 }
 
+/// Makes a directory that everybody may enter and only the agent may list, with its parents.
+pub(crate) fn make_enterable(path: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(path)?;
+    // The process's mask may have taken what others need.
+    std::fs::set_permissions(path, Permissions::from_mode(0o711))
+}
+
 /// Held as long as the daemon runs; step processes do not inherit it.
 #[derive(Debug)]
 pub(crate) struct StateLock {
@@ -73,7 +80,7 @@ impl StateLock {
 pub(crate) fn boot_id(run_dir: &Path) -> Result<BootId, IdentityError> {
     let kernel_path = Path::new("/proc/sys/kernel/random/boot_id");
     let kernel = std::fs::read(kernel_path).map_err(io_error("read", kernel_path))?;
-    private_dir(run_dir)?;
+    make_enterable(run_dir).map_err(io_error("make", run_dir))?;
     let path = run_dir.join("boot");
     let own = match std::fs::read(&path) {
         Ok(own) if own.len() == 32 => own,

@@ -29,7 +29,7 @@ mod private;
 mod quote;
 
 pub(crate) use error::{Place, explain};
-pub(crate) use private::{PrivateDir, can_enter};
+pub(crate) use private::{PrivateDir, can_enter, remove_left_over};
 pub(crate) use quote::{conninfo_dbname, ident, literal, url};
 
 /// How long the server may take to let us in.

@@ -160,7 +160,7 @@ impl ServeError {
     /// state directory or took over, and a restart does not help.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Tls(_) | Self::Bind { .. } => 2,
+            Self::Config(_) | Self::Tls(_) => 2,
             Self::Journal(OpenError::InUse { .. })
             | Self::Driver(DriverError::Superseded { .. }) => 12,
             Self::Journal(OpenError::Quarantined { .. } | OpenError::Format { .. })

@@ -255,14 +255,6 @@ fn explained(failed: Failure) -> Failure {
     }
 }
 
-/// The same failure, of an attempt that has changed something.
-fn changed(failure: Failure) -> Failure {
-    Failure {
-        changed: true,
-        ..failure
-    }
-}
-
 fn before<T: serde::de::DeserializeOwned>(before: &Value) -> Result<T, Failure> {
     serde_json::from_value(before.clone()).map_err(|error| {
         failure(

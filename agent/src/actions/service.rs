@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep};
 
 use super::net::{self, Answer, PAUSE};
 use super::{Act, Done, Probe};
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure};
 
 mod command;
 mod process;
@@ -225,14 +225,6 @@ const UNDO_START: Period = Period::seconds(60);
 fn until(cx: &Context, within: Period) -> Instant {
     let end = Instant::now().checked_add(within.to_std());
     end.map_or(cx.deadline, |end| end.min(cx.deadline))
-}
-
-/// The same failure, of an attempt that has changed something.
-fn changed(failure: Failure) -> Failure {
-    Failure {
-        changed: true,
-        ..failure
-    }
 }
 
 fn to_value(state: &State) -> Value {

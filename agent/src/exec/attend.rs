@@ -24,6 +24,7 @@ use super::tail::Tail;
 use crate::actions::{self, Probe};
 use crate::config::Config;
 use crate::process::head;
+use crate::sql::remove_left_over;
 use crate::step::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
 
 /// How long asking the host may take: `before`, `probe`, `state` of one action.
@@ -113,6 +114,7 @@ pub(crate) async fn attend(host: Rc<Host>, key: StepKey, met: Met) -> Ended {
         never = tail.follow() => match never {},
     };
     tail.catch_up();
+    remove_left_over(&host.config.run_dir, |of| *of == key);
     if ended.took == Period(0) {
         let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         ended.took = Period(millis);

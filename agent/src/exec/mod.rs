@@ -15,7 +15,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Epoch, InstanceId, StepKey};
+use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::identity::{IdentityError, boot_id, private_dir};
 use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record};
+use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
 
 mod attend;
@@ -196,6 +197,8 @@ impl Exec {
             config: config.clone(),
             logs,
         });
+        // Nobody awaits what an earlier daemon was probing for a dry run.
+        remove_left_over(&config.run_dir, |of| of.direction == Direction::Probe);
         let held = memory.hold.as_ref().and_then(|hold| {
             HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps)
                 .inspect_err(|error| {

@@ -3,17 +3,20 @@
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::io::Write as _;
 use std::os::unix::fs::{
-    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown,
 };
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::report::{Cause, Failure};
 
+use crate::identity::make_enterable;
 use crate::process::User;
-use crate::step::{Context, failure};
+use crate::step::{Context, failure, hinted};
 
-/// A directory (0700) of the user that a tool runs as, removed when this value is dropped.
+/// A directory that a tool's user may enter and nobody else, removed when this value is dropped.
+/// It stays the agent's own: only the files in it are the user's. So it can be filled and removed
+/// without any power over other users' files.
 #[derive(Debug)]
 pub(crate) struct PrivateDir {
     path: PathBuf,
@@ -21,25 +24,14 @@ pub(crate) struct PrivateDir {
 }
 
 impl PrivateDir {
-    /// Makes one for a user; `None` is whoever the agent runs as. It is in the attempt's own
-    /// directory if that user can get there, else in the directory for temporary files.
+    /// Makes one for a user; `None` is whoever the agent runs as. It is in the run directory, which
+    /// a reboot empties.
     pub(crate) fn new(cx: &Context, user: Option<&str>) -> Result<Self, Failure> {
         let owner = user
             .map(User::find)
             .transpose()?
             .filter(|user| !user.is_self());
-        let base = match &owner {
-            None => cx.dir.clone(),
-            Some(user) => {
-                user.may_be_taken()?;
-                // The attempt's directory holds nothing that its name would give away.
-                let opened = fs::set_permissions(&cx.dir, Permissions::from_mode(0o711));
-                match opened {
-                    Ok(()) if can_enter(user, &cx.dir) => cx.dir.clone(),
-                    _ => std::env::temp_dir(),
-                }
-            }
-        };
+        let base = parent(&cx.config.run_dir);
         let cannot = |error: std::io::Error| {
             let base = base.display();
             failure(
@@ -47,19 +39,34 @@ impl PrivateDir {
                 format!("cannot make a private directory in {base}: {error}"),
             )
         };
-        remove_left_over(&base, &cx.key);
-        let path = base.join(format!(
-            "lockstep-{}-{:016x}",
-            cx.key,
-            rand::random::<u64>()
-        ));
+        make_enterable(&base).map_err(cannot)?;
+        if let (Some(user), Some(name)) = (&owner, user) {
+            user.may_be_taken()?;
+            if !can_enter(user, &base) {
+                return Err(hinted(
+                    Cause::Host,
+                    format!("{name} cannot enter {}", base.display()),
+                    "let others enter the agent's `run_dir` and the directories above it (0711)",
+                ));
+            }
+        }
+        let path = base.join(format!("{}-{:016x}", cx.key, rand::random::<u64>()));
         DirBuilder::new()
             .mode(0o700)
             .create(&path)
             .map_err(cannot)?;
         let made = Self { path, owner };
-        made.give(&made.path).map_err(cannot)?;
+        made.admit().map_err(cannot)?;
         Ok(made)
+    }
+
+    /// Lets the user's group pass, and not look: the files' names are known to whom they concern.
+    fn admit(&self) -> std::io::Result<()> {
+        let Some(user) = &self.owner else {
+            return Ok(());
+        };
+        chown(&self.path, None, Some(user.gid))?;
+        fs::set_permissions(&self.path, Permissions::from_mode(0o710))
     }
 
     /// The directory.
@@ -67,7 +74,7 @@ impl PrivateDir {
         &self.path
     }
 
-    /// Writes a file (0600) into it.
+    /// Writes a file (0600) into it, which is the user's.
     pub(crate) fn write(&self, name: &str, text: &str) -> Result<PathBuf, Failure> {
         let path = self.path.join(name);
         let write = || {
@@ -77,7 +84,10 @@ impl PrivateDir {
                 .mode(0o600)
                 .open(&path)?;
             file.write_all(text.as_bytes())?;
-            self.give(&path)
+            match &self.owner {
+                Some(user) => chown(&path, Some(user.uid), Some(user.gid)),
+                None => Ok(()),
+            }
         };
         write().map_err(|error| {
             failure(
@@ -99,13 +109,6 @@ impl PrivateDir {
         let escaped = password.replace('\\', "\\\\").replace(':', "\\:");
         self.write("pgpass", &format!("*:*:*:*:{escaped}\n"))
     }
-
-    fn give(&self, path: &Path) -> std::io::Result<()> {
-        match &self.owner {
-            Some(user) => std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Drop for PrivateDir {
@@ -114,25 +117,23 @@ impl Drop for PrivateDir {
     }
 }
 
-/// Removes what killed processes of other attempts at the same step have left.
-fn remove_left_over(base: &Path, key: &StepKey) {
-    let own = rustix::process::geteuid().as_raw();
-    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+/// Removes what attempts have left whose processes have ended, or whose result nobody awaits.
+pub(crate) fn remove_left_over(run_dir: &Path, of: impl Fn(&StepKey) -> bool) {
+    for entry in fs::read_dir(parent(run_dir))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let other = name
-            .strip_prefix("lockstep-")
-            .and_then(|name| name.rsplit_once('-'))
-            .and_then(|(name, _)| name.parse::<StepKey>().ok());
-        let stale = other.is_some_and(|other| {
-            other != *key && (&other.rollout, other.at) == (&key.rollout, key.at)
-        });
-        let removable = entry
-            .metadata()
-            .is_ok_and(|meta| meta.is_dir() && [0, meta.uid()].contains(&own));
-        if stale && removable {
+        let key = name.rsplit_once('-').and_then(|(key, _)| key.parse().ok());
+        if key.is_some_and(|key| of(&key)) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+fn parent(run_dir: &Path) -> PathBuf {
+    run_dir.join("private")
 }
 
 /// Whether a user can get into a directory, by its ancestors' permissions for owner and others.
@@ -152,4 +153,48 @@ pub(crate) fn can_enter(user: &User, directory: &Path) -> bool {
                 }
             })
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::testing::Host;
+
+    fn mode(path: &Path) -> (u32, u32, u32) {
+        let meta = fs::metadata(path).unwrap();
+        (meta.uid(), meta.gid(), meta.mode() & 0o777)
+    }
+
+    #[test]
+    fn only_the_files_are_the_users_and_what_a_killed_attempt_left_goes() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let host = Host::new();
+        let chmod = |mode| fs::set_permissions(host.path(), Permissions::from_mode(mode)).unwrap();
+        let cx = host.context();
+        chmod(0o700);
+        let refused = PrivateDir::new(&cx, Some("nobody")).unwrap_err();
+        assert!(
+            refused.message.contains("nobody cannot enter"),
+            "{refused:?}"
+        );
+
+        chmod(0o711);
+        let user = User::find("nobody").unwrap();
+        let made = PrivateDir::new(&cx, Some("nobody")).unwrap();
+        let file = made.write_password("a:b").unwrap();
+        assert_eq!(mode(made.path()), (0, user.gid, 0o710));
+        assert_eq!(mode(&file), (user.uid, user.gid, 0o600));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "*:*:*:*:a\\:b\n");
+
+        let path = made.path().to_owned();
+        std::mem::forget(made);
+        remove_left_over(&host.config.run_dir, |of| *of != cx.key);
+        assert!(path.exists());
+        remove_left_over(&host.config.run_dir, |of| *of == cx.key);
+        assert!(!path.exists());
+    }
 }

@@ -135,6 +135,22 @@ pub(crate) fn failure(cause: Cause, message: impl Into<String>) -> Failure {
     }
 }
 
+/// A failure with what to do next.
+pub(crate) fn hinted(cause: Cause, message: impl Into<String>, hint: impl Into<String>) -> Failure {
+    Failure {
+        hint: Some(hint.into()),
+        ..failure(cause, message)
+    }
+}
+
+/// The same failure, of an attempt that may have changed something.
+pub(crate) fn changed(failure: Failure) -> Failure {
+    Failure {
+        changed: true,
+        ..failure
+    }
+}
+
 /// The step's log: a bounded file beside the outcome, followed by the daemon while the step runs.
 #[derive(Clone)]
 pub(crate) struct StepLog {

@@ -17,6 +17,6 @@ mod job;
 mod run;
 
 pub(crate) use claim::{Claim, Claimed};
-pub(crate) use context::{Context, LogMark, StepLog, failure};
+pub(crate) use context::{Context, LogMark, StepLog, changed, failure, hinted};
 pub(crate) use job::{Ended, Job, StepDir};
 pub(crate) use run::{StepExit, run, would};

@@ -7,10 +7,9 @@ use lockstep_proto::action::migration::{Apply, Current, Downgrade, Plan, Tool, V
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Period;
 
-use crate::actions::postgres::hinted;
 use crate::process::{Ended, Program};
 use crate::sql::{Database, PrivateDir, application_name, url};
-use crate::step::{Context, failure};
+use crate::step::{Context, failure, hinted};
 
 /// The most of a program's output that is kept, in bytes: SQL of this size may have been cut.
 const MAX_SQL: usize = 1 << 20;

@@ -8,10 +8,9 @@ use serde_json::{Value, json};
 
 use super::alembic::{Alembic, Limits, Source, Way};
 use super::guard::{self, revision, shown};
-use crate::actions::postgres::hinted;
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::Database;
-use crate::step::{Context, failure};
+use crate::step::{Context, failure, hinted};
 
 /// Where the database is, once the old attempt's sessions are gone; and where it is to be.
 async fn where_it_is(

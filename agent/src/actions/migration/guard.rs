@@ -7,9 +7,9 @@ use lockstep_proto::report::{Cause, Failure};
 
 use super::alembic::{Alembic, Limits, Way, Went, is_transactional};
 use crate::actions::bound;
-use crate::actions::postgres::{changed, fence, hinted, look, measure};
+use crate::actions::postgres::{fence, look, measure};
 use crate::sql::{Database, Session};
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure, hinted};
 
 /// How often a migration is tried that waited too long for a lock; each time all of it was undone.
 const TRIES: u32 = 5;

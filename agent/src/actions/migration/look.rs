@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use super::alembic::{Alembic, Source};
 use super::guard::{revision, shown};
-use crate::actions::postgres::hinted;
 use crate::actions::{Act, Done, Probe};
-use crate::step::Context;
+use crate::step::{Context, hinted};
 
 /// The most of SQL that a fact holds, in bytes.
 const MAX_SHOWN: usize = 20 << 10;

@@ -17,11 +17,11 @@ use super::manifest::{self, Manifest, Store, archive_in, blocking};
 use super::measure::{Contents, Snapshot, fingerprint, revisions, rows_fact, summary};
 use super::scratch::progress;
 use super::tools::Tools;
-use super::{fence, hinted, human};
+use super::{fence, human};
 use crate::actions::{Act, Done, Probe};
 use crate::process::User;
 use crate::sql::{Database, Session};
-use crate::step::{Context, failure};
+use crate::step::{Context, failure, hinted};
 
 impl Act for Backup {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {

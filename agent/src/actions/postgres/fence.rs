@@ -13,11 +13,11 @@ use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{changed, hinted, measure};
+use super::measure;
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session, ident, literal};
-use crate::step::Context;
+use crate::step::{Context, changed, hinted};
 
 /// What an attempt to lower a fence measured just before.
 const MEASURED: &str = "measured-state.json";

@@ -8,12 +8,11 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::check_sql::shorten;
-use super::hinted;
 use super::manifest::Store;
 use super::measure::{TABLE_NAME, TABLES, rows_fact};
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session};
-use crate::step::{Context, failure};
+use crate::step::{Context, failure, hinted};
 
 /// A transaction that sees one state and all rows of it, or fails where it may not.
 const READ_ALL: &str =

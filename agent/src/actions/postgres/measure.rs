@@ -113,7 +113,7 @@ pub(super) async fn fingerprint(
     dbname: &str,
     snapshot: Option<&str>,
 ) -> Result<Digest, Failure> {
-    let file = tools.directory().join("schema.sql");
+    let file = tools.file("schema.sql")?;
     let output = file.display().to_string();
     let mut args = vec![
         "-s",

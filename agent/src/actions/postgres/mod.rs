@@ -22,26 +22,6 @@ mod scratch;
 mod tools;
 mod verify;
 
-use lockstep_proto::report::{Cause, Failure};
-
-use crate::step::failure;
-
-/// The same failure, of an attempt that may have changed something.
-pub(crate) fn changed(failure: Failure) -> Failure {
-    Failure {
-        changed: true,
-        ..failure
-    }
-}
-
-/// A failure with what to do next.
-pub(crate) fn hinted(cause: Cause, message: impl Into<String>, hint: impl Into<String>) -> Failure {
-    Failure {
-        hint: Some(hint.into()),
-        ..failure(cause, message)
-    }
-}
-
 /// A size for people.
 fn human(bytes: u64) -> String {
     let units = [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];

@@ -19,10 +19,10 @@ use super::look::{changes, count};
 use super::manifest::{Manifest, Store, archive_in};
 use super::measure::summary;
 use super::tools::Tools;
-use super::{changed, fence, hinted, scratch};
+use super::{fence, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session, ident, literal};
-use crate::step::Context;
+use crate::step::{Context, changed, hinted};
 
 /// The names of a restore's databases.
 struct Names {

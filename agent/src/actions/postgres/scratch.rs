@@ -6,12 +6,12 @@ use std::time::Duration;
 use lockstep_proto::ids::Digest;
 use lockstep_proto::report::{Cause, Failure};
 
+use super::human;
 use super::manifest::{Manifest, archive_in, blocking, digest};
 use super::measure::{Contents, Snapshot, TABLE_NAME, fingerprint};
 use super::tools::Tools;
-use super::{hinted, human};
 use crate::sql::{Database, Session, application_name, ident, literal};
-use crate::step::{Context, failure};
+use crate::step::{Context, failure, hinted};
 use lockstep_proto::action::postgres::Aspect;
 
 /// How many processes a dump or restore may use: half of the processors, at most four.

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 
 use lockstep_proto::report::{Cause, Failure};
 
-use super::hinted;
 use crate::process::{Ended, Program};
 use crate::sql::{Database, PrivateDir, application_name, conninfo_dbname};
-use crate::step::Context;
+use crate::step::{Context, hinted};
 
 /// Where Debian's packages put each major version.
 const VERSIONS: &str = "/usr/lib/postgresql";
@@ -80,9 +79,9 @@ impl<'a> Tools<'a> {
         self.database.config.os_user.as_deref()
     }
 
-    /// A directory that the tools may write to and the agent can read.
-    pub(super) fn directory(&self) -> &Path {
-        self.private.path()
+    /// An empty file that the tools may write to.
+    pub(super) fn file(&self, name: &str) -> Result<PathBuf, Failure> {
+        self.private.write(name, "")
     }
 
     /// Runs a tool on a database of the server; fails unless it exits with 0.

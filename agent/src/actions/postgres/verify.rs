@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use super::manifest::{Manifest, Store, Verified, archive_in};
 use super::measure::summary;
 use super::tools::Tools;
-use super::{hinted, human, scratch};
+use super::{human, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session};
-use crate::step::Context;
+use crate::step::{Context, changed, hinted};
 
 impl Act for VerifyBackup {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
@@ -84,7 +84,7 @@ impl Act for VerifyBackup {
         .await;
         let dropped = scratch::drop(&session, &scratch).await;
         let differences = compared?;
-        dropped.map_err(super::changed)?;
+        dropped.map_err(changed)?;
         if !differences.is_empty() {
             let what = format!(
                 "the backup {} does not restore to what it was taken of",

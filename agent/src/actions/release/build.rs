@@ -9,10 +9,10 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::{App, Build, before, changed, explained};
+use super::{App, Build, before, explained};
 use crate::actions::{Act, Done, Probe};
 use crate::process::Program;
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure};
 
 /// The commands' digest: a release that was built by others counts as not built.
 fn digest(build: &release::Build) -> Digest {

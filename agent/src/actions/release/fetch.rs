@@ -9,11 +9,11 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::{App, NOTE, Note, PARTIAL, REMOVED, before, changed, explained, remove_all};
+use super::{App, NOTE, Note, PARTIAL, REMOVED, before, explained, remove_all};
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
 use crate::process::Program;
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure};
 
 /// What git may speak. Never `ext`, which runs commands.
 const PROTOCOLS: &str = "https:ssh:file";

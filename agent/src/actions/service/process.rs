@@ -27,12 +27,12 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::systemd;
-use super::{Phase, State, changed};
+use super::{Phase, State};
 use crate::actions::env::parse_env;
 use crate::actions::files::{self, OrFailed as _};
 use crate::config;
 use crate::process::{User, base_env};
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure};
 
 /// What `supervise` is told on its standard input.
 #[derive(Debug, Serialize, Deserialize)]

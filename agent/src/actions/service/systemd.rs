@@ -14,9 +14,9 @@ use zbus::{
     Connection, DynamicType, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant,
 };
 
-use super::{Phase, State, changed};
+use super::{Phase, State};
 use crate::process::Program;
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure};
 
 const BUS_NAME: &str = "org.freedesktop.systemd1";
 const MANAGER_PATH: &str = "/org/freedesktop/systemd1";

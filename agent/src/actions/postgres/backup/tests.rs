@@ -110,7 +110,7 @@ async fn counts_are_those_of_the_dump_although_rows_come_in_meanwhile() {
     let tools = Tools::new(&cx, &database, 15).unwrap();
     let store = Store::of(&cx, &database);
     let archive = archive_in(&store.path(&made.id)).display().to_string();
-    let sql = tools.directory().join("data.sql").display().to_string();
+    let sql = tools.file("data.sql").unwrap().display().to_string();
     let args = ["--data-only", "-t", "users", "-f", &sql, &archive];
     tools.run("pg_restore", None, &args).await.unwrap();
     let text = fs::read_to_string(&sql).unwrap();
@@ -313,6 +313,7 @@ async fn tools_run_as_their_own_user_where_one_is_named() {
     fs::set_permissions(bench.host.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let config = bench.host.config.postgres.get_mut("staff").unwrap();
     config.os_user = Some("postgres".into());
+    bench.host.config.run_dir = open.path().join("run");
     let failed = backup()
         .apply(&bench.cx(1, vec![]), &NULL)
         .await
