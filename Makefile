@@ -58,6 +58,9 @@ demo: build ## a whole rollout before your eyes: v1.0.0 goes out, v1.1.0 comes b
 
 fleet: release ## the same on real systemd hosts; needs root
 	@$(NOFILE)
-	target/release/fleet
+	# The tests that need a systemd of their own run on the fleet's hosts.
+	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --bins --no-run --message-format json |
+		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+	LOCKSTEP_AGENT_TESTS=$$tests target/release/fleet
 
 ci: fmt clippy doc test deny demo fleet ## everything

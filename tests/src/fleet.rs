@@ -195,9 +195,10 @@ impl Fleet {
         Ok(snapshot)
     }
 
-    /// Writes what journals and systemd say of every host into a directory.
+    /// Writes what journals and systemd say of every host into a directory. No secret is in it, nor
+    /// in what Lockstep keeps on the hosts.
     pub fn collect(&self, into: &Path) -> Result<()> {
-        let common: [(&str, &[&str]); 3] = [
+        let common: [(&str, &[&str]); 4] = [
             (
                 "units.txt",
                 &["systemctl", "list-units", "--all", "--no-pager", "--plain"],
@@ -207,12 +208,24 @@ impl Fleet {
                 &["journalctl", "--no-pager", "-u", "lockstep-*"],
             ),
             ("systemd.journal", &["journalctl", "--no-pager", "_PID=1"]),
+            ("units.show", &["systemctl", "show", "*", "--no-pager"]),
         ];
         for host in self.addresses.keys() {
             let directory = into.join(host);
             fs::create_dir_all(&directory)?;
             for (file, argv) in common {
-                fs::write(directory.join(file), self.on(host, argv)?)?;
+                let said = self.on(host, argv)?;
+                self.holds_no_secret(&format!("{file} of {host}"), &said)?;
+                fs::write(directory.join(file), said)?;
+            }
+            for (name, secret) in &self.secrets {
+                let kept = "/var/lib/lockstep /var/lib/lockstep-agent /run/lockstep-agent /tmp";
+                let search = format!("grep -rlsaF -e {secret} {kept} || true");
+                let found = self.on(host, &["sh", "-c", &search])?;
+                ensure!(
+                    found.is_empty(),
+                    "on {host} these hold the secret `{name}`: {found}"
+                );
             }
         }
         for (name, _) in HOSTS.iter().filter(|(_, role)| *role == "app") {
@@ -226,6 +239,35 @@ impl Fleet {
                 into.join(name).join("employee-backend.journal"),
                 self.on(name, &journal)?,
             )?;
+        }
+        Ok(())
+    }
+
+    /// The agent's tests of systemd itself, on a host; what they say.
+    pub fn test_systemd(&self, host: &str, program: &Path) -> Result<String> {
+        let stage = Stage::new(self.work.path().join("stage/tests"))?;
+        let installed = "usr/local/bin/lockstep-agent-tests";
+        stage.copy(program, installed, 0o755)?;
+        stage.put(host)?;
+        let directory = "LOCKSTEP_TEST_UNIT_DIR=/run/systemd/system";
+        let said = self.on(
+            host,
+            &[
+                "env",
+                directory,
+                &format!("/{installed}"),
+                "--ignored",
+                "systemd",
+            ],
+        )?;
+        self.on(host, &["rm", &format!("/{installed}")])?;
+        Ok(said)
+    }
+
+    /// Fails if a text holds one of the fleet's secrets.
+    pub fn holds_no_secret(&self, what: &str, text: &str) -> Result<()> {
+        for (name, secret) in &self.secrets {
+            ensure!(!text.contains(secret), "{what} shows the secret `{name}`");
         }
         Ok(())
     }

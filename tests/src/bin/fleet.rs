@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lockstep_tests::fleet::{Fleet, HOSTS};
+use lockstep_tests::fleet::{CONTROL, Fleet, HOSTS};
 use lockstep_tests::operator::{Operator, answer_gates, list, steps, text};
 use lockstep_tests::timeline::timeline;
 use lockstep_tests::{cluster, example, target, wait};
@@ -57,12 +57,23 @@ fn run() -> Result<()> {
 }
 
 fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
+    if let Some(program) = std::env::var_os("LOCKSTEP_AGENT_TESTS") {
+        say("the agent's tests of systemd, on app-2");
+        let said = fleet.test_systemd("app-2", Path::new(&program))?;
+        ensure!(
+            said.contains("test result: ok") && !said.contains("running 0"),
+            "{said}"
+        );
+        fs::write(evidence.join("systemd-tests.txt"), said)?;
+    }
+
     say("installing v0.9.5");
     let installed = deploy(fleet, &example::install_plan(), "v0.9.5", |_| Ok(()))?;
     expect(&installed, "succeeded")?;
 
-    say("deploying v1.0.0, with steps and an agent killed on the way");
+    say("deploying v1.0.0, with the controller, steps and an agent killed on the way");
     let good = deploy(fleet, &example::plan(), "v1.0.0", |rollout| {
+        kill_controller(fleet, rollout, "release.fetch")?;
         kill_step(fleet, rollout, "release.build")?;
         kill_agent(fleet, rollout, "release.build")?;
         kill_step(fleet, rollout, "migration.apply")
@@ -186,10 +197,24 @@ fn under_way(fleet: &Fleet, rollout: &str, action: &str) -> Result<(&'static str
     })
 }
 
-/// Kills a step in the middle of it; systemd ends what its main process has started.
+/// Kills a step in the middle of it; systemd ends what its main process has started. Its unit shows
+/// no secret.
 fn kill_step(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
     let (host, unit) = under_way(fleet, rollout, action)?;
+    let properties = fleet.on(host, &["systemctl", "show", "--no-pager", "--", &unit])?;
+    ensure!(properties.contains(&unit), "{properties}");
+    fleet.holds_no_secret(&unit, &properties)?;
     kill(fleet, host, &unit)
+}
+
+/// Kills the controller while an action is under way; systemd starts it again.
+fn kill_controller(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
+    under_way(fleet, rollout, action)?;
+    kill(fleet, CONTROL, "lockstep-controller.service")?;
+    wait::until("the controller to answer again", wait::SOON, || {
+        let asked = fleet.operator(cluster::REQUESTER).rollout(rollout);
+        asked.map(drop).map_err(|error| format!("{error:#}"))
+    })
 }
 
 /// Kills the daemon of the host that does an action; systemd starts it again.
@@ -270,6 +295,7 @@ fn report(fleet: &Fleet, document: &Value, evidence: &Path, release: &str) -> Re
         let requester = fleet.operator(cluster::REQUESTER);
         let said = requester.run(&["report", rollout, "--format", format])?;
         ensure!(said.code == 0, "no report as {format}: {}", said.text());
+        fleet.holds_no_secret(&format!("the report as {format}"), &said.stdout)?;
         fs::write(evidence.join(format!("{release}.{format}")), said.stdout)?;
     }
     Ok(())

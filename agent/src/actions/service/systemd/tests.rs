@@ -174,8 +174,8 @@ async fn a_real_unit_that_fails_says_so_at_once_and_leaves_no_mark_after_the_und
     let host = Host::new();
     let cx = host.context();
     let services = [
-        "ExecStart=/usr/bin/env python3 -c 'import sys; sys.exit(3)'",
-        "Restart=always\nRestartSec=5\nExecStart=/usr/bin/env python3 -c 'import sys; sys.exit(3)'",
+        "ExecStart=/bin/sh -c 'echo no such table; exit 3'",
+        "Restart=always\nRestartSec=5\nExecStart=/bin/sh -c 'echo no such table; exit 3'",
     ];
     for (name, service) in ["fails", "loops"].into_iter().zip(services) {
         let unit = RealUnit::new(name, service).await;
@@ -195,6 +195,8 @@ async fn a_real_unit_that_fails_says_so_at_once_and_leaves_no_mark_after_the_und
             "{}",
             failed.message
         );
+        let lines = failed.last_lines.join("\n");
+        assert!(lines.contains("no such table"), "{name}: {lines}");
         start.undo(&cx, &before).await.unwrap();
         assert_eq!(start.state(&cx).await.unwrap(), state, "{name}");
         unit.remove().await;
