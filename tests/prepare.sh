@@ -46,7 +46,13 @@ fi
 
 say "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-apt() { "${as_root[@]}" apt-get -qq -o Dpkg::Use-Pty=0 "$@" </dev/null >&2; }
+log=$(mktemp)
+apt() {
+  "${as_root[@]}" apt-get -qq -o Dpkg::Use-Pty=0 "$@" </dev/null >"$log" 2>&1 && return
+  tail -20 "$log" >&2
+  say "apt-get $1 failed; the whole log is $log"
+  exit 1
+}
 apt update
 if [[ " ${missing[*]} " == *' postgresql '* ]]; then
   # The tests start clusters of their own; the package would make and start one on port 5432.
@@ -55,3 +61,4 @@ if [[ " ${missing[*]} " == *' postgresql '* ]]; then
     /etc/postgresql-common/createcluster.conf
 fi
 apt install -y --no-install-recommends "${missing[@]}"
+rm "$log"

@@ -15,7 +15,8 @@ h3 { font-size: 1.05rem; margin-top: 1.6rem; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; }
 tr { border-bottom: 1px solid #8884; }
-td { overflow-wrap: anywhere; min-width: 4rem; }
+td { min-width: 4rem; }
+td:last-child { overflow-wrap: anywhere; }
 th[scope=row] { width: 12rem; }
 pre { padding: .8rem; border: 1px solid #8884; overflow-x: auto; font-size: 13px; }
 @media print {
