@@ -375,11 +375,12 @@ impl SmallDisk {
     fn fill(&self, leaving: u64) {
         let stat = rustix::fs::statvfs(&self.0).unwrap();
         let size = (stat.f_bavail * stat.f_frsize).saturating_sub(leaving);
-        std::fs::write(
-            self.0.join("ballast"),
-            vec![1; usize::try_from(size).unwrap()],
-        )
-        .unwrap();
+        let ballast = vec![1; usize::try_from(size).unwrap()];
+        match std::fs::write(self.0.join("ballast"), ballast) {
+            // The agent took some of it in between.
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {}
+            written => written.unwrap(),
+        }
     }
 
     fn free(&self) {
