@@ -1,0 +1,168 @@
+//! The way back.
+
+use super::*;
+
+#[test]
+fn a_failure_is_undone_beginning_with_the_failed_step() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let start = step("service.start", json!({"service": "web"}));
+    fleet
+        .submit(
+            1,
+            plan(1, vec![on("app", vec![stop()]), on("app", vec![start])]),
+        )
+        .unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![state("up")]);
+    }
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.orders.len(), 2, "INV-3: b has not closed the phase");
+    fleet.finish("b", ok(), vec![]);
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(fleet.state(1), "rolling_back");
+    assert_eq!(
+        fleet.orders.len(),
+        4,
+        "b is still at work: nothing is undone yet"
+    );
+    fleet.finish("b", ok(), vec![]);
+    let undone: Vec<String> = fleet.orders[4..]
+        .iter()
+        .map(|order| format!("{} {}", order.key.host, order.key.at))
+        .collect();
+    assert_eq!(undone, ["a 1.0", "b 1.0"]);
+    for name in ["a", "b", "a", "b"] {
+        assert_eq!(fleet.newest(name).direction, Direction::Undo);
+        fleet.finish(name, ok(), vec![]);
+    }
+    for name in ["a", "b"] {
+        fleet.surveyed(name, vec![state("up")]);
+    }
+    assert_eq!(fleet.state(1), "rolled_back");
+    assert!(
+        fleet
+            .reason(1)
+            .contains("a failed in phase `p1`: service.start (step 1.0, line 7)")
+    );
+}
+
+#[test]
+fn a_state_that_is_not_as_before_halts_with_the_exact_list_and_keeps_the_lock() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![state("up")]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("a", ok(), vec![]);
+    fleet.surveyed("a", vec![state("down")]);
+    assert_eq!(fleet.state(1), "halted");
+    assert!(
+        fleet.reason(1).contains("a: service web: was up, is down"),
+        "{}",
+        fleet.reason(1)
+    );
+    assert!(
+        fleet
+            .submit(2, plan(2, vec![on("app", vec![stop()])]))
+            .is_err()
+    );
+    let close = Call::Close {
+        rollout: rollout(1),
+        reason: "replaced by hand".into(),
+    };
+    fleet.call("olga", &[], close).unwrap();
+    fleet
+        .submit(3, plan(3, vec![on("app", vec![stop()])]))
+        .unwrap();
+}
+
+#[test]
+fn resume_after_a_halt_tries_the_failed_undo_again() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(fleet.state(1), "halted");
+    assert!(
+        fleet
+            .reason(1)
+            .contains("not undone: a: undo of service.stop"),
+        "{}",
+        fleet.reason(1)
+    );
+    fleet.resume();
+    assert_eq!(fleet.newest("a").attempt, 2);
+    fleet.finish("a", ok(), vec![]);
+    fleet.surveyed("a", vec![]);
+    assert_eq!(fleet.state(1), "rolled_back");
+}
+
+#[test]
+fn resume_asks_a_failed_check_after_a_rollback_again() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    let check = step("check.disk", json!({"path": "/", "free": "1B"}));
+    plan.after_rollback = Some(Phase {
+        name: "after_rollback".into(),
+        stages: vec![on("app", vec![check])],
+        deadline: None,
+        planned: None,
+    });
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    for outcome in [failed(), ok(), failed()] {
+        fleet.finish("a", outcome, vec![]);
+    }
+    assert_eq!(fleet.state(1), "halted");
+    fleet.resume();
+    assert_eq!(
+        (fleet.newest("a").at.phase, fleet.newest("a").attempt),
+        (1, 2)
+    );
+    fleet.finish("a", ok(), vec![]);
+    fleet.surveyed("a", vec![]);
+    assert_eq!(fleet.state(1), "rolled_back");
+}
+
+#[test]
+fn a_rollback_gives_no_forward_order_new_life() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![]);
+    }
+    fleet.event(Event::HostDown { host: host("b") });
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(fleet.state(1), "rolling_back");
+    let before = fleet.orders.len();
+    fleet.restart();
+    fleet.up("b");
+    let given: Vec<_> = fleet.orders[before..]
+        .iter()
+        .map(|order| order.key.direction)
+        .collect();
+    assert!(!given.contains(&Direction::Do), "INV-6: {given:?}");
+}
+
+#[test]
+fn restarts_are_undone_last() {
+    let mut fleet = Fleet::new(&["a"]);
+    let activate = step("release.activate", json!({"app": "a", "release": "r"}));
+    let restart = step("service.restart", json!({"service": "web"}));
+    let fails = step("check.disk", json!({"path": "/", "free": "1B"}));
+    let stages = vec![on("app", vec![activate, restart]), on("app", vec![fails])];
+    fleet.start(stages);
+    for outcome in [ok(), ok(), failed()] {
+        fleet.finish("a", outcome, vec![]);
+    }
+    assert_eq!(fleet.newest("a").at.step, 0, "the link goes back first");
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(
+        fleet.newest("a").at.step,
+        1,
+        "then the service runs what is there"
+    );
+}

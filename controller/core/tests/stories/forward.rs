@@ -1,0 +1,121 @@
+//! Orders, reports and deadlines on the way forward.
+
+use super::*;
+
+fn canary_plan(serial: u64, phases: Vec<(Target, Strategy, Step)>) -> CompiledPlan {
+    let stages = phases.into_iter().map(|(target, strategy, step)| Stage {
+        target,
+        strategy,
+        steps: vec![step],
+    });
+    plan(serial, stages.collect())
+}
+
+#[test]
+fn a_deadline_ends_the_rollout_and_names_what_blocked_it() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    plan.deadline = Period::seconds(20);
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    assert!(
+        fleet
+            .coordinator
+            .next_deadline()
+            .is_some_and(|due| due.0 <= fleet.now + 20_000)
+    );
+    fleet.later(20);
+    assert_eq!(fleet.state(1), "halted");
+    assert!(
+        fleet
+            .reason(1)
+            .contains("a: service.stop (do 0.0) has not begun"),
+        "{}",
+        fleet.reason(1)
+    );
+}
+
+#[test]
+fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(1), "succeeded");
+    let anew = InstanceId::from_random([2; 8]);
+    fleet.event(Event::HostUp {
+        host: host("a"),
+        instance: anew.clone(),
+        labels: BTreeMap::from([("role".into(), "app".into())]),
+        agent_version: "1".into(),
+        held: None,
+    });
+    assert_eq!(fleet.coordinator.acknowledged(&host("a"), &anew), 0);
+    fleet.reports.clear();
+    fleet
+        .submit(2, plan(2, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(2, "a", vec![]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(2), "succeeded");
+}
+
+#[test]
+fn the_step_of_an_elected_host_that_stayed_behind_is_not_skipped() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let one = || Target::OneOf(vec!["app".into()]);
+    let rolling = Strategy::Rolling {
+        batch: lockstep_proto::plan::Batch::Hosts(1),
+        max_failures: 1,
+        pause: Period(0),
+    };
+    let run = |name: &str| step("exec.run", json!({"name": name, "argv": ["x"]}));
+    let phases = vec![
+        (one(), Strategy::All, run("first")),
+        (Target::Groups(vec!["app".into()]), rolling, stop()),
+        (one(), Strategy::All, run("second")),
+    ];
+    fleet.submit(1, canary_plan(1, phases)).unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![]);
+    }
+    fleet.finish("a", ok(), vec![]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    assert_eq!(
+        fleet.state(1),
+        "rolling_back",
+        "INV-3: `second` has no host"
+    );
+}
+
+#[test]
+fn resume_after_a_deadline_opens_a_new_one() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    plan.deadline = Period::seconds(20);
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.later(20);
+    assert_eq!(fleet.state(1), "halted");
+    let back = Call::RollBack {
+        rollout: rollout(1),
+        reason: "too late".into(),
+    };
+    fleet.call("olga", &[], back).unwrap();
+    assert_eq!(fleet.state(1), "rolling_back");
+}
+
+#[test]
+fn a_late_report_of_success_is_not_done_again() {
+    let mut fleet = Fleet::new(&["a"]);
+    let run = step("exec.run", json!({"name": "x", "argv": ["x"]}));
+    fleet.start(vec![on("app", vec![run])]);
+    fleet.pause();
+    fleet.event(Event::HostDown { host: host("a") });
+    fleet.later(200);
+    fleet.up("a");
+    fleet.finish("a", ok(), vec![]);
+    fleet.resume();
+    assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
+    assert_eq!(fleet.state(1), "succeeded");
+}

@@ -1,0 +1,215 @@
+//! What people decide, and what they are told.
+
+use super::*;
+
+#[test]
+fn an_approval_binds_to_what_was_shown_and_excludes_the_requester() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet
+        .submit(
+            1,
+            plan(
+                1,
+                vec![on("controller", vec![approval()]), on("app", vec![stop()])],
+            ),
+        )
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
+    let evidence = fleet.evidence();
+    assert!(matches!(
+        fleet.decide("dana", &["dba"], Digest::of(b"else")),
+        Err(Refused::Invalid(_))
+    ));
+    assert!(matches!(
+        fleet.decide("olga", &["dba"], evidence),
+        Err(Refused::NotAllowed(_))
+    ));
+    assert!(matches!(
+        fleet.decide("quinn", &["qa"], evidence),
+        Err(Refused::NotAllowed(_))
+    ));
+    assert!(
+        fleet.orders.is_empty(),
+        "INV-12: nothing runs before the approval"
+    );
+    assert_eq!(
+        fleet.decide("dana", &["dba"], evidence),
+        Ok(Answer::Missing(String::new()))
+    );
+    assert_eq!(fleet.orders.len(), 1);
+}
+
+#[test]
+fn a_gate_that_nobody_answers_ends_the_rollout() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("controller", vec![approval()])]);
+    fleet.later(30 * 60);
+    assert_eq!(fleet.state(1), "rolled_back");
+    assert!(fleet.reason(1).contains("1 of dba"), "{}", fleet.reason(1));
+}
+
+#[test]
+fn resume_opens_a_gate_that_timed_out_anew() {
+    let mut fleet = Fleet::new(&["a"]);
+    let args = json!({"from": {"dba": 1}, "timeout": "1m", "on_timeout": "halt"});
+    let gate = step("gate.approval", args);
+    fleet.start(vec![on("controller", vec![gate])]);
+    fleet.later(60);
+    assert_eq!(fleet.state(1), "halted");
+    fleet.resume();
+    assert_eq!(fleet.state(1), "running");
+    fleet.decide("dana", &["dba"], fleet.evidence()).unwrap();
+    assert_eq!(fleet.state(1), "succeeded");
+}
+
+#[test]
+fn a_paused_rollout_sends_nothing_new() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![stop(), stop()])]);
+    fleet.pause();
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!((fleet.orders.len(), fleet.state(1)), (1, "paused"));
+    fleet.later(60);
+    assert!(
+        fleet
+            .coordinator
+            .next_deadline()
+            .is_some_and(|due| due.0 > fleet.now)
+    );
+    fleet.resume();
+    assert_eq!(fleet.orders.len(), 2);
+}
+
+#[test]
+fn cancel_needs_no_agent() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    fleet.event(Event::HostDown { host: host("a") });
+    let cancel = Call::Cancel {
+        rollout: rollout(1),
+        reason: "wrong day".into(),
+    };
+    fleet.call("olga", &[], cancel).unwrap();
+    assert_eq!(fleet.state(1), "cancelled");
+    fleet.sent.clear();
+    fleet.event(Event::HostUp {
+        host: host("a"),
+        labels: BTreeMap::from([("role".into(), "app".into())]),
+        instance: InstanceId::from_random([1; 8]),
+        agent_version: "1".into(),
+        held: Some(rollout(1)),
+    });
+    assert!(
+        fleet
+            .sent
+            .iter()
+            .any(|(_, message)| matches!(message, Message::Cancel { .. }))
+    );
+}
+
+#[test]
+fn a_signature_needs_the_role() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    let sign = || Call::SignOff {
+        rollout: rollout(1),
+        role: "qa_lead".into(),
+        comment: String::new(),
+    };
+    assert!(matches!(
+        fleet.call("quinn", &["qa_lead"], sign()),
+        Err(Refused::NotNow(_))
+    ));
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(1), "succeeded");
+    assert!(matches!(
+        fleet.call("olga", &[], sign()),
+        Err(Refused::NotAllowed(_))
+    ));
+    fleet.call("quinn", &["qa_lead"], sign()).unwrap();
+}
+
+#[test]
+fn a_notice_is_sent_at_most_once() {
+    let mut fleet = Fleet::new(&["a"]);
+    let args = json!({"url": "http://localhost/x", "text": "${rollout.state}"});
+    let action = Action::deserialize_args("notify.webhook", args)
+        .unwrap()
+        .unwrap();
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    plan.notices = vec![Notice {
+        when: NoticeWhen::Started,
+        action,
+    }];
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    assert_eq!(fleet.notified, 1);
+    fleet.restart();
+    fleet.later(1);
+    assert_eq!(
+        fleet.notified, 1,
+        "it may have been sent before the restart"
+    );
+}
+
+#[test]
+fn a_host_that_is_gone_for_good_is_forgotten() {
+    let mut fleet = Fleet::new(&["a", "old"]);
+    let forget = || Call::Forget { host: host("old") };
+    assert!(
+        matches!(fleet.call("olga", &[], forget()), Err(Refused::NotNow(_))),
+        "connected"
+    );
+    fleet.event(Event::HostDown { host: host("old") });
+    fleet.call("olga", &[], forget()).unwrap();
+    fleet.start(vec![on("app", vec![stop()])]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.state(1), "succeeded");
+    fleet.restart();
+    assert_eq!(fleet.coordinator.hosts().count(), 1);
+}
+
+#[test]
+fn a_second_rollout_is_refused_with_the_first_ones_name() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    let refused = fleet
+        .submit(2, plan(2, vec![on("app", vec![stop()])]))
+        .unwrap_err();
+    assert!(
+        matches!(&refused, Refused::Locked { holder, .. } if *holder == rollout(1)),
+        "{refused}"
+    );
+    assert!(matches!(
+        fleet.submit(3, plan(1, vec![])),
+        Err(Refused::SerialUsed(1, _))
+    ));
+}
+
+#[test]
+fn a_refusal_before_anything_happened_ends_the_rollout_and_frees_the_hosts() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    let refusals = vec![Refusal {
+        at: None,
+        reason: "the policy lists no service.stop".into(),
+    }];
+    fleet.report(
+        "b",
+        ReportBody::Declined {
+            rollout: rollout(1),
+            refusals,
+        },
+    );
+    assert_eq!(fleet.state(1), "cancelled");
+    assert!(fleet.reason(1).contains("b refuses") && fleet.orders.is_empty());
+    let released = |name: &str| {
+        fleet
+            .sent
+            .iter()
+            .any(|(to, message)| *to == host(name) && matches!(message, Message::Release { .. }))
+    };
+    assert!(released("a") && released("b"));
+}
