@@ -191,7 +191,10 @@ fn a_second_rollout_is_refused_with_the_first_ones_name() {
 #[test]
 fn a_refusal_before_anything_happened_ends_the_rollout_and_frees_the_hosts() {
     let mut fleet = Fleet::new(&["a", "b"]);
-    fleet.start(vec![on("app", vec![stop()])]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
     let refusals = vec![Refusal {
         at: None,
         reason: "the policy lists no service.stop".into(),
