@@ -249,18 +249,17 @@ impl<'a> Alembic<'a> {
 
     /// The SQL that leads from one revision to another; empty if there is none. It is rendered
     /// without limits for locks and statements, so that it is the same whoever asks.
-    pub(super) async fn render(&self, from: &str, to: &str) -> Result<String, Failure> {
+    pub(super) async fn render(&self, way: Way, from: &str, to: &str) -> Result<String, Failure> {
         if from == to {
             return Ok(String::new());
         }
         let range = if from.is_empty() {
             to.to_owned()
         } else {
-            format!("{from}:{to}")
+            format!("{from}:{}", named(to))
         };
-        let sql = self
-            .ask("alembic upgrade --sql", &["upgrade", &range, "--sql"])
-            .await?;
+        let what = format!("{} --sql", way.command());
+        let sql = self.ask(&what, &[way.verb(), &range, "--sql"]).await?;
         if sql.len() + 4 >= MAX_SQL {
             return Err(failure(
                 Cause::Step,
@@ -356,6 +355,15 @@ pub(super) enum Went {
     Locked(Failure),
     /// Otherwise.
     Badly(Failure),
+}
+
+/// Alembic's word for a revision; for none it has one, too.
+pub(super) fn named(revision: &str) -> &str {
+    if revision.is_empty() {
+        "base"
+    } else {
+        revision
+    }
 }
 
 /// SQL without what differs and means nothing: blank lines and spaces at the ends of lines.

@@ -29,8 +29,19 @@ async fn where_it_is(
         )));
     }
     let now = revision(&session).await?;
-    let to = Alembic::of(cx, source)?.resolve(to).await?;
     let name = source.database;
+    if let Some(goal) = guard::went_in_parts(cx)?
+        && goal != now
+    {
+        // The revision is written at the end: what is there of the rest, only people can see.
+        return Ok(Probe::NoProof(format!(
+            "`{name}` is at {}, on its way to {} by a migration that may work outside of a \
+             transaction: look whether a part of it is there",
+            shown(&now),
+            shown(&goal)
+        )));
+    }
+    let to = Alembic::of(cx, source)?.resolve(to).await?;
     Ok(if now == to {
         Probe::Present(format!("`{name}` is at {to}"))
     } else {
@@ -170,7 +181,7 @@ async fn as_approved(
             shown(from)
         ));
     }
-    let digest = Digest::of(tool.render(from, to).await?.as_bytes());
+    let digest = Digest::of(tool.render(Way::Up, from, to).await?.as_bytes());
     if digest != *seen_digest {
         return refused(format!(
             "its digest is {}, and was {}",
@@ -248,6 +259,8 @@ impl Act for Downgrade {
     }
 }
 
+#[cfg(test)]
+mod cut_off;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::alembic::{Alembic, Source};
+use super::alembic::{Alembic, Source, Way};
 use super::guard::{revision, shown};
 use crate::actions::{Act, Done, Probe};
 use crate::step::{Context, hinted};
@@ -74,7 +74,7 @@ impl Act for Plan {
         let tool = Alembic::of(cx, self.into())?;
         let from = revision(&tool.database.connect(cx).await?).await?;
         let to = tool.resolve(&self.to).await?;
-        let sql = tool.render(&from, &to).await?;
+        let sql = tool.render(Way::Up, &from, &to).await?;
         let summary = match sql.lines().count() {
             0 => format!("`{}` is at {to} already", self.database),
             lines => format!(

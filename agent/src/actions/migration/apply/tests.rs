@@ -79,8 +79,8 @@ fn state(done: &Done) -> &Fact {
         .unwrap()
 }
 
-const OLD: &str = "0001_base";
-const NEW: &str = "0002_extended_fields";
+pub(super) const OLD: &str = "0001_base";
+pub(super) const NEW: &str = "0002_extended_fields";
 
 #[tokio::test]
 async fn a_migration_goes_up_behind_a_proven_backup_and_comes_back_to_the_same_state() {
