@@ -175,7 +175,8 @@ pub struct Fence {
     /// The way. Default: connect.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub via: FenceVia,
-    /// The applications' roles.
+    /// The applications' roles, and all others with a grant to connect. One that is left out makes
+    /// the fence refuse; superusers, and the owner with its members, get in all the time.
     pub roles: Vec<String>,
 }
 

@@ -1,10 +1,11 @@
 //! `postgres.fence` and `postgres.unfence`: nobody but the database's owner and superusers get in.
 //!
 //! The right to connect is taken from the applications' roles and from PUBLIC, and sessions
-//! without that right are ended. In the same transaction two settings are kept in the database
-//! itself, where every host sees them: `lockstep.fence`, the token, and `lockstep.fence_acl`, the
-//! grants that were taken. A superuser may set them; an owner may once a superuser has said
-//! `GRANT SET ON PARAMETER "lockstep.fence", "lockstep.fence_acl" TO <owner>`.
+//! without that right are ended; where anybody else has it, the fence is not raised. In the same
+//! transaction two settings are kept in the database itself, where every host sees them:
+//! `lockstep.fence`, the token, and `lockstep.fence_acl`, the grants that were taken. A superuser
+//! may set them; an owner may once a superuser has said `GRANT SET ON PARAMETER
+//! "lockstep.fence", "lockstep.fence_acl" TO <owner>`.
 
 use lockstep_proto::action::postgres::{Fence, Unfence};
 use lockstep_proto::ids::StepKey;
@@ -13,11 +14,14 @@ use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use self::who::{MAY_CONNECT, MAY_CONNECT_STILL, few, grants, open_to, strangers};
 use super::measure;
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session, ident, literal};
 use crate::step::{Context, changed, hinted};
+
+mod who;
 
 /// What an attempt to lower a fence measured just before.
 const MEASURED: &str = "measured-state.json";
@@ -110,29 +114,18 @@ pub(crate) async fn broken(session: &Session, token: &str) -> Result<Option<Stri
             "the fence was lowered and raised again in between".into(),
         ));
     }
-    let roles = &raised.record.roles;
-    let open = open_to(session, roles).await?;
+    // A listed role counts even if it has become an owner or a superuser meanwhile.
+    let mut open = open_to(session, &raised.record.roles).await?;
+    open.extend(strangers(session, MAY_CONNECT, &[]).await?);
     if !open.is_empty() {
-        return Ok(Some(format!(
-            "{} may connect behind the fence",
-            open.join(", ")
-        )));
+        open.sort();
+        open.dedup();
+        return Ok(Some(format!("{} may connect behind the fence", few(&open))));
     }
-    let sql = "SELECT count(*) FROM pg_stat_activity \
-               WHERE datname = current_database() AND usename::text = ANY($1)";
-    let sessions: i64 = session
-        .one("looking at sessions", sql, &[roles])
-        .await?
-        .get(0);
-    Ok((sessions > 0).then(|| format!("{sessions} sessions of {} are open", roles.join(", "))))
-}
-
-/// Which of the roles may connect.
-async fn open_to(session: &Session, roles: &[String]) -> Result<Vec<String>, Failure> {
-    let sql = "SELECT rolname::text FROM pg_roles WHERE rolname::text = ANY($1) \
-               AND has_database_privilege(oid, current_database(), 'CONNECT') ORDER BY 1";
-    let rows = session.query("asking for rights", sql, &[&roles]).await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    let inside = "EXISTS (SELECT 1 FROM pg_stat_activity a WHERE a.datid = d.oid \
+                  AND a.usesysid = r.oid AND a.backend_type = 'client backend')";
+    let inside = strangers(session, inside, &[]).await?;
+    Ok((!inside.is_empty()).then(|| format!("sessions of {} are open", few(&inside))))
 }
 
 /// Begins the transaction that raises or lowers; only one of them runs at a time.
@@ -253,6 +246,22 @@ async fn revoke(
             ),
         ));
     }
+    let strangers = strangers(session, MAY_CONNECT, &[]).await?;
+    if !strangers.is_empty() {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "{} may connect to `{}` too, and could write behind the fence",
+                few(&strangers),
+                database.name
+            ),
+            format!(
+                "name them, or the groups that give them the right, in the fence's `roles`; a role \
+                 that migrates must own the database instead (ALTER DATABASE {} OWNER TO ..)",
+                ident(name)
+            ),
+        ));
+    }
     if open_to(session, std::slice::from_ref(own))
         .await?
         .is_empty()
@@ -271,23 +280,6 @@ async fn revoke(
         ));
     }
     Ok(())
-}
-
-/// The rights to connect that PUBLIC and the roles have.
-async fn grants(session: &Session, roles: &[String]) -> Result<Vec<Grant>, Failure> {
-    let sql = "SELECT r.rolname::text, bool_or(a.is_grantable) FROM pg_database d, \
-               aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a \
-               LEFT JOIN pg_roles r ON r.oid = a.grantee \
-               WHERE d.datname = current_database() AND a.privilege_type = 'CONNECT' \
-               AND (a.grantee = 0 OR r.rolname::text = ANY($1)) GROUP BY 1 ORDER BY 1 NULLS FIRST";
-    let rows = session.query("asking for rights", sql, &[&roles]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| Grant {
-            role: row.get(0),
-            grantable: row.get(1),
-        })
-        .collect())
 }
 
 /// Gives the taken rights back and removes the token.
@@ -375,7 +367,17 @@ impl Act for Fence {
         }
         let name = &self.database;
         Ok(match raised(&session).await? {
-            None => Probe::Absent(self.describe()),
+            None => {
+                let strangers = strangers(&session, MAY_CONNECT_STILL, &[&self.roles]).await?;
+                Probe::Absent(match strangers.as_slice() {
+                    [] => self.describe(),
+                    strangers => format!(
+                        "{}: not possible, for its `roles` leave out {}",
+                        self.describe(),
+                        few(strangers)
+                    ),
+                })
+            }
             Some(raised) if !raised.is_of(cx) => {
                 Probe::Absent(format!("`{name}` is behind a fence of {}", raised.token))
             }

@@ -265,3 +265,82 @@ async fn an_owner_raises_a_fence_once_it_may_set_the_token() {
     act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
     assert_eq!(rights(&bench).await, was);
 }
+
+/// A role of this name with a password, who may connect.
+async fn let_in(bench: &Bench, role: &str) {
+    let name = &bench.name;
+    bench
+        .session("maintenance")
+        .await
+        .run(
+            "",
+            &format!("CREATE ROLE {role} LOGIN; GRANT CONNECT ON DATABASE {name} TO {role}"),
+        )
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn roles_that_the_plan_leaves_out_are_named_and_not_let_through() {
+    let mut bench = Bench::with_rows().await;
+    let (name, app) = (bench.name.clone(), bench.app());
+    let [etl, group, member] = ["etl", "group", "member"].map(|role| format!("{name}_{role}"));
+    let password = literal(crate::sql::cluster::PASSWORD);
+    let admin = bench.session("maintenance").await;
+    // One by itself, one by a group; the owner's members and those by PUBLIC are no concern.
+    let_in(&bench, &etl).await;
+    let setup = format!(
+        "ALTER ROLE {etl} PASSWORD {password}; CREATE ROLE {group}; CREATE ROLE {member} LOGIN; \
+         GRANT {group} TO {member}; GRANT CONNECT ON DATABASE {name} TO {group}, PUBLIC; \
+         CREATE ROLE {name}_dba LOGIN; GRANT {name}_owner TO {name}_dba"
+    );
+    admin.run("", &setup).await.unwrap();
+    let was = rights(&bench).await;
+    let (act, cx) = (fence(&bench), bench.cx(1, vec![]));
+    let Probe::Absent(would) = act.probe(&cx).await.unwrap() else {
+        panic!("the fence is not up")
+    };
+    let both = format!("{etl}, {member}");
+    assert!(would.ends_with(&format!("leave out {both}")), "{would}");
+    let failed = act.apply(&cx, &NULL).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused, "INV-6: they could write");
+    assert!(
+        failed.message.starts_with(&format!("{both} may connect")),
+        "{}",
+        failed.message
+    );
+    assert!(failed.hint.unwrap().contains("`roles`"));
+    assert!(!failed.changed);
+    assert_eq!(rights(&bench).await, was);
+    // Named, they are shut out.
+    let act = Fence {
+        roles: vec![app, etl.clone(), group],
+        ..act
+    };
+    assert_eq!(act.probe(&cx).await.unwrap(), Probe::Absent(act.describe()));
+    let mut config = bench.host.config.postgres["as_app"].clone();
+    config.user.clone_from(&etl);
+    bench.host.config.postgres.insert("as_etl".into(), config);
+    let inside = bench.session("as_etl").await;
+    let raised = act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap();
+    assert!(inside.run("", "SELECT 1").await.is_err());
+    let session = bench.session("staff").await;
+    assert_eq!(broken(&session, token(&raised)).await.unwrap(), None);
+    // Somebody comes that nobody had thought of.
+    let late = format!("{name}_late");
+    let_in(&bench, &late).await;
+    let why = broken(&session, token(&raised)).await.unwrap().unwrap();
+    assert_eq!(why, format!("{late} may connect behind the fence"));
+    let again = act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap_err();
+    assert!(again.message.contains(&late), "{}", again.message);
+    let enter = format!("GRANT CONNECT ON DATABASE {name} TO {etl}");
+    admin.run("", &enter).await.unwrap();
+    let _inside = bench.session("as_etl").await;
+    let leave = format!("REVOKE CONNECT ON DATABASE {name} FROM {etl}, {late}");
+    admin.run("", &leave).await.unwrap();
+    let why = broken(&session, token(&raised)).await.unwrap().unwrap();
+    assert_eq!(why, format!("sessions of {etl} are open"));
+    act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
+    let restored = rights(&bench).await;
+    assert_eq!(restored, was);
+}
