@@ -44,6 +44,12 @@ impl Phase {
     fn is_up(self) -> bool {
         matches!(self, Self::Running | Self::Changing)
     }
+
+    /// Whether it must be started to run: also one that is on its way, which may be the way down,
+    /// or waits after a crash. Drivers start it after that.
+    fn needs_start(self) -> bool {
+        self != Self::Running
+    }
 }
 
 /// What a driver says about a service.
@@ -293,13 +299,18 @@ impl Act for Stop {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         let service = Service::open(cx, &self.service, self.driver).await?;
         let state = service.state(cx).await?;
-        Ok(if state.phase.is_up() {
-            Probe::Absent(format!("stops {}, which is {}", self.service, state.words))
-        } else {
-            match all_answer(&self.refuses, &Answer::Refuses).await {
-                Ok(()) => Probe::Present(format!("{} is {}", self.service, state.words)),
-                Err(other) => {
-                    Probe::Partial(format!("{} is {}, but {other}", self.service, state.words))
+        let (name, words) = (&self.service, state.words);
+        Ok(match state.phase {
+            Phase::Running => Probe::Absent(format!("stops {name}, which is {words}")),
+            Phase::Changing if cx.dry_run => {
+                Probe::Absent(format!("stops {name}, which is {words}"))
+            }
+            // It may be on its way down, and goes on by itself.
+            Phase::Changing => Probe::Partial(format!("{name} is {words}")),
+            Phase::Stopped | Phase::Failed => {
+                match all_answer(&self.refuses, &Answer::Refuses).await {
+                    Ok(()) => Probe::Present(format!("{name} is {words}")),
+                    Err(other) => Probe::Partial(format!("{name} is {words}, but {other}")),
                 }
             }
         })
@@ -362,7 +373,7 @@ impl Act for Stop {
         }
         let service = Service::open(cx, &self.service, self.driver).await?;
         let until = until(cx, self.within.max(UNDO_START));
-        let changed = !service.state(cx).await?.phase.is_up();
+        let changed = service.state(cx).await?.phase.needs_start();
         if changed {
             service.start(cx, until).await?;
         }
@@ -432,8 +443,7 @@ impl Act for Start {
         let service = Service::open(cx, &self.service, self.driver).await?;
         let until = until(cx, self.within);
         let began = Instant::now();
-        // Also one that waits to be started again after a crash: it need not wait any longer.
-        let changed = service.state(cx).await?.phase != Phase::Running;
+        let changed = service.state(cx).await?.phase.needs_start();
         if changed {
             service.start(cx, until).await?;
         }

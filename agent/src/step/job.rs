@@ -65,7 +65,7 @@ impl StepDir {
         Self(Self::parent(state_dir).join(key.to_string()))
     }
 
-    #[cfg(test)]
+    /// One whose path is known.
     pub(crate) fn at(path: PathBuf) -> Self {
         Self(path)
     }

@@ -1,5 +1,7 @@
 //! Restarts, with a receipt that tells a new run from the old one.
 
+use std::path::PathBuf;
+
 use lockstep_proto::action::service::Restart;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::Failure;
@@ -11,10 +13,23 @@ use super::{
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::net::Answer;
 use crate::actions::{Act, Done, Probe};
-use crate::step::Context;
+use crate::step::{Context, StepDir};
 
 /// The receipt of a restart: which run it ended, written before it is ended.
 const RECEIPT: &str = "restarted-run";
+
+/// The runs that this attempt has ended or was about to, and those of earlier attempts that were
+/// killed meanwhile. One that failed by itself has an outcome: then another restart is asked for.
+fn ended_runs(cx: &Context) -> Vec<String> {
+    let has_outcome = |dir: &PathBuf| {
+        let attempt = StepDir::at(files::parent(dir).to_owned());
+        *dir != cx.dir && attempt.outcome().exists()
+    };
+    let dirs = files::attempts(cx).into_iter();
+    let dirs = dirs.filter(|dir| !has_outcome(dir));
+    dirs.filter_map(|dir| std::fs::read_to_string(dir.join(RECEIPT)).ok())
+        .collect()
+}
 
 impl Act for Restart {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
@@ -23,14 +38,15 @@ impl Act for Restart {
             phase, words, run, ..
         } = service.state(cx).await?;
         let name = &self.service;
-        let Ok(ended) = std::fs::read_to_string(cx.dir.join(RECEIPT)) else {
+        let ended = ended_runs(cx);
+        if ended.is_empty() {
             return Ok(Probe::Absent(format!("restarts {name}, which is {words}")));
-        };
+        }
         Ok(match (phase, run) {
             (_, None) if phase.is_up() => Probe::NoProof(format!(
                 "{name} is {words}, but its driver does not tell its runs apart"
             )),
-            (_, Some(run)) if run == ended && phase.is_up() => {
+            (Phase::Running, Some(run)) if ended.contains(&run) => {
                 Probe::Absent(format!("restarts {name}, whose old run goes on"))
             }
             (Phase::Running, _) => match all_answer(&self.listens, &Answer::Accepts).await {
@@ -51,10 +67,16 @@ impl Act for Restart {
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let service = Service::open(cx, &self.service, self.driver).await?;
         let until = until(cx, self.within);
-        let run = service.state(cx).await?.run.unwrap_or_default();
-        files::write(&cx.dir.join(RECEIPT), run.as_bytes(), 0o600, None)
-            .or_failed(|| "note which run is ended")?;
-        service.restart(cx, until).await?;
+        let State { phase, run, .. } = service.state(cx).await?;
+        let ended = ended_runs(cx);
+        let anew = run.as_ref().is_some_and(|run| !ended.contains(run));
+        // What an attempt began that was killed is only waited for: nothing is restarted twice.
+        if ended.is_empty() || !anew || !phase.is_up() {
+            let run = run.unwrap_or_default();
+            files::write(&cx.dir.join(RECEIPT), run.as_bytes(), 0o600, None)
+                .or_failed(|| "note which run is ended")?;
+            service.restart(cx, until).await?;
+        }
         service
             .await_running(cx, &self.service, &self.listens, until)
             .await?;
@@ -70,6 +92,10 @@ impl Act for Restart {
         let before: State = from_value(before)?;
         let service = Service::open(cx, &self.service, self.driver).await?;
         let until = until(cx, self.within);
+        // An attempt after this one is to restart it again.
+        for dir in files::attempts(cx) {
+            files::remove(&dir.join(RECEIPT)).or_failed(|| "remove a restart's receipt")?;
+        }
         let summary = if before.phase.is_up() {
             service.restart(cx, until).await?;
             service

@@ -392,6 +392,14 @@ fn number(properties: &Properties, name: &str) -> i64 {
         .unwrap_or_default()
 }
 
+/// Whether systemd has something to do with the unit, at work or queued: job 0 is none.
+fn has_job(unit: &Properties) -> bool {
+    let Some(zbus::Variant::Structure(job)) = unit.get("Job").map(|job| &**job) else {
+        return false;
+    };
+    job.fields().first() != Some(&zbus::Variant::from(0_u32))
+}
+
 fn bytes(properties: &Properties, name: &str) -> Vec<u8> {
     let value = properties
         .get(name)
@@ -404,6 +412,8 @@ fn bytes(properties: &Properties, name: &str) -> Vec<u8> {
 fn state(unit: &Properties, service: &Properties) -> State {
     let (active, sub) = (text(unit, "ActiveState"), text(unit, "SubState"));
     let phase = match active.as_str() {
+        // It will not stay as it is: systemd has yet to start or stop it.
+        "active" | "inactive" | "failed" if has_job(unit) => Phase::Changing,
         "active" | "reloading" | "refreshing" => Phase::Running,
         "inactive" => Phase::Stopped,
         "failed" => Phase::Failed,

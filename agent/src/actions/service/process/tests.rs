@@ -196,11 +196,35 @@ async fn a_restart_leaves_a_receipt() {
         restart.probe(&cx).await.unwrap(),
         Probe::Present(_)
     ));
-    // Another attempt has its own receipt.
+    // This one was killed before it could say so: the next one only waits.
+    let pid = web.note().unwrap().pid;
+    let next = web.host.context();
+    restart.apply(&next, &Value::Null).await.unwrap();
+    assert_eq!(
+        web.note().unwrap().pid,
+        pid,
+        "INV-1: not restarted a second time"
+    );
     assert!(matches!(
-        restart.probe(&web.host.context()).await.unwrap(),
+        restart.probe(&next).await.unwrap(),
+        Probe::Present(_)
+    ));
+    // One that has said how it ended is not taken up again.
+    fs::write(cx.dir.with_file_name("outcome.json"), "").unwrap();
+    let another = web.host.context();
+    assert!(matches!(
+        restart.probe(&another).await.unwrap(),
         Probe::Absent(_)
     ));
+    restart.apply(&another, &Value::Null).await.unwrap();
+    assert_ne!(web.note().unwrap().pid, pid);
+    // Nor is one that was undone.
+    let running = restart.before(&another).await.unwrap();
+    restart.undo(&another, &running).await.unwrap();
+    let pid = web.note().unwrap().pid;
+    let last = web.host.context();
+    restart.apply(&last, &Value::Null).await.unwrap();
+    assert_ne!(web.note().unwrap().pid, pid);
 }
 
 #[tokio::test]

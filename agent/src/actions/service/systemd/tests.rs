@@ -51,6 +51,28 @@ fn a_units_properties_become_its_state() {
 }
 
 #[test]
+fn a_unit_that_systemd_is_about_to_change_is_not_as_it_looks() {
+    let phase = |active: &str, job: u32| {
+        let path = OwnedObjectPath::try_from(format!("/org/freedesktop/systemd1/job/{job}"));
+        let unit = properties(&[
+            ("ActiveState", active.into()),
+            ("Job", Variant::from((job, path.unwrap()))),
+        ]);
+        state(&unit, &Properties::new()).phase
+    };
+    assert_eq!(phase("active", 0), Phase::Running);
+    assert_eq!(phase("inactive", 0), Phase::Stopped);
+    assert_eq!(phase("failed", 0), Phase::Failed);
+    for active in ["active", "inactive", "failed", "deactivating", "activating"] {
+        let phase = phase(active, 7);
+        assert_eq!(phase, Phase::Changing, "{active}");
+        // INV-6: what undoes a stop does not take it for one that stays up.
+        assert!(phase.needs_start());
+    }
+    assert_eq!(phase("reloading", 7), Phase::Running);
+}
+
+#[test]
 fn names_are_escaped_for_units() {
     assert_eq!(escape("web-1 a"), "web\\x2d1\\x20a");
 }
@@ -201,6 +223,33 @@ async fn a_real_unit_that_fails_says_so_at_once_and_leaves_no_mark_after_the_und
         assert_eq!(start.state(&cx).await.unwrap(), state, "{name}");
         unit.remove().await;
     }
+}
+
+#[tokio::test]
+#[ignore = "needs a systemd that this user may command"]
+async fn a_unit_that_is_still_stopping_is_started_again_by_the_undo() {
+    let resists = "ExecStart=/bin/sh -c 'trap \"\" TERM; while :; do sleep 1; done'\n\
+                   TimeoutStopSec=5";
+    let unit = RealUnit::new("resists", resists).await;
+    let host = Host::new();
+    let cx = host.context();
+    unit.start(&[]).apply(&cx, &Value::Null).await.unwrap();
+    let stop = Stop {
+        within: Period::seconds(1),
+        ..unit.stop(&[])
+    };
+    let running = stop.before(&cx).await.unwrap();
+    let failed = stop.apply(&cx, &running).await.unwrap_err();
+    assert!(
+        failed.cause == Cause::TimedOut && failed.changed,
+        "{failed:?}"
+    );
+    // An attempt that was killed here has begun something, which goes on by itself.
+    assert!(matches!(stop.probe(&cx).await.unwrap(), Probe::Partial(_)));
+    assert!(stop.undo(&cx, &running).await.unwrap().changed);
+    let start = unit.start(&[]);
+    assert!(matches!(start.probe(&cx).await.unwrap(), Probe::Present(_)));
+    unit.remove().await;
 }
 
 #[tokio::test]
