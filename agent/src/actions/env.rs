@@ -1,9 +1,9 @@
 //! Environment files of services: what would change, by name; written as a whole, and put back.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{ErrorKind, Read as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use lockstep_proto::action::env::{Diff, Render};
@@ -44,6 +44,15 @@ enum Before {
         user: u32,
         group: u32,
     },
+}
+
+fn parse_before(before: &Value) -> Result<Before, Failure> {
+    serde_json::from_value(before.clone()).map_err(|error| {
+        failure(
+            Cause::Step,
+            format!("the before-state cannot be read: {error}"),
+        )
+    })
 }
 
 /// A file as it is.
@@ -207,12 +216,7 @@ fn checked_path(path: &str) -> Result<&Path, Failure> {
 
 /// The file as it is; `None` if there is none.
 fn find(path: &Path) -> Result<Option<Found>, Failure> {
-    let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
-    let file = match OpenOptions::new()
-        .read(true)
-        .custom_flags(no_follow)
-        .open(path)
-    {
+    let file = match files::open(path, rustix::fs::OFlags::NOFOLLOW) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
@@ -233,7 +237,7 @@ fn find(path: &Path) -> Result<Option<Found>, Failure> {
 
 fn read_found(file: &File) -> std::io::Result<Found> {
     let metadata = file.metadata()?;
-    if !metadata.is_file() || metadata.len() > MAX_BYTES {
+    if metadata.len() > MAX_BYTES {
         return Err(std::io::Error::other("not a file of a reasonable size"));
     }
     let mut content = vec![];
@@ -436,6 +440,16 @@ impl Act for Render {
         Ok(serde_json::to_value(before).expect("a before-state has a JSON form"))
     }
 
+    /// Without another copy: the one that was made is what an undo needs.
+    async fn is_as_before(&self, cx: &Context, before: &Value) -> Result<bool, Failure> {
+        let now = find(checked_path(&self.path)?)?;
+        let now = now.map(|found| found.digest(cx)).transpose()?;
+        Ok(match parse_before(before)? {
+            Before::Absent => now.is_none(),
+            Before::File { digest, .. } => now == Some(digest),
+        })
+    }
+
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let path = checked_path(&self.path)?;
         let wanted = Wanted::of(cx, self)?;
@@ -481,13 +495,7 @@ impl Act for Render {
 
     async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
         let path = checked_path(&self.path)?;
-        let before = serde_json::from_value(before.clone()).map_err(|error| {
-            failure(
-                Cause::Step,
-                format!("the before-state cannot be read: {error}"),
-            )
-        })?;
-        match before {
+        match parse_before(before)? {
             Before::Absent => {
                 let changed = find(path)?.is_some();
                 files::remove(path).or_failed(|| format!("remove {}", self.path))?;

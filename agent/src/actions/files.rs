@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::report::{Cause, Failure};
+use rustix::fs::OFlags;
 
 use crate::step::{Context, failure};
 
@@ -16,6 +17,21 @@ pub(crate) type Owner = (u32, u32);
 /// Makes what happened in a directory durable.
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// Opens a file to be read. What lies in a directory that is not the agent's own may be anything:
+/// opening a pipe, or reading one, waits for somebody to write into it.
+pub(crate) fn open(path: &Path, flags: OFlags) -> io::Result<File> {
+    let flags = (flags | OFlags::NONBLOCK).bits().cast_signed();
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("not a regular file"))
+    }
 }
 
 /// Puts a file in place with its content, permissions and owner, or leaves the old one. The
@@ -184,6 +200,19 @@ mod tests {
         fs::create_dir(&path).unwrap();
         assert!(write(&path, b"x", 0o600, None).is_err());
         assert_eq!(names(dir.path()), ["env"]);
+    }
+
+    #[test]
+    fn a_pipe_where_a_file_is_expected_is_an_error_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("env");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let (answer, answers) = std::sync::mpsc::channel();
+        std::thread::spawn(move || answer.send(open(&path, OFlags::empty()).map(drop)));
+        let opened = answers.recv_timeout(std::time::Duration::from_secs(20));
+        let error = opened.expect("it is not waited for").unwrap_err();
+        assert_eq!(error.to_string(), "not a regular file");
     }
 
     #[test]

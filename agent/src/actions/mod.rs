@@ -63,6 +63,12 @@ pub(crate) trait Act {
         Ok(Value::Null)
     }
 
+    /// Whether what `before` told still holds, after an attempt that was killed. What it cannot
+    /// tell apart must count as another state.
+    async fn is_as_before(&self, cx: &Context, before: &Value) -> Result<bool, Failure> {
+        Ok(self.before(cx).await? == *before)
+    }
+
     /// Makes the effect. It must be safe on a host where the effect is there already.
     async fn apply(&self, cx: &Context, before: &Value) -> Result<Done, Failure>;
 
@@ -154,6 +160,15 @@ pub(crate) async fn probe(action: &Action, cx: &Context) -> Result<Probe, Failur
 /// [`Act::before`] of any action.
 pub(crate) async fn before(action: &Action, cx: &Context) -> Result<Value, Failure> {
     with_act!(action, act => act.before(cx).await)
+}
+
+/// [`Act::is_as_before`] of any action.
+pub(crate) async fn is_as_before(
+    action: &Action,
+    cx: &Context,
+    before: &Value,
+) -> Result<bool, Failure> {
+    with_act!(action, act => act.is_as_before(cx, before).await)
 }
 
 /// [`Act::apply`] of any action.

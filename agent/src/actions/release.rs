@@ -9,7 +9,7 @@
 //! ```
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{Digest, StepKey};
@@ -28,6 +28,9 @@ mod fetch;
 
 /// The file in a release that says where it comes from.
 const NOTE: &str = ".lockstep-release.json";
+
+/// The largest note that is read, in bytes. The application's user could put anything there.
+const MAX_NOTE: u64 = 64 << 10;
 
 /// An application on this host.
 struct App<'a> {
@@ -134,7 +137,7 @@ impl<'a> App<'a> {
 
     fn note(&self, release: &str) -> Result<Option<Note>, Failure> {
         let path = self.release(release)?.join(NOTE);
-        match fs::read(&path) {
+        match read_note(&path) {
             Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| {
                 failure(
                     Cause::Host,
@@ -210,6 +213,13 @@ impl<'a> App<'a> {
         }
         Ok(())
     }
+}
+
+fn read_note(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut text = vec![];
+    let file = files::open(path, rustix::fs::OFlags::empty())?;
+    file.take(MAX_NOTE).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 /// Directories on their way in and out begin with these; no release can.

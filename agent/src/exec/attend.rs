@@ -149,7 +149,7 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
             }
         }
     };
-    match wait(host, dir, child).await {
+    match wait(&host.boot, dir, child).await {
         Waited::Outcome(ended) => ended,
         Waited::Gone => settle(host, key, dir).await,
         Waited::NeverClaimed => {
@@ -165,26 +165,29 @@ enum Waited {
 }
 
 /// Waits for the outcome file, or for the end of the process that should write it.
-async fn wait(host: &Host, dir: &StepDir, mut child: Option<Child>) -> Waited {
+async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited {
     let start = Instant::now();
+    let mut exited = false;
     loop {
         let pause = if start.elapsed() < SOON {
             POLL_FIRST
         } else {
             POLL_LATER
         };
-        let exited = async {
+        let ends = async {
             match &mut child {
                 Some(process) => drop(process.wait().await),
                 None => std::future::pending().await,
             }
         };
-        let exited = timeout(pause, exited).await.is_ok();
+        if timeout(pause, ends).await.is_ok() {
+            // Another process may have the claim, and is waited for at leisure.
+            child = None;
+            exited = true;
+        }
         // The order matters: a process that is gone may have written the outcome just before.
         let claim = Claim::read(dir);
-        let alive = claim
-            .as_ref()
-            .is_some_and(|claim| claim.is_alive(&host.boot));
+        let alive = claim.as_ref().is_some_and(|claim| claim.is_alive(boot));
         match dir.read_outcome() {
             Ok(Some(ended)) => return Waited::Outcome(ended),
             Ok(None) => {}
@@ -201,16 +204,13 @@ async fn wait(host: &Host, dir: &StepDir, mut child: Option<Child>) -> Waited {
         if claim.is_some() {
             return Waited::Gone;
         }
-        if dir.claim().exists() && start.elapsed() < CLAIM_WITHIN && !exited {
-            // It is being written.
-            continue;
-        }
-        if exited || start.elapsed() > CLAIM_WITHIN {
-            return if dir.claim().exists() {
-                Waited::Gone
-            } else {
-                Waited::NeverClaimed
-            };
+        let late = start.elapsed() > CLAIM_WITHIN;
+        match dir.claim().exists() {
+            // It is being written, perhaps by another process than the one that has exited.
+            true if !late => {}
+            true => return Waited::Gone,
+            false if late || exited => return Waited::NeverClaimed,
+            false => {}
         }
     }
 }
@@ -233,7 +233,7 @@ async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: &str) -> E
                 ..failure(Cause::Host, why)
             })
         }
-        Ok(Claimed::Before) => match wait(host, dir, None).await {
+        Ok(Claimed::Before) => match wait(&host.boot, dir, None).await {
             Waited::Outcome(ended) => ended,
             _ => settle(host, key, dir).await,
         },
@@ -273,7 +273,9 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
         )),
         Class::Convergent | Class::Receipted => {
             let probe = host.look(&job, async |cx| actions::probe(&job.action, cx).await);
-            judge(key.direction, &job.action, probe.await)
+            let probe = probe.await;
+            let untouched = matches!(probe, Ok(Probe::Absent(_))) && is_untouched(host, &job).await;
+            judge(key.direction, &job.action, probe, untouched)
         }
     };
     match ended.outcome {
@@ -286,12 +288,31 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
     }
 }
 
+/// Whether the host is as it was before the attempt: an effect that is not there may be on its
+/// way, or half of it may be there. Who cannot say has an undo look at it.
+async fn is_untouched(host: &Host, job: &Job) -> bool {
+    let same = host
+        .look(job, async |cx| {
+            actions::is_as_before(&job.action, cx, &job.before).await
+        })
+        .await;
+    same.unwrap_or_else(|failure| {
+        tracing::warn!(step = %job.key, why = failure.message, "cannot be compared with before");
+        false
+    })
+}
+
 const NO_OUTCOME: &str = "the step process ended without an outcome";
 
 /// What the host's answer says about an attempt that left no outcome. Where it proves what is
 /// there, the controller may order another attempt: it finds the effect or makes it, and says
-/// once more what it proved.
-fn judge(direction: Direction, action: &Action, probe: Result<Probe, Failure>) -> Ended {
+/// once more what it proved. `untouched` says of what is not done that nothing of it was begun.
+fn judge(
+    direction: Direction,
+    action: &Action,
+    probe: Result<Probe, Failure>,
+    untouched: bool,
+) -> Ended {
     let again = |text: &str, changed| {
         failed(Failure {
             hint: Some("the host was asked what is there; another attempt is safe".into()),
@@ -319,7 +340,7 @@ fn judge(direction: Direction, action: &Action, probe: Result<Probe, Failure>) -
             Ok(Probe::Absent(text) | Probe::Present(text) | Probe::Partial(text)),
         ) => again(&text, true),
         (_, Ok(Probe::Present(text))) => again(&format!("done: {text}"), true),
-        (_, Ok(Probe::Absent(text))) => again(&format!("not done: {text}"), false),
+        (_, Ok(Probe::Absent(text))) => again(&format!("not done: {text}"), !untouched),
         (_, Ok(Probe::Partial(text))) => again(&format!("done in part: {text}"), true),
         (_, Ok(Probe::NoProof(text) | Probe::NotYet(text))) => {
             unknown(format!("{NO_OUTCOME}, and the host cannot say: {text}"))
@@ -357,7 +378,83 @@ pub(crate) fn wall_clock() -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_proto::ids::{RolloutId, StepRef};
+    use serde_json::json;
+
     use super::*;
+    use crate::config::StepRunner;
+    use crate::testing;
+
+    /// An attempt at an action, with its job written.
+    async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
+        let host = Host {
+            config: Arc::new(of.config.clone()),
+            boot: BootId::from_bytes([1; 8]),
+            runner: Runner::new(StepRunner::Session, "/agent.toml".as_ref()).unwrap(),
+            logs: mpsc::channel(1).0,
+        };
+        let key = StepKey {
+            rollout: RolloutId::from_random([1; 6]),
+            host: host.config.host.clone(),
+            at: StepRef { phase: 0, step: 0 },
+            direction: Direction::Do,
+            attempt: 1,
+        };
+        let mut job = Job {
+            key: key.clone(),
+            action: action.clone(),
+            before: serde_json::Value::Null,
+            bindings: vec![],
+            timeout: Period::seconds(30),
+            log_offsets: std::collections::BTreeMap::new(),
+        };
+        host.dir(&key).make().unwrap();
+        let before = host.look(&job, async |cx| actions::before(action, cx).await);
+        job.before = before.await.unwrap();
+        host.dir(&key).write_job(&job).unwrap();
+        (host, key)
+    }
+
+    #[tokio::test]
+    async fn what_is_not_done_and_not_as_before_either_is_left_to_an_undo() {
+        let of = testing::Host::new();
+        let file = of.path().join("app.env");
+        let args = json!({"path": file, "set": {"A": "2"}});
+        let action = Action::deserialize_args("env.render", args);
+        std::fs::write(&file, "A=1\n").unwrap();
+        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
+        let settled = async || match settle(&host, &key, &host.dir(&key)).await.outcome {
+            StepOutcome::Failed(failure) => (failure.cause, failure.changed),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(settled().await, (Cause::Interrupted, false));
+        std::fs::write(&file, "A=3\n").unwrap();
+        assert_eq!(settled().await, (Cause::Interrupted, true), "INV-6");
+        // Asking has not overwritten what an undo needs.
+        let copy = host.dir(&key).files().join("env-before");
+        assert_eq!(std::fs::read_to_string(copy).unwrap(), "A=1\n");
+    }
+
+    #[test]
+    fn who_waits_for_another_process_than_its_child_lets_others_run() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StepDir::at(root.path().to_owned());
+        let boot = BootId::from_bytes([1; 8]);
+        Claim::own(boot.clone()).unwrap().take(&dir).unwrap();
+        let (answer, answers) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = runtime.enable_all().build().unwrap();
+            let waited = runtime.block_on(async {
+                // It has found the claim taken.
+                let child = tokio::process::Command::new("true").spawn().unwrap();
+                timeout(Duration::from_secs(1), wait(&boot, &dir, Some(child))).await
+            });
+            answer.send(waited.is_err())
+        });
+        let waits = answers.recv_timeout(Duration::from_secs(20));
+        assert_eq!(waits, Ok(true), "it waits, and gives way");
+    }
 
     #[test]
     fn an_attempt_without_an_outcome_is_judged_by_the_hosts_answer() {
@@ -374,13 +471,15 @@ mod tests {
             }
             StepOutcome::Unknown { .. } => ("unknown", false),
         };
-        let changed = |direction, probe| say(judge(direction, &stop, probe));
+        let changed = |direction, probe| say(judge(direction, &stop, probe, true));
         assert_eq!(changed(Do, Ok(Probe::Present(text()))), ("again", true));
         assert_eq!(changed(Do, Ok(Probe::Absent(text()))), ("again", false));
         assert_eq!(changed(Do, Ok(Probe::Partial(text()))), ("again", true));
         assert_eq!(changed(Do, Ok(Probe::NoProof(text()))), ("unknown", false));
         assert_eq!(changed(Do, Ok(Probe::NotYet(text()))), ("unknown", false));
-        let restarted = judge(Do, &restart, Ok(Probe::Present(text())));
+        let begun = judge(Do, &stop, Ok(Probe::Absent(text())), false);
+        assert_eq!(say(begun), ("again", true), "INV-6: a rollback undoes it");
+        let restarted = judge(Do, &restart, Ok(Probe::Present(text())), true);
         assert_eq!(
             say(restarted),
             ("ok", true),

@@ -1,7 +1,7 @@
 //! What a log gained since the rollout began.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom};
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use lockstep_proto::action::check::Log;
 use lockstep_proto::report::{Cause, Failure};
 use regex::Regex;
+use rustix::fs::OFlags;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
@@ -51,7 +52,7 @@ impl Reader<'_> {
     fn read(&mut self, last: bool, mut each: impl FnMut(&str)) -> Result<bool, Failure> {
         let failed =
             |error: std::io::Error| files::failed(format!("read {}", self.path.display()), &error);
-        let file = match File::open(self.path) {
+        let file = match files::open(self.path, OFlags::empty()) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(failed(error)),
@@ -82,7 +83,7 @@ impl Reader<'_> {
             entry.file_name().as_encoded_bytes().starts_with(name)
                 && Some(entry.ino()) == self.mark.inode
         });
-        File::open(logs.next()?.path()).ok()
+        files::open(&logs.next()?.path(), OFlags::empty()).ok()
     }
 
     fn lines(
@@ -98,7 +99,9 @@ impl Reader<'_> {
         let mut line = vec![];
         loop {
             line.clear();
-            let length = file.read_until(b'\n', &mut line).map_err(failed)?;
+            // One byte more than may be read, so that no line outgrows the memory unnoticed.
+            let mut rest = file.by_ref().take(MAX_BYTES + 1 - self.read);
+            let length = rest.read_until(b'\n', &mut line).map_err(failed)?;
             if length == 0 || (!last && !line.ends_with(b"\n")) {
                 return Ok(());
             }

@@ -361,7 +361,7 @@ fn boot_id() -> String {
 }
 
 fn tail(path: &Path, from: u64) -> std::io::Result<Vec<String>> {
-    let mut file = fs::File::open(path)?;
+    let mut file = files::open(path, rustix::fs::OFlags::empty())?;
     let length = file.metadata()?.len();
     // The file was emptied meanwhile: all of it is new.
     let from = if from > length { 0 } else { from };
