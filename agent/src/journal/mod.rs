@@ -225,13 +225,13 @@ impl Journal {
         if need == Need::Opens && !self.reserve.ensure() {
             return Err(AppendError::Full(self.path.clone()));
         }
-        if let Err(error) = self.write(&bytes) {
-            if need == Need::Opens || !self.reserve.give_back() {
-                return Err(self.refused(error));
-            }
+        let mut written = self.write(&bytes);
+        let full = matches!(written, Err(WriteError::Full));
+        if full && need == Need::Closes && self.reserve.give_back() {
             tracing::warn!("the disk is full: the reserve is given back to record what has ended");
-            self.write(&bytes).map_err(|error| self.refused(error))?;
+            written = self.write(&bytes);
         }
+        written.map_err(|error| self.refused(error))?;
         self.head
             .write(number, hash)
             .map_err(|source| self.fatal(source))?;

@@ -183,3 +183,19 @@ fn an_oversized_record_is_refused_and_changes_nothing() {
     drop(journal);
     assert_eq!(read_all(dir.path()).unwrap().len(), 2);
 }
+
+#[test]
+fn a_failed_sync_is_not_tried_again() {
+    let dir = filled(2);
+    let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+    journal.append(&[record(3)], Need::Opens).unwrap();
+    // It takes all that is written, and cannot be synchronised.
+    journal.file = OpenOptions::new().write(true).open("/dev/null").unwrap();
+    let result = journal.append(&[record(4)], Need::Closes);
+    assert!(
+        matches!(result, Err(AppendError::Fatal { .. })),
+        "INV-2: {result:?}"
+    );
+    let reserve = dir.path().join("reserve").exists();
+    assert!(reserve, "the disk is not full: there was no second try");
+}
