@@ -15,7 +15,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey};
+use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey, StepRef};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
@@ -45,7 +45,7 @@ mod tail;
 
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
-use machine::{Memory, Recorded};
+use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
 pub(crate) use policy::{Policy, check_owner};
 pub(crate) use runner::Runner;
@@ -269,6 +269,16 @@ impl Exec {
         }
     }
 
+    fn key_of(&self, hold: &Hold, at: StepRef, attempt: &Attempt) -> StepKey {
+        StepKey {
+            rollout: hold.rollout.clone(),
+            host: self.host.config.host.clone(),
+            at,
+            direction: attempt.direction,
+            attempt: attempt.number,
+        }
+    }
+
     /// Attends again what was running when the daemon ended.
     fn take_up(&self) {
         let Some(hold) = &self.memory.hold else {
@@ -276,14 +286,12 @@ impl Exec {
         };
         for (at, attempt) in hold.running() {
             let began = attempt.began.as_ref().expect("what runs has begun");
-            let key = StepKey {
-                rollout: hold.rollout.clone(),
-                host: self.host.config.host.clone(),
-                at,
-                direction: attempt.direction,
-                attempt: attempt.number,
-            };
+            let key = self.key_of(hold, at, attempt);
             tracing::info!(step = %key, "found again");
+            if attempt.cancelled {
+                // The daemon may have ended between the record and the deed.
+                Runner::cancel(&self.host.dir(&key), &self.host.boot);
+            }
             let met = Met::Found {
                 boot: began.boot.clone(),
                 at: began.at,

@@ -159,7 +159,11 @@ impl Exec {
             epoch: _,
             dry_run,
         } = offer;
-        self.considering.retain(|other| *other != rollout);
+        let Some(index) = self.considering.iter().position(|it| *it == rollout) else {
+            tracing::info!(%rollout, "released before this host consented");
+            return Ok(());
+        };
+        self.considering.swap_remove(index);
         let state = match state {
             Ok(state) => state,
             Err(failure) => {

@@ -1,5 +1,6 @@
 //! Orders, from the decision to the report; cancelling; the end of a rollout.
 
+use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Direction, Epoch, RolloutId, StepKey};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
@@ -104,15 +105,20 @@ impl Exec {
             .find(|step| step.at == order.key.at)
             .expect("decided to begin a step of this host");
         if order.key.direction != Direction::Undo {
-            check_expiry(held.expires, self.session.as_ref().map(super::Session::now))?;
-            let policy = self
-                .policy()
-                .map_err(|why| refused(why, "repair it first"))?;
-            policy.check(&step.action).map_err(|why| {
-                refused(why, "the policy was changed after this host had consented")
-            })?;
+            self.check_allowed(held.expires, &step.action)?;
         }
         Ok(step)
+    }
+
+    /// Refuses what was allowed when the plan was offered, and is not any more.
+    fn check_allowed(&self, expires: Timestamp, action: &Action) -> Result<(), Failure> {
+        check_expiry(expires, self.session.as_ref().map(super::Session::now))?;
+        let policy = self
+            .policy()
+            .map_err(|why| refused(why, "repair it first"))?;
+        policy
+            .check(action)
+            .map_err(|why| refused(why, "the policy was changed after this host had consented"))
     }
 
     pub(super) fn policy(&self) -> Result<Policy, String> {
@@ -208,20 +214,15 @@ impl Exec {
         else {
             return Ok(());
         };
-        let running: Vec<StepKey> = hold
+        let running: Vec<(StepKey, bool)> = hold
             .running()
-            .filter(|(_, attempt)| !attempt.cancelled)
-            .map(|(at, attempt)| StepKey {
-                rollout: rollout.clone(),
-                host: self.host.config.host.clone(),
-                at,
-                direction: attempt.direction,
-                attempt: attempt.number,
-            })
+            .map(|(at, attempt)| (self.key_of(hold, at, attempt), attempt.cancelled))
             .collect();
-        for key in running {
+        for (key, recorded) in running {
             tracing::info!(step = %key, "to be stopped");
-            self.commit(vec![Record::Cancelled { key: key.clone() }], Need::Closes)?;
+            if !recorded {
+                self.commit(vec![Record::Cancelled { key: key.clone() }], Need::Closes)?;
+            }
             Runner::cancel(&self.host.dir(&key), &self.host.boot);
         }
         Ok(())
@@ -235,6 +236,9 @@ impl Exec {
         if !self.admit(epoch)? {
             return Ok(());
         }
+        // A consent that is on its way is not given any more.
+        self.considering.retain(|other| *other != rollout);
+        self.awaiting_plan.retain(|offer| offer.rollout != rollout);
         if self
             .memory
             .hold
@@ -339,10 +343,10 @@ impl Exec {
             self.looked_at = Some((order.plan, held));
         }
         let (_, held) = self.looked_at.as_ref().expect("filled above");
-        held.steps
+        let step = held
+            .steps
             .iter()
             .find(|step| step.at == order.key.at)
-            .cloned()
             .ok_or_else(|| {
                 refused(
                     format!(
@@ -351,7 +355,9 @@ impl Exec {
                     ),
                     "the labels that decide it are in the host's own agent.toml",
                 )
-            })
+            })?;
+        self.check_allowed(held.expires, &step.action)?;
+        Ok(step.clone())
     }
 }
 
@@ -404,3 +410,6 @@ fn remove_steps(state_dir: &std::path::Path, rollout: &RolloutId) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,14 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
     if Claim::own(boot)?.take(&dir)? == Claimed::Before {
         return Ok(StepExit::ClaimedBefore);
     }
+    if dir.cancel().exists() {
+        let stopped = failure(
+            Cause::Cancelled,
+            "stopped before it began, as people asked for",
+        );
+        write(&dir, &ended(Err(stopped), Period(0))).await?;
+        return Ok(StepExit::Done);
+    }
     let context = Context {
         key: key.clone(),
         config: Arc::new(config),

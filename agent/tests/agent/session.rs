@@ -264,6 +264,50 @@ async fn a_dry_run_looks_and_takes_no_hold() {
 }
 
 #[tokio::test]
+async fn a_dry_run_asks_nothing_that_the_policy_does_not_allow_any_more() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("no", "0")]);
+    controller.keep(&plan);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.offer(&rollout(7), &plan, true).await;
+    session.report().await;
+    std::fs::write(host.path("policy.toml"), "").unwrap();
+    let probe = key(&rollout(7), 0, Direction::Probe, 1);
+    session.order(&plan, &probe).await;
+    let refused = failed(session.outcome(&probe).await);
+    assert_eq!(refused.cause, Cause::Refused, "INV-9: {refused:?}");
+}
+
+#[tokio::test]
+async fn a_release_that_comes_before_the_consent_is_heeded() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, "[[allow]]\naction = 'service.stop'\n");
+    // Its state takes long to tell.
+    let text = std::fs::read_to_string(&host.config).unwrap();
+    let service = "[services.slow]\nstart = ['true']\nstop = ['true']\nstatus = ['sleep', '1']\n";
+    std::fs::write(&host.config, text + service).unwrap();
+    host.start();
+    let stop = json!({"service": "slow", "driver": "command"});
+    let plan = plan(&[("service.stop", stop)]);
+    controller.keep(&plan);
+    let mut session = controller.accept(epoch(1), 0).await;
+    // First while the plan is fetched, then while the host is looked at.
+    for first in [1, 3] {
+        let (released, next) = (rollout(first), rollout(first + 1));
+        session.offer(&released, &plan, false).await;
+        session.release(&released).await;
+        session.offer(&next, &plan, false).await;
+        match session.report().await {
+            ReportBody::Consented { rollout: of, .. } => assert_eq!(of, next),
+            other => panic!("{other:?}"),
+        }
+        session.release(&next).await;
+    }
+}
+
+#[tokio::test]
 async fn reports_that_were_not_acknowledged_come_again_after_a_reconnect() {
     let mut controller = Controller::start().await;
     let mut host = Host::new(&controller, ALLOW_RUN);

@@ -73,6 +73,21 @@ async fn a_claim_without_an_outcome_is_not_carried_out_again() {
 }
 
 #[tokio::test]
+async fn what_was_cancelled_before_it_began_does_nothing() {
+    let controller = Controller::start().await;
+    let host = Host::new(&controller, "");
+    let dir = job(&host, 1);
+    std::fs::write(dir.join("cancel"), "").unwrap();
+    assert_eq!(run(&host, 1).status().unwrap().code(), Some(0));
+    let outcome = std::fs::read(dir.join("outcome.json")).unwrap();
+    let outcome: Value = serde_json::from_slice(&outcome).unwrap();
+    let failed = &outcome["outcome"]["failed"];
+    assert_eq!(failed["cause"], "cancelled", "{outcome}");
+    assert_eq!(failed["changed"], false, "{outcome}");
+    assert_eq!(effects(&host), 0);
+}
+
+#[tokio::test]
 async fn an_attempt_without_a_job_does_nothing() {
     let controller = Controller::start().await;
     let host = Host::new(&controller, "");

@@ -179,8 +179,12 @@ async fn look(check: &Log, cx: &Context, until: Instant) -> Result<Finding, Fail
 }
 
 impl Act for Log {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        Ok(look(self, cx, Instant::now()).await?.into_probe(cx))
+    /// Only for dry runs, in which the log has gained nothing yet.
+    async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
+        Ok(Probe::NotYet(format!(
+            "reads what {} gains from the rollout's consent on",
+            self.path
+        )))
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
@@ -255,6 +259,22 @@ mod tests {
         );
         // Emptied since: all of it is new.
         assert!(apply(500).await.unwrap_err().message.contains("ERROR old"));
+    }
+
+    #[tokio::test]
+    async fn a_dry_run_does_not_read_the_log() {
+        let host = Host::new();
+        let log = check(&host, &["secret"], &[], None);
+        std::fs::write(&log.path, "an old secret\n").unwrap();
+        let cx = Context {
+            dry_run: true,
+            ..host.context()
+        };
+        let seen = log.probe(&cx).await.unwrap();
+        assert!(
+            matches!(&seen, Probe::NotYet(text) if !text.contains("secret")),
+            "{seen:?}"
+        );
     }
 
     #[tokio::test]
