@@ -18,6 +18,7 @@ use serde_json::Value;
 use super::look::{changes, count};
 use super::manifest::{Manifest, Store, archive_in};
 use super::measure::summary;
+use super::scratch::Rights;
 use super::tools::Tools;
 use super::{fence, scratch};
 use crate::actions::{Act, Done, Probe, bound};
@@ -164,9 +165,9 @@ impl Act for Restore {
         drop(session);
         if let Err(failure) = filled {
             let dropped = scratch::drop(&aside, &names.new).await;
-            // What could not be dropped is left to the undo.
+            // Only the new database was touched. One that could not be dropped is left to the undo.
             return Err(Failure {
-                changed: failure.changed || dropped.is_err(),
+                changed: dropped.is_err(),
                 ..failure
             });
         }
@@ -312,7 +313,16 @@ async fn fill(
 ) -> Result<(), Failure> {
     let tools = Tools::new(cx, database, live.major())?;
     let archive = archive_in(&store.path(&made.id));
-    scratch::restore(cx, database, &tools, &archive, made, &names.new).await?;
+    scratch::restore(
+        cx,
+        database,
+        &tools,
+        &archive,
+        made,
+        &names.new,
+        Rights::All,
+    )
+    .await?;
     let session = database.connect_to(cx, &names.new).await?;
     session
         .run("analysing the restored database", "ANALYZE")
@@ -327,6 +337,7 @@ async fn fill(
             &differences,
         ));
     }
+    scratch::check_rights(&tools, &archive, &names.new).await?;
     properties(live, names).await
 }
 

@@ -1,6 +1,6 @@
 //! New databases that a backup is restored into, and how far a restore is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use lockstep_proto::ids::Digest;
@@ -215,6 +215,15 @@ pub(super) async fn check_digest(
     ))
 }
 
+/// What a restore brings beside tables and rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rights {
+    /// Owners and rights as they were, or it fails.
+    All,
+    /// Those that the role can give: the database is only looked at.
+    IfPossible,
+}
+
 /// Restores a backup into an empty database; any error ends it.
 pub(super) async fn restore(
     cx: &Context,
@@ -223,6 +232,7 @@ pub(super) async fn restore(
     archive: &std::path::Path,
     made: &Manifest,
     into: &str,
+    rights: Rights,
 ) -> Result<(), Failure> {
     let session = database.connect_to(cx, into).await?;
     let sql = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user";
@@ -230,7 +240,7 @@ pub(super) async fn restore(
     let path = archive.display().to_string();
     let jobs = format!("-j{}", if made.size < SMALL { 1 } else { jobs() });
     let mut args = vec!["--exit-on-error", jobs.as_str()];
-    if !superuser {
+    if !superuser && rights == Rights::IfPossible {
         // Only a superuser may give things to others.
         args.extend(["--no-owner", "--no-privileges"]);
     }
@@ -243,9 +253,63 @@ pub(super) async fn restore(
         std::future::pending::<std::convert::Infallible>().await
     };
     tokio::select! {
-        restored = tools.run("pg_restore", Some(into), &args) => restored.map(|_| ()),
+        restored = tools.run("pg_restore", Some(into), &args) => match restored {
+            Err(failure) if !superuser && failure.hint.is_none() => Err(Failure {
+                hint: Some(BY_SUPERUSER.into()),
+                ..failure
+            }),
+            restored => restored.map(|_| ()),
+        },
         never = watch => match never {},
     }
+}
+
+const BY_SUPERUSER: &str = "if it is about an owner or a right: name a superuser in the host's \
+     section of this database, for only a superuser can give everything back";
+
+/// Refuses a restored database that lacks an owner or a right of its archive, or has one more:
+/// where the role has no right to give something, the server only warns.
+pub(super) async fn check_rights(
+    tools: &Tools<'_>,
+    archive: &std::path::Path,
+    restored: &str,
+) -> Result<(), Failure> {
+    let file = |name| tools.file(name).map(|path| path.display().to_string());
+    let (was, is) = (file("was.sql")?, file("is.sql")?);
+    let archive = archive.display().to_string();
+    tools
+        .run("pg_restore", None, &["-s", "-f", &was, &archive])
+        .await?;
+    let args = ["-s", "--lock-wait-timeout=5s", "-f", &is];
+    tools.run("pg_dump", Some(restored), &args).await?;
+    let read = |path: &str| {
+        std::fs::read(path)
+            .map(|text| rights(&String::from_utf8_lossy(&text)))
+            .map_err(|error| failure(Cause::Host, format!("cannot read {path}: {error}")))
+    };
+    let (was, is) = (read(&was)?, read(&is)?);
+    let missing = was.difference(&is).map(|line| format!("without `{line}`"));
+    let new = is.difference(&was).map(|line| format!("with `{line}`"));
+    let differences: Vec<String> = missing.chain(new).collect();
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let what = "the restored database has other owners or rights than what was backed up";
+    Err(Failure {
+        hint: Some(BY_SUPERUSER.into()),
+        ..unequal(what, &differences)
+    })
+}
+
+/// The statements of a schema dump that set owners and rights.
+fn rights(sql: &str) -> BTreeSet<String> {
+    let is_one = |line: &&str| {
+        ["GRANT ", "REVOKE ", "ALTER DEFAULT PRIVILEGES "]
+            .iter()
+            .any(|verb| line.starts_with(verb))
+            || (line.starts_with("ALTER ") && line.contains(" OWNER TO "))
+    };
+    sql.lines().filter(is_one).map(str::to_owned).collect()
 }
 
 /// Compares a restored database with what its backup held. Returns what differs.

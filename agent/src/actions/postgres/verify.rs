@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::manifest::{Manifest, Store, Verified, archive_in};
 use super::measure::summary;
+use super::scratch::Rights;
 use super::tools::Tools;
 use super::{human, scratch};
 use crate::actions::{Act, Done, Probe, bound};
@@ -137,7 +138,16 @@ async fn restore_and_compare(
     scratch: &str,
     aspects: &[Aspect],
 ) -> Result<Vec<String>, Failure> {
-    scratch::restore(cx, database, tools, archive, made, scratch).await?;
+    scratch::restore(
+        cx,
+        database,
+        tools,
+        archive,
+        made,
+        scratch,
+        Rights::IfPossible,
+    )
+    .await?;
     cx.log.progress(0.9, "comparing");
     scratch::differences(cx, database, tools, made, scratch, aspects).await
 }

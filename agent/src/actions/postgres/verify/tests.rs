@@ -6,7 +6,7 @@ use lockstep_proto::values::ByteSize;
 
 use super::super::backup::tests::backup;
 use super::*;
-use crate::sql::cluster::Bench;
+use crate::sql::cluster::{Bench, as_owner};
 
 const NULL: Value = Value::Null;
 
@@ -346,4 +346,92 @@ async fn an_interrupted_swap_goes_on_or_back() {
     session.run("", &close).await.unwrap();
     restore_act().apply(&cx, &NULL).await.unwrap();
     bench.session("staff").await;
+}
+
+/// Lets the database's owner raise fences and restore.
+async fn let_owner_restore(bench: &Bench) {
+    let (owner, app) = (format!("{}_owner", bench.name), bench.app());
+    let grant = format!(
+        "ALTER ROLE {owner} CREATEDB; GRANT {app} TO {owner}; \
+         GRANT SET ON PARAMETER \"lockstep.fence\", \"lockstep.fence_acl\" TO {owner}"
+    );
+    let session = bench.session("maintenance").await;
+    session.run("", &grant).await.unwrap();
+}
+
+/// Every owner and right in the database.
+async fn owners_and_rights(bench: &Bench) -> Option<String> {
+    let sql = "SELECT string_agg(x, E'\\n' ORDER BY x) FROM ( \
+        SELECT concat_ws(' ', relname, relowner::regrole, relacl) FROM pg_class \
+        WHERE relnamespace IN ('public'::regnamespace, 'hr'::regnamespace) \
+        UNION ALL SELECT concat_ws(' ', attrelid::regclass, attname, attacl) FROM pg_attribute \
+        WHERE attacl IS NOT NULL AND attrelid >= 16384 \
+        UNION ALL SELECT concat_ws(' ', proname, proowner::regrole, proacl) FROM pg_proc \
+        WHERE oid >= 16384 OR proname = 'pg_sleep' \
+        UNION ALL SELECT concat_ws(' ', nspname, nspowner::regrole, nspacl) FROM pg_namespace \
+        WHERE nspname IN ('public', 'hr') \
+        UNION ALL SELECT concat_ws(' ', defaclrole::regrole, defaclacl) FROM pg_default_acl) y(x)";
+    bench.session("staff").await.value("", sql).await.unwrap()
+}
+
+#[tokio::test]
+async fn an_owner_gives_all_rights_back() {
+    let bench = Bench::with_rows().await;
+    let_owner_restore(&bench).await;
+    let app = bench.app();
+    bench
+        .sql(&format!(
+            "GRANT USAGE ON SCHEMA hr TO {app}; GRANT SELECT (id) ON hr.notes TO {app}; \
+             CREATE FUNCTION public.f() RETURNS int LANGUAGE sql AS 'SELECT 1'; \
+             REVOKE ALL ON FUNCTION public.f() FROM PUBLIC; \
+             ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {app}"
+        ))
+        .await;
+    let was = owners_and_rights(&bench).await;
+    let (fence, facts) = behind_a_fence(&bench).await;
+    let cx = as_owner(bench.cx(3, facts));
+    restore_act().apply(&cx, &NULL).await.unwrap();
+    assert_eq!(owners_and_rights(&bench).await, was, "INV-6");
+    fence.undo(&bench.undo(0, vec![]), &NULL).await.unwrap();
+    let read = "SELECT count(*) FROM public.users";
+    let value = bench.session("as_app").await.value("", read).await.unwrap();
+    assert_eq!(value.as_deref(), Some("200"));
+}
+
+#[tokio::test]
+async fn an_owner_who_cannot_give_all_rights_back_does_not_restore() {
+    // Giving the one fails, and of the other the server only warns.
+    for (given, lost) in [
+        (
+            "ALTER TABLE hr.notes OWNER TO postgres",
+            "must be member of role",
+        ),
+        (
+            "GRANT EXECUTE ON FUNCTION pg_catalog.pg_sleep(float8) TO pg_monitor",
+            "without `GRANT ALL ON FUNCTION pg_catalog.pg_sleep",
+        ),
+    ] {
+        let bench = Bench::with_rows().await;
+        let_owner_restore(&bench).await;
+        let session = bench.session("staff").await;
+        session.run("", given).await.unwrap();
+        drop(session);
+        let was = owners_and_rights(&bench).await;
+        let (_, facts) = behind_a_fence(&bench).await;
+        let cx = as_owner(bench.cx(3, facts.clone()));
+        let failed = restore_act().apply(&cx, &NULL).await.unwrap_err();
+        assert!(failed.message.contains(lost), "{}", failed.message);
+        assert!(failed.hint.unwrap().contains("superuser"));
+        assert!(!failed.changed);
+        let databases = format!(
+            "SELECT count(*) FROM pg_database WHERE starts_with(datname, '{}__')",
+            bench.name
+        );
+        assert_eq!(bench.ask(&databases).await, "0");
+        restore_act()
+            .apply(&bench.cx(3, facts), &NULL)
+            .await
+            .unwrap();
+        assert_eq!(owners_and_rights(&bench).await, was, "by a superuser");
+    }
 }
