@@ -20,6 +20,7 @@
 //! values; if it is a list, each of its items must. In texts `*` stands for anything (but never
 //! lets `..` through); in lists of words a last `**` stands for any further words. A command may
 //! be given by its words alone. `(default)` stands for an argument that the plan leaves out.
+//! `deny` also holds for other spellings of a value: `/etc/./x`, `/y/../etc/x`, `x.service`.
 //!
 //! Patterns that begin with `http://` or `https://` are held against URLs part by part: scheme,
 //! host, port, and path with query. A rule for `check.http` holds for each request of a chain.
@@ -91,6 +92,13 @@ pub(crate) enum PolicyError {
     /// Others than its owner could change it.
     #[error("{0}")]
     Unsafe(String),
+}
+
+/// What a rule does. A value that may be read in two ways is not allowed, and is denied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Allow,
+    Deny,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -385,52 +393,64 @@ fn has_secrets(name: &str, args: &Value) -> bool {
 
 /// Whether a value is one of those listed; a list also if each of its items is.
 fn is_one_of(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
-    if fits_some(argument, value, listed) {
+    let fits_some = |value| fits_some(argument, value, listed, Way::Allow);
+    if fits_some(value) {
         return true;
     }
     match value {
         Some(Value::Array(items)) if argument != "argv" => {
             let mut items = items.iter();
-            items.all(|item| fits_some(argument, Some(item), listed))
+            items.all(|item| fits_some(Some(item)))
         }
         _ => false,
     }
 }
 
-/// Whether a value, or one item of it, is among those listed. A URL that cannot be read may be any.
+/// Whether a value, or one item of it, is among those listed, perhaps by another spelling.
 fn is_any_of(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
-    if fits_some(argument, value, listed) {
+    let fits_some = |value| fits_some(argument, value, listed, Way::Deny);
+    if fits_some(value) {
         return true;
     }
     match value {
         Some(Value::Array(items)) if argument != "argv" => {
             let mut items = items.iter();
-            items.any(|item| fits_some(argument, Some(item), listed))
+            items.any(|item| fits_some(Some(item)))
         }
-        Some(Value::String(text)) => argument == "url" && !url::fits("*", text),
         _ => false,
     }
 }
 
-fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
+fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value], way: Way) -> bool {
     listed.iter().any(|pattern| match (pattern, value) {
         (pattern, None) => pattern == DEFAULT,
-        (Value::String(pattern), Some(Value::String(text))) if argument == "url" => {
-            url::fits(pattern, text)
-        }
-        (pattern, Some(value)) => fits(pattern, value),
+        (Value::String(pattern), Some(Value::String(text))) => match argument {
+            "url" => url::fits(pattern, text, way),
+            "service" if way == Way::Deny => stands_for(unsuffixed(pattern), unsuffixed(text), way),
+            _ => fits_text(pattern, text, way),
+        },
+        (pattern, Some(value)) => fits(pattern, value, way),
     })
 }
 
-fn fits(pattern: &Value, value: &Value) -> bool {
+/// The name of a unit as most people write it.
+fn unsuffixed(service: &str) -> &str {
+    service.strip_suffix(".service").unwrap_or(service)
+}
+
+fn fits_text(pattern: &str, text: &str, way: Way) -> bool {
+    if url::is_url(pattern) {
+        return url::is_url(text) && url::fits(pattern, text, way);
+    }
+    // `*` stands for any text, and allows nothing that is put in for it.
+    let secret = text.starts_with(SECRET) && !pattern.starts_with(SECRET);
+    stands_for(pattern, text, way) && (way == Way::Deny || !secret)
+}
+
+fn fits(pattern: &Value, value: &Value, way: Way) -> bool {
+    let fits = |pattern: &Value, value: &Value| fits(pattern, value, way);
     match (pattern, value) {
-        (Value::String(pattern), Value::String(text)) if url::is_url(pattern) => {
-            url::fits(pattern, text)
-        }
-        // `*` stands for any text, and not for what is put in for it.
-        (Value::String(pattern), Value::String(text)) => {
-            glob(pattern, text) && (pattern.starts_with(SECRET) || !text.starts_with(SECRET))
-        }
+        (Value::String(pattern), Value::String(text)) => fits_text(pattern, text, way),
         (Value::Array(patterns), Value::Array(items)) => match patterns.split_last() {
             Some((last, first)) if last == "**" => {
                 first.len() <= items.len() && first.iter().zip(items).all(|(p, i)| fits(p, i))
@@ -455,13 +475,34 @@ fn fits(pattern: &Value, value: &Value) -> bool {
 }
 
 /// `*` stands for anything. A pattern never lets `..` through: `/srv/*` means below /srv.
+fn stands_for(pattern: &str, text: &str, way: Way) -> bool {
+    let climbs = text.split(['/', '=', ':']).any(|part| part == "..");
+    match way {
+        Way::Allow if climbs => pattern == text,
+        Way::Allow => glob(pattern, text),
+        // Where a path with `..` leads, only the file system knows.
+        Way::Deny => {
+            (climbs && pattern.contains(['/', '*']))
+                || glob(pattern, text)
+                || glob(pattern, &plain(text))
+        }
+    }
+}
+
+/// A path as it is written without detours that lead nowhere: `//` and `/./`.
+fn plain(path: &str) -> String {
+    let mut parts = path.split('/');
+    let first = parts.next().filter(|first| *first != ".");
+    let parts = parts.filter(|part| !matches!(*part, "" | "."));
+    let parts: Vec<&str> = first.into_iter().chain(parts).collect();
+    parts.join("/")
+}
+
+/// `*` stands for anything.
 fn glob(pattern: &str, text: &str) -> bool {
     let Some((head, rest)) = pattern.split_once('*') else {
         return pattern == text;
     };
-    if text.split(['/', '=', ':']).any(|part| part == "..") {
-        return false;
-    }
     let Some(mut text) = text.strip_prefix(head) else {
         return false;
     };

@@ -215,6 +215,66 @@ fn one_denied_value_among_several_is_denied() {
 }
 
 #[test]
+fn another_spelling_does_not_get_around_a_denial() {
+    let policy = policy(
+        "[[allow]]\naction = '*'\n\
+         [[deny]]\naction = 'check.log'\nwhere = { path = ['/etc/*', '/var/log/auth.log'] }\n\
+         [[deny]]\naction = 'check.http'\nwhere = { url = ['http://app/admin/*'] }\n\
+         [[deny]]\naction = 'service.*'\nwhere = { service = ['postgresql', 'ssh*.service'] }\n\
+         [[deny]]\naction = 'exec.run'\nwhere = { argv = [['/usr/bin/curl', '**']] }\n\
+         [[deny]]\naction = 'exec.run'\nwhere = { env = [{ KEY = '*' }, { URL = 'http://evil/*' }] }",
+    );
+    let log = |path: &str| action("check.log", json!({"path": path}));
+    let get = |url: &str| action("check.http", json!({"url": url}));
+    let stop = |service: &str| action("service.stop", json!({"service": service}));
+    let run = |program: &str, env: Value| {
+        let argv = [program, "../x"];
+        action("exec.run", json!({"name": "x", "argv": argv, "env": env}))
+    };
+    for denied in [
+        log("/etc/shadow"),
+        log("/etc/../etc/shadow"),
+        log("/var/../etc/shadow"),
+        log("//etc/shadow"),
+        log("/./etc/shadow"),
+        log("/var/log//auth.log"),
+        log("/var/log/./auth.log"),
+        log("/var/log/x/../auth.log"),
+        get("http://app/admin/x"),
+        get("http://app/x/../admin/y"),
+        get("http://app/x/%2e%2E/admin/y"),
+        get("http://app//admin/y?z"),
+        get("http://app/./admin/y"),
+        get("http://app/%61dmin/y"),
+        get("http://app/x\\..\\admin/y"),
+        get("http://APP.:80/admin/y"),
+        stop("postgresql"),
+        stop("postgresql.service"),
+        stop("sshd"),
+        run("/usr/bin/curl", json!({})),
+        run("/usr//bin/./curl", json!({})),
+        run("/usr/bin/../bin/curl", json!({})),
+        run("true", json!({"KEY": "secret://key"})),
+        run("true", json!({"URL": "http://evil//x"})),
+        run("true", json!({"URL": "http://a@evil/x"})),
+    ] {
+        let refusal = policy.check(&denied).unwrap_err();
+        assert!(refusal.contains("denies"), "{denied:?}: {refusal}");
+    }
+    for allowed in [
+        log("/var/log/app.log"),
+        get("http://app/health?of=/admin/x"),
+        get("http://app/x/admin/y"),
+        stop("postgres"),
+        stop("postgresql.timer"),
+        run("./curl", json!({})),
+        run("true", json!({"URL": "none"})),
+    ] {
+        assert_eq!(policy.check(&allowed), Ok(()), "{allowed:?}");
+    }
+}
+
+#[test]
 fn a_pattern_for_urls_that_means_nothing_is_an_error() {
     let rule = "[[allow]]\naction = 'check.http'\nwhere = { url = ['app-1:8000/*'] }";
     let error = Policy::parse(Path::new("p"), rule).unwrap_err().to_string();

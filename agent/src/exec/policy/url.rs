@@ -3,7 +3,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::glob;
+use super::{Way, plain, stands_for};
 
 /// A URL or a pattern for URLs, by its parts.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,39 +41,63 @@ pub(super) fn check(pattern: &str) -> Result<(), String> {
 /// Stands for any URL.
 const ANY: &str = "*";
 
-/// Whether a URL is one that a pattern stands for. One that cannot be read is none.
-pub(super) fn fits(pattern: &str, url: &str) -> bool {
+/// Whether a URL is one that a pattern stands for. One that cannot be read may be any: that is
+/// not allowed, and denied.
+pub(super) fn fits(pattern: &str, url: &str, way: Way) -> bool {
     let Some(url) = parts(url, false) else {
-        return false;
+        return way == Way::Deny;
     };
     if pattern == ANY {
         return true;
     }
     parts(pattern, true).is_some_and(|pattern| {
         pattern.scheme == url.scheme
-            && fits_host(&pattern.host, &url.host)
-            && glob(&pattern.port, &url.port)
-            && fits_rest(&pattern.rest, &url.rest)
+            && fits_host(&pattern.host, &url.host, way)
+            && stands_for(&pattern.port, &url.port, way)
+            && fits_rest(&pattern.rest, &url.rest, way)
     })
 }
 
-/// A pattern such as `127.*` stands for addresses, not for names that begin like one.
-fn fits_host(pattern: &str, host: &str) -> bool {
+/// A pattern such as `127.*` allows addresses, not names that begin like one.
+fn fits_host(pattern: &str, host: &str, way: Way) -> bool {
+    if way == Way::Deny {
+        // A dot at its end changes nothing about a name.
+        return stands_for(pattern, host.trim_end_matches('.'), way);
+    }
     let digits = |c: char| c.is_ascii_digit();
     let for_addresses =
         pattern.contains(digits) && pattern.chars().all(|c| digits(c) || matches!(c, '.' | '*'));
-    glob(pattern, host) && (!for_addresses || host.parse::<Ipv4Addr>().is_ok())
+    stands_for(pattern, host, way) && (!for_addresses || host.parse::<Ipv4Addr>().is_ok())
 }
 
-fn fits_rest(pattern: &str, rest: &str) -> bool {
-    // Servers read these as dots and slashes, so `..` must not hide behind them.
-    let mut plain = rest.replace('\\', "/");
-    for (escape, meaning) in [("%2e", "."), ("%2f", "/"), ("%5c", "/")] {
-        plain = plain.replace(escape, meaning);
-        plain = plain.replace(&escape.to_ascii_uppercase(), meaning);
+fn fits_rest(pattern: &str, rest: &str, way: Way) -> bool {
+    // As servers read it: `..` must not hide behind escapes, nor anything else that is denied.
+    let read = unescaped(rest).replace('\\', "/");
+    let climbs = read.split(['/', '?', '=']).any(|part| part == "..");
+    match way {
+        Way::Allow => !(climbs && pattern.contains('*')) && stands_for(pattern, rest, way),
+        Way::Deny => {
+            let path = read.split('?').next().unwrap_or_default();
+            let query = rest.find('?').map_or("", |at| &rest[at..]);
+            climbs
+                || stands_for(pattern, rest, way)
+                || stands_for(pattern, &format!("{}{query}", plain(path)), way)
+        }
     }
-    let hidden = pattern.contains('*') && plain.split(['/', '?', '=']).any(|part| part == "..");
-    !hidden && glob(pattern, rest)
+}
+
+/// What `%2e` and the like stand for.
+fn unescaped(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let escaped = after.get(..2).filter(|_| *first == b'%');
+        let byte = escaped
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        bytes.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn scheme_of(text: &str) -> Option<(&'static str, &str)> {
@@ -153,7 +177,7 @@ mod tests {
             ("http://[::1]:*/x", "http://[::1]:81/x"),
             ("*", "https://anywhere/at/all"),
         ] {
-            assert!(fits(pattern, url), "{pattern} {url}");
+            assert!(fits(pattern, url, Way::Allow), "{pattern} {url}");
         }
         for (pattern, url) in [
             ("http://*:8000/*", "http://evil.test/:8000/x"),
@@ -179,7 +203,7 @@ mod tests {
             ("*", "http://user:password@app-1/"),
             ("*", "ftp://app-1/"),
         ] {
-            assert!(!fits(pattern, url), "{pattern} {url}");
+            assert!(!fits(pattern, url, Way::Allow), "{pattern} {url}");
         }
     }
 
