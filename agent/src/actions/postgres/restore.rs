@@ -122,7 +122,14 @@ impl Act for Restore {
                 live: true,
                 failed: false,
                 ..
-            } if is_open(&session, &names.live).await? => Probe::Absent(self.describe()),
+            } if is_open(&session, &names.live).await? => {
+                let new = &names.new;
+                if scratch::exists(&session, new).await? {
+                    Probe::Partial(format!("{new} is there, and may not be complete"))
+                } else {
+                    Probe::Absent(self.describe())
+                }
+            }
             _ => Probe::Partial(format!("the swap of `{}` was interrupted", self.database)),
         })
     }

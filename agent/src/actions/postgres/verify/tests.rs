@@ -435,3 +435,32 @@ async fn an_owner_who_cannot_give_all_rights_back_does_not_restore() {
         assert_eq!(owners_and_rights(&bench).await, was, "by a superuser");
     }
 }
+
+#[tokio::test]
+async fn a_copy_that_was_not_filled_is_seen_and_undone() {
+    let bench = Bench::with_rows().await;
+    let (_, facts) = behind_a_fence(&bench).await;
+    let copies = format!(
+        "SELECT count(*) FROM pg_database WHERE starts_with(datname, '{}__restore_')",
+        bench.name
+    );
+    let cx = bench.cx(3, facts.clone());
+    let begun = async {
+        while bench.ask(&copies).await == "0" {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    // As if the step process were killed.
+    tokio::select! {
+        done = async { restore_act().apply(&cx, &NULL).await } => panic!("too late: {done:?}"),
+        () = begun => {}
+    }
+    let probe = restore_act().probe(&cx).await.unwrap();
+    assert!(matches!(probe, Probe::Partial(_)), "{probe:?}");
+    assert_eq!(bench.ask(&copies).await, "1");
+    let undo = bench.undo(3, facts);
+    assert!(!restore_act().undo(&undo, &NULL).await.unwrap().changed);
+    assert_eq!(bench.ask(&copies).await, "0");
+    let probe = restore_act().probe(&cx).await.unwrap();
+    assert!(matches!(probe, Probe::Absent(_)), "{probe:?}");
+}
