@@ -285,8 +285,9 @@ impl Driver {
                 candidate,
                 admitted,
             } => {
+                let host = candidate.host.clone();
                 let result = self.open(round, *hello, version, candidate)?;
-                round.admitted.push((admitted, result));
+                round.admitted.push((host, admitted, result));
             }
             Input::Closed { host, session } => {
                 if self.sessions.closed(&host, session) {
@@ -401,8 +402,13 @@ impl Driver {
         for (answer, result) in round.answers {
             let _ = answer.send(result);
         }
-        for (admitted, result) in round.admitted {
-            let _ = admitted.send(result);
+        for (host, admitted, result) in round.admitted {
+            // The stream went while it was being admitted, and has no reader to say so.
+            if let Err(Ok(number)) = admitted.send(result)
+                && self.sessions.closed(&host, number)
+            {
+                self.own.push_back(Event::HostDown { host });
+            }
         }
         for read in round.reads {
             read(&self.coordinator);
@@ -410,6 +416,9 @@ impl Driver {
         Ok(())
     }
 }
+
+/// Who waits to be admitted.
+type Admitted = oneshot::Sender<Result<SessionNumber, Status>>;
 
 /// An answer, and who waits for it.
 type Owed<T> = (oneshot::Sender<T>, T);
@@ -424,7 +433,7 @@ struct Round {
     notify: Vec<Notify>,
     published: Vec<(RolloutId, RolloutEvent)>,
     answers: Vec<Owed<Result<Answer, Refused>>>,
-    admitted: Vec<Owed<Result<SessionNumber, Status>>>,
+    admitted: Vec<(HostId, Admitted, Result<SessionNumber, Status>)>,
     reads: Vec<Read>,
 }
 

@@ -402,9 +402,7 @@ async fn watchers_are_sent_away_when_the_controller_drains() {
 #[tokio::test]
 async fn heartbeats_say_what_is_missing_at_a_gate() {
     let place = Place::new();
-    let identity = place.agent("app-1");
     let controller = place.start();
-    let mut agent = Agent::connect(&controller, identity, 0).await;
     let mut client = controller.control(&place.operator("dora", &["dba"])).await;
     let mut plan = plan(10).plan().clone();
     let from = BTreeMap::from([("dba".to_owned(), 1), ("qa".to_owned(), 1)]);
@@ -427,7 +425,6 @@ async fn heartbeats_say_what_is_missing_at_a_gate() {
         ..control::SubmitRequest::default()
     };
     let rollout = client.submit(request).await.unwrap().into_inner().rollout;
-    agent.consent(&controller, &plan).await;
     let request = control::WatchRequest {
         rollout: rollout.clone(),
         after: 0,

@@ -6,16 +6,21 @@
 //! encoding what was read from it gives the same bytes again ([`crate::seal::open`]), so one plan
 //! has one encoding and one digest, and `sha256sum` computes it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::action::gate::MOST_APPROVALS;
 use crate::action::{Action, Site};
 use crate::ids::StepRef;
 use crate::values::{Period, Timestamp};
 
 /// The version of this encoding.
 pub const FORMAT: u32 = 1;
+
+/// How far two machines' clocks may differ before a plan's validity is judged wrongly. Wall clocks
+/// serve validity only.
+pub const CLOCK_TOLERANCE: Period = Period::seconds(300);
 
 /// The largest compiled plan, in bytes. It travels in one message and is held by every agent.
 pub const MAX_PLAN_BYTES: usize = 1 << 20;
@@ -354,6 +359,58 @@ impl CompiledPlan {
                     step,
                 })
         })
+    }
+
+    /// The groups that some step is meant for.
+    pub fn groups(&self) -> BTreeSet<&String> {
+        let phases = self.phases.iter().chain(&self.after_rollback);
+        let stages = phases.flat_map(|phase| &phase.stages);
+        stages.flat_map(|stage| stage.target.groups()).collect()
+    }
+
+    /// What the types cannot say: whoever handles an opened plan may rely on it. An error says
+    /// what is wrong, for people who write compiled plans with other tools.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let phases = self.phases.iter().chain(&self.after_rollback);
+        if self.phases.len() >= usize::from(u16::MAX) {
+            return Err("it has too many phases".into());
+        }
+        for phase in phases {
+            let wrong = |why: String| Err(format!("phase `{}` {why}", phase.name));
+            if phase.steps().count() >= usize::from(u16::MAX) {
+                return wrong("has too many steps".into());
+            }
+            for stage in &phase.stages {
+                if stage.steps.is_empty() {
+                    return wrong("has a stage without a step".into());
+                }
+                let unknown = |group: &&String| !self.fleet.contains_key(*group);
+                if let Some(group) = stage.target.groups().iter().find(unknown) {
+                    return wrong(format!(
+                        "names the group `{group}`, which is not in `fleet`"
+                    ));
+                }
+                let site = match stage.target {
+                    Target::Controller => Site::Controller,
+                    Target::Groups(_) | Target::OneOf(_) => Site::Host,
+                };
+                let misplaced = |step: &&Step| step.action.info().site != site;
+                if let Some(step) = stage.steps.iter().find(misplaced) {
+                    return wrong(format!("has {} where it cannot run", step.action.name()));
+                }
+                for step in &stage.steps {
+                    if let Action::GateApproval(approval) = &step.action
+                        && approval
+                            .from
+                            .values()
+                            .any(|people| *people > MOST_APPROVALS)
+                    {
+                        return wrong(format!("asks for more than {MOST_APPROVALS} approvals"));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The steps that a host with these labels may be asked to run.

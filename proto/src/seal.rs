@@ -44,6 +44,9 @@ pub enum InvalidPlan {
     /// Of a version this one does not know.
     #[error("the compiled plan has format {0}, this version reads format {FORMAT}")]
     Format(u32),
+    /// Readable, but not a plan that could run.
+    #[error("the compiled plan does not hold together: {0}")]
+    Incoherent(String),
     /// Other bytes than those that were asked for.
     #[error("the compiled plan has digest {found}, not {expected}")]
     OtherDigest {
@@ -77,6 +80,7 @@ pub fn open(bytes: &[u8]) -> Result<SealedPlan, InvalidPlan> {
     if plan.format != FORMAT {
         return Err(InvalidPlan::Format(plan.format));
     }
+    plan.check().map_err(InvalidPlan::Incoherent)?;
     let sealed = seal(plan)?;
     if sealed.bytes == bytes {
         Ok(sealed)
@@ -117,6 +121,42 @@ mod tests {
             notices: vec![],
             slo: Slo::default(),
             signoff: vec![],
+        }
+    }
+
+    #[test]
+    fn a_plan_that_could_not_run_is_not_opened() {
+        let phase = |target: &str, step: &str| {
+            format!(r#"[{{"name":"p","stages":[{{"target":{target},"steps":[{step}]}}]}}]"#)
+        };
+        let gate = |people: u64| {
+            format!(
+                r#"{{"action":{{"gate.approval":{{"from":{{"dba":{people}}},"timeout":"1m"}}}},"timeout":"1m","line":1}}"#
+            )
+        };
+        let sealed = seal(plan()).unwrap();
+        let text = String::from_utf8(sealed.bytes().to_vec()).unwrap();
+        let open_with = |phases: String| {
+            let text = text.replace(r#""phases":[]"#, &format!(r#""phases":{phases}"#));
+            open(text.as_bytes()).map(|_| ())
+        };
+        open_with(phase(r#""controller""#, &gate(1))).unwrap();
+        for (phases, words) in [
+            (phase(r#"{"groups":["ghost"]}"#, &gate(1)), "`ghost`"),
+            (phase(r#""controller""#, ""), "without a step"),
+            (phase(r#""controller""#, &gate(4_000_000_000)), "approvals"),
+            (
+                phase(
+                    r#""controller""#,
+                    r#"{"action":{"check.disk":{"path":"/","free":"1B"}},"timeout":"1m","line":1}"#,
+                ),
+                "cannot run",
+            ),
+        ] {
+            match open_with(phases) {
+                Err(InvalidPlan::Incoherent(why)) => assert!(why.contains(words), "{why}"),
+                other => panic!("{other:?}"),
+            }
         }
     }
 

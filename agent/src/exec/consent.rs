@@ -16,7 +16,7 @@ use super::policy::Policy;
 use crate::config::Config;
 
 /// How far the host's clock may differ from the clock that a plan's expiry was written with.
-pub(super) const CLOCK_TOLERANCE: Period = Period::seconds(300);
+pub(super) use lockstep_proto::plan::CLOCK_TOLERANCE;
 
 /// A step as the host consented to it: with its own variables put in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 
+use lockstep_proto::action::Class;
 use lockstep_proto::ids::{
     BootId, Digest, Direction, Epoch, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
 };
@@ -429,6 +430,18 @@ impl Hold {
                     done.number
                 ),
                 "its report says so; nothing is done twice",
+            ));
+        }
+        let unproven = |a: &&Attempt| matches!(a.ended, Some((_, How::Unknown)));
+        if step.action.info().class == Class::Blind
+            && let Some(unproven) = attempts.iter().find(unproven)
+        {
+            return Err(refused(
+                format!(
+                    "what attempt {} of this step did is unknown, and nothing can prove it",
+                    unproven.number
+                ),
+                "look at the host; nothing is done twice (INV-1)",
             ));
         }
         Ok(Decision::Begin(Begin {

@@ -376,6 +376,19 @@ fn what_was_undone_is_not_undone_again_but_a_failed_undo_is() {
 }
 
 #[test]
+fn what_nothing_can_prove_is_not_tried_again() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 1), unknown());
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 2))),
+        Decision::Begin(_)
+    ));
+    agent.run(&key(3, Do, 1), unknown());
+    let why = refusal(agent.decide(&order(key(3, Do, 2))));
+    assert!(why.contains("attempt 1"), "{why}");
+}
+
+#[test]
 fn a_probe_needs_no_hold() {
     let agent = Agent::fresh();
     let mut probe = order(key(0, Direction::Probe, 1));

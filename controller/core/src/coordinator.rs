@@ -57,6 +57,8 @@ pub struct HostInfo {
     pub agent_version: String,
     /// The newest durable report of this installation.
     pub acknowledged: u64,
+    /// Plans mean it no more, until it is seen again. Its reports go on where they were.
+    forgotten: bool,
 }
 
 impl HostInfo {
@@ -64,7 +66,8 @@ impl HostInfo {
         matches!(
             record,
             Record::HostSeen { instance, labels, agent_version, .. }
-                if self.instance == *instance
+                if !self.forgotten
+                    && self.instance == *instance
                     && self.labels == *labels
                     && self.agent_version == *agent_version
         )
@@ -491,11 +494,14 @@ impl Coordinator {
                     labels: labels.clone(),
                     agent_version: agent_version.clone(),
                     acknowledged: before.map_or(0, |info| info.acknowledged),
+                    forgotten: false,
                 };
                 self.hosts.insert(host.clone(), info);
             }
             Record::HostForgotten { host, .. } => {
-                self.hosts.remove(host);
+                let info = self.hosts.get_mut(host);
+                info.ok_or("a host was forgotten that was never seen")?
+                    .forgotten = true;
             }
             Record::Matched { rollout, hosts } => {
                 let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
@@ -542,7 +548,7 @@ impl Coordinator {
 
     /// The hosts that are known.
     pub fn hosts(&self) -> impl Iterator<Item = (&HostId, &HostInfo)> {
-        self.hosts.iter()
+        self.hosts.iter().filter(|(_, info)| !info.forgotten)
     }
 
     /// The rollout that has a host's lock.
@@ -583,6 +589,7 @@ impl Coordinator {
             digest: state.plan.digest(),
             state: state.state(),
             ended: state.ended.is_some(),
+            open: state.ended.is_none() || state.is_locking(),
             reason: state
                 .ended
                 .as_ref()
@@ -642,6 +649,8 @@ pub struct Summary {
     pub state: &'static str,
     /// Whether it has ended; a halted one has.
     pub ended: bool,
+    /// Whether it goes on, or waits for a person: halted, and not closed.
+    pub open: bool,
     /// Why, if it did not succeed.
     pub reason: String,
     /// Who submitted it.

@@ -71,6 +71,7 @@ pub(crate) fn rollout(summary: Summary) -> wire::Rollout {
         digest,
         state,
         ended: _,
+        open: _,
         reason,
         requester,
         dry_run: _,

@@ -158,11 +158,14 @@ impl ControlService for Control {
             0 => 50,
             limit => (limit as usize).min(MAX_LIST),
         };
+        let only_open = request.get_ref().open;
         let read = move |coordinator: &Coordinator| {
             let ids: Vec<&RolloutId> = coordinator.rollouts().collect();
-            let newest = ids.into_iter().rev().take(limit);
+            let newest = ids.into_iter().rev();
             newest
                 .filter_map(|id| coordinator.summary(id))
+                .filter(|summary| summary.open || !only_open)
+                .take(limit)
                 .collect::<Vec<_>>()
         };
         let summaries = self.driver.read(read).await?;

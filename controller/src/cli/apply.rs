@@ -132,7 +132,10 @@ async fn submit(
 
 /// The rollout that came of an attempt whose answer was lost.
 async fn taken(client: &Client, sealed: &SealedPlan) -> Result<RolloutId, CliError> {
-    let request = wire::ListRolloutsRequest { limit: 0 };
+    let request = wire::ListRolloutsRequest {
+        limit: 0,
+        open: false,
+    };
     let answer = client
         .call(|mut api| async move { api.list_rollouts(request).await })
         .await?;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use lockstep_proto::wire::MAX_CONTROL_MESSAGE;
 use lockstep_proto::wire::control_v1::control_service_client::ControlServiceClient;
+use lockstep_proto::wire::{MAX_CONTROL_MESSAGE, control_v1 as wire};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, InvalidDnsNameError, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -213,7 +213,17 @@ impl Client {
         let api = ControlServiceClient::new(channel)
             .max_decoding_message_size(MAX_ANSWER)
             .max_encoding_message_size(MAX_CONTROL_MESSAGE);
-        Ok(Self { api, address })
+        let client = Self { api, address };
+        // TLS 1.3 tells of a refused certificate only with the first answer. That is no outage,
+        // to be waited out.
+        let request = wire::ListRolloutsRequest {
+            limit: 1,
+            open: true,
+        };
+        client
+            .call(|mut api| async move { api.list_rollouts(request).await })
+            .await?;
+        Ok(client)
     }
 
     /// Makes one call: `client.call(|mut api| async move { api.pause(request).await })`.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::client::Client;
 use super::error::CliError;
-use super::exit::{Exit, is_end};
+use super::exit::Exit;
 use super::render;
 use super::render::Line;
 use super::{Session, clean, fetch, print_document};
@@ -34,9 +34,8 @@ pub(crate) async fn status(arguments: Status, session: &Session) -> Result<Exit,
     let printer = session.printer;
     let client = session.connect().await?;
     let Some(rollout) = arguments.rollout else {
-        let mut rollouts = list(&client, RECENT).await?;
         // A halted rollout keeps its lock: it stands here until somebody has decided.
-        rollouts.retain(|rollout| !is_end(&rollout.state) || rollout.state == "halted");
+        let rollouts = list(&client, RECENT, true).await?;
         if rollouts.is_empty() && !printer.is_json() {
             printer.lines(&[Line::plain(
                 "no rollout goes on; `lockstep history` lists earlier ones",
@@ -57,7 +56,7 @@ pub(crate) async fn status(arguments: Status, session: &Session) -> Result<Exit,
 /// `lockstep history`.
 pub(crate) async fn history(arguments: History, session: &Session) -> Result<Exit, CliError> {
     let client = session.connect().await?;
-    let rollouts = list(&client, arguments.limit).await?;
+    let rollouts = list(&client, arguments.limit, false).await?;
     print_list(&rollouts, session)
 }
 
@@ -81,8 +80,8 @@ pub(crate) async fn hosts(session: &Session) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-async fn list(client: &Client, limit: u32) -> Result<Vec<wire::Rollout>, CliError> {
-    let request = wire::ListRolloutsRequest { limit };
+async fn list(client: &Client, limit: u32, open: bool) -> Result<Vec<wire::Rollout>, CliError> {
+    let request = wire::ListRolloutsRequest { limit, open };
     let answer = client
         .call(|mut api| async move { api.list_rollouts(request).await })
         .await?;

@@ -254,6 +254,11 @@ fn read_report(host: &HostId, report: WireReport) -> Result<Report, String> {
     let number = report.number;
     let report = Report::try_from(report);
     let report = report.map_err(|error| format!("report {number}: {error}"))?;
+    // What is journalled is this one's own encoding, and it may be longer than the agent's.
+    let encoded = serde_json::to_vec(&report.body).map_or(usize::MAX, |json| json.len());
+    if encoded > MAX_REPORT_BYTES {
+        return Err(format!("report {number} is too large: {encoded} bytes"));
+    }
     match &report.body {
         ReportBody::Started { key } | ReportBody::Finished { key, .. } if key.host != *host => {
             Err(format!("report {number} is about {}", key.host))

@@ -135,8 +135,8 @@ impl Registry {
     }
 
     /// Hands a message to a session, if that is still the host's. An agent that does not read
-    /// loses its session: it connects again, and is told what is outstanding. Returns whether
-    /// that happened.
+    /// loses its session: it connects again, and is told what is outstanding. Returns whether the
+    /// host has lost its session.
     #[must_use]
     pub(crate) fn send(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
         let Some(session) = self.sessions.get(host) else {
@@ -146,8 +146,13 @@ impl Registry {
             return false;
         }
         match session.queue.try_send(message) {
-            // A closed queue: its reader is about to say that the session is gone.
-            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => false,
+            Ok(()) => false,
+            // The stream is gone; a session whose stream went while it was being admitted has no
+            // reader to say so.
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                self.sessions.remove(host);
+                true
+            }
             Err(mpsc::error::TrySendError::Full(_)) => {
                 tracing::warn!(%host, peer = %session.peer, "the agent does not read what it is \
                     sent; its session ends");

@@ -40,6 +40,9 @@ pub enum Day {
     Sun,
 }
 
+/// The most people of one group that a gate may ask for.
+pub const MOST_APPROVALS: u32 = 100;
+
 /// Arguments of `gate.approval`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Digest, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
@@ -109,11 +110,14 @@ impl Coordinator {
                         "{rollout} is rolling back already"
                     )));
                 }
-                Record::RollbackStarted {
-                    rollout,
+                let record = Record::RollbackStarted {
+                    rollout: rollout.clone(),
                     reason,
                     operator: Some(operator),
-                }
+                };
+                self.commit(now, record, effects);
+                self.say_again(now, &rollout, effects);
+                return Ok(Answer::Done);
             }
             Call::Close { rollout, reason } => {
                 let state = self.rollout(&rollout)?;
@@ -130,7 +134,7 @@ impl Coordinator {
                 }
             }
             Call::Forget { host } => {
-                let Some(info) = self.hosts.get(&host) else {
+                let Some(info) = self.hosts.get(&host).filter(|info| !info.forgotten) else {
                     return Err(Refused::Invalid(format!("there is no host {host}")));
                 };
                 if info.connected {
@@ -190,14 +194,26 @@ impl Coordinator {
         if let Some(other) = self.serials.get(&compiled.serial) {
             return Err(Refused::SerialUsed(compiled.serial, other.clone()));
         }
-        if now >= compiled.expires || now < compiled.not_before {
+        if now > compiled.expires.plus(CLOCK_TOLERANCE) {
             return Err(Refused::Invalid(
-                "the plan has expired or is not yet valid; compile it again".into(),
+                "the plan has expired; compile it again".into(),
             ));
         }
+        if now.plus(CLOCK_TOLERANCE) < compiled.not_before {
+            return Err(Refused::Invalid(format!(
+                "the plan is not valid yet: it begins {} after now by the controller's clock; \
+                 compare the clock of the machine that compiled it with the controller's",
+                compiled.not_before.since(now)
+            )));
+        }
         let mut matched = BTreeSet::new();
-        for (name, selector) in &compiled.fleet {
-            let known = self.hosts.iter();
+        let used = compiled.groups();
+        for (name, selector) in compiled
+            .fleet
+            .iter()
+            .filter(|(name, _)| used.contains(*name))
+        {
+            let known = self.hosts();
             let hosts: Vec<&HostId> = known
                 .filter(|(_, info)| selector.matches(&info.labels))
                 .map(|(host, _)| host)

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_proto::action::gate::Window;
+use lockstep_proto::action::gate::{MOST_APPROVALS, Window};
 use lockstep_proto::action::{Action, Site};
 use regex::Regex;
 
@@ -30,8 +30,9 @@ pub(crate) fn check(reader: &Reader<'_>, draft: &Draft) {
             };
             args.variables(step.info.site, step.info.name);
             args.secrets();
-            if let Some(action) = &step.action {
-                args.action(action);
+            match &step.action {
+                Some(action) => args.action(action),
+                None => args.unread_argv(),
             }
         }
         if let Some(fence) = &phase.fence {
@@ -272,6 +273,14 @@ impl Args<'_> {
                         "such as `{dba: 1}`",
                     );
                 }
+                for (group, people) in &args.from {
+                    if *people > MOST_APPROVALS {
+                        let message = format!("{people} people of `{group}` are asked to approve");
+                        let hint = format!("at most {MOST_APPROVALS}");
+                        let at = ["from".into(), group.as_str().into()];
+                        self.report(Code::WrongValue, &at, message, &hint);
+                    }
+                }
                 for (group, _) in args.from.iter().filter(|(_, people)| **people == 0) {
                     let message = format!("no approval of `{group}` is asked for");
                     let hint = "at least 1, or leave the group out";
@@ -301,6 +310,22 @@ impl Args<'_> {
             | Action::CheckProcess(_)
             | Action::CheckTls(_)
             | Action::GateWait(_) => {}
+        }
+    }
+
+    /// What is wrong with a command's words does not wait until the rest of its action is right.
+    fn unread_argv(&self) {
+        let tree = self.reader.tree;
+        let Some(argv) = tree.get(self.args, "argv") else {
+            return;
+        };
+        let words: Vec<String> = tree
+            .items(argv)
+            .iter()
+            .map(|id| tree.text(*id).to_owned())
+            .collect();
+        if !words.is_empty() {
+            self.argv(&words, &["argv".into()]);
         }
     }
 

@@ -39,6 +39,7 @@ pub(crate) fn check(reader: &Reader<'_>, draft: &Draft) {
     }
     check.order();
     check.times();
+    check.unused_groups();
 }
 
 struct Check<'a> {
@@ -187,6 +188,35 @@ impl Check<'_> {
                 let hint = did_you_mean(&group.value, &known);
                 self.reader
                     .report(Code::UnknownGroup, group.node, message, hint);
+            }
+        }
+    }
+
+    /// Hosts of such a group would not be part of a rollout.
+    fn unused_groups(&self) {
+        if self.reader.has_errors() {
+            return;
+        }
+        let tree = self.reader.tree;
+        let phases = self.draft.phases.iter().chain(&self.draft.after_rollback);
+        let used: Vec<&At<String>> = phases
+            .flat_map(|phase| {
+                let steps = phase.steps.iter().filter_map(|step| step.on.as_ref());
+                let fence = phase.fence.as_ref().and_then(|fence| fence.on.as_ref());
+                phase.on.iter().chain(steps).chain(fence)
+            })
+            .flat_map(|on| &on.groups)
+            .collect();
+        let is_open = |group: &&At<String>| tree.scalar(group.node).is_some_and(|s| s.open);
+        if used.iter().any(is_open) {
+            return;
+        }
+        for (key, _) in tree.entries(self.fleet_node()) {
+            let name = tree.text(*key);
+            if !name.starts_with("x-") && !used.iter().any(|group| group.value == name) {
+                let message = format!("no step is meant for the group `{name}`");
+                self.reader
+                    .warn(Code::UnusedGroup, *key, message, "use it, or take it out");
             }
         }
     }

@@ -397,10 +397,17 @@ impl<'de> de::Deserializer<'de> for De<'_> {
     ) -> Result<V::Value, Fault> {
         let (word, content) = match self.kind() {
             Kind::Scalar(scalar) if !is_null(scalar) => (self.node, None),
-            Kind::Mapping(entries) => match entries.as_slice() {
-                [(word, content)] if !self.reader.is_out(*content) => (*word, Some(*content)),
-                _ => return Err(self.fault("a mapping with one key")),
-            },
+            Kind::Mapping(entries) => {
+                let is_note =
+                    |(key, _): &&(NodeId, NodeId)| self.reader.tree.text(*key).starts_with("x-");
+                let mut entries = entries.iter().filter(|entry| !is_note(entry));
+                match (entries.next(), entries.next()) {
+                    (Some((word, content)), None) if !self.reader.is_out(*content) => {
+                        (*word, Some(*content))
+                    }
+                    _ => return Err(self.fault("a mapping with one key")),
+                }
+            }
             _ => {
                 let known = format!("one of {}", list(variants, "or"));
                 return Err(self.fault(&known));

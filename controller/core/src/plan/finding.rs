@@ -55,6 +55,7 @@ codes! {
     MissingBackup "0026" "A step that needs a backup, or a verified one, without such a step before it (INV-7).";
     BadFence "0027" "A fence that does not end in a later phase.";
     BadTime "0028" "Times that cannot be kept together.";
+    UnusedGroup "0029" "A group is declared, and no step is meant for it.";
     BadRegex "0030" "A regular expression that does not compile.";
     BadJsonPath "0031" "A JSONPath that cannot be read.";
     BadUrl "0032" "A URL that is not absolute, or holds a password.";

@@ -70,6 +70,14 @@ impl<'a> Reader<'a> {
         self.findings.borrow_mut().push(finding);
     }
 
+    /// Whether something was found that keeps the plan from running.
+    pub(crate) fn has_errors(&self) -> bool {
+        let findings = self.findings.borrow();
+        findings
+            .iter()
+            .any(|found| found.severity == Severity::Error)
+    }
+
     /// Reads the value at a node; `None` if it cannot be, which then is reported.
     pub(crate) fn read<T: de::DeserializeOwned>(&self, node: NodeId) -> Option<T> {
         self.read_with(node, |de| T::deserialize(de))

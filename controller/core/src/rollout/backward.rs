@@ -188,7 +188,25 @@ impl Rollout {
             if !standing.blocked.contains_key(host) {
                 self.standing_of_host(host, &chain, standing);
             }
+            // Data belongs to the whole fleet: nothing further back may run on a schema that did
+            // not go back.
+            if let Some(why) = standing.blocked.get(host)
+                && chain.iter().any(|at| self.data_stays(*at, host))
+            {
+                standing.stopped = Some(format!("{host}: {why}"));
+            }
         }
+    }
+
+    /// Whether a step has changed the fleet's data on a host, and that has not been undone.
+    fn data_stays(&self, at: StepRef, host: &HostId) -> bool {
+        let step = self.placed(at).step;
+        let name = step.action.name();
+        let attempts = &self.attempts[&(at, Direction::Do)][host];
+        let undo = self.last_attempt(at, Direction::Undo, host);
+        (name.starts_with("postgres.") || name.starts_with("migration."))
+            && need(step, attempts) != Need::Nothing
+            && !undo.is_some_and(Attempt::is_ok)
     }
 
     fn standing_of_host(&self, host: &HostId, chain: &[StepRef], standing: &mut Standing) {
@@ -224,12 +242,6 @@ impl Rollout {
                     }
                     Some(result) => {
                         let why = format!("undo of {}", self.say_failure(at, result));
-                        let name = step.action.name();
-                        // Data belongs to the whole fleet: nothing further back may run on a
-                        // schema that did not go back.
-                        if name.starts_with("postgres.") || name.starts_with("migration.") {
-                            standing.stopped = Some(format!("{host}: {why}"));
-                        }
                         standing.blocked.insert(host.clone(), why);
                         return;
                     }

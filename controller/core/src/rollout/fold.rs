@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lockstep_proto::action::Class;
 use lockstep_proto::ids::{Digest, Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{ReportBody, StepOutcome};
@@ -217,7 +218,7 @@ impl Rollout {
             Record::Paused { .. } => self.paused = true,
             Record::Resumed { .. } => {
                 self.deadline_from = now;
-                self.fold_resumed();
+                self.fold_resumed(now);
             }
             Record::RollbackStarted {
                 reason, operator, ..
@@ -228,7 +229,7 @@ impl Rollout {
                     self.deadline_from = now;
                 }
                 match &mut self.mode {
-                    Mode::Backward(_) => self.fold_resumed(),
+                    Mode::Backward(_) => self.fold_resumed(now),
                     mode => {
                         *mode = Mode::Backward(Backward {
                             started: now,
@@ -342,13 +343,19 @@ impl Rollout {
         }
     }
 
-    /// What failed is tried again, as a new attempt; a gate that was not met opens anew.
-    fn fold_resumed(&mut self) {
+    /// What failed is tried again, as a new attempt; a gate that was not met, or whose time has
+    /// passed, opens anew, and so does the time of the phase.
+    fn fold_resumed(&mut self, now: Timestamp) {
         self.paused = false;
         self.ended = None;
         let backward = matches!(self.mode, Mode::Backward(_));
         let checks = self.compiled().after_rollback_index();
+        let plan = self.plan.clone();
         for ((at, direction), hosts) in &mut self.attempts {
+            let blind = plan
+                .plan()
+                .step(*at)
+                .is_some_and(|placed| placed.step.action.info().class == Class::Blind);
             let again = match direction {
                 Direction::Do => !backward || at.phase == checks,
                 Direction::Undo => backward,
@@ -361,11 +368,12 @@ impl Rollout {
                 let Some(result) = last.result.as_ref().filter(|_| again) else {
                     continue;
                 };
-                // A host that was given up may have said meanwhile that it is done (INV-1).
-                if matches!(result.outcome, Outcome::Ok { .. }) {
-                    last.given_up = false;
-                } else {
-                    last.forgiven = true;
+                match result.outcome {
+                    // A host that was given up may have said meanwhile that it is done (INV-1).
+                    Outcome::Ok { .. } => last.given_up = false,
+                    // Nothing could ever prove what it did: it is not done again (INV-1).
+                    Outcome::Unknown { .. } if blind => {}
+                    _ => last.forgiven = true,
                 }
             }
         }
@@ -381,8 +389,13 @@ impl Rollout {
                 member.surveyed = false;
             }
         } else {
-            self.gates
-                .retain(|_, gate| !matches!(gate.closed, Some((_, false, _))));
+            self.gates.retain(|_, gate| match gate.closed {
+                Some((_, met, _)) => met,
+                None => gate.until > now,
+            });
+        }
+        if let Mode::Forward(cursor) = &mut self.mode {
+            cursor.opened = cursor.opened.map(|_| now);
         }
     }
 

@@ -294,7 +294,11 @@ impl Rollout {
             .iter()
             .filter(|host| in_stage.contains(**host))
             .count();
-        let budget = stage.strategy.max_failures() as usize;
+        // What one host does for all is not done by leaving that host behind.
+        let budget = match stage.target {
+            Target::OneOf(_) => 0,
+            _ => stage.strategy.max_failures() as usize,
+        };
         let fleet_budget = self
             .compiled()
             .max_failures

@@ -586,6 +586,32 @@ proptest! {
     }
 }
 
+/// `LOCKSTEP_SEEDS=FROM..TO` runs that range in place of a small one, and `FROM..=FROM` one again.
+#[test]
+#[allow(clippy::print_stderr, reason = "it says how to see a failure again")]
+fn promises_hold_over_a_range_of_seeds() {
+    let range = std::env::var("LOCKSTEP_SEEDS").unwrap_or_else(|_| "0..200".into());
+    let (from, to) = range.split_once("..").expect("a range such as 0..200");
+    let from: u64 = from.parse().expect("a number");
+    let to = match to.strip_prefix('=') {
+        Some(last) => last.parse::<u64>().expect("a number") + 1,
+        None => to.parse().expect("a number"),
+    };
+    for seed in from..to {
+        let faults = Faults {
+            fail: seed % 8,
+            unknown: seed / 8 % 4,
+            lose_host: seed / 32 % 6,
+            restart: seed / 192 % 6,
+        };
+        let run = std::panic::AssertUnwindSafe(|| simulate(seed, faults));
+        if let Err(panic) = std::panic::catch_unwind(run) {
+            eprintln!("to see it again: LOCKSTEP_SEEDS={seed}..={seed}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
 /// The generator reaches every end, so that no branch above is idle.
 #[test]
 fn generated_fleets_end_in_every_way() {

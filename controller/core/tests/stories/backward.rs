@@ -166,3 +166,63 @@ fn restarts_are_undone_last() {
         "then the service runs what is there"
     );
 }
+
+/// Services stop, one host migrates, services start; then a check.
+fn migration_plan() -> Vec<Stage> {
+    let migrate =
+        json!({"tool": "alembic", "app": "a", "release": "r", "database": "d", "dir": "b"});
+    let mut one = on("app", vec![step("migration.apply", migrate)]);
+    one.target = Target::OneOf(vec!["app".into()]);
+    let start = step("service.start", json!({"service": "web"}));
+    let check = step("check.disk", json!({"path": "/", "free": "1B"}));
+    vec![
+        on("app", vec![stop()]),
+        one,
+        on("app", vec![start]),
+        on("app", vec![check]),
+    ]
+}
+
+#[test]
+fn nothing_goes_back_past_data_that_stays() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.start(migration_plan());
+    for name in ["a", "b", "a", "a", "b", "a"] {
+        fleet.finish(name, ok(), vec![]);
+    }
+    fleet.finish("b", failed(), vec![]);
+    // The elected host cannot even undo what came after the migration.
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    assert_eq!(fleet.state(1), "halted");
+    let undone = fleet
+        .orders
+        .iter()
+        .filter(|order| order.key.direction == Direction::Undo);
+    let earliest = undone.map(|order| order.key.at.phase).min();
+    assert_eq!(
+        earliest,
+        Some(2),
+        "INV-6: the old release must not start on the new schema"
+    );
+}
+
+#[test]
+fn a_rollback_after_a_halt_has_time_for_what_was_not_begun() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut plan = plan(1, vec![on("app", vec![stop()])]);
+    plan.deadline = Period::seconds(300);
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(fleet.newest("a").direction, Direction::Undo);
+    fleet.event(Event::HostDown { host: host("a") });
+    fleet.later(300);
+    assert_eq!(fleet.state(1), "halted");
+    let back = Call::RollBack {
+        rollout: rollout(1),
+        reason: "the host is back".into(),
+    };
+    fleet.call("olga", &[], back).unwrap();
+    assert_eq!(fleet.state(1), "rolling_back", "{}", fleet.reason(1));
+}

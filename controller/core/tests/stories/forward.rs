@@ -89,6 +89,31 @@ fn the_step_of_an_elected_host_that_stayed_behind_is_not_skipped() {
 }
 
 #[test]
+fn a_budget_does_not_stand_in_for_the_elected_host() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let rolling = Strategy::Rolling {
+        batch: lockstep_proto::plan::Batch::Hosts(1),
+        max_failures: 1,
+        pause: Period(0),
+    };
+    let one = Target::OneOf(vec!["app".into()]);
+    let look = step("check.disk", json!({"path": "/", "free": "1B"}));
+    let all = Target::Groups(vec!["app".into()]);
+    let phases = vec![(one, rolling, look), (all, Strategy::All, stop())];
+    fleet.submit(1, canary_plan(1, phases)).unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![]);
+    }
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(
+        fleet.orders.len(),
+        1,
+        "INV-3: nobody has done the first step"
+    );
+    assert_eq!(fleet.state(1), "rolled_back");
+}
+
+#[test]
 fn resume_after_a_deadline_opens_a_new_one() {
     let mut fleet = Fleet::new(&["a"]);
     let mut plan = plan(1, vec![on("app", vec![stop()])]);

@@ -216,3 +216,106 @@ fn a_refusal_before_anything_happened_ends_the_rollout_and_frees_the_hosts() {
     };
     assert!(released("a") && released("b"));
 }
+
+#[test]
+fn resume_gives_an_open_gate_and_its_phase_their_time_again() {
+    let gate = || {
+        let args = json!({"from": {"dba": 1}, "timeout": "30m", "on_timeout": "halt"});
+        vec![on("controller", vec![step("gate.approval", args)])]
+    };
+    let approved = |fleet: &mut Fleet| {
+        fleet.resume();
+        assert_eq!(fleet.state(1), "running", "{}", fleet.reason(1));
+        fleet.decide("dana", &["dba"], fleet.evidence()).unwrap();
+        assert_eq!(fleet.state(1), "succeeded");
+    };
+
+    // The rollout's deadline came while the gate was open.
+    let mut fleet = Fleet::new(&["a"]);
+    let mut late = plan(1, gate());
+    late.deadline = Period::seconds(20 * 60);
+    fleet.submit(1, late).unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.later(20 * 60);
+    assert_eq!(fleet.state(1), "halted");
+    fleet.later(20 * 60);
+    approved(&mut fleet);
+
+    // The gate timed out in a phase that has a deadline of its own.
+    let mut fleet = Fleet::new(&["a"]);
+    let mut short = plan(1, gate());
+    short.phases[0].deadline = Some(Period::seconds(35 * 60));
+    fleet.submit(1, short).unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.later(30 * 60);
+    assert_eq!(fleet.state(1), "halted");
+    fleet.later(10 * 60);
+    approved(&mut fleet);
+
+    // The rollout was paused past the gate's time.
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(gate());
+    fleet.pause();
+    fleet.later(32 * 60);
+    approved(&mut fleet);
+}
+
+#[test]
+fn resume_does_not_repeat_what_nothing_can_prove() {
+    let mut fleet = Fleet::new(&["a"]);
+    let run = step("exec.run", json!({"name": "x", "argv": ["x"]}));
+    fleet.start(vec![on("app", vec![run])]);
+    fleet.pause();
+    let why = "the step process was killed".into();
+    fleet.finish("a", StepOutcome::Unknown { why }, vec![]);
+    fleet.resume();
+    assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
+    assert_eq!(fleet.state(1), "halted", "{}", fleet.reason(1));
+    fleet.resume();
+    assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
+}
+
+#[test]
+fn a_forgotten_host_that_comes_back_is_heard_again() {
+    let mut fleet = Fleet::new(&["a", "old"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    for name in ["a", "old"] {
+        fleet.finish(name, ok(), vec![]);
+    }
+    assert_eq!(fleet.state(1), "succeeded");
+    fleet.event(Event::HostDown { host: host("old") });
+    let forget = Call::Forget { host: host("old") };
+    fleet.call("olga", &[], forget.clone()).unwrap();
+    assert!(matches!(
+        fleet.call("olga", &[], forget),
+        Err(Refused::Invalid(_))
+    ));
+    fleet.restart();
+    fleet.up("a");
+    fleet.up("old");
+    let plan = plan(2, vec![on("app", vec![stop()])]);
+    fleet.submit(2, plan).unwrap();
+    for name in ["a", "old"] {
+        fleet.consent(2, name, vec![]);
+    }
+    for name in ["a", "old"] {
+        fleet.finish(name, ok(), vec![]);
+    }
+    assert_eq!(fleet.state(2), "succeeded", "{}", fleet.reason(2));
+}
+
+#[test]
+fn clocks_may_differ_a_little_and_groups_without_a_step_do_not_matter() {
+    let mut fleet = Fleet::new(&["a"]);
+    let mut early = plan(1, vec![on("app", vec![stop()])]);
+    early.not_before = Timestamp(fleet.now + 60_000);
+    let selector = Selector {
+        labels: BTreeMap::from([("role".into(), "cache".into())]),
+    };
+    early.fleet.insert("cache".into(), selector);
+    fleet.submit(1, early).unwrap();
+    let mut too_early = plan(2, vec![on("app", vec![stop()])]);
+    too_early.not_before = Timestamp(fleet.now + 600_000);
+    let refused = fleet.submit(2, too_early).unwrap_err().to_string();
+    assert!(refused.contains("clock"), "{refused}");
+}
