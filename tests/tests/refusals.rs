@@ -102,6 +102,28 @@ fn a_certificate_of_another_issuer_or_another_kind_is_no_way_in() {
         said.text()
     );
 
+    // An operator of another installation, who would wait for the end of a rollout.
+    cluster
+        .make_certificate(&[
+            "operator", "mallory", "--dir", other_text, "--out", other_text,
+        ])
+        .unwrap();
+    let stranger_profile = format!(
+        "controller = \"{}\"\nca = \"{}\"\ncert = \"{}\"\nkey = \"{}\"\n",
+        cluster.address(),
+        pki.join("ca-controllers.crt").display(),
+        other.join("operator-mallory.crt").display(),
+        other.join("operator-mallory.key").display(),
+    );
+    fs::write(&thief.profile, stranger_profile).unwrap();
+    let said = thief.run(&["watch", "ro_000000000000"]).unwrap();
+    assert_eq!(said.code, 3, "{}", said.text());
+    assert!(
+        said.stderr.contains("certificate"),
+        "no next step: {}",
+        said.text()
+    );
+
     // A host name that is not the certificate's.
     let mut host = stranger(&cluster, "app-8", "app-8", &pki, "agent-app-1");
     host.start_agent().unwrap();

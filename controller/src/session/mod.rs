@@ -328,3 +328,28 @@ impl Stream for Blob {
         Poll::Ready(Some(Ok(BlobChunk { data })))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_measured_as_it_will_be_written() {
+        let refusals = |count: usize| vec![r#"{"reason":""}"#; count].join(",");
+        let report = |count: usize| WireReport {
+            number: 1,
+            body_json: format!(
+                r#"{{"declined":{{"rollout":"ro_000000000000","refusals":[{}]}}}}"#,
+                refusals(count)
+            )
+            .into_bytes()
+            .into(),
+        };
+        let host: HostId = "app-1".parse().expect("a host's name");
+        read_report(&host, report(1)).unwrap();
+        let many = report(2000);
+        assert!(many.body_json.len() < MAX_REPORT_BYTES);
+        let why = read_report(&host, many).unwrap_err();
+        assert!(why.contains("too large"), "{why}");
+    }
+}
