@@ -445,8 +445,22 @@ async fn allow(session: &Session, dbname: &str, allowed: bool) -> Result<(), Fai
 }
 
 /// Puts `new` in the place of `live`, which becomes `aside`. Nobody can connect meanwhile, not
-/// even a superuser; the names change in one transaction.
+/// even a superuser.
 async fn swap(session: &Session, live: &str, new: &str, aside: &str) -> Result<(), Failure> {
+    let swapped = close_and_rename(session, live, new, aside).await;
+    // Either way the name is open again, with the new one behind it or the old.
+    let opened = allow(session, live, true).await;
+    swapped?;
+    opened
+}
+
+/// Closes both and waits for the ends of their sessions; the names change in one transaction.
+async fn close_and_rename(
+    session: &Session,
+    live: &str,
+    new: &str,
+    aside: &str,
+) -> Result<(), Failure> {
     for name in [live, new] {
         allow(session, name, false).await?;
         session.end_sessions("datname = $1", &[&name]).await?;
@@ -466,10 +480,7 @@ async fn swap(session: &Session, live: &str, new: &str, aside: &str) -> Result<(
     if renamed.is_err() {
         let _ = session.run("giving up the swap", "ROLLBACK").await;
     }
-    // Either way the name is open again, with the new one behind it or the old.
-    let opened = allow(session, live, true).await;
-    renamed?;
-    opened
+    renamed
 }
 
 #[cfg(test)]

@@ -464,3 +464,27 @@ async fn a_copy_that_was_not_filled_is_seen_and_undone() {
     let probe = restore_act().probe(&cx).await.unwrap();
     assert!(matches!(probe, Probe::Absent(_)), "{probe:?}");
 }
+
+#[tokio::test]
+async fn a_database_is_open_again_when_a_swap_is_given_up() {
+    let bench = Bench::with_rows().await;
+    let_owner_restore(&bench).await;
+    let see = format!("GRANT pg_read_all_stats TO {}_owner", bench.name);
+    let session = bench.session("maintenance").await;
+    session.run("", &see).await.unwrap();
+    let (_, facts) = behind_a_fence(&bench).await;
+    // A session that an owner sees and may not end: that of a superuser.
+    let inside = bench.session("staff").await;
+    let cx = as_owner(bench.cx(3, facts.clone()));
+    let failed = restore_act().apply(&cx, &NULL).await.unwrap_err();
+    assert!(failed.changed);
+    assert!(failed.message.contains("ending sessions"), "{failed:?}");
+    let count = "SELECT count(*) FROM public.users";
+    let session = bench.try_session("staff").await;
+    let value = session.unwrap().value("", count).await.unwrap();
+    assert_eq!(value.as_deref(), Some("200"));
+    // And the way on is free.
+    drop(inside);
+    let cx = as_owner(bench.cx(3, facts));
+    restore_act().apply(&cx, &NULL).await.unwrap();
+}
