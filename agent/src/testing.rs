@@ -9,6 +9,7 @@ use std::time::Duration;
 use lockstep_proto::ids::{Direction, RolloutId, StepKey, StepRef};
 use lockstep_proto::order::{Binding, Fact};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, StepRunner, Tls};
 use crate::step::{Context, StepLog};
@@ -103,6 +104,7 @@ impl Host {
             dir,
             log: StepLog::nowhere(),
             deadline: Instant::now() + Duration::from_mins(1),
+            stop: CancellationToken::new(),
             log_offsets: Arc::new(BTreeMap::new()),
             dry_run: false,
         }

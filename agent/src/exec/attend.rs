@@ -17,6 +17,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use tokio::process::Child;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::runner::Runner;
 use super::seam::LogPiece;
@@ -76,6 +77,7 @@ impl Host {
             dir,
             log: StepLog::nowhere(),
             deadline: Instant::now() + limit,
+            stop: CancellationToken::new(),
             log_offsets: Arc::new(job.log_offsets.clone()),
             dry_run: job.key.direction == Direction::Probe,
         }

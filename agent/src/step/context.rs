@@ -9,6 +9,7 @@ use lockstep_proto::order::Binding;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::process::head;
@@ -69,6 +70,9 @@ pub(crate) struct Context {
     pub(crate) log: StepLog,
     /// The attempt must have ended by then.
     pub(crate) deadline: Instant,
+    /// Cancelled when the attempt is to stop. What does not look at it is dropped at once; an
+    /// action that would leave something behind ends early by itself ([`Cause::Cancelled`]).
+    pub(crate) stop: CancellationToken,
     /// Where the log files that the plan's `check.log` steps name ended when the host consented:
     /// lines before are older than the rollout.
     pub(crate) log_offsets: Arc<BTreeMap<PathBuf, LogMark>>,

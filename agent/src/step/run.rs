@@ -5,12 +5,13 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lockstep_proto::action::Class;
+use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, StepKey};
 use lockstep_proto::report::{Cause, Failure, StepOutcome};
 use lockstep_proto::values::Period;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
 use crate::actions::{self, Done, Probe};
@@ -70,15 +71,21 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
         dir: dir.files(),
         log,
         deadline: begun + job.timeout.to_std(),
+        stop: CancellationToken::new(),
         log_offsets: Arc::new(job.log_offsets.clone()),
         dry_run: false,
     };
     let cancelled = async {
         loop {
             tokio::select! {
-                _ = terminate.recv() => return,
-                () = sleep(CANCEL_POLL) => if dir.cancel().exists() { return },
+                _ = terminate.recv() => break,
+                () = sleep(CANCEL_POLL) => if dir.cancel().exists() { break },
             }
+        }
+        context.stop.cancel();
+        // It first removes what it created: nobody else does.
+        if matches!(job.action, Action::CheckHttp(_)) {
+            sleep(LAST_WORDS).await;
         }
     };
     let changes = job.action.info().class != Class::Observing;
@@ -88,7 +95,7 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
         () = cancelled => Err(Failure {
             changed: changes,
             last_lines: context.log.last_lines(),
-            ..failure(Cause::Cancelled, "stopped, as people asked for")
+            ..failure(Cause::Cancelled, why_stopped(&dir))
         }),
         result = timeout_at(limit, guarded(&job, &context)) => result.unwrap_or_else(|_| {
             Err(Failure {
@@ -99,10 +106,26 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
             })
         }),
     };
+    let result = result.map_err(|was| match was.cause {
+        Cause::Cancelled if was.message != why_stopped(&dir) => Failure {
+            message: format!("{}; {}", why_stopped(&dir), was.message),
+            ..was
+        },
+        _ => was,
+    });
     let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     let ended = ended(result, Period(millis));
     write(&dir, &ended).await?;
     Ok(StepExit::Done)
+}
+
+/// A host that is shut down ends its processes with the same signal.
+fn why_stopped(dir: &StepDir) -> &'static str {
+    if dir.cancel().exists() {
+        "stopped, as people asked for"
+    } else {
+        "stopped by a signal, as when the host is shut down"
+    }
 }
 
 /// Makes a session for all that the attempt starts, by which it is found again and ended. Under

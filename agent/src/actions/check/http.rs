@@ -42,6 +42,12 @@ const TOKEN: usize = 8;
 /// The most of the step's time that is kept for the clean-up.
 const FOR_CLEANUP: Duration = Duration::from_secs(15);
 
+/// How long a chain that is to stop waits for the answer it is at: only that says what to remove.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
+
+/// How long its clean-up may take then.
+const LAST_CLEANUP: Duration = Duration::from_secs(8);
+
 /// A chain on its way.
 struct Chain<'a> {
     cx: &'a Context,
@@ -106,6 +112,7 @@ impl<'a> Chain<'a> {
         let first = self.check.first();
         let mut tries = 0_u32;
         loop {
+            self.go_on()?;
             tries += 1;
             // The time of the last try is bounded too, but not to nothing.
             let left = until
@@ -141,12 +148,22 @@ impl<'a> Chain<'a> {
         }
         self.begun = true;
         for request in &self.check.then {
+            self.go_on()?;
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let message = "the step's time is over before the chain has ended";
                 return Err(failure(Cause::TimedOut, message));
             }
             self.ask(request, left).await?;
+        }
+        Ok(())
+    }
+
+    /// Refuses to send more when the step is to stop.
+    fn go_on(&self) -> Result<(), Failure> {
+        if self.cx.stop.is_cancelled() {
+            let message = "the rest of the chain was left out";
+            return Err(failure(Cause::Cancelled, message));
         }
         Ok(())
     }
@@ -455,9 +472,24 @@ impl Act for Http {
         let end = cx.deadline - FOR_CLEANUP.min(left / 4);
         let earlier = clean_leftovers(cx, self, end).await?;
         let mut chain = Chain::new(cx, self, Captures::new(cx));
-        let ran = chain.run(end).await;
+        let stopped = async {
+            cx.stop.cancelled().await;
+            sleep(LAST_ANSWER).await;
+        };
+        let ran = tokio::select! {
+            ran = chain.run(end) => ran,
+            () = stopped => Err(Failure {
+                hint: Some("see whether what the last request asked for was done".into()),
+                changed: true,
+                ..failure(Cause::Cancelled, "the last request got no answer")
+            }),
+        };
         let requests = chain.times.len();
-        let cleaned = chain.clean_up(cx.deadline).await;
+        let mut last = cx.deadline;
+        if cx.stop.is_cancelled() {
+            last = last.min(Instant::now() + LAST_CLEANUP);
+        }
+        let cleaned = chain.clean_up(last).await;
         match (ran, cleaned) {
             (Ok(()), Ok(cleaned)) => {
                 let times = chain.times.join(", ");

@@ -259,6 +259,34 @@ async fn a_failed_chain_says_which_request_and_cleans_up_all_the_same() {
 }
 
 #[tokio::test]
+async fn a_chain_that_is_stopped_sends_no_more_and_removes_what_it_created() {
+    let (app, host) = (App::start().await, host());
+    let cx = host.context();
+    let mut check = app.chain();
+    let slow = app.check(&json!({"url": "BASE/slow"})).first();
+    let read = check.then.pop().unwrap();
+    check.then.extend([slow, read]);
+    let (stopped, ()) = tokio::join!(apply(&check, &cx), async {
+        while !app
+            .state
+            .seen
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|it| it == "GET /slow")
+        {
+            sleep(Duration::from_millis(10)).await;
+        }
+        cx.stop.cancel();
+    });
+    let stopped = stopped.unwrap_err();
+    assert_eq!(stopped.cause, Cause::Cancelled, "{stopped:?}");
+    assert_eq!(app.items(), 0);
+    let seen = app.state.seen.lock().unwrap().clone();
+    assert_eq!(seen[3..], ["GET /slow", "DELETE /items/1000"]);
+}
+
+#[tokio::test]
 async fn what_a_killed_attempt_created_is_removed_by_the_next_one() {
     let (app, host) = (App::start().await, host());
     let killed = host.context();
