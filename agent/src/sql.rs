@@ -285,7 +285,8 @@ impl Session {
     ) -> Result<usize, Failure> {
         let sql = format!(
             "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity \
-             WHERE {condition} AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+             WHERE {condition} AND pid <> pg_backend_pid() \
+             AND backend_type IN ('client backend', 'walsender')"
         );
         let what = "ending sessions";
         let mut ended = std::collections::BTreeSet::new();

@@ -123,7 +123,7 @@ pub(crate) async fn broken(session: &Session, token: &str) -> Result<Option<Stri
         return Ok(Some(format!("{} may connect behind the fence", few(&open))));
     }
     let inside = "EXISTS (SELECT 1 FROM pg_stat_activity a WHERE a.datid = d.oid \
-                  AND a.usesysid = r.oid AND a.backend_type = 'client backend')";
+                  AND a.usesysid = r.oid)";
     let inside = strangers(session, inside, &[]).await?;
     Ok((!inside.is_empty()).then(|| format!("sessions of {} are open", few(&inside))))
 }

@@ -338,9 +338,53 @@ async fn roles_that_the_plan_leaves_out_are_named_and_not_let_through() {
     let _inside = bench.session("as_etl").await;
     let leave = format!("REVOKE CONNECT ON DATABASE {name} FROM {etl}, {late}");
     admin.run("", &leave).await.unwrap();
-    let why = broken(&session, token(&raised)).await.unwrap().unwrap();
-    assert_eq!(why, format!("sessions of {etl} are open"));
+    // An owner's agent sees no more of others' sessions than whose they are.
+    for viewer in ["staff", "as_owner"] {
+        let session = bench.session(viewer).await;
+        let why = broken(&session, token(&raised)).await.unwrap().unwrap();
+        assert_eq!(why, format!("sessions of {etl} are open"), "{viewer}");
+    }
     act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
     let restored = rights(&bench).await;
     assert_eq!(restored, was);
+}
+
+#[tokio::test]
+async fn a_replication_connection_to_the_database_ends_too() {
+    let bench = Bench::with_rows().await;
+    let (name, role) = (&bench.name, format!("{}_cdc", bench.name));
+    let password = literal(crate::sql::cluster::PASSWORD);
+    let setup = format!(
+        "CREATE ROLE {role} LOGIN REPLICATION PASSWORD {password}; \
+         GRANT CONNECT ON DATABASE {name} TO PUBLIC"
+    );
+    let admin = bench.session("maintenance").await;
+    admin.run("", &setup).await.unwrap();
+    let config = &bench.host.config.postgres["staff"];
+    let place = format!(
+        "host={} port={} dbname={name} user={role} replication=database",
+        config.host, config.port
+    );
+    // It can write, unlike one of a standby.
+    let mut psql = tokio::process::Command::new("psql")
+        .args(["-X", &place])
+        .env("PGPASSWORD", crate::sql::cluster::PASSWORD)
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let inside = format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}'");
+    for tries in 0.. {
+        if bench.ask(&inside).await == "1" {
+            break;
+        }
+        assert!(tries < 500, "psql does not get in");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let act = fence(&bench);
+    act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap();
+    assert_eq!(bench.ask(&inside).await, "0");
+    act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
+    psql.kill().await.unwrap();
 }
