@@ -91,6 +91,14 @@ pub enum Fact {
         /// The SQL itself, shortened to 20 KiB.
         sql: String,
     },
+    /// A person has said what an attempt did whose outcome nothing could prove. The binding's
+    /// origin is that attempt.
+    Resolved {
+        /// Whether it was done.
+        done: bool,
+        /// Who said so.
+        by: String,
+    },
     /// People approved.
     Approved {
         /// Who, with their groups.

@@ -13,7 +13,7 @@ use lockstep_proto::action::Class;
 use lockstep_proto::ids::{
     BootId, Digest, Direction, Epoch, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
 };
-use lockstep_proto::order::Order;
+use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::plan::Undo;
 use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
@@ -299,7 +299,7 @@ impl Memory {
         }
         let decide = || {
             check_freshness(order, now)?;
-            hold.check_order(key, now)
+            hold.check_order(order, now)
         };
         match decide() {
             Ok(decision) => decision,
@@ -382,7 +382,8 @@ impl Hold {
         attempts.iter().fold(Chain::default(), Chain::then)
     }
 
-    fn check_order(&self, key: &StepKey, now: Now<'_>) -> Result<Decision, Failure> {
+    fn check_order(&self, order: &Order, now: Now<'_>) -> Result<Decision, Failure> {
+        let key = &order.key;
         let step = now
             .steps
             .iter()
@@ -432,7 +433,13 @@ impl Hold {
                 "its report says so; nothing is done twice",
             ));
         }
-        let unproven = |a: &&Attempt| matches!(a.ended, Some((_, How::Unknown)));
+        let resolved = |a: &Attempt| {
+            order.bindings.iter().any(|binding| {
+                (binding.origin.direction, binding.origin.attempt) == (a.direction, a.number)
+                    && matches!(binding.fact, Fact::Resolved { done: false, .. })
+            })
+        };
+        let unproven = |a: &&Attempt| matches!(a.ended, Some((_, How::Unknown))) && !resolved(a);
         if step.action.info().class == Class::Blind
             && let Some(unproven) = attempts.iter().find(unproven)
         {
@@ -441,7 +448,7 @@ impl Hold {
                     "what attempt {} of this step did is unknown, and nothing can prove it",
                     unproven.number
                 ),
-                "look at the host; nothing is done twice (INV-1)",
+                "look at the host, then say what you see with `lockstep resolve`",
             ));
         }
         Ok(Decision::Begin(Begin {

@@ -1,6 +1,7 @@
 use super::*;
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::HostId;
+use lockstep_proto::order::Binding;
 use lockstep_proto::values::Period;
 use serde_json::{Value, json};
 
@@ -386,6 +387,19 @@ fn what_nothing_can_prove_is_not_tried_again() {
     agent.run(&key(3, Do, 1), unknown());
     let why = refusal(agent.decide(&order(key(3, Do, 2))));
     assert!(why.contains("attempt 1"), "{why}");
+
+    let mut again = order(key(3, Do, 2));
+    let word = |done| Binding {
+        origin: key(3, Do, 1),
+        fact: Fact::Resolved {
+            done,
+            by: "olga".into(),
+        },
+    };
+    again.bindings = vec![word(true)];
+    refusal(agent.decide(&again));
+    again.bindings = vec![word(false)];
+    assert!(matches!(agent.decide(&again), Decision::Begin(_)));
 }
 
 #[test]

@@ -102,6 +102,19 @@ pub enum Call {
         /// The rollout.
         rollout: RolloutId,
     },
+    /// Say what an attempt did whose outcome is unknown, or whose host was lost.
+    Resolve {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The host.
+        host: HostId,
+        /// The step.
+        at: StepRef,
+        /// Whether it was done there.
+        done: bool,
+        /// How that is known.
+        reason: String,
+    },
     /// End it where it stands.
     Cancel {
         /// The rollout.
@@ -242,6 +255,8 @@ pub enum Refused {
         phase: String,
         /// When it was submitted.
         since_ms: u64,
+        /// When it ends at the latest; none for one that is halted, and so waits for a person.
+        until_ms: Option<u64>,
     },
     /// The rollout is not in a state that allows it.
     #[error("{0}")]

@@ -156,6 +156,25 @@ pub enum Record {
         /// Why: whether the host was lost, or the step took too long.
         why: Lost,
     },
+    /// A person has said what an attempt did that nothing could prove (INV-1).
+    Resolved {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The step.
+        at: StepRef,
+        /// Which way.
+        direction: Direction,
+        /// The attempt.
+        attempt: u16,
+        /// The host.
+        host: HostId,
+        /// Whether it was done.
+        done: bool,
+        /// Who said so.
+        operator: OperatorName,
+        /// How that is known.
+        reason: String,
+    },
     /// A host gets no further orders but its undo.
     Quarantined {
         /// The rollout.
@@ -305,6 +324,7 @@ impl Record {
             | Self::PhaseClosed { rollout, .. }
             | Self::Dispatched { rollout, .. }
             | Self::GivenUp { rollout, .. }
+            | Self::Resolved { rollout, .. }
             | Self::Quarantined { rollout, .. }
             | Self::GateOpened { rollout, .. }
             | Self::GateDecided { rollout, .. }
@@ -337,6 +357,7 @@ impl Record {
             } => error,
             Self::RollbackStarted { reason, .. }
             | Self::Ended { reason, .. }
+            | Self::Resolved { reason, .. }
             | Self::Closed { reason, .. } => reason,
             _ => return,
         };

@@ -30,6 +30,10 @@ const TABLE: &[(&str, Role)] = &[
     ("/lockstep.control.v1.ControlService/Decide", Role::Operator),
     ("/lockstep.control.v1.ControlService/Pause", Role::Operator),
     ("/lockstep.control.v1.ControlService/Resume", Role::Operator),
+    (
+        "/lockstep.control.v1.ControlService/Resolve",
+        Role::Operator,
+    ),
     ("/lockstep.control.v1.ControlService/Cancel", Role::Operator),
     (
         "/lockstep.control.v1.ControlService/RollBack",

@@ -109,18 +109,32 @@ pub(crate) fn refused(refused: &Refused) -> Status {
             state,
             phase,
             since_ms,
+            until_ms,
         } => {
-            let since = i64::try_from(*since_ms).ok();
-            let since = since.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
-            let since = since.map_or_else(|| "?".to_owned(), |since| format!("{since:.0}"));
+            let since = time(*since_ms);
+            let until = match until_ms {
+                Some(until) => format!(
+                    "it ends by {} at the latest; wait for its end, or end it",
+                    time(*until)
+                ),
+                None => format!(
+                    "it waits for a person: `lockstep resume`, `rollback` or `close` {holder}"
+                ),
+            };
             format!(
-                "{host} is locked by {holder} ({plan}), {state} in phase `{phase}` since {since}; \
-                 wait for its end, or end it"
+                "{host} is locked by {holder} ({plan}), {state} in phase `{phase}`, submitted \
+                 {since}; {until}"
             )
         }
         other => other.to_string(),
     };
     Status::new(code, message)
+}
+
+fn time(ms: u64) -> String {
+    let time = i64::try_from(ms).ok();
+    let time = time.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    time.map_or_else(|| "?".to_owned(), |time| format!("{time:.0}"))
 }
 
 #[cfg(test)]
@@ -138,12 +152,14 @@ mod tests {
             state: "running",
             phase: "backup".into(),
             since_ms: 1_700_000_000_000,
+            until_ms: Some(1_700_000_060_000),
         });
         assert_eq!(status.code(), Code::FailedPrecondition);
         assert_eq!(
             status.message(),
-            "db-1 is locked by ro_010101010101 (p), running in phase `backup` since \
-             2023-11-14T22:13:20Z; wait for its end, or end it"
+            "db-1 is locked by ro_010101010101 (p), running in phase `backup`, submitted \
+             2023-11-14T22:13:20Z; it ends by 2023-11-14T22:14:20Z at the latest; wait for its \
+             end, or end it"
         );
     }
 }

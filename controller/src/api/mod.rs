@@ -231,6 +231,28 @@ impl ControlService for Control {
         Ok(Response::new(wire::ResumeResponse {}))
     }
 
+    async fn resolve(
+        &self,
+        request: Request<wire::ResolveRequest>,
+    ) -> Result<Response<wire::ResolveResponse>, Status> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let invalid = |error: String| Status::invalid_argument(error);
+        let at = request
+            .place()
+            .map_err(|error| invalid(error.to_string()))?;
+        let host = request.host.parse();
+        let call = Call::Resolve {
+            rollout: rollout_id(&request.rollout)?,
+            host: host.map_err(|error| invalid(format!("`host`: {error}")))?,
+            at,
+            done: request.done,
+            reason: text("reason", request.reason)?,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::ResolveResponse {}))
+    }
+
     async fn cancel(
         &self,
         request: Request<wire::CancelRequest>,

@@ -1,4 +1,4 @@
-//! `lockstep pause`, `resume`, `cancel`, `rollback`, `close` and `signoff`: one call each.
+//! `lockstep pause`, `resume`, `resolve`, `cancel`, `rollback`, `close` and `signoff`: one call each.
 
 use lockstep_proto::ids::{HostId, RolloutId};
 use lockstep_proto::wire::control_v1 as wire;
@@ -27,6 +27,26 @@ pub(crate) struct Close {
     #[arg(long, required = true)]
     accept: bool,
     /// Why that is acceptable, for the report
+    #[arg(long)]
+    reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("word").required(true))]
+pub(crate) struct Resolve {
+    /// The rollout
+    rollout: RolloutId,
+    /// The host
+    host: HostId,
+    /// The step, as every screen shows it: PHASE.STEP
+    step: String,
+    /// It was done there
+    #[arg(long, group = "word")]
+    done: bool,
+    /// It was not done: it may be tried again
+    #[arg(long, group = "word")]
+    not_done: bool,
+    /// How that is known, for the report
     #[arg(long)]
     reason: String,
 }
@@ -84,6 +104,33 @@ pub(crate) async fn resume(rollout: RolloutId, session: &Session) -> Result<Exit
         &format!("{rollout} goes on"),
         Some(watch_hint(&rollout)),
     )
+}
+
+/// `lockstep resolve`.
+pub(crate) async fn resolve(arguments: Resolve, session: &Session) -> Result<Exit, CliError> {
+    let Resolve {
+        rollout,
+        host,
+        step,
+        done: was_done,
+        not_done: _,
+        reason,
+    } = arguments;
+    let word = if was_done { "done" } else { "not done" };
+    let said = format!("step {step} on {host} counts as {word}, by your word");
+    let request = wire::ResolveRequest {
+        rollout: rollout.to_string(),
+        host: host.to_string(),
+        step,
+        done: was_done,
+        reason,
+    };
+    let client = session.connect().await?;
+    client
+        .call(|mut api| async move { api.resolve(request).await })
+        .await?;
+    let hint = format!("a paused or halted rollout goes on with: lockstep resume {rollout}");
+    done(session, &rollout, "resolve", &said, Some(hint))
 }
 
 /// `lockstep cancel`.

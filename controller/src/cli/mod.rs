@@ -99,6 +99,8 @@ enum Command {
     Pause(RolloutArg),
     /// Go on after a pause or a halt
     Resume(RolloutArg),
+    /// Say what a step did whose outcome is unknown
+    Resolve(control::Resolve),
     /// End a rollout where it stands
     Cancel(control::Reasoned),
     /// Undo a rollout
@@ -197,6 +199,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::Resume(RolloutArg { rollout }) => control::resume(rollout, session).await,
         Command::Cancel(cancel) => control::cancel(cancel, session).await,
         Command::Rollback(rollback) => control::roll_back(rollback, session).await,
+        Command::Resolve(resolve) => control::resolve(resolve, session).await,
         Command::Close(close) => control::close(close, session).await,
         Command::Signoff(signoff) => control::sign_off(signoff, session).await,
         Command::Logs(logs) => logs::logs(logs, session).await,

@@ -9,12 +9,23 @@ impl wire::DecideRequest {
         if self.gate.is_empty() {
             return Ok(None);
         }
-        let invalid = || super::InvalidMessage::Field("gate");
-        let (phase, step) = self.gate.split_once('.').ok_or_else(invalid)?;
-        let number = |text: &str| text.parse().map_err(|_| invalid());
-        Ok(Some(StepRef {
-            phase: number(phase)?,
-            step: number(step)?,
-        }))
+        place(&self.gate, "gate").map(Some)
     }
+}
+
+impl wire::ResolveRequest {
+    /// The step's place.
+    pub fn place(&self) -> Result<StepRef, super::InvalidMessage> {
+        place(&self.step, "step")
+    }
+}
+
+fn place(text: &str, field: &'static str) -> Result<StepRef, super::InvalidMessage> {
+    let invalid = || super::InvalidMessage::Field(field);
+    let (phase, step) = text.split_once('.').ok_or_else(invalid)?;
+    let number = |text: &str| text.parse().map_err(|_| invalid());
+    Ok(StepRef {
+        phase: number(phase)?,
+        step: number(step)?,
+    })
 }

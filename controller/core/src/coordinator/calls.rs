@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
@@ -85,6 +85,25 @@ impl Coordinator {
                 self.commit(now, record, effects);
                 self.say_again(now, &rollout, effects);
                 return Ok(Answer::Done);
+            }
+            Call::Resolve {
+                rollout,
+                host,
+                at,
+                done,
+                reason,
+            } => {
+                let (direction, attempt) = self.rollout(&rollout)?.unsettled(&host, at)?;
+                Record::Resolved {
+                    rollout,
+                    at,
+                    direction,
+                    attempt,
+                    host,
+                    done,
+                    operator,
+                    reason,
+                }
             }
             Call::Cancel { rollout, reason } => {
                 self.live(&rollout)?;
@@ -238,6 +257,7 @@ impl Coordinator {
                         state: holder.state(),
                         phase: holder.phase_name().to_owned(),
                         since_ms: holder.submitted.0,
+                        until_ms: holder.ended.is_none().then(|| holder.deadline().0),
                     });
                 }
             }
@@ -304,6 +324,25 @@ impl Coordinator {
 }
 
 impl Rollout {
+    /// The attempt that a person may resolve: the last one, if nothing is known of it.
+    fn unsettled(&self, host: &HostId, at: StepRef) -> Result<(Direction, u16), Refused> {
+        if !self.is_locking() {
+            return Err(Refused::NotNow(format!("{} is {}", self.id, self.state())));
+        }
+        let unsettled = [Direction::Undo, Direction::Do]
+            .into_iter()
+            .find_map(|direction| {
+                let last = self.last_attempt(at, direction, host)?;
+                last.is_unsettled().then_some((direction, last.number))
+            });
+        unsettled.ok_or_else(|| {
+            Refused::NotNow(format!(
+                "no attempt at step {at} on {host} has an unknown outcome; see `lockstep status {}`",
+                self.id
+            ))
+        })
+    }
+
     /// The gate that a decision is for.
     fn gate_for(&self, wanted: Option<StepRef>) -> Result<StepRef, Refused> {
         let mut open = self

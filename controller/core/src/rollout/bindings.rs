@@ -50,8 +50,31 @@ impl Rollout {
             plan: self.plan.digest(),
             epoch: config.epoch,
             not_after: attempt.not_after,
-            bindings: self.bindings(&self.placed(at).step.action, at),
+            bindings: self
+                .resolutions(at, direction, host)
+                .chain(self.bindings(&self.placed(at).step.action, at))
+                .collect(),
         }
+    }
+
+    /// What people have said of earlier attempts.
+    fn resolutions(
+        &self,
+        at: StepRef,
+        direction: Direction,
+        host: &HostId,
+    ) -> impl Iterator<Item = Binding> {
+        let attempts = self
+            .attempts
+            .get(&(at, direction))
+            .and_then(|hosts| hosts.get(host));
+        attempts.into_iter().flatten().filter_map(move |attempt| {
+            let (done, by) = attempt.resolved.clone()?;
+            Some(Binding {
+                origin: self.key(at, direction, host, attempt.number),
+                fact: Fact::Resolved { done, by },
+            })
+        })
     }
 
     /// What an action gets to know at run time: the newest fact of each kind about its database,

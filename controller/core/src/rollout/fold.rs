@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lockstep_proto::action::Class;
 use lockstep_proto::ids::{Digest, Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
-use lockstep_proto::report::{ReportBody, StepOutcome};
+use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
 use super::state::{
@@ -128,6 +128,7 @@ impl Rollout {
                             result: None,
                             given_up: false,
                             forgiven: false,
+                            resolved: None,
                         }),
                     }
                 }
@@ -151,6 +152,40 @@ impl Rollout {
                     outcome: Outcome::Lost(*why),
                     facts: vec![],
                 });
+            }
+            Record::Resolved {
+                at,
+                direction,
+                attempt,
+                host,
+                done,
+                operator,
+                reason,
+                ..
+            } => {
+                let attempt = self.attempt_mut(*at, *direction, host, *attempt);
+                let Some(attempt) = attempt.filter(|attempt| attempt.is_unsettled()) else {
+                    return illegal("resolved");
+                };
+                let result = attempt.result.as_mut().expect("it is unsettled");
+                let says = format!("{operator} says that it was");
+                if *done {
+                    attempt.given_up = false;
+                    result.outcome = Outcome::Ok {
+                        changed: true,
+                        summary: format!("{says} done: {reason}"),
+                    };
+                } else {
+                    attempt.forgiven = true;
+                    result.outcome = Outcome::Failed(Failure {
+                        cause: Cause::Interrupted,
+                        message: format!("{says} not done: {reason}"),
+                        hint: None,
+                        last_lines: vec![],
+                        changed: false,
+                    });
+                }
+                attempt.resolved = Some((*done, operator.clone()));
             }
             Record::Quarantined { host, why, .. } => {
                 let Some(member) = self.members.get_mut(host) else {

@@ -102,6 +102,13 @@ impl Rollout {
                 attempt,
                 host,
                 ..
+            }
+            | Record::Resolved {
+                at,
+                direction,
+                attempt,
+                host,
+                ..
             } => {
                 return vec![self.result_event(*at, *direction, *attempt, host)];
             }

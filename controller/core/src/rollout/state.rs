@@ -113,6 +113,8 @@ pub(crate) struct Attempt {
     pub(crate) given_up: bool,
     /// A person said to go on after it failed.
     pub(crate) forgiven: bool,
+    /// A person's word on what it did, and whose.
+    pub(crate) resolved: Option<(bool, OperatorName)>,
 }
 
 /// How an attempt ended, as far as the controller knows.
@@ -195,6 +197,13 @@ impl Attempt {
             _ => false,
         };
         self.forgiven || (interrupted && !self.given_up && self.number < MOST_ATTEMPTS)
+    }
+
+    /// Whether only a person can say what it did.
+    pub(crate) fn is_unsettled(&self) -> bool {
+        self.result.as_ref().is_some_and(|result| {
+            matches!(result.outcome, Outcome::Unknown { .. } | Outcome::Lost(_))
+        })
     }
 
     pub(crate) fn is_ok(&self) -> bool {

@@ -7,7 +7,9 @@ use lockstep_core::{
     Answer, Call, Config, Coordinator, Effects, Entry, Event, Message, Record, Refused,
 };
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, Direction, Epoch, HostId, InstanceId, RolloutId, StepKey};
+use lockstep_proto::ids::{
+    Digest, Direction, Epoch, HostId, InstanceId, RolloutId, StepKey, StepRef,
+};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::plan::{
     CompiledPlan, Notice, NoticeWhen, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,

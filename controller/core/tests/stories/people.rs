@@ -273,6 +273,55 @@ fn resume_does_not_repeat_what_nothing_can_prove() {
     assert_eq!(fleet.state(1), "halted", "{}", fleet.reason(1));
     fleet.resume();
     assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
+
+    // Somebody has looked.
+    let resolve = || Call::Resolve {
+        rollout: rollout(1),
+        host: host("a"),
+        at: StepRef { phase: 0, step: 0 },
+        done: false,
+        reason: "its log has no line of it".into(),
+    };
+    fleet.call("olga", &[], resolve()).unwrap();
+    assert!(matches!(
+        fleet.call("olga", &[], resolve()),
+        Err(Refused::NotNow(_))
+    ));
+    fleet.restart();
+    fleet.up("a");
+    fleet.resume();
+    fleet.surveyed("a", vec![]);
+    assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
+}
+
+#[test]
+fn a_person_s_word_settles_what_nothing_can_prove() {
+    for done in [true, false] {
+        let mut fleet = Fleet::new(&["a"]);
+        let run = step("exec.run", json!({"name": "x", "argv": ["x"]}));
+        fleet.start(vec![on("app", vec![run])]);
+        fleet.pause();
+        let why = "the step process was killed".into();
+        fleet.finish("a", StepOutcome::Unknown { why }, vec![]);
+        let resolve = Call::Resolve {
+            rollout: rollout(1),
+            host: host("a"),
+            at: StepRef { phase: 0, step: 0 },
+            done,
+            reason: "seen".into(),
+        };
+        fleet.call("olga", &[], resolve).unwrap();
+        fleet.resume();
+        if !done {
+            let newest = fleet.orders.last().unwrap();
+            assert_eq!(newest.key.attempt, 2);
+            let word = &newest.bindings[0];
+            assert_eq!(word.origin.attempt, 1);
+            assert!(matches!(word.fact, Fact::Resolved { done: false, .. }));
+            fleet.finish("a", ok(), vec![]);
+        }
+        assert_eq!(fleet.state(1), "succeeded", "{}", fleet.reason(1));
+    }
 }
 
 #[test]

@@ -114,6 +114,8 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             format!("SQL for {database}"),
             format!("{} -> {}, {digest}", revision(from), revision(to)),
         ),
+        // It stands at the attempt itself.
+        Fact::Resolved { .. } => return None,
         Fact::Approved { by, evidence } => (
             "approval".to_owned(),
             format!("{}, of {evidence}", by.join(", ")),
