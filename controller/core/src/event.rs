@@ -231,6 +231,26 @@ pub enum Answer {
     Missing(String),
 }
 
+/// Another rollout's right to change a host.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{host} is locked by {holder} ({plan}), {state} in phase `{phase}`")]
+pub struct Lock {
+    /// The host.
+    pub host: HostId,
+    /// The rollout that has the lock.
+    pub holder: RolloutId,
+    /// Its plan's name.
+    pub plan: String,
+    /// Its state.
+    pub state: &'static str,
+    /// Its phase.
+    pub phase: String,
+    /// When it was submitted.
+    pub since_ms: u64,
+    /// When it ends at the latest; none for one that is halted, and so waits for a person.
+    pub until_ms: Option<u64>,
+}
+
 /// Why an operator's call is refused. Nothing has changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
@@ -241,23 +261,8 @@ pub enum Refused {
     #[error("the plan's serial {0} has been used by {1}; compile it again")]
     SerialUsed(u64, RolloutId),
     /// Another rollout has a lock on what this one touches.
-    #[error("{host} is locked by {holder} ({plan}), {state} in phase `{phase}` since {since_ms}")]
-    Locked {
-        /// The host.
-        host: HostId,
-        /// The rollout that has the lock.
-        holder: RolloutId,
-        /// Its plan's name.
-        plan: String,
-        /// Its state.
-        state: &'static str,
-        /// Its phase.
-        phase: String,
-        /// When it was submitted.
-        since_ms: u64,
-        /// When it ends at the latest; none for one that is halted, and so waits for a person.
-        until_ms: Option<u64>,
-    },
+    #[error("{0}")]
+    Locked(Box<Lock>),
     /// The rollout is not in a state that allows it.
     #[error("{0}")]
     NotNow(String),

@@ -1,6 +1,6 @@
 //! The coordinator's values as `lockstep.control.v1`, and its refusals as gRPC statuses.
 
-use lockstep_core::event::EventKind;
+use lockstep_core::event::{EventKind, Lock};
 use lockstep_core::{Refused, RolloutEvent, Summary};
 use lockstep_proto::wire::control_v1 as wire;
 use tonic::{Code, Status};
@@ -96,21 +96,22 @@ pub(crate) fn refused(refused: &Refused) -> Status {
     let code = match refused {
         Refused::NotFound(_) => Code::NotFound,
         Refused::SerialUsed(..) => Code::AlreadyExists,
-        Refused::Locked { .. } | Refused::NotNow(_) => Code::FailedPrecondition,
+        Refused::Locked(_) | Refused::NotNow(_) => Code::FailedPrecondition,
         Refused::NotAllowed(_) => Code::PermissionDenied,
         Refused::Invalid(_) => Code::InvalidArgument,
     };
     let message = match refused {
         // For people: a time, not a number.
-        Refused::Locked {
-            host,
-            holder,
-            plan,
-            state,
-            phase,
-            since_ms,
-            until_ms,
-        } => {
+        Refused::Locked(lock) => {
+            let Lock {
+                host,
+                holder,
+                plan,
+                state,
+                phase,
+                since_ms,
+                until_ms,
+            } = &**lock;
             let since = time(*since_ms);
             let until = match until_ms {
                 Some(until) => format!(
@@ -145,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_lock_is_refused_with_its_holder_and_a_readable_time() {
-        let status = refused(&Refused::Locked {
+        let status = refused(&Refused::Locked(Box::new(Lock {
             host: "db-1".parse().unwrap(),
             holder: RolloutId::from_random([1; 6]),
             plan: "p".into(),
@@ -153,7 +154,7 @@ mod tests {
             phase: "backup".into(),
             since_ms: 1_700_000_000_000,
             until_ms: Some(1_700_000_060_000),
-        });
+        })));
         assert_eq!(status.code(), Code::FailedPrecondition);
         assert_eq!(
             status.message(),

@@ -10,7 +10,7 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
 use super::Coordinator;
-use crate::event::{Answer, Call, Effects, Refused};
+use crate::event::{Answer, Call, Effects, Lock, Refused};
 use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
 use crate::rollout::{Mode, Rollout};
 
@@ -40,15 +40,9 @@ impl Coordinator {
                 items,
                 comment,
             } => {
-                let at = self.live(&rollout)?.gate_for(gate)?;
-                self.live(&rollout)?
-                    .may_decide(at, &operator, &groups, evidence, approve, &items)?;
-                // An approval has no items.
-                let is_list = matches!(
-                    self.live(&rollout)?.placed(at).step.action,
-                    Action::GateChecklist(_)
-                );
-                let items = if is_list { items } else { vec![] };
+                let state = self.live(&rollout)?;
+                let at = state.gate_for(gate)?;
+                let items = state.may_decide(at, &operator, &groups, evidence, approve, &items)?;
                 let missing = format!("{rollout}/{at}");
                 let record = Record::GateDecided {
                     rollout,
@@ -188,6 +182,12 @@ impl Coordinator {
                         "{operator} is not of the group `{role}`"
                     )));
                 }
+                let mut signed = state.signoffs.iter();
+                if signed.any(|signed| signed.role == role && signed.operator == operator) {
+                    return Err(Refused::NotNow(format!(
+                        "{operator} has signed as {role} already; a signature stays as it is"
+                    )));
+                }
                 Record::SignedOff {
                     rollout,
                     role,
@@ -250,7 +250,7 @@ impl Coordinator {
         if !dry_run {
             for host in &matched {
                 if let Some(holder) = self.locked_by(host).and_then(|id| self.rollouts.get(id)) {
-                    return Err(Refused::Locked {
+                    return Err(Refused::Locked(Box::new(Lock {
                         host: host.clone(),
                         holder: holder.id.clone(),
                         plan: holder.compiled().plan.clone(),
@@ -258,7 +258,7 @@ impl Coordinator {
                         phase: holder.phase_name().to_owned(),
                         since_ms: holder.submitted.0,
                         until_ms: holder.ended.is_none().then(|| holder.deadline().0),
-                    });
+                    })));
                 }
             }
         }
@@ -364,7 +364,8 @@ impl Rollout {
         })
     }
 
-    /// Who may decide, and upon what (INV-12).
+    /// Who may decide, and upon what (INV-12). Returns the items that the decision adds: nothing
+    /// that somebody has decided is decided again, so that it keeps its first name.
     fn may_decide(
         &self,
         at: StepRef,
@@ -373,7 +374,7 @@ impl Rollout {
         evidence: Digest,
         approve: bool,
         items: &[u32],
-    ) -> Result<(), Refused> {
+    ) -> Result<Vec<u32>, Refused> {
         let gate = &self.gates[&at];
         if gate.evidence != evidence {
             return Err(Refused::Invalid(format!(
@@ -389,14 +390,29 @@ impl Rollout {
                         format!("{operator} submitted the rollout; somebody else must approve it");
                     return Err(Refused::NotAllowed(why));
                 }
-                if !approval.from.keys().any(|group| groups.contains(group)) {
+                let mine: BTreeSet<&String> = approval
+                    .from
+                    .keys()
+                    .filter(|group| groups.contains(group))
+                    .collect();
+                if mine.is_empty() {
                     let wanted: Vec<&str> = approval.from.keys().map(String::as_str).collect();
                     let wanted = wanted.join(", ");
                     return Err(Refused::NotAllowed(format!(
                         "{operator} is not of the group {wanted}"
                     )));
                 }
-                Ok(())
+                if !items.is_empty() {
+                    return Err(Refused::Invalid("an approval has no items".into()));
+                }
+                let given = gate.approvals_of(operator).flat_map(|had| &had.groups);
+                if approve && mine.is_subset(&given.collect()) {
+                    return Err(Refused::NotNow(format!(
+                        "{operator} has approved at {at} already; it still waits for {}",
+                        self.missing(at)
+                    )));
+                }
+                Ok(vec![])
             }
             Action::GateChecklist(list) => {
                 if list
@@ -409,20 +425,34 @@ impl Rollout {
                         "{operator} is not of the group {wanted}"
                     )));
                 }
+                let all = u32::try_from(list.items.len()).unwrap_or(u32::MAX);
                 if items.len() > list.items.len() {
                     return Err(Refused::Invalid("an item is named twice".into()));
                 }
-                match items
-                    .iter()
-                    .find(|item| **item as usize >= list.items.len())
-                {
-                    Some(item) => Err(Refused::Invalid(format!(
-                        "the list has {} items; there is no item {}",
-                        list.items.len(),
+                if let Some(item) = items.iter().find(|item| **item >= all) {
+                    return Err(Refused::Invalid(format!(
+                        "the list has {all} items; there is no item {}",
                         item + 1
-                    ))),
-                    None => Ok(()),
+                    )));
                 }
+                if !approve {
+                    return Ok(vec![]);
+                }
+                let asked: BTreeSet<u32> = match items {
+                    [] => (0..all).collect(),
+                    items => items.iter().copied().collect(),
+                };
+                let confirmed = |item: &u32| gate.confirmed_by(*item).is_some();
+                let new: Vec<u32> = asked.iter().copied().filter(|i| !confirmed(i)).collect();
+                if new.is_empty() {
+                    let who = |item: &u32| {
+                        let name = gate.confirmed_by(*item).unwrap_or_default();
+                        format!("item {} is confirmed by {name} already", item + 1)
+                    };
+                    let who: Vec<String> = asked.iter().map(who).collect();
+                    return Err(Refused::NotNow(who.join("; ")));
+                }
+                Ok(new)
             }
             other => Err(Refused::Invalid(format!(
                 "nobody decides at {}",

@@ -136,7 +136,11 @@ impl Rollout {
         };
         let (from, items) = match action {
             Action::GateApproval(approval) => (json!(approval.from), json!([])),
-            Action::GateChecklist(list) => (json!({}), json!(list.items)),
+            // Everybody of the group may confirm; a list without one is everybody's.
+            Action::GateChecklist(list) => {
+                let group = list.from.iter().map(|group| (group.clone(), json!(1)));
+                (Value::Object(group.collect()), json!(list.items))
+            }
             _ => (json!({}), json!([])),
         };
         json!({
@@ -238,21 +242,23 @@ impl Rollout {
     }
 
     fn signoff_documents(&self) -> Vec<Value> {
-        let roles = self.compiled().signoff.iter().map(|role| {
-            match self
-                .signoffs
-                .iter()
-                .rev()
-                .find(|signoff| signoff.role == *role)
-            {
-                Some(signoff) => json!({
-                    "role": role,
-                    "operator": signoff.operator,
-                    "at": signoff.at,
-                    "comment": signoff.comment,
-                }),
-                None => json!({"role": role, "operator": null, "at": null, "comment": ""}),
+        let roles = self.compiled().signoff.iter().flat_map(|role| {
+            let signed = self.signoffs.iter().filter(|signed| signed.role == *role);
+            let mut documents: Vec<Value> = signed
+                .map(|signed| {
+                    json!({
+                        "role": role,
+                        "operator": signed.operator,
+                        "at": signed.at,
+                        "comment": signed.comment,
+                    })
+                })
+                .collect();
+            if documents.is_empty() {
+                let open = json!({"role": role, "operator": null, "at": null, "comment": ""});
+                documents.push(open);
             }
+            documents
         });
         roles.collect()
     }

@@ -9,11 +9,31 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::plan::{Phase, Stage};
 use lockstep_proto::values::{Period, Timestamp};
 
+use super::state::Decision;
 use super::{Cursor, Gate, Rollout};
 use crate::record::{End, NoticeRef, Record};
 
 const MINUTE: u64 = 60_000;
 const DAY: u64 = 24 * 60 * MINUTE;
+
+impl Gate {
+    /// The times that somebody approved here.
+    pub(crate) fn approvals_of(&self, operator: &str) -> impl Iterator<Item = &Decision> {
+        self.decisions
+            .iter()
+            .filter(move |decision| decision.approve && decision.operator == operator)
+    }
+
+    /// Who confirmed an item of a checklist first.
+    pub(crate) fn confirmed_by(&self, item: u32) -> Option<&str> {
+        self.decisions
+            .iter()
+            .find(|decision| {
+                decision.approve && (decision.items.is_empty() || decision.items.contains(&item))
+            })
+            .map(|decision| decision.operator.as_str())
+    }
+}
 
 /// What is still to be seen at a gate.
 enum Verdict {

@@ -40,6 +40,47 @@ fn an_approval_binds_to_what_was_shown_and_excludes_the_requester() {
 }
 
 #[test]
+fn nobody_decides_the_same_twice_and_the_first_name_stays() {
+    let mut fleet = Fleet::new(&["a"]);
+    let two = json!({"from": {"dba": 2}, "timeout": "30m"});
+    let list = json!({"items": ["backup seen", "mail sent"], "from": "qa"});
+    let gates = vec![step("gate.approval", two), step("gate.checklist", list)];
+    fleet.start(vec![on("controller", gates), on("app", vec![stop()])]);
+    let evidence = fleet.evidence();
+    fleet.decide("dana", &["dba"], evidence).unwrap();
+    let refused = fleet.decide("dana", &["dba"], evidence).unwrap_err();
+    assert!(
+        matches!(&refused, Refused::NotNow(why) if why.contains("already") && why.contains("1 of dba")),
+        "{refused}"
+    );
+    fleet.decide("ben", &["dba"], evidence).unwrap();
+
+    let evidence = fleet.evidence();
+    let confirm = |items: Vec<u32>| Call::Decide {
+        rollout: rollout(1),
+        gate: None,
+        evidence,
+        approve: true,
+        items,
+        comment: String::new(),
+    };
+    fleet.call("emil", &["qa"], confirm(vec![1])).unwrap();
+    let refused = fleet.call("quinn", &["qa"], confirm(vec![1]));
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("item 2 is confirmed by emil"), "{refused}");
+    fleet.call("quinn", &["qa"], confirm(vec![])).unwrap();
+    let document = fleet.coordinator.document(&rollout(1)).unwrap();
+    let gate = &document["phases"][0]["steps"][1]["gate"];
+    assert_eq!(gate["from"], json!({"qa": 1}));
+    assert_eq!(gate["decisions"][0]["items"], json!([1]));
+    assert_eq!(
+        gate["decisions"][1]["items"],
+        json!([0]),
+        "only what was open"
+    );
+}
+
+#[test]
 fn a_gate_that_nobody_answers_ends_the_rollout() {
     let mut fleet = Fleet::new(&["a"]);
     fleet.start(vec![on("controller", vec![approval()])]);
@@ -127,6 +168,19 @@ fn a_signature_needs_the_role() {
         Err(Refused::NotAllowed(_))
     ));
     fleet.call("quinn", &["qa_lead"], sign()).unwrap();
+    assert!(matches!(
+        fleet.call("quinn", &["qa_lead"], sign()),
+        Err(Refused::NotNow(_))
+    ));
+    fleet.call("ben", &["qa_lead"], sign()).unwrap();
+    let document = fleet.coordinator.document(&rollout(1)).unwrap();
+    let names: Vec<&str> = document["signoff"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|signed| signed["operator"].as_str())
+        .collect();
+    assert_eq!(names, ["quinn", "ben"], "no signature erases another");
 }
 
 #[test]
@@ -179,7 +233,7 @@ fn a_second_rollout_is_refused_with_the_first_ones_name() {
         .submit(2, plan(2, vec![on("app", vec![stop()])]))
         .unwrap_err();
     assert!(
-        matches!(&refused, Refused::Locked { holder, .. } if *holder == rollout(1)),
+        matches!(&refused, Refused::Locked(lock) if lock.holder == rollout(1)),
         "{refused}"
     );
     assert!(matches!(
