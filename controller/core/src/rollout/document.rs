@@ -1,6 +1,6 @@
 //! A rollout as a document: what `--output json` prints and reports are made of.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Direction, HostId, StepRef};
@@ -164,36 +164,69 @@ impl Rollout {
         })
     }
 
-    /// From the first verified refusal to the first healthy check after it.
+    /// From the first verified refusal until every host that refused was seen healthy again. A host
+    /// without a health check of its own goes by those of the others. What was healthy before a
+    /// rollback does not count: it was taken back.
     fn downtime(&self) -> Value {
         let seen = |pick: fn(&Fact) -> Option<&String>| {
             self.attempts
                 .values()
                 .flatten()
-                .flat_map(|(_, attempts)| attempts)
-                .filter_map(move |attempt| {
-                    let result = attempt.result.as_ref()?;
-                    Some((result.at, result.facts.iter().find_map(pick)?))
+                .flat_map(move |(host, attempts)| {
+                    attempts.iter().filter_map(move |attempt| {
+                        let result = attempt.result.as_ref()?;
+                        Some((host, result.at, result.facts.iter().find_map(pick)?))
+                    })
                 })
         };
-        let refused = seen(|fact| match fact {
+        let mut refused: BTreeMap<&HostId, (Timestamp, &String)> = BTreeMap::new();
+        for (host, at, address) in seen(|fact| match fact {
             Fact::Refused { address } => Some(address),
             _ => None,
-        });
-        let Some((from, address)) = refused.min() else {
+        }) {
+            let first = refused.entry(host).or_insert((at, address));
+            *first = (*first).min((at, address));
+        }
+        let Some((from, address)) = refused.values().min().copied() else {
             return Value::Null;
         };
-        let healthy = seen(|fact| match fact {
+        let counts_from = match &self.mode {
+            Mode::Backward(backward) => backward.started.max(from),
+            _ => from,
+        };
+        let healthy: Vec<(&HostId, Timestamp, &String)> = seen(|fact| match fact {
             Fact::Healthy { url } => Some(url),
             _ => None,
-        });
-        let end: Option<(Timestamp, &String)> = healthy.filter(|(at, _)| *at >= from).min();
+        })
+        .filter(|(_, at, _)| *at >= counts_from)
+        .collect();
+        let first = |own: Option<&HostId>| {
+            let of = healthy
+                .iter()
+                .filter(|(host, ..)| own.is_none_or(|own| *host == own));
+            of.map(|(_, at, url)| (*at, *url)).min()
+        };
+        let ends: Option<Vec<(Timestamp, &String)>> = refused
+            .keys()
+            .map(|host| {
+                first(Some(host)).or_else(|| first(None).filter(|_| !self.is_checked(host)))
+            })
+            .collect();
+        let end = ends.and_then(|ends| ends.into_iter().max());
         json!({
             "from": from,
             "address": address,
             "to": end.map(|(at, _)| at),
             "ms": end.map(|(at, _)| at.since(from).0),
             "url": end.map(|(_, url)| url),
+        })
+    }
+
+    /// Whether a host has a health check of its own in the plan.
+    fn is_checked(&self, host: &HostId) -> bool {
+        self.compiled().steps().any(|placed| {
+            matches!(placed.step.action, Action::CheckHttp(_))
+                && self.hosts_of(placed.target).contains(host)
         })
     }
 

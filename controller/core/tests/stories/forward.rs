@@ -144,3 +144,64 @@ fn a_late_report_of_success_is_not_done_again() {
     assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
     assert_eq!(fleet.state(1), "succeeded");
 }
+
+fn refused() -> Vec<Fact> {
+    let address = "127.0.0.1:8000".into();
+    vec![Fact::Refused { address }]
+}
+
+fn healthy() -> Vec<Fact> {
+    let url = "http://127.0.0.1:8000/".into();
+    vec![Fact::Healthy { url }]
+}
+
+#[test]
+fn downtime_ends_with_the_last_host_and_what_is_taken_back_does_not_count() {
+    let check = || step("check.http", json!({"url": "http://127.0.0.1:8000/"}));
+    let begun = || {
+        let mut fleet = Fleet::new(&["a", "b"]);
+        let mut plan = plan(1, vec![on("app", vec![stop()]), on("app", vec![check()])]);
+        plan.after_rollback = Some(Phase {
+            name: "after_rollback".into(),
+            stages: vec![on("app", vec![check()])],
+            deadline: None,
+            planned: None,
+        });
+        fleet.submit(1, plan).unwrap();
+        for name in ["a", "b"] {
+            fleet.consent(1, name, vec![]);
+        }
+        for name in ["a", "b"] {
+            fleet.finish(name, ok(), refused());
+        }
+        fleet.later(3);
+        fleet.finish("a", ok(), healthy());
+        fleet.later(4);
+        fleet
+    };
+    let downtime = |fleet: &Fleet| {
+        let document = fleet.coordinator.document(&rollout(1)).unwrap();
+        document["downtime"]["ms"].clone()
+    };
+
+    let mut fleet = begun();
+    assert_eq!(downtime(&fleet), json!(null), "b has not come back");
+    fleet.finish("b", ok(), healthy());
+    assert_eq!(downtime(&fleet), json!(7000));
+
+    let mut fleet = begun();
+    fleet.finish("b", failed(), vec![]);
+    for name in ["a", "b"] {
+        fleet.finish(name, ok(), vec![]);
+    }
+    assert_eq!(
+        downtime(&fleet),
+        json!(null),
+        "the release that was healthy is gone"
+    );
+    fleet.later(5);
+    for name in ["a", "b"] {
+        fleet.finish(name, ok(), healthy());
+    }
+    assert_eq!(downtime(&fleet), json!(12000));
+}

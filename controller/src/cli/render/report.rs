@@ -170,7 +170,11 @@ fn planned_at(planned: &Planned) -> String {
 
 fn downtime(document: &Document) -> Vec<Block> {
     let Some(downtime) = &document.downtime else {
-        return vec![];
+        let Some(most) = &document.slo.downtime else {
+            return vec![];
+        };
+        let why = format!("not measured (at most {most}): no step proved that an address refuses");
+        return vec![Block::Fields(vec![("Downtime".to_owned(), why)])];
     };
     let from = format!(
         "{} (proven: {} refuses)",
