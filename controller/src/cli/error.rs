@@ -12,6 +12,8 @@ use super::document::InvalidDocument;
 use super::exit::Exit;
 use super::profile::ProfileError;
 use super::render::{Line, Tone};
+use crate::journal::OpenError;
+use crate::journal::offline::{ExportError, ImportError};
 use crate::pki::PkiError;
 
 /// Why a command failed.
@@ -40,6 +42,15 @@ pub(crate) enum CliError {
     /// Nothing was issued.
     #[error(transparent)]
     Pki(#[from] PkiError),
+    /// The journal of a state directory cannot be used.
+    #[error(transparent)]
+    Journal(#[from] OpenError),
+    /// The journal cannot be exported.
+    #[error(transparent)]
+    Export(ExportError),
+    /// Nothing was imported.
+    #[error("nothing was imported")]
+    Import(#[from] ImportError),
     /// A file of the caller's cannot be read or written.
     #[error("{path} cannot be {verb}")]
     File {
@@ -89,6 +100,18 @@ impl CliError {
                 PkiError::File { .. } | PkiError::Certificate { .. } => Exit::Internal,
                 _ => Exit::Usage,
             },
+            Self::Journal(error) | Self::Import(ImportError::Open(error)) => match error {
+                OpenError::None { .. } => Exit::Usage,
+                OpenError::InUse { .. } => Exit::Superseded,
+                OpenError::Quarantined { .. } | OpenError::Format { .. } => Exit::State,
+                OpenError::Io { .. } => Exit::Internal,
+            },
+            Self::Import(error) => match error {
+                ImportError::Broken { .. } => Exit::State,
+                ImportError::NotEmpty { .. } | ImportError::NotAnExport { .. } => Exit::Usage,
+                _ => Exit::Internal,
+            },
+            Self::Export(_) => Exit::State,
             // Whoever read it has heard enough: `lockstep history | head`.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
             Self::Document(_) | Self::File { .. } | Self::Output(_) => Exit::Internal,
@@ -113,6 +136,19 @@ impl CliError {
                     .into(),
             ),
             Self::Client(error) => error.hint(),
+            Self::Journal(OpenError::None { .. }) => {
+                Some("--dir is the controller's state directory, `state_dir` in its file".into())
+            }
+            Self::Import(ImportError::NotEmpty { .. }) => Some(
+                "import into a new directory; only `blobs` and `logs` of the old one may be in it"
+                    .into(),
+            ),
+            Self::Import(ImportError::NotAnExport { .. }) => {
+                Some("`lockstep journal export` writes what is read here".into())
+            }
+            Self::Import(ImportError::Broken { .. }) => Some(
+                "the file was cut or changed on its way: copy it again, or export again".into(),
+            ),
             Self::Pki(PkiError::OtherIssuer { path, dir }) => Some(format!(
                 "use another --out; or, if both are to be trusted, append the certificate of {} \
                  to {}",

@@ -17,6 +17,7 @@ mod document;
 mod error;
 mod event;
 mod exit;
+mod journal;
 mod live;
 mod logs;
 mod pki;
@@ -124,6 +125,9 @@ enum Command {
     Pki(pki::Pki),
     /// Run the controller
     Serve(serve::Serve),
+    /// Verify, export or import the journal of a controller that does not run
+    #[command(subcommand)]
+    Journal(journal::Journal),
     /// Print a completion script for a shell
     Completions {
         /// Which
@@ -163,6 +167,7 @@ fn run(arguments: Arguments, printer: Printer) -> Result<Exit, CliError> {
         Command::Actions(actions) => plan::actions(&actions, printer),
         Command::Pki(command) => pki::run(&command, printer),
         Command::Completions { shell } => completions(shell, printer),
+        Command::Journal(command) => journal::run(&command, printer),
         Command::Serve(serve) => Ok(serve::serve(serve)),
         command => {
             let session = Session {
@@ -209,6 +214,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         | Command::Actions(_)
         | Command::Pki(_)
         | Command::Completions { .. }
+        | Command::Journal(_)
         | Command::Serve(_) => unreachable!("these need no controller, and were run before"),
     }
 }

@@ -61,6 +61,17 @@ impl HeadFile {
     /// Opens a head file and reads its newest whole slot.
     pub(super) fn open(path: &Path) -> Result<(Self, Stored), HeadError> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let (turn, stored) = Self::newest(&file)?;
+        Ok((Self { file, turn }, stored))
+    }
+
+    /// Reads a head file's newest whole slot, and can change nothing.
+    pub(super) fn read(path: &Path) -> Result<Stored, HeadError> {
+        let (_, stored) = Self::newest(&File::open(path)?)?;
+        Ok(stored)
+    }
+
+    fn newest(file: &File) -> Result<(u64, Stored), HeadError> {
         let mut newest: Option<(u64, Stored)> = None;
         for slot in 0..2 {
             let mut bytes = [0; SLOT_BYTES];
@@ -75,8 +86,7 @@ impl HeadFile {
                 newest = Some((turn, stored));
             }
         }
-        let (turn, stored) = newest.ok_or(HeadError::NoSlot)?;
-        Ok((Self { file, turn }, stored))
+        newest.ok_or(HeadError::NoSlot)
     }
 
     /// Writes the next head; when it returns, the head is on the disk.

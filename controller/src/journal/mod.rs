@@ -14,6 +14,7 @@ mod contract;
 mod head;
 #[cfg(test)]
 pub(crate) mod memory;
+pub(crate) mod offline;
 pub(crate) mod sled;
 
 use std::fmt;
@@ -73,6 +74,12 @@ pub(crate) struct Head {
     pub(crate) hash: Digest,
 }
 
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.number, self.hash)
+    }
+}
+
 impl Head {
     /// The head after one more record.
     #[must_use]
@@ -111,6 +118,17 @@ pub(crate) trait Journal: fmt::Debug + Send {
     fn close(self: Box<Self>);
 }
 
+/// Where a journal ceases to be what was written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}")]
+pub(crate) struct Broken {
+    /// The first record that is missing or changed; none if no record can be read at all, or if
+    /// it is the head that is broken.
+    pub(crate) record: Option<u64>,
+    /// What is wrong, with the record's number where that is known.
+    pub(crate) what: String,
+}
+
 /// A journal that cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
@@ -118,6 +136,12 @@ pub(crate) enum OpenError {
     #[error("another controller runs on {dir}; end it first")]
     InUse {
         /// The journal's directory.
+        dir: PathBuf,
+    },
+    /// There is none, and it is not to be made.
+    #[error("there is no journal in {dir}")]
+    None {
+        /// The state directory.
         dir: PathBuf,
     },
     /// The journal lacks something that was acknowledged, or holds what it never wrote.

@@ -13,6 +13,8 @@
 //!   each batch ends with `fdatasync` of sled's file, and then of the head.
 //! - Truncated or bit-flipped files open as if nothing were missing, or panic: a copy is opened
 //!   first, in a thread whose panic is caught, and must reach the head.
+//! - Its settings are never synced, and neither is the directory in which it renames its
+//!   snapshots: both are after each opening.
 //! - Items over a quarter of a segment go to files that are never synced: a leaf holds up to 17
 //!   records of 32 KiB, so segments have 4 MiB.
 
@@ -25,7 +27,7 @@ use std::thread;
 use rustix::fs::{FlockOperation, flock};
 
 use super::head::{HeadError, HeadFile, Stored};
-use super::{AppendError, FORMAT, Head, Journal, JournalId, OpenError, chain};
+use super::{AppendError, Broken, FORMAT, Head, Journal, JournalId, OpenError, chain};
 
 /// sled's page cache, in bytes. Recovery streams, and running only appends: a small one will do.
 const CACHE: u64 = 16 << 20;
@@ -40,7 +42,8 @@ const RECORD: u8 = b'r';
 #[derive(Debug)]
 pub(crate) struct SledJournal {
     dir: PathBuf,
-    db: sled::Db,
+    /// There until the end.
+    db: Option<sled::Db>,
     /// sled's own file, opened once more to be synced.
     store: File,
     head_file: HeadFile,
@@ -63,11 +66,36 @@ impl SledJournal {
             remove_all(leftover)?;
         }
         if !dir.exists() {
-            create(&new)?;
-            fs::rename(&new, &dir).map_err(io_error("make", &dir))?;
-            sync_directory(state)?;
+            create(&new, JournalId::random())?;
+            publish(&new, state)?;
         }
         Self::open_existing(dir, &check, lock)
+    }
+
+    /// Makes a journal of this id in a state directory that has none, with what `fill` appends:
+    /// all of it, or no journal at all.
+    pub(super) fn make<E: From<OpenError>>(
+        state: &Path,
+        id: JournalId,
+        fill: impl FnOnce(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let lock = lock(state)?;
+        let io_failed = io_error("lock", state);
+        let held = lock.try_clone().map_err(io_failed)?;
+        let new = state.join("journal.new");
+        remove_all(&new)?;
+        create(&new, id)?;
+        let filled = Self::open_existing(new.clone(), &state.join("journal.check"), lock)
+            .map_err(E::from)
+            .and_then(|mut journal| fill(&mut journal));
+        if let Err(error) = filled {
+            // What is wrong matters more than what is left behind.
+            let _ = remove_all(&new);
+            return Err(error);
+        }
+        publish(&new, state)?;
+        drop(held);
+        Ok(())
     }
 
     fn open_existing(dir: PathBuf, check: &Path, lock: File) -> Result<Self, OpenError> {
@@ -91,11 +119,12 @@ impl SledJournal {
             Err(source) => return Err(io_error("open", &store_path)(source)),
         };
 
-        copy_all(&store_dir, check)?;
-        let seen = look(check.to_owned(), stored).map_err(&quarantined)?.1;
-        remove_all(check)?;
-
-        let (db, head) = look(store_dir, stored).map_err(&quarantined)?;
+        let quarantine = |broken: Broken| quarantined(broken.what);
+        let seen = Copied::make(&store_dir, check)?.look(Some(stored));
+        let seen = seen.and_then(whole).map_err(quarantine)?.1;
+        let (db, head) = look(store_dir.clone(), Some(stored))
+            .and_then(whole)
+            .map_err(quarantine)?;
         if head != seen {
             let what = format!(
                 "it ends at record {}, but a copy of it at record {}",
@@ -105,14 +134,14 @@ impl SledJournal {
         }
         // Records beyond the head were written, but not acknowledged: from here on they count,
         // and so they must be on the disk.
-        store.sync_all().map_err(io_error("sync", &store_path))?;
+        sync_files(&store_dir)?;
         if head != stored.head {
             let write = head_file.write(Stored { head, ..stored });
             write.map_err(io_error("write the head of", &dir))?;
         }
         Ok(Self {
             dir,
-            db,
+            db: Some(db),
             store,
             head_file,
             id: stored.id,
@@ -120,6 +149,10 @@ impl SledJournal {
             poisoned: false,
             _lock: lock,
         })
+    }
+
+    fn db(&self) -> &sled::Db {
+        self.db.as_ref().expect("it goes with the journal")
     }
 
     fn try_append(&mut self, batch: sled::Batch, head: Head) -> Result<(), AppendError> {
@@ -130,10 +163,9 @@ impl SledJournal {
             }
         };
         let io_failed = |what| move |source| AppendError::Store { what, source };
-        self.db
-            .apply_batch(batch)
-            .map_err(failed("write a batch"))?;
-        self.db.flush().map_err(failed("flush a batch"))?;
+        let db = self.db();
+        db.apply_batch(batch).map_err(failed("write a batch"))?;
+        db.flush().map_err(failed("flush a batch"))?;
         self.store.sync_data().map_err(io_failed("sync a batch"))?;
         let stored = Stored { id: self.id, head };
         let written = self.head_file.write(stored);
@@ -177,17 +209,22 @@ impl Journal for SledJournal {
             dir: self.dir.clone(),
             what: format!("a record cannot be read: {error}"),
         };
-        let records = self.db.scan_prefix([RECORD]);
-        Box::new(records.map(move |record| {
-            let (_, value) = record.map_err(unreadable)?;
-            // The length was checked when the chain was.
-            Ok(value.get(32..).unwrap_or_default().to_vec())
-        }))
+        Box::new(payloads(self.db()).map(move |payload| payload.map_err(unreadable)))
     }
 
     fn close(self: Box<Self>) {
         // sled flushes and syncs as it is dropped; the lock goes last.
         drop(self);
+    }
+}
+
+impl Drop for SledJournal {
+    fn drop(&mut self) {
+        if self.poisoned {
+            // sled would write and sync once more, and panic where that fails: what is on the
+            // disk now is what the next process finds out.
+            std::mem::forget(self.db.take());
+        }
     }
 }
 
@@ -206,7 +243,7 @@ fn settings(dir: &Path) -> sled::Config {
 }
 
 /// Makes a journal without records, durable but for its name.
-fn create(dir: &Path) -> Result<(), OpenError> {
+fn create(dir: &Path, id: JournalId) -> Result<(), OpenError> {
     let store_dir = dir.join("store");
     make_directory(&store_dir)?;
     let failed = |error: sled::Error| OpenError::Io {
@@ -214,17 +251,13 @@ fn create(dir: &Path) -> Result<(), OpenError> {
         path: store_dir.clone(),
         source: io::Error::other(error),
     };
-    let id = JournalId::random();
     let db = settings(&store_dir).open().map_err(failed)?;
     let mut meta = FORMAT.to_be_bytes().to_vec();
     meta.extend_from_slice(&id.0);
     db.insert(META, meta).map_err(failed)?;
     db.flush().map_err(failed)?;
     drop(db);
-    let store_path = store_dir.join("db");
-    let store = File::open(&store_path).map_err(io_error("open", &store_path))?;
-    store.sync_all().map_err(io_error("sync", &store_path))?;
-    sync_directory(&store_dir)?;
+    sync_files(&store_dir)?;
 
     let head_path = dir.join("head");
     let stored = Stored {
@@ -235,77 +268,171 @@ fn create(dir: &Path) -> Result<(), OpenError> {
     sync_directory(dir)
 }
 
+/// Gives a journal that was made its name.
+fn publish(new: &Path, state: &Path) -> Result<(), OpenError> {
+    let dir = state.join("journal");
+    fs::rename(new, &dir).map_err(io_error("make", &dir))?;
+    sync_directory(state)
+}
+
+/// A copy of a store, there as long as this value. sled may repair it as it likes.
+#[derive(Debug)]
+pub(super) struct Copied(PathBuf);
+
+impl Copied {
+    pub(super) fn make(store: &Path, at: &Path) -> Result<Self, OpenError> {
+        remove_all(at)?;
+        let copied = Self(at.to_owned());
+        copy_all(store, at)?;
+        Ok(copied)
+    }
+
+    /// Opens the copy and follows its chain.
+    pub(super) fn look(&self, stored: Option<Stored>) -> Result<(sled::Db, Followed), Broken> {
+        look(self.0.clone(), stored)
+    }
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        // A copy that is left is removed before the next one is made.
+        let _ = remove_all(&self.0);
+    }
+}
+
+/// How far a chain holds.
+#[derive(Debug)]
+pub(super) struct Followed {
+    pub(super) id: JournalId,
+    /// The last record that is what was written.
+    pub(super) head: Head,
+    /// Why it is the last one, if it should not be.
+    pub(super) broken: Option<Broken>,
+}
+
+/// The head of a chain that holds to its end.
+pub(super) fn whole((db, followed): (sled::Db, Followed)) -> Result<(sled::Db, Head), Broken> {
+    match followed.broken {
+        None => Ok((db, followed.head)),
+        Some(broken) => Err(broken),
+    }
+}
+
 /// Opens sled in a directory and follows the whole chain. What goes wrong is said in words, a
 /// panic of sled's included.
-fn look(dir: PathBuf, stored: Stored) -> Result<(sled::Db, Head), String> {
+fn look(dir: PathBuf, stored: Option<Stored>) -> Result<(sled::Db, Followed), Broken> {
     let looking = thread::Builder::new()
         .name("journal-check".to_owned())
         .spawn(move || {
             let db = settings(&dir).open();
-            let db = db.map_err(|error| format!("its store cannot be opened: {error}"))?;
-            let head = follow(&db, stored)?;
-            Ok((db, head))
+            let db =
+                db.map_err(|error| unreadable(format!("its store cannot be opened: {error}")))?;
+            let followed = follow(&db, stored)?;
+            Ok((db, followed))
         });
-    let looking = looking.map_err(|error| format!("it cannot be looked at: {error}"))?;
+    let looking =
+        looking.map_err(|error| unreadable(format!("it cannot be looked at: {error}")))?;
     looking.join().unwrap_or_else(|panic| {
         let panic = panic
             .downcast_ref::<String>()
             .map(String::as_str)
             .or_else(|| panic.downcast_ref::<&str>().copied());
         let reason = panic.unwrap_or("no reason given");
-        Err(format!("its store cannot be read: {reason}"))
+        Err(unreadable(format!("its store cannot be read: {reason}")))
     })
 }
 
-/// Follows the chain from the anchor; it must pass through the stored head.
-fn follow(db: &sled::Db, stored: Stored) -> Result<Head, String> {
-    let unreadable = |error: sled::Error| format!("its store cannot be read: {error}");
-    let meta = db.get(META).map_err(unreadable)?;
-    let expected = [&FORMAT.to_be_bytes()[..], &stored.id.0].concat();
-    match meta {
-        None => return Err("its store has lost its first key".to_owned()),
-        Some(meta) if *meta != expected[..] => {
-            return Err("its store and its head file are not of the same journal".to_owned());
-        }
-        Some(_) => {}
+fn unreadable(what: String) -> Broken {
+    Broken { record: None, what }
+}
+
+/// Follows the chain from the anchor; it must pass through the stored head, if there is one.
+fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Broken> {
+    let unread = |error: sled::Error| unreadable(format!("its store cannot be read: {error}"));
+    let meta = db.get(META).map_err(unread)?;
+    let id = meta.as_deref().and_then(|meta| {
+        let id = meta.strip_prefix(&FORMAT.to_be_bytes())?;
+        Some(JournalId(id.try_into().ok()?))
+    });
+    let id = id.ok_or_else(|| unreadable("its store has lost its first key".to_owned()))?;
+    if stored.is_some_and(|stored| stored.id != id) {
+        let what = "its store and its head file are not of the same journal";
+        return Err(unreadable(what.to_owned()));
     }
-    let mut head = stored.id.anchor();
+    let mut head = id.anchor();
+    let mut broken = None;
     for record in db.scan_prefix([RECORD]) {
-        let (key, value) = record.map_err(unreadable)?;
-        let number = head.number + 1;
-        if *key != record_key(number) {
-            return Err(format!(
-                "record {number} is missing, though later ones are there"
-            ));
-        }
-        let (hash, payload) = value
-            .split_at_checked(32)
-            .ok_or_else(|| format!("record {number} is cut short"))?;
-        head = head.next(payload);
-        if head.hash.0 != hash {
-            return Err(format!(
-                "record {number} is not what was written: its hash differs"
-            ));
-        }
-        if number == stored.head.number && head != stored.head {
-            return Err(format!(
-                "record {number} is not the one that was acknowledged"
-            ));
+        let (key, value) = record.map_err(unread)?;
+        match follow_one(head, &key, &value, stored) {
+            Ok(next) => head = next,
+            Err(what) => {
+                let record = Some(head.number + 1);
+                broken = Some(Broken { record, what });
+                break;
+            }
         }
     }
-    if head.number < stored.head.number {
+    let acknowledged = stored.map_or(0, |stored| stored.head.number);
+    if broken.is_none() && head.number < acknowledged {
+        broken = Some(Broken {
+            record: Some(head.number + 1),
+            what: format!(
+                "its records end at {}, but those up to {acknowledged} were acknowledged",
+                head.number
+            ),
+        });
+    }
+    Ok(Followed { id, head, broken })
+}
+
+/// The head after one more record, or what is wrong with that.
+fn follow_one(
+    head: Head,
+    key: &[u8],
+    value: &[u8],
+    stored: Option<Stored>,
+) -> Result<Head, String> {
+    let number = head.number + 1;
+    if *key != record_key(number) {
         return Err(format!(
-            "its records end at {}, but those up to {} were acknowledged",
-            head.number, stored.head.number
+            "record {number} is missing, though later ones are there"
         ));
     }
-    Ok(head)
+    let (hash, payload) = value
+        .split_at_checked(32)
+        .ok_or_else(|| format!("record {number} is cut short"))?;
+    let next = head.next(payload);
+    if next.hash.0 != hash {
+        return Err(format!(
+            "record {number} is not what was written: its hash differs"
+        ));
+    }
+    if stored.is_some_and(|stored| stored.head.number == number && stored.head != next) {
+        return Err(format!(
+            "record {number} is not the one that was acknowledged"
+        ));
+    }
+    Ok(next)
+}
+
+/// The payloads of a store that was followed, from the first on.
+pub(super) fn payloads(
+    db: &sled::Db,
+) -> impl Iterator<Item = Result<Vec<u8>, sled::Error>> + use<> {
+    let records = db.scan_prefix([RECORD]);
+    // The length was checked when the chain was.
+    records.map(|record| Ok(record?.1.get(32..).unwrap_or_default().to_vec()))
 }
 
 /// Takes the state directory for this process; the kernel frees it when the process is gone,
 /// however it ends.
 fn lock(state: &Path) -> Result<File, OpenError> {
     make_directory(state)?;
+    lock_existing(state)
+}
+
+/// The same for a directory that must be there.
+pub(super) fn lock_existing(state: &Path) -> Result<File, OpenError> {
     let dir = File::open(state).map_err(io_error("open", state))?;
     match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(dir),
@@ -324,6 +451,16 @@ fn make_directory(dir: &Path) -> Result<(), OpenError> {
 fn sync_directory(dir: &Path) -> Result<(), OpenError> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(io_error("sync", dir))
+}
+
+/// Makes a directory's files and their names durable.
+fn sync_files(dir: &Path) -> Result<(), OpenError> {
+    for entry in fs::read_dir(dir).map_err(io_error("read", dir))? {
+        let path = entry.map_err(io_error("read", dir))?.path();
+        let synced = File::open(&path).and_then(|file| file.sync_all());
+        synced.map_err(io_error("sync", &path))?;
+    }
+    sync_directory(dir)
 }
 
 fn remove_all(dir: &Path) -> Result<(), OpenError> {
@@ -349,7 +486,7 @@ fn copy_all(from: &Path, to: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
     let path = path.to_owned();
     move |source| OpenError::Io { what, path, source }
 }

@@ -1,0 +1,205 @@
+//! `lockstep journal`: a controller's journal while no controller runs on it. Each command says in
+//! its help what it needs, and `docs/recovery.md` when to use which.
+
+use std::io::{self, BufWriter};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::error::CliError;
+use super::exit::Exit;
+use super::printer::Printer;
+use super::render::{Line, Tone};
+use crate::journal::FORMAT;
+use crate::journal::offline::{self, ExportError, Imported, Inspection};
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Journal {
+    /// Say whether a journal is whole, and which record is the first that is not
+    ///
+    /// Reads a copy, made beside the journal for the time being, and changes nothing. Ends with
+    /// 0 if the journal is whole, 10 if it is broken, 12 if a controller runs on it.
+    Verify {
+        #[command(flatten)]
+        state: State,
+    },
+    /// Write a whole journal to stdout as JSON lines, each with its hash
+    ///
+    /// The text holds every record, and no secret values. It does not hold the compiled plans that
+    /// records name: they are the files in STATE/blobs, and a controller does not start without
+    /// them. Ends with 10 if the journal is broken, 12 if a controller runs on it.
+    Export {
+        #[command(flatten)]
+        state: State,
+    },
+    /// Make a journal from an export on stdin
+    ///
+    /// The state directory must be empty, but for `blobs` and `logs` copied from the old one:
+    /// without the compiled plans in `blobs` no controller starts on it. The chain is verified,
+    /// the journal keeps its id, and one record is added: a term above all exported ones. Agents
+    /// that have seen a controller of the new journal refuse the old one. Ends with 10 if a record
+    /// of the export is missing or changed; then there is no journal.
+    Import {
+        #[command(flatten)]
+        state: State,
+        /// Begin a term above this one: if controllers went on from the old journal since
+        #[arg(
+            long,
+            value_name = "EPOCH",
+            default_value_t = 0,
+            value_parser = clap::value_parser!(u64).range(..u64::MAX)
+        )]
+        epoch_above: u64,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct State {
+    /// The controller's state directory, `state_dir` in its configuration
+    #[arg(long, value_name = "STATE")]
+    dir: PathBuf,
+}
+
+/// `lockstep journal`.
+pub(crate) fn run(command: &Journal, printer: Printer) -> Result<Exit, CliError> {
+    match command {
+        Journal::Verify { state } => verify(&state.dir, printer),
+        Journal::Export { state } => export(&state.dir, printer),
+        Journal::Import { state, epoch_above } => import(&state.dir, *epoch_above, printer),
+    }
+}
+
+fn verify(state: &Path, printer: Printer) -> Result<Exit, CliError> {
+    let found = offline::inspect(state)?;
+    if printer.is_json() {
+        printer.json(&document(&found))?;
+    } else {
+        let lines: Vec<Line> = lines(&found).into_iter().map(Line::plain).collect();
+        printer.lines(&lines)?;
+    }
+    let Some(broken) = &found.broken else {
+        return Ok(Exit::Done);
+    };
+    printer.talk(&[
+        Line::new(Tone::Bad, format!("error: the journal is broken: {broken}")),
+        Line::plain(
+            "  hint: nothing was changed; keep a copy of the whole state directory, then see \
+             docs/recovery.md",
+        ),
+    ]);
+    Ok(Exit::State)
+}
+
+fn document(found: &Inspection) -> serde_json::Value {
+    let head = |head: Option<crate::journal::Head>| {
+        head.map(|head| json!({"number": head.number, "hash": head.hash}))
+    };
+    json!({
+        "format": "lockstep.journal-check/1",
+        "journal": found.id.map(|id| id.to_string()),
+        "journal_format": FORMAT,
+        "records": found.last.map(|last| last.number),
+        "last": head(found.last),
+        "acknowledged": head(found.acknowledged),
+        "whole": found.broken.is_none(),
+        "first_broken": found.broken.as_ref().and_then(|broken| broken.record),
+        "why": found.broken.as_ref().map(|broken| &broken.what),
+    })
+}
+
+fn lines(found: &Inspection) -> Vec<String> {
+    let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "not readable".to_owned());
+    let mut lines = vec![
+        format!(
+            "journal      {}",
+            or_unknown(found.id.map(|id| id.to_string()))
+        ),
+        format!("format       {FORMAT}"),
+        format!(
+            "records      {}",
+            or_unknown(found.last.map(|last| last.number.to_string()))
+        ),
+        format!(
+            "last         {}",
+            or_unknown(found.last.map(|last| last.to_string()))
+        ),
+        format!(
+            "acknowledged {}",
+            or_unknown(found.acknowledged.map(|head| head.to_string()))
+        ),
+    ];
+    lines.push(match &found.broken {
+        None => "whole        yes".to_owned(),
+        Some(broken) => match broken.record {
+            Some(record) => format!("whole        no, broken from record {record} on"),
+            None => "whole        no".to_owned(),
+        },
+    });
+    lines
+}
+
+fn export(state: &Path, printer: Printer) -> Result<Exit, CliError> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let head = offline::export(state, &mut out).map_err(|error| match error {
+        ExportError::Open(error) => CliError::Journal(error),
+        ExportError::Output(error) => CliError::Output(error),
+        error @ ExportError::Record { .. } => CliError::Export(error),
+    })?;
+    printer.say(format!("exported {} records; head {head}", head.number));
+    printer.say(format!(
+        "  the plans that they name are in {}; copy them too",
+        state.join("blobs").display()
+    ));
+    Ok(Exit::Done)
+}
+
+fn import(state: &Path, epoch_above: u64, printer: Printer) -> Result<Exit, CliError> {
+    let imported = offline::import(state, &mut io::stdin().lock(), epoch_above)?;
+    let Imported {
+        id,
+        exported,
+        term,
+        missing_plans,
+    } = &imported;
+    if printer.is_json() {
+        printer.json(&json!({
+            "format": "lockstep.journal-imported/1",
+            "journal": id.to_string(),
+            "records": exported.number,
+            "head": exported.hash,
+            "term": term.counter,
+            "missing_plans": missing_plans,
+        }))?;
+    } else {
+        printer.lines(&[
+            Line::plain(format!("journal      {id}")),
+            Line::plain(format!("imported     {exported}")),
+            Line::plain(format!("term         {} begins", term.counter)),
+        ])?;
+    }
+    if !missing_plans.is_empty() {
+        let mut said = vec![Line::new(
+            Tone::Waiting,
+            format!(
+                "warning: {} plans that records name are missing in {}",
+                missing_plans.len(),
+                state.join("blobs").display()
+            ),
+        )];
+        said.extend(
+            missing_plans
+                .iter()
+                .map(|plan| Line::plain(format!("  {plan}"))),
+        );
+        said.push(Line::plain(
+            "  hint: copy the files of the old state directory's `blobs`, each named by its \
+             digest; no controller starts here before",
+        ));
+        printer.talk(&said);
+    }
+    printer.say(
+        "  never start a controller on the old journal again; if one has begun terms since the \
+         export, start this one with `lockstep serve --epoch-above` and the last of them",
+    );
+    Ok(Exit::Done)
+}

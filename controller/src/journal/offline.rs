@@ -1,0 +1,468 @@
+//! Journals on which no controller runs: looked at, written out as text, and made from it again.
+//!
+//! ```text
+//! {"format": "lockstep.journal/1", "journal": ID, "journal_format": 1, "anchor": HASH,
+//!  "records": N, "head": HASH, "term": COUNTER}
+//! {"number": 1, "hash": HASH, "payload": TEXT}      hash as the module `journal` says
+//! {"number": 2, ...
+//! ```
+//!
+//! A payload is a text in the text, so that no tool between writes it another way: its bytes are
+//! what the chain covers.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, BufRead, Write};
+use std::path::{Path, PathBuf};
+
+use lockstep_core::{Entry, Record};
+use lockstep_proto::ids::{Digest, Epoch, PlanDigest};
+use lockstep_proto::values::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::head::{HeadError, HeadFile};
+use super::sled::{self, Copied, SledJournal};
+use super::{AppendError, Broken, FORMAT, Head, Journal as _, JournalId, OpenError};
+
+/// The version of the text.
+const EXPORT: &str = "lockstep.journal/1";
+
+/// A line holds a payload of at most 32 KiB; as a text in a text it may grow sixfold.
+const MAX_LINE: u64 = 256 << 10;
+
+/// Records that are imported together; a batch is at most 8 MiB then.
+const BATCH: usize = 256;
+
+/// What is found in a journal.
+#[derive(Debug)]
+pub(crate) struct Inspection {
+    /// Whose it is; none if neither its head nor its store says so.
+    pub(crate) id: Option<JournalId>,
+    /// The head that was acknowledged; none if the head file is broken.
+    pub(crate) acknowledged: Option<Head>,
+    /// The last record that is what was written, with all before it; none if nothing can be read.
+    pub(crate) last: Option<Head>,
+    /// What is wrong; none if the journal is whole.
+    pub(crate) broken: Option<Broken>,
+}
+
+/// A journal that cannot be exported.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ExportError {
+    /// It cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A record cannot be read as what this release writes.
+    #[error("record {number} cannot be read by this release")]
+    Record {
+        /// Its number.
+        number: u64,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The text cannot be written.
+    #[error("the export cannot be written")]
+    Output(#[from] io::Error),
+}
+
+/// An export that cannot be imported. The state directory is as it was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImportError {
+    /// There is something in the state directory that would be mixed up with it.
+    #[error("{dir} is not empty: there is {name} in it")]
+    NotEmpty {
+        /// The state directory.
+        dir: PathBuf,
+        /// What was found.
+        name: String,
+    },
+    /// The text is not an export that this release reads.
+    #[error("line {line} is not of an export that this release reads: {why}")]
+    NotAnExport {
+        /// From 1.
+        line: u64,
+        /// Why not.
+        why: String,
+    },
+    /// A record is missing or was changed.
+    #[error("record {record} of the export is not what was written: {why}")]
+    Broken {
+        /// The first one.
+        record: u64,
+        /// What is wrong.
+        why: String,
+    },
+    /// The text cannot be read.
+    #[error("the export cannot be read")]
+    Input(#[from] io::Error),
+    /// The journal cannot be made.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Append(#[from] AppendError),
+}
+
+/// What was imported.
+#[derive(Debug)]
+pub(crate) struct Imported {
+    /// The journal, the same as the exported one.
+    pub(crate) id: JournalId,
+    /// The last record of the export.
+    pub(crate) exported: Head,
+    /// The term that the import began, in one more record.
+    pub(crate) term: Epoch,
+    /// Plans that records name, and that are not in the state directory.
+    pub(crate) missing_plans: Vec<PlanDigest>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Header {
+    format: String,
+    journal: String,
+    journal_format: u32,
+    anchor: Digest,
+    records: u64,
+    head: Digest,
+    /// The last term that began; 0 if none has.
+    term: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct ExportedRecord {
+    number: u64,
+    hash: Digest,
+    payload: String,
+}
+
+/// Looks at the journal of a state directory, and changes nothing.
+pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
+    let journal = Offline::open(state)?;
+    let acknowledged = journal.stored.as_ref().ok().map(|stored| stored.head);
+    let mut inspection = Inspection {
+        id: journal.stored.as_ref().ok().map(|stored| stored.id),
+        acknowledged,
+        last: None,
+        broken: None,
+    };
+    match journal.look() {
+        Ok((_, followed)) => {
+            inspection.id = inspection.id.or(Some(followed.id));
+            inspection.last = Some(followed.head);
+            inspection.broken = followed.broken;
+        }
+        Err(broken) => inspection.broken = Some(broken),
+    }
+    if let Err(error) = &journal.stored {
+        let what = match &inspection.broken {
+            None => error.to_string(),
+            Some(broken) => format!("{error}; and {broken}"),
+        };
+        let record = inspection.broken.and_then(|broken| broken.record);
+        inspection.broken = Some(Broken { record, what });
+    }
+    Ok(inspection)
+}
+
+/// Writes a whole journal as text, and changes nothing in it.
+pub(crate) fn export(state: &Path, out: &mut impl Write) -> Result<Head, ExportError> {
+    let journal = Offline::open(state)?;
+    let quarantined = |what: String| OpenError::Quarantined {
+        dir: journal.dir.clone(),
+        what,
+    };
+    if let Err(error) = &journal.stored {
+        return Err(quarantined(error.to_string()).into());
+    }
+    let looked = journal.look().and_then(sled::whole);
+    let (db, head) = looked.map_err(|broken| quarantined(broken.what))?;
+    let id = match &journal.stored {
+        Ok(stored) => stored.id,
+        Err(_) => unreachable!("that was refused above"),
+    };
+    let read = || {
+        let payloads = sled::payloads(&db).zip(1_u64..);
+        payloads.map(|(payload, number)| match payload {
+            Ok(payload) => Ok((number, payload)),
+            Err(error) => Err(quarantined(format!(
+                "record {number} cannot be read: {error}"
+            ))),
+        })
+    };
+    let mut term = 0;
+    for record in read() {
+        let (number, payload) = record?;
+        let entry: Entry = serde_json::from_slice(&payload)
+            .map_err(|source| ExportError::Record { number, source })?;
+        term = term_of(&entry).unwrap_or(term);
+    }
+    let header = Header {
+        format: EXPORT.to_owned(),
+        journal: id.to_string(),
+        journal_format: FORMAT,
+        anchor: id.anchor().hash,
+        records: head.number,
+        head: head.hash,
+        term,
+    };
+    write_line(out, &header)?;
+    let mut at = id.anchor();
+    for record in read() {
+        let (number, payload) = record?;
+        at = at.next(&payload);
+        let payload = String::from_utf8(payload).expect("it was read as JSON above");
+        let hash = at.hash;
+        write_line(
+            out,
+            &ExportedRecord {
+                number,
+                hash,
+                payload,
+            },
+        )?;
+    }
+    out.flush()?;
+    Ok(head)
+}
+
+/// Makes a journal from an export, in a state directory that holds nothing but perhaps the plans
+/// and logs of the exported one. It begins a term above the exported ones and above `epoch_above`
+/// (INV-4), so that whoever goes on from the journal is newer than the controller that wrote it.
+pub(crate) fn import(
+    state: &Path,
+    input: &mut impl BufRead,
+    epoch_above: u64,
+) -> Result<Imported, ImportError> {
+    check_empty(state)?;
+    let mut lines = Lines { input, number: 0 };
+    let header: Header = lines.expect("it has no header")?;
+    let refused = |why: String| ImportError::NotAnExport { line: 1, why };
+    if header.format != EXPORT {
+        return Err(refused(format!("its format is {}", header.format)));
+    }
+    if header.journal_format != FORMAT {
+        let found = header.journal_format;
+        return Err(refused(format!(
+            "the journal has format {found}, this release reads format {FORMAT}"
+        )));
+    }
+    let id: [u8; 16] = hex::decode(&header.journal)
+        .ok()
+        .and_then(|id| id.try_into().ok())
+        .ok_or_else(|| refused("the journal's id is not one".to_owned()))?;
+    let id = JournalId(id);
+    if header.anchor != id.anchor().hash {
+        return Err(refused("the anchor is not that of the id".to_owned()));
+    }
+    let mut found = Found::new(id.anchor());
+    let mut term = Epoch::NONE;
+    SledJournal::make(state, id, |journal| {
+        let mut batch = Vec::with_capacity(BATCH);
+        while found.head.number < header.records {
+            batch.push(found.take(lines.next()?)?);
+            if batch.len() == BATCH {
+                journal.append(&batch)?;
+                batch.clear();
+            }
+        }
+        if found.head.hash != header.head {
+            return Err(found.broken("it is not the head that the export names"));
+        }
+        if let Some(_more) = lines.next::<serde_json::Value>()? {
+            return Err(found.broken_after("the export goes on after its last record"));
+        }
+        term = Epoch {
+            counter: found.term.max(epoch_above).saturating_add(1),
+            id: rand::random(),
+        };
+        let began = Entry {
+            at: found.at,
+            record: Record::TermBegan { epoch: term },
+        };
+        batch.push(serde_json::to_vec(&began).expect("a term is numbers"));
+        journal.append(&batch)?;
+        Ok::<_, ImportError>(())
+    })?;
+    let blobs = state.join("blobs");
+    found.plans.retain(|plan| !blobs.join(plan.hex()).exists());
+    Ok(Imported {
+        id,
+        exported: found.head,
+        term,
+        missing_plans: found.plans,
+    })
+}
+
+/// A journal on which nobody runs.
+#[derive(Debug)]
+struct Offline {
+    dir: PathBuf,
+    stored: Result<super::head::Stored, HeadError>,
+    copied: Copied,
+    _lock: fs::File,
+}
+
+impl Offline {
+    fn open(state: &Path) -> Result<Self, OpenError> {
+        let dir = state.join("journal");
+        if !dir.is_dir() {
+            return Err(OpenError::None {
+                dir: state.to_owned(),
+            });
+        }
+        let lock = sled::lock_existing(state)?;
+        let stored = match HeadFile::read(&dir.join("head")) {
+            Err(HeadError::Format(found)) => return Err(OpenError::Format { dir, found }),
+            stored => stored,
+        };
+        // Not where a controller puts its copy: what another user left there would be in its way.
+        let copied = Copied::make(&dir.join("store"), &state.join("journal.verify"))?;
+        Ok(Self {
+            dir,
+            stored,
+            copied,
+            _lock: lock,
+        })
+    }
+
+    fn look(&self) -> Result<(::sled::Db, sled::Followed), Broken> {
+        self.copied.look(self.stored.as_ref().ok().copied())
+    }
+}
+
+/// What an export has said so far.
+#[derive(Debug)]
+struct Found {
+    head: Head,
+    at: Timestamp,
+    term: u64,
+    plans: Vec<PlanDigest>,
+}
+
+impl Found {
+    fn new(anchor: Head) -> Self {
+        Self {
+            head: anchor,
+            at: Timestamp(0),
+            term: 0,
+            plans: vec![],
+        }
+    }
+
+    /// Takes the next record; answers with its payload.
+    fn take(&mut self, record: Option<ExportedRecord>) -> Result<Vec<u8>, ImportError> {
+        let Some(record) = record else {
+            return Err(self.broken_after("the export ends before it"));
+        };
+        let payload = record.payload.into_bytes();
+        let next = self.head.next(&payload);
+        if record.number != next.number {
+            let why = format!("record {} stands in its place", record.number);
+            return Err(self.broken_after(&why));
+        }
+        if record.hash != next.hash {
+            return Err(self.broken_after("its hash differs"));
+        }
+        let entry: Entry = serde_json::from_slice(&payload)
+            .map_err(|error| self.broken_after(&format!("this release cannot read it: {error}")))?;
+        self.head = next;
+        self.at = entry.at;
+        self.term = term_of(&entry).map_or(self.term, |term| term.max(self.term));
+        if let Record::Submitted { plan, .. } = entry.record
+            && !self.plans.contains(&plan)
+        {
+            self.plans.push(plan);
+        }
+        Ok(payload)
+    }
+
+    fn broken(&self, why: &str) -> ImportError {
+        ImportError::Broken {
+            record: self.head.number,
+            why: why.to_owned(),
+        }
+    }
+
+    fn broken_after(&self, why: &str) -> ImportError {
+        ImportError::Broken {
+            record: self.head.number + 1,
+            why: why.to_owned(),
+        }
+    }
+}
+
+fn term_of(entry: &Entry) -> Option<u64> {
+    match entry.record {
+        Record::TermBegan { epoch } => Some(epoch.counter),
+        _ => None,
+    }
+}
+
+/// Only what belongs to the exported journal may be there already.
+fn check_empty(state: &Path) -> Result<(), ImportError> {
+    let entries = match fs::read_dir(state) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(sled::io_error("read", state)(error).into()),
+    };
+    for entry in entries {
+        let name = entry.map_err(sled::io_error("read", state))?.file_name();
+        let known = [
+            "blobs",
+            "logs",
+            "journal.new",
+            "journal.check",
+            "lost+found",
+        ];
+        if !known.iter().any(|known| name == OsStr::new(known)) {
+            return Err(ImportError::NotEmpty {
+                dir: state.to_owned(),
+                name: name.to_string_lossy().into_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    out.write_all(b"\n")
+}
+
+/// Reads one JSON value per line.
+struct Lines<'a, R> {
+    input: &'a mut R,
+    /// Of the last line that was read.
+    number: u64,
+}
+
+impl<R: BufRead> Lines<'_, R> {
+    fn next<T: for<'de> Deserialize<'de>>(&mut self) -> Result<Option<T>, ImportError> {
+        let mut line = Vec::new();
+        let read = io::Read::take(&mut *self.input, MAX_LINE).read_until(b'\n', &mut line)?;
+        if read == 0 {
+            return Ok(None);
+        }
+        self.number += 1;
+        let value = serde_json::from_slice(&line).map_err(|error| self.refused(error.to_string()));
+        value.map(Some)
+    }
+
+    fn expect<T: for<'de> Deserialize<'de>>(&mut self, without: &str) -> Result<T, ImportError> {
+        self.next()?.ok_or_else(|| ImportError::NotAnExport {
+            line: 1,
+            why: without.to_owned(),
+        })
+    }
+
+    fn refused(&self, why: String) -> ImportError {
+        ImportError::NotAnExport {
+            line: self.number,
+            why,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
