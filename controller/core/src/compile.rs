@@ -183,6 +183,7 @@ fn raise(fence: &DraftFence) -> Action {
 
 fn lower(fence: &DraftFence) -> Action {
     Action::PostgresUnfence(Unfence {
+        left_by: None,
         database: fence.raw.database.clone(),
         via: fence.raw.via,
         roles: fence.raw.roles.clone(),

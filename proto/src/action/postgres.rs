@@ -192,6 +192,9 @@ pub struct Unfence {
     pub via: FenceVia,
     /// The applications' roles.
     pub roles: Vec<String>,
+    /// The rollout that has left its fence up, if it was cancelled or closed before lowering it. Default: this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_by: Option<String>,
 }
 
 fn lock_wait() -> Period {

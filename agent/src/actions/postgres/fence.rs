@@ -8,7 +8,7 @@
 //! "lockstep.fence", "lockstep.fence_acl" TO <owner>`.
 
 use lockstep_proto::action::postgres::{Fence, Unfence};
-use lockstep_proto::ids::StepKey;
+use lockstep_proto::ids::{RolloutId, StepKey};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
@@ -74,10 +74,19 @@ impl Grant {
 impl Raised {
     /// Whether this rollout raised it.
     fn is_of(&self, cx: &Context) -> bool {
-        self.token
-            .parse::<StepKey>()
-            .is_ok_and(|key| key.rollout == cx.key.rollout)
+        self.is_by(&cx.key.rollout)
     }
+
+    fn is_by(&self, rollout: &RolloutId) -> bool {
+        let key = self.token.parse::<StepKey>();
+        key.is_ok_and(|key| key.rollout == *rollout)
+    }
+}
+
+/// Whether a step lowers a fence: its own rollout's, or one that an ended rollout left.
+fn lowers(act: &Unfence, raised: &Raised, cx: &Context) -> bool {
+    let left = act.left_by.as_ref().and_then(|id| id.parse().ok());
+    raised.is_of(cx) || left.is_some_and(|left| raised.is_by(&left))
 }
 
 /// The fence of the session's database, if one is up.
@@ -347,7 +356,8 @@ fn foreign(database: &Database, raised: &Raised) -> Failure {
     hinted(
         Cause::Refused,
         format!("`{}` is behind a fence of {}", database.name, raised.token),
-        "finish that rollout first: its rollback or its `unfence` lowers the fence",
+        "finish that rollout first: its rollback or its `unfence` lowers the fence; if it was \
+         cancelled or closed, a plan with `postgres.unfence` and `left_by: ROLLOUT` does",
     )
 }
 
@@ -478,7 +488,7 @@ impl Act for Unfence {
         Ok(match raised(&session).await? {
             None if cx.dry_run => Probe::NotYet(format!("the fence of `{name}` is not up yet")),
             None => Probe::Present(format!("`{name}` is open")),
-            Some(raised) if raised.is_of(cx) => Probe::Absent(self.describe()),
+            Some(raised) if lowers(self, &raised, cx) => Probe::Absent(self.describe()),
             Some(raised) => {
                 Probe::Absent(format!("`{name}` is behind a fence of {}", raised.token))
             }
@@ -502,7 +512,7 @@ impl Act for Unfence {
         let was = raised(&session).await?;
         match &was {
             None => {}
-            Some(raised) if !raised.is_of(cx) => return Err(foreign(&database, raised)),
+            Some(raised) if !lowers(self, raised, cx) => return Err(foreign(&database, raised)),
             Some(_) => lower(&session, &database).await?,
         }
         let open = open_to(&session, &self.roles).await;

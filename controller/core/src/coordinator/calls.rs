@@ -100,8 +100,8 @@ impl Coordinator {
                 }
             }
             Call::Cancel { rollout, reason } => {
-                self.live(&rollout)?;
-                let reason = format!("cancelled by {operator}: {reason}");
+                let left = self.live(&rollout)?.left_shut();
+                let reason = format!("cancelled by {operator}: {reason}{left}");
                 Record::Ended {
                     rollout,
                     end: End::Cancelled,
@@ -140,6 +140,7 @@ impl Coordinator {
                         state.state()
                     )));
                 }
+                let reason = format!("{reason}{}", state.left_shut());
                 Record::Closed {
                     rollout,
                     operator,

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use lockstep_proto::action::gate::{MOST_APPROVALS, Window};
 use lockstep_proto::action::{Action, Site};
+use lockstep_proto::ids::RolloutId;
 use regex::Regex;
 
 use super::command::holds_password;
@@ -213,6 +214,14 @@ impl Args<'_> {
             }
             Action::PostgresUnfence(args) => {
                 self.database(&args.database);
+                if let Some(left_by) = &args.left_by
+                    && is_known(left_by)
+                    && left_by.parse::<RolloutId>().is_err()
+                {
+                    let message = format!("`{left_by}` is no rollout");
+                    let hint = "such as `ro_0123456789ab`; the refusal of the fence names it";
+                    self.report(Code::WrongValue, &["left_by".into()], message, hint);
+                }
                 self.not_empty(&args.roles, &["roles".into()], "roles");
             }
             Action::MigrationCurrent(a) => self.migration(&a.database, &a.app, &a.release, &a.dir),

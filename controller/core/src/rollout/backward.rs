@@ -263,6 +263,42 @@ impl Rollout {
         self.end(End::Halted, reason)
     }
 
+    /// Which databases stay behind a fence if the rollout ends here, and what opens them: empty, or
+    /// the end of a sentence.
+    pub(crate) fn left_shut(&self) -> String {
+        let mut shut: BTreeMap<&String, &HostId> = BTreeMap::new();
+        for ((at, direction), hosts) in &self.attempts {
+            for (host, _) in hosts.iter().filter(|(host, _)| {
+                self.last_attempt(*at, *direction, host)
+                    .is_some_and(Attempt::is_ok)
+            }) {
+                let undone = self.last_attempt(*at, Direction::Undo, host);
+                let undone = undone.is_some_and(Attempt::is_ok);
+                match (&self.placed(*at).step.action, direction) {
+                    (Action::PostgresFence(fence), Direction::Do) if !undone => {
+                        shut.insert(&fence.database, host);
+                    }
+                    (Action::PostgresUnfence(fence), Direction::Do) if !undone => {
+                        shut.remove(&fence.database);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let shut: Vec<String> = shut
+            .iter()
+            .map(|(database, host)| format!("`{database}` ({host})"))
+            .collect();
+        if shut.is_empty() {
+            return String::new();
+        }
+        format!(
+            "; {} stays behind a fence: a plan with `postgres.unfence` and `left_by: {}` opens it",
+            shut.join(", "),
+            self.id
+        )
+    }
+
     /// Hosts on which something may have been changed.
     pub(crate) fn touched(&self) -> BTreeSet<&HostId> {
         self.attempts

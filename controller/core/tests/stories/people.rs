@@ -104,6 +104,35 @@ fn resume_opens_a_gate_that_timed_out_anew() {
 }
 
 #[test]
+fn what_a_cancelled_rollout_leaves_shut_is_said() {
+    let fence = json!({"database": "d", "roles": ["app"]});
+    let stages = || {
+        vec![
+            on("app", vec![step("postgres.fence", fence.clone())]),
+            on("app", vec![step("postgres.unfence", fence.clone())]),
+            on("app", vec![stop()]),
+        ]
+    };
+    let cancelled = |done: usize| {
+        let mut fleet = Fleet::new(&["a"]);
+        fleet.start(stages());
+        for _ in 0..done {
+            fleet.finish("a", ok(), vec![]);
+        }
+        let cancel = Call::Cancel {
+            rollout: rollout(1),
+            reason: "wrong day".into(),
+        };
+        fleet.call("olga", &[], cancel).unwrap();
+        fleet.reason(1)
+    };
+    assert!(!cancelled(0).contains("fence"), "{}", cancelled(0));
+    assert!(cancelled(1).contains("`d` (a) stays behind a fence"));
+    assert!(cancelled(1).contains("left_by: ro_010101010101"));
+    assert!(!cancelled(2).contains("fence"), "{}", cancelled(2));
+}
+
+#[test]
 fn a_paused_rollout_sends_nothing_new() {
     let mut fleet = Fleet::new(&["a"]);
     fleet.start(vec![on("app", vec![stop(), stop()])]);

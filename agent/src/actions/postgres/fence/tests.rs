@@ -23,6 +23,7 @@ fn unfence(bench: &Bench) -> Unfence {
         database,
         via,
         roles,
+        left_by: None,
     }
 }
 
@@ -222,8 +223,9 @@ async fn a_fence_that_cannot_hold_is_not_raised() {
 #[tokio::test]
 async fn the_fence_of_another_rollout_is_left_alone() {
     let bench = Bench::with_rows().await;
+    let open = rights(&bench).await;
     let mut other = bench.cx(1, vec![]);
-    other.key.rollout = lockstep_proto::ids::RolloutId::from_random([9; 6]);
+    other.key.rollout = RolloutId::from_random([9; 6]);
     fence(&bench).apply(&other, &NULL).await.unwrap();
     let was = rights(&bench).await;
     let cx = bench.cx(1, vec![]);
@@ -237,6 +239,15 @@ async fn the_fence_of_another_rollout_is_left_alone() {
     assert!(unfence(&bench).apply(&cx, &NULL).await.is_err());
     assert!(!fence(&bench).undo(&cx, &NULL).await.unwrap().changed);
     assert_eq!(rights(&bench).await, was);
+    // That rollout was cancelled, and somebody says so.
+    for (left_by, lowered) in [("ro_080808080808", false), ("ro_090909090909", true)] {
+        let act = Unfence {
+            left_by: Some(left_by.into()),
+            ..unfence(&bench)
+        };
+        assert_eq!(act.apply(&cx, &NULL).await.is_ok(), lowered, "{left_by}");
+        assert_eq!(rights(&bench).await == open, lowered, "{left_by}");
+    }
 }
 
 #[tokio::test]
