@@ -1,6 +1,7 @@
 //! Backward: the same engine, over the stages in reverse, on touched hosts only (INV-6).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
 use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, HostId, StepRef};
@@ -218,8 +219,10 @@ impl Rollout {
                 Need::Undo => {}
                 Need::Stuck => {
                     let why = format!(
-                        "{} (step {at}) may have been done, and cannot be undone",
-                        step.action.name()
+                        "{} (step {at}) may have been done, and cannot be undone: look, then say \
+                         so with `lockstep resolve {} {host} {at}`",
+                        step.action.name(),
+                        self.id
                     );
                     standing.blocked.insert(host.clone(), why);
                     return;
@@ -251,16 +254,39 @@ impl Rollout {
     }
 
     fn halted(&self, backward: &Backward, standing: &Standing) -> Record {
-        let list: Vec<String> = standing
-            .blocked
-            .iter()
+        let blocked = standing.blocked.iter();
+        let blocked: Vec<String> = blocked
             .map(|(host, why)| format!("{host}: {why}"))
             .collect();
-        let mut reason = format!("{}; not undone: {}", backward.reason, list.join("; "));
+        let mut reason = format!("{}; not undone: {}", backward.reason, blocked.join("; "));
         if standing.stopped.is_some() {
             reason.push_str("; nothing before it was undone, on any host");
         }
+        let left: Vec<String> = self
+            .touched()
+            .into_iter()
+            .map(|host| (host, self.not_undone(host)))
+            .filter(|(_, steps)| !steps.is_empty())
+            .map(|(host, steps)| format!("{host}: {}", steps.join(", ")))
+            .collect();
+        if !left.is_empty() {
+            let _ = write!(reason, "; what stays: {}", left.join("; "));
+        }
         self.end(End::Halted, reason)
+    }
+
+    /// What was or may have been changed on a host and is not undone, the last first.
+    fn not_undone(&self, host: &HostId) -> Vec<String> {
+        let done = self.attempts.iter().rev();
+        done.filter(|((_, direction), _)| *direction == Direction::Do)
+            .filter_map(|((at, _), hosts)| {
+                let step = self.placed(*at).step;
+                let undone = self.last_attempt(*at, Direction::Undo, host);
+                let stays = need(step, hosts.get(host)?) != Need::Nothing
+                    && !undone.is_some_and(Attempt::is_ok);
+                stays.then(|| format!("{} ({at})", step.action.name()))
+            })
+            .collect()
     }
 
     /// Which databases stay behind a fence if the rollout ends here, and what opens them: empty, or

@@ -205,6 +205,9 @@ fn nothing_goes_back_past_data_that_stays() {
         Some(2),
         "INV-6: the old release must not start on the new schema"
     );
+    let left = "what stays: a: service.start (2.0), migration.apply (1.0), service.stop (0.0); \
+                b: service.stop (0.0)";
+    assert!(fleet.reason(1).contains(left), "{}", fleet.reason(1));
 }
 
 #[test]
