@@ -34,9 +34,11 @@ use std::path::{Path, PathBuf};
 use lockstep_proto::action::{Action, CATALOGUE, Class};
 use serde::Deserialize;
 use serde_json::Value;
+use toml::Spanned;
 
 use crate::process::head;
 
+mod arguments;
 mod url;
 
 /// Probes that run a program or a statement that the plan names, or show what is in a file.
@@ -82,11 +84,13 @@ pub(crate) enum PolicyError {
         source: Box<toml::de::Error>,
     },
     /// A rule that can match nothing, or not what its author meant.
-    #[error("the policy {path} is not valid: {why}")]
+    #[error("the policy {path} is not valid: line {line}: {why}")]
     Rule {
         /// The file.
         path: PathBuf,
-        /// Which rule and why.
+        /// Where, counted from 1.
+        line: usize,
+        /// What is wrong.
         why: String,
     },
     /// Others than its owner could change it.
@@ -101,20 +105,34 @@ enum Way {
     Deny,
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// The file as it is written.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
-    allow: Vec<Rule>,
+    allow: Vec<Written>,
     #[serde(default)]
+    deny: Vec<Written>,
+}
+
+/// A rule with the places of its words.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    action: Spanned<String>,
+    #[serde(default, rename = "where")]
+    only: BTreeMap<Spanned<String>, Vec<Value>>,
+}
+
+#[derive(Debug, Default)]
+struct Rules {
+    allow: Vec<Rule>,
     deny: Vec<Rule>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug)]
 struct Rule {
     action: String,
-    #[serde(default, rename = "where")]
     only: BTreeMap<String, Vec<Value>>,
 }
 
@@ -123,7 +141,7 @@ struct Rule {
 pub(crate) struct Policy {
     path: PathBuf,
     exists: bool,
-    rules: File,
+    rules: Rules,
 }
 
 impl Policy {
@@ -148,15 +166,23 @@ impl Policy {
 
     fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
         let path = path.to_owned();
-        let rules: File = toml::from_str(text).map_err(|source| PolicyError::Parse {
+        let File { allow, deny } = toml::from_str(text).map_err(|source| PolicyError::Parse {
             path: path.clone(),
             source: Box::new(source),
         })?;
-        for rule in rules.allow.iter().chain(&rules.deny) {
-            if let Err(why) = rule.check() {
-                return Err(PolicyError::Rule { path, why });
-            }
-        }
+        let rules = |written: Vec<Written>| {
+            let rules = written.into_iter().map(Written::check);
+            rules.collect::<Result<Vec<_>, _>>()
+        };
+        let rules = rules(allow).and_then(|allow| {
+            let deny = rules(deny)?;
+            Ok(Rules { allow, deny })
+        });
+        let rules = rules.map_err(|(at, why)| PolicyError::Rule {
+            path: path.clone(),
+            line: text[..at].matches('\n').count() + 1,
+            why,
+        })?;
         Ok(Self {
             path,
             exists: true,
@@ -200,13 +226,13 @@ impl Policy {
             Some((_, misfits)) if misfits.is_empty() => Ok(()),
             Some((rule, misfits)) => Err(format!("{file} {}", rule.refusal(name, &args, &misfits))),
             None if self.exists => Err(format!(
-                "{file} does not allow `{name}`; if it is right on this host, add {}",
-                line_for(name, &args)
+                "{file} does not allow `{name}`; if it is right on this host, add to it:\n{}",
+                rule_for(name, &args)
             )),
             None => Err(format!(
-                "this host has no policy, so only probes are allowed; if `{name}` is right here, \
-                 write {} into {file}",
-                line_for(name, &args)
+                "this host has no policy, so `{name}` is not allowed; if it is right on this \
+                 host, write into {file}:\n{}",
+                rule_for(name, &args)
             )),
         }
     }
@@ -218,15 +244,23 @@ impl Policy {
             .filter(|row| row.site == lockstep_proto::action::Site::Host);
         on_hosts
             .map(|row| {
-                let denied = |rule: &&Rule| glob(&rule.action, row.name) && rule.only.is_empty();
-                let rules = self
+                let about = |rule: &&Rule| glob(&rule.action, row.name);
+                let limits: Vec<String> = self
                     .rules
                     .allow
                     .iter()
-                    .filter(|r| glob(&r.action, row.name));
-                let limits: Vec<String> = rules.map(Rule::limits).collect();
-                let says = if self.rules.deny.iter().any(|rule| denied(&rule)) {
-                    "denied".to_owned()
+                    .filter(about)
+                    .map(Rule::limits)
+                    .collect();
+                let denied: Vec<String> = self
+                    .rules
+                    .deny
+                    .iter()
+                    .filter(about)
+                    .map(Rule::limits)
+                    .collect();
+                let says = if denied.iter().any(String::is_empty) {
+                    return (row.name, "denied".to_owned());
                 } else if row.class == Class::Observing && !MUST_BE_LISTED.contains(&row.name) {
                     "allowed (it only looks)".to_owned()
                 } else if limits.is_empty() {
@@ -236,7 +270,11 @@ impl Policy {
                 } else {
                     format!("allowed with {}", limits.join(", or with "))
                 };
-                (row.name, says)
+                let but = match denied.as_slice() {
+                    [] => String::new(),
+                    denied => format!("; denied with {}", denied.join(", and with ")),
+                };
+                (row.name, says + &but)
             })
             .collect()
     }
@@ -269,11 +307,39 @@ pub(crate) fn check_owner(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
+impl Written {
+    /// The rule, or what is wrong with it and where in the file, in bytes.
+    fn check(self) -> Result<Rule, (usize, String)> {
+        let Self { action, only } = self;
+        let at = action.span().start;
+        let action = action.into_inner();
+        let meant = || CATALOGUE.iter().filter(|row| glob(&action, row.name));
+        if meant().next().is_none() {
+            let near = arguments::suggestion(&action, arguments::actions_of_hosts());
+            return Err((at, format!("there is no action `{action}`{near}")));
+        }
+        let known = || meant().flat_map(|row| arguments::of(row.name)).copied();
+        for argument in only.keys() {
+            let name = argument.get_ref().as_str();
+            if !known().any(|known| known == name) {
+                let near = arguments::suggestion(name, known());
+                let why = format!("`{action}` has no argument `{name}`{near}");
+                return Err((argument.span().start, why));
+            }
+        }
+        let only = only
+            .into_iter()
+            .map(|(name, values)| (name.into_inner(), values));
+        let rule = Rule {
+            only: only.collect(),
+            action,
+        };
+        rule.check().map(|()| rule).map_err(|why| (at, why))
+    }
+}
+
 impl Rule {
     fn check(&self) -> Result<(), String> {
-        if !CATALOGUE.iter().any(|row| glob(&self.action, row.name)) {
-            return Err(format!("there is no action `{}`", self.action));
-        }
         if let Some(commands) = self.only.get("argv")
             && !commands.iter().all(Value::is_array)
         {
@@ -329,11 +395,10 @@ impl Rule {
             let add = if self.action == name {
                 format!("`env = [{env}]` to its `where`")
             } else {
-                line_for(name, args)
+                format!("to it:\n{}", rule_for(name, args))
             };
             return format!(
-                "allows `{}` without secrets in `env`; if they are right on this host, add {add} \
-                 there",
+                "allows `{}` without secrets in `env`; if they are right on this host, add {add}",
                 self.action
             );
         }
@@ -548,23 +613,21 @@ fn toml(value: &Value) -> String {
     }
 }
 
-/// A rule that would allow an action, narrowed to what it acts on.
-fn line_for(name: &str, args: &Value) -> String {
+/// A rule that would allow an action, narrowed to what it acts on, as TOML.
+fn rule_for(name: &str, args: &Value) -> String {
     let narrow = [
         "database", "service", "app", "path", "argv", "url", "address",
     ];
     let only: Vec<String> = narrow
         .iter()
-        .filter_map(|argument| Some(format!("{argument} = [{}]", short(args.get(argument)?))))
+        .filter_map(|argument| Some(format!("{argument} = [{}]", toml(args.get(argument)?))))
         .chain(has_secrets(name, args).then(|| format!("env = [{}]", toml(&args["env"]))))
         .collect();
-    match only.as_slice() {
-        [] => format!("`[[allow]] action = \"{name}\"`"),
-        only => format!(
-            "`[[allow]] action = \"{name}\", where = {{ {} }}`",
-            only.join(", ")
-        ),
-    }
+    let only = match only.as_slice() {
+        [] => String::new(),
+        only => format!("\nwhere = {{ {} }}", only.join(", ")),
+    };
+    format!("[[allow]]\naction = \"{name}\"{only}")
 }
 
 #[cfg(test)]

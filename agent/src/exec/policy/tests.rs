@@ -125,6 +125,70 @@ fn a_rule_for_no_action_is_an_error() {
 }
 
 #[test]
+fn a_word_that_no_action_knows_is_an_error_with_its_line() {
+    for (text, words) in [
+        (
+            "[[allow]]\naction = 'exec.run'\n\n[[deny]]\naction = 'exec.run'\n\
+             where = { agrv = [['/x', '**']] }",
+            ["line 6", "`agrv`", "did you mean `argv`?"],
+        ),
+        (
+            "[[allow]]\naction = 'service.*'\nwhere = { servcie = ['web'] }",
+            ["line 3", "`servcie`", "did you mean `service`?"],
+        ),
+        (
+            "# it starts here\n[[allow]]\naction = 'servce.stop'",
+            ["line 3", "`servce.stop`", "did you mean `service.stop`?"],
+        ),
+        (
+            "[[deny]]\naction = 'check.disk'\nwhere = { url = ['http://x/*'] }",
+            ["line 3", "`url`", "there are free, path"],
+        ),
+    ] {
+        let error = Policy::parse(Path::new("p"), text).unwrap_err().to_string();
+        for word in words {
+            assert!(error.contains(word), "`{word}`: {error}");
+        }
+    }
+    // One that some of the actions have.
+    policy("[[deny]]\naction = '*'\nwhere = { database = ['shop'] }");
+}
+
+#[test]
+fn the_overview_shows_what_is_denied_with_what() {
+    let policy = policy(
+        "[[allow]]\naction = 'exec.run'\n\
+         [[deny]]\naction = 'exec.run'\nwhere = { argv = [['/bin/rm', '**']] }\n\
+         [[deny]]\naction = 'check.disk'\nwhere = { path = ['/root'] }",
+    );
+    let overview = policy.overview();
+    let says = |name: &str| &overview.iter().find(|row| row.0 == name).unwrap().1;
+    assert_eq!(
+        says("exec.run"),
+        "allowed; denied with argv: [\"/bin/rm\", \"**\"]"
+    );
+    assert!(says("check.disk").contains("denied with path: \"/root\""));
+}
+
+#[test]
+fn the_rule_to_add_can_be_pasted() {
+    let long = "x".repeat(300);
+    for (name, args) in [
+        ("service.stop", json!({"service": "web"})),
+        (
+            "exec.run",
+            json!({"name": "x", "argv": ["/bin/echo", "a \"b\"", long], "env": {"A b": "secret://s"}}),
+        ),
+        ("postgres.backup", json!({"database": "shop"})),
+    ] {
+        let action = action(name, args);
+        let none = policy("").check(&action).unwrap_err();
+        let (_, rule) = none.split_once('\n').unwrap();
+        assert_eq!(policy(rule).check(&action), Ok(()), "{none}");
+    }
+}
+
+#[test]
 fn a_policy_that_others_can_write_is_not_used() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
@@ -302,7 +366,7 @@ fn commands_get_only_the_secrets_that_are_listed() {
         let refusal = policy("[[allow]]\naction = '*'")
             .check(&secret)
             .unwrap_err();
-        let add = format!("action = \"{name}\", where = {{ argv = [[\"true\"]], env = [{{");
+        let add = format!("action = \"{name}\"\nwhere = {{ argv = [[\"true\"]], env = [{{");
         assert!(refusal.contains(&add), "{refusal}");
 
         let listed = policy(&format!(
