@@ -72,6 +72,8 @@ async fn serve(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
         Err(ExecError::Journal(error @ JournalError::Quarantined { .. })) => {
             return quarantined(&config, &error, &stop).await;
         }
+        // It stays so until people change one of the two.
+        Err(error @ ExecError::OtherDomain { .. }) => return Err(failed(&error, exit::USAGE)),
         Err(error) => return Err(failed(&error, exit::INTERNAL)),
     };
     let (to_exec, inbound) = mpsc::channel(INBOUND);

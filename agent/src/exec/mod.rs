@@ -73,9 +73,12 @@ pub(crate) enum ExecError {
     Identity(#[from] IdentityError),
     /// The journal belongs to the agent of another domain.
     #[error(
-        "the state directory belongs to the domain {journal}, the certificate to {certificate}"
+        "the state directory {state} belongs to the domain {journal}, the certificate to \
+         {certificate}; set another `state_dir`, or get a certificate of {journal}"
     )]
     OtherDomain {
+        /// The state directory.
+        state: std::path::PathBuf,
         /// The domain in the journal.
         journal: String,
         /// The domain in the certificate.
@@ -187,6 +190,7 @@ impl Exec {
             .expect("a journal begins with its opening record");
         if journal_domain != domain {
             return Err(ExecError::OtherDomain {
+                state: state.clone(),
                 journal: journal_domain,
                 certificate: domain.to_owned(),
             });

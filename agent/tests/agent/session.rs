@@ -213,7 +213,7 @@ async fn what_the_policy_does_not_allow_is_declined_with_its_line() {
         ReportBody::Declined { refusals, .. } => {
             assert_eq!(refusals.len(), 1, "{refusals:?}");
             assert_eq!(refusals[0].at.map(|at| at.step), Some(1));
-            for word in ["exec.run", "line 2", "[[allow]]", "policy.toml"] {
+            for word in ["`exec.run`", "\n[[allow]]\n", "policy.toml"] {
                 assert!(refusals[0].reason.contains(word), "{}", refusals[0].reason);
             }
         }
@@ -342,6 +342,25 @@ async fn a_second_agent_on_the_same_state_does_not_start() {
     let second = host.command("run").output().unwrap();
     assert_eq!(second.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&second.stderr).contains("another agent"));
+}
+
+/// No restart mends it: the service is not to be started again and again.
+#[tokio::test]
+async fn the_state_of_another_domain_is_an_error_of_the_configuration() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, "");
+    host.start();
+    drop(controller.accept(epoch(1), 0).await);
+    assert_eq!(host.stop(), Some(0));
+    host.move_to(&controller, "other.org");
+    let refused = host.command("run").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    for word in ["example.org", "other.org", "state_dir"] {
+        assert!(said.contains(word), "`{word}`: {said}");
+    }
+    let unit = include_str!("../../../deploy/systemd/lockstep-agent.service");
+    assert!(unit.contains("\nRestartPreventExitStatus=2\n"));
 }
 
 #[tokio::test]

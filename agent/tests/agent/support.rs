@@ -60,9 +60,18 @@ impl Ca {
     }
 
     fn issue(&self, spiffe: &str, usage: ExtendedKeyUsagePurpose) -> (String, KeyPair) {
+        self.issue_in(DOMAIN, spiffe, usage)
+    }
+
+    fn issue_in(
+        &self,
+        domain: &str,
+        spiffe: &str,
+        usage: ExtendedKeyUsagePurpose,
+    ) -> (String, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        let name = format!("spiffe://{DOMAIN}/{spiffe}");
+        let name = format!("spiffe://{domain}/{spiffe}");
         params
             .subject_alt_names
             .push(SanType::URI(name.try_into().unwrap()));
@@ -406,6 +415,17 @@ impl Host {
             config,
             agent: None,
         }
+    }
+
+    /// Gives the host a certificate of another domain.
+    pub(crate) fn move_to(&self, controller: &Controller, domain: &str) {
+        let (pem, key) = controller.agents.issue_in(
+            domain,
+            &format!("agent/{HOST}"),
+            ExtendedKeyUsagePurpose::ClientAuth,
+        );
+        private_file(&self.path("agent.pem"), &pem);
+        private_file(&self.path("agent.key"), &key.serialize_pem());
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
