@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
 use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
@@ -310,6 +310,7 @@ impl App {
             hub,
             tasks: calls.clone(),
             draining: draining.clone(),
+            started: SystemTime::now(),
         };
         let connections = spawn_accepting(listener, tls, stop_accepting.clone());
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);

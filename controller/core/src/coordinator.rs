@@ -523,6 +523,7 @@ impl Coordinator {
                         .get_mut(host)
                         .ok_or("a host reported that was never seen")?;
                     info.acknowledged = *number;
+                    info.last_seen = entry.at;
                 }
                 let id = record.rollout().ok_or("a record without a rollout")?;
                 match self.rollouts.get_mut(id) {
@@ -597,9 +598,18 @@ impl Coordinator {
                 .unwrap_or_default(),
             requester: state.requester.clone(),
             dry_run: state.dry_run,
+            waits_for: state.waits_for(),
             submitted: state.submitted,
             ended_at: state.ended.as_ref().map(|ending| ending.at),
         })
+    }
+
+    /// The hosts that a rollout waits for, and whose agents are not connected.
+    pub fn absent(&self, rollout: &RolloutId) -> Vec<&HostId> {
+        let state = self.rollouts.get(rollout);
+        let awaited = state.map(Rollout::awaited).unwrap_or_default();
+        let here = |host: &HostId| self.hosts.get(host).is_some_and(|info| info.connected);
+        awaited.into_iter().filter(|host| !here(host)).collect()
     }
 
     /// A rollout's events after a number.
@@ -657,6 +667,8 @@ pub struct Summary {
     pub requester: String,
     /// Whether it only probes.
     pub dry_run: bool,
+    /// What people have to bring before it goes on; empty if it waits for nobody.
+    pub waits_for: String,
     /// When it was submitted.
     pub submitted: Timestamp,
     /// When it ended.

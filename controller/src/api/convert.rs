@@ -74,7 +74,8 @@ pub(crate) fn rollout(summary: Summary) -> wire::Rollout {
         open: _,
         reason,
         requester,
-        dry_run: _,
+        dry_run,
+        waits_for,
         submitted,
         ended_at,
     } = summary;
@@ -88,6 +89,8 @@ pub(crate) fn rollout(summary: Summary) -> wire::Rollout {
         submitted_ms: submitted.0,
         ended_ms: ended_at.map_or(0, |at| at.0),
         document_json: bytes::Bytes::new(),
+        dry_run,
+        waits_for,
     }
 }
 
@@ -115,11 +118,14 @@ pub(crate) fn refused(refused: &Refused) -> Status {
             let since = time(*since_ms);
             let until = match until_ms {
                 Some(until) => format!(
-                    "it ends by {} at the latest; wait for its end, or end it",
+                    "it ends by {} at the latest: `lockstep watch {holder}`, or end it with \
+                     `lockstep cancel {holder} --reason TEXT` or `lockstep rollback {holder} \
+                     --reason TEXT`",
                     time(*until)
                 ),
                 None => format!(
-                    "it waits for a person: `lockstep resume`, `rollback` or `close` {holder}"
+                    "it waits for a person: `lockstep resume {holder}`, `lockstep rollback {holder} \
+                     --reason TEXT` or `lockstep close {holder} --accept --reason TEXT`"
                 ),
             };
             format!(
@@ -159,8 +165,9 @@ mod tests {
         assert_eq!(
             status.message(),
             "db-1 is locked by ro_010101010101 (p), running in phase `backup`, submitted \
-             2023-11-14T22:13:20Z; it ends by 2023-11-14T22:14:20Z at the latest; wait for its \
-             end, or end it"
+             2023-11-14T22:13:20Z; it ends by 2023-11-14T22:14:20Z at the latest: \
+             `lockstep watch ro_010101010101`, or end it with `lockstep cancel ro_010101010101 \
+             --reason TEXT` or `lockstep rollback ro_010101010101 --reason TEXT`"
         );
     }
 }

@@ -6,9 +6,10 @@ mod follow;
 mod watch;
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use lockstep_core::{Answer, Call, Coordinator};
-use lockstep_proto::ids::{Digest, InvalidId, RolloutId};
+use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId};
 use lockstep_proto::seal;
 use lockstep_proto::wire::control_v1 as wire;
 use lockstep_proto::wire::control_v1::control_service_server::ControlService;
@@ -54,6 +55,8 @@ pub(crate) struct Control {
     pub(crate) tasks: TaskTracker,
     /// Ends every stream.
     pub(crate) draining: CancellationToken,
+    /// When the controller started.
+    pub(crate) started: SystemTime,
 }
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
@@ -129,9 +132,14 @@ impl ControlService for Control {
         let rollout = rollout_id(&request.get_ref().rollout)?;
         let asked = rollout.clone();
         let read = move |coordinator: &Coordinator| {
-            coordinator
-                .summary(&asked)
-                .zip(coordinator.document(&asked))
+            let mut document = coordinator.document(&asked)?;
+            // Sessions are not part of a rollout; who looks at one wants to know whom it lacks.
+            document["absent"] = coordinator
+                .absent(&asked)
+                .into_iter()
+                .map(HostId::as_str)
+                .collect();
+            Some((coordinator.summary(&asked)?, document))
         };
         let found = self.driver.read(read).await?;
         let (summary, mut document) = found.ok_or_else(|| not_found(&rollout))?;
@@ -331,17 +339,23 @@ impl ControlService for Control {
         &self,
         _: Request<wire::ListHostsRequest>,
     ) -> Result<Response<wire::ListHostsResponse>, Status> {
-        let read = |coordinator: &Coordinator| {
-            let hosts = coordinator.hosts().map(|(host, info)| wire::Host {
-                host: host.to_string(),
-                connected: info.connected,
-                last_seen_ms: info.last_seen.0,
-                labels: info.labels.clone().into_iter().collect(),
-                agent_version: info.agent_version.clone(),
-                locked_by: coordinator
-                    .locked_by(host)
-                    .map(ToString::to_string)
-                    .unwrap_or_default(),
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let started = u64::try_from(started.as_millis()).unwrap_or(u64::MAX);
+        let read = move |coordinator: &Coordinator| {
+            let hosts = coordinator.hosts().map(|(host, info)| {
+                let awaited = !info.connected && info.last_seen.0 < started;
+                wire::Host {
+                    host: host.to_string(),
+                    connected: info.connected,
+                    last_seen_ms: info.last_seen.0,
+                    labels: info.labels.clone().into_iter().collect(),
+                    agent_version: info.agent_version.clone(),
+                    locked_by: coordinator
+                        .locked_by(host)
+                        .map(ToString::to_string)
+                        .unwrap_or_default(),
+                    awaited_since_ms: if awaited { started } else { 0 },
+                }
             });
             hosts.collect::<Vec<_>>()
         };

@@ -18,6 +18,9 @@ const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
 /// Events that are read from the coordinator at once: they are copied while it waits.
 const PAGE: usize = 512;
 
+/// Hosts that a heartbeat names.
+const ABSENT: usize = 20;
+
 /// Sends events after a number, then live ones, until the rollout has ended.
 pub(super) async fn watch(
     control: Control,
@@ -88,7 +91,8 @@ async fn replay(
     }
 }
 
-/// What a heartbeat says: what is missing at the first gate that waits for people.
+/// What a heartbeat says: what is missing at the first gate that waits for people, and which
+/// hosts are waited for that are not connected.
 #[derive(Default)]
 struct Waiting {
     /// The newest event that was there when it was read.
@@ -98,24 +102,31 @@ struct Waiting {
 
 impl Waiting {
     /// Every change at a gate is an event, so nothing is read again while no event comes: a
-    /// document is large, and everything else waits while it is made.
+    /// document is large, and everything else waits while it is made. Hosts come and go without
+    /// an event.
     async fn heartbeat(
         &mut self,
         control: &Control,
         rollout: &RolloutId,
         last: u64,
     ) -> Result<RolloutEvent, Status> {
-        if self.as_of != Some(last) {
-            let asked = rollout.clone();
-            let read = move |coordinator: &Coordinator| {
+        let (asked, anew) = (rollout.clone(), self.as_of != Some(last));
+        let read = move |coordinator: &Coordinator| {
+            let gate = || {
                 let gate = first_gate(coordinator.events(&asked, 0)?)?;
-                let document = coordinator.document(&asked)?;
-                with_missing(gate, &document)
+                with_missing(gate, &coordinator.document(&asked)?)
             };
-            self.event = control.driver.read(read).await?.unwrap_or_default();
+            let absent = coordinator.absent(&asked).into_iter();
+            let absent: Vec<String> = absent.take(ABSENT).map(ToString::to_string).collect();
+            (anew.then(gate), absent)
+        };
+        let (gate, absent) = control.driver.read(read).await?;
+        if let Some(gate) = gate {
+            self.event = gate.unwrap_or_default();
             self.event.set_kind(EventKind::Heartbeat);
             self.as_of = Some(last);
         }
+        self.event.detail = absent;
         Ok(self.event.clone())
     }
 }

@@ -56,9 +56,33 @@ struct GateArgs {
     comment: String,
 }
 
+/// Which command decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    Approve,
+    Reject,
+    Confirm,
+}
+
+impl Verb {
+    /// An approval is not confirmed, and a checklist is not approved: whoever meant the one has
+    /// not looked at the other. Both may be rejected.
+    fn check(self, document: &Document, step: &Step) -> Result<(), CliError> {
+        let (is, right) = match (self, step.action.as_str()) {
+            (Self::Approve, "gate.checklist") => ("a checklist", "confirm"),
+            (Self::Confirm, "gate.approval") => ("an approval", "approve"),
+            _ => return Ok(()),
+        };
+        Err(CliError::usage(
+            format!("gate {} is {is}; nothing was decided", step.at),
+            format!("lockstep {right} {} --gate {}", document.rollout, step.at),
+        ))
+    }
+}
+
 /// What is decided.
 struct Decision {
-    approve: bool,
+    verb: Verb,
     /// From 0; empty means all.
     items: Vec<u32>,
     /// What the operator said was looked at; else what is shown now.
@@ -72,7 +96,7 @@ pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exi
     // Whoever names the digest has seen what it stands for.
     let ask = !arguments.yes && arguments.evidence.is_none();
     let decision = Decision {
-        approve: true,
+        verb: Verb::Approve,
         items: vec![],
         evidence: arguments.evidence,
         question: ask.then_some("approve this?"),
@@ -83,7 +107,7 @@ pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exi
 /// `lockstep reject`. Nothing is asked: to reject by mistake costs time, never a host.
 pub(crate) async fn reject(arguments: Reject, session: &Session) -> Result<Exit, CliError> {
     let decision = Decision {
-        approve: false,
+        verb: Verb::Reject,
         items: vec![],
         evidence: None,
         question: None,
@@ -103,7 +127,7 @@ pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exi
     })?;
     let question = (!arguments.yes).then_some("confirm this?");
     let decision = Decision {
-        approve: true,
+        verb: Verb::Confirm,
         items,
         evidence: None,
         question,
@@ -116,6 +140,7 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     let client = session.connect().await?;
     let (document, _) = fetch(&client, &at.rollout).await?;
     let (step, gate) = choose(&document, at)?;
+    decision.verb.check(&document, step)?;
     if let Some(item) = decision
         .items
         .iter()
@@ -126,7 +151,7 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
             format!("it has {}", words::count(gate.items.len(), "item")),
         ));
     }
-    if decision.approve {
+    if decision.verb != Verb::Reject {
         printer.talk(&shown(&document, step, gate, &decision.items));
     }
     if let Some(question) = decision.question {
@@ -178,7 +203,7 @@ async fn send(
         rollout: at.rollout.to_string(),
         gate: step.at.clone(),
         evidence,
-        approve: decision.approve,
+        approve: decision.verb != Verb::Reject,
         items: decision.items,
         comment: at.comment.clone(),
     };
@@ -242,14 +267,21 @@ fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Li
         "on        {hosts}: {}",
         status::host_names(document, usize::MAX)
     )));
+    if let Some(title) = step.args["title"].as_str() {
+        lines.push(Line::plain(format!("what      {}", clean::line(title))));
+    }
     if step.action == "gate.approval" {
         lines.extend(sql(document));
     }
     for (index, item) in gate.items.iter().enumerate() {
         let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
-        let mark = if chosen { "[x]" } else { "[ ]" };
+        let standing = match gate.confirmed(index) {
+            Some(had) => format!("confirmed by {}", had.operator),
+            None if chosen => "to be confirmed now".to_owned(),
+            None => "stays open".to_owned(),
+        };
         lines.push(Line::plain(format!(
-            "  {:>2}. {mark} {}",
+            "  {:>2}. {} ({standing})",
             index + 1,
             clean::line(item)
         )));
@@ -323,17 +355,41 @@ mod tests {
     fn a_gate_that_is_not_open_is_named_with_those_that_are() {
         let document = document();
         let error = choose(&document, &at(Some("0.0"))).unwrap_err();
-        let said: Vec<String> = error
-            .lines()
-            .iter()
-            .map(|line| line.render(false))
-            .collect();
         assert_eq!(
-            said,
+            said(&error),
             [
                 "error: gate 0.0 does not wait for a decision",
                 "  hint: open: 1.1"
             ]
         );
+    }
+
+    fn said(error: &CliError) -> Vec<String> {
+        let lines = error.lines();
+        lines.iter().map(|line| line.render(false)).collect()
+    }
+
+    #[test]
+    fn each_kind_of_gate_has_its_own_command() {
+        let document = document();
+        let (step, _) = choose(&document, &at(None)).unwrap();
+        assert_eq!(step.action, "gate.approval");
+        assert!(Verb::Approve.check(&document, step).is_ok());
+        assert!(Verb::Reject.check(&document, step).is_ok());
+        let error = Verb::Confirm.check(&document, step).unwrap_err();
+        assert_eq!(
+            said(&error),
+            [
+                "error: gate 1.1 is an approval; nothing was decided",
+                "  hint: lockstep approve ro_0123456789ab --gate 1.1"
+            ]
+        );
+        let list = Step {
+            at: "2.0".to_owned(),
+            action: "gate.checklist".to_owned(),
+            ..Step::default()
+        };
+        let error = Verb::Approve.check(&document, &list).unwrap_err();
+        assert!(said(&error)[1].ends_with("lockstep confirm ro_0123456789ab --gate 2.0"));
     }
 }

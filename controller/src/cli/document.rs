@@ -37,6 +37,9 @@ pub(crate) struct Document {
     pub(crate) dry_run: bool,
     pub(crate) state: String,
     pub(crate) reason: String,
+    pub(crate) paused: Option<Paused>,
+    /// Hosts that are waited for, and whose agents are not connected.
+    pub(crate) absent: Vec<String>,
     pub(crate) submitted: u64,
     pub(crate) ended: Option<u64>,
     pub(crate) hosts: Vec<Host>,
@@ -48,6 +51,14 @@ pub(crate) struct Document {
     pub(crate) notices: Vec<Notice>,
     pub(crate) closed: Option<Closed>,
     pub(crate) signoff: Vec<Signoff>,
+}
+
+/// Since when it is paused, and by whom.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Paused {
+    pub(crate) at: u64,
+    pub(crate) message: String,
 }
 
 /// A host and its outcome over the whole rollout (INV-5).
@@ -236,6 +247,15 @@ impl Document {
     /// How long it ran; none while it does.
     pub(crate) fn total_ms(&self) -> Option<u64> {
         self.ended.map(|ended| ended.saturating_sub(self.submitted))
+    }
+}
+
+impl Gate {
+    /// The decision that confirmed an item of a checklist first.
+    pub(crate) fn confirmed(&self, item: usize) -> Option<&Decision> {
+        self.decisions.iter().find(|decision| {
+            decision.approve && (decision.items.is_empty() || decision.items.contains(&item))
+        })
     }
 }
 

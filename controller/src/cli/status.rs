@@ -25,7 +25,7 @@ pub(crate) struct Status {
 #[derive(Debug, clap::Args)]
 pub(crate) struct History {
     /// At most so many
-    #[arg(short = 'n', long, default_value_t = 50)]
+    #[arg(short = 'n', long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
 }
 
@@ -109,6 +109,8 @@ fn rollout_json(rollout: &wire::Rollout) -> Value {
         "plan": rollout.plan,
         "plan_digest": rollout.plan_digest,
         "state": rollout.state,
+        "dry_run": rollout.dry_run,
+        "waits_for": rollout.waits_for,
         "reason": rollout.reason,
         "requester": rollout.requester,
         "submitted": rollout.submitted_ms,
@@ -122,6 +124,7 @@ fn host_json(host: &wire::Host) -> Value {
         "host": host.host,
         "connected": host.connected,
         "last_seen": host.last_seen_ms,
+        "awaited_since": (host.awaited_since_ms > 0).then_some(host.awaited_since_ms),
         "labels": clean::value(json!(host.labels)),
         "agent_version": host.agent_version,
         "locked_by": locked_by,

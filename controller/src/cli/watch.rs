@@ -88,7 +88,7 @@ pub(crate) enum Followed {
 pub(crate) enum Voice {
     /// Each.
     Aloud,
-    /// Only what is waited for, and only on a terminal.
+    /// Only what is waited for.
     Quiet,
 }
 
@@ -255,9 +255,7 @@ impl<'a> Follower<'a> {
         if self.printer.is_live() {
             let waiting = self.progress.waiting(now);
             self.draw(&waiting);
-        } else if self.voice == Voice::Aloud
-            && let Some(line) = self.progress.remind(now)
-        {
+        } else if let Some(line) = self.progress.remind(now) {
             self.live.say(&[line]);
         }
     }

@@ -9,7 +9,9 @@ use lockstep_proto::plan::{NoticeWhen, Phase};
 use lockstep_proto::values::Timestamp;
 use serde_json::{Value, json};
 
-use super::{Attempt, Mode, Outcome, Rollout};
+use super::notices::is_for_people;
+use super::{Attempt, Gate, Mode, Outcome, Rollout};
+use crate::event::EventKind;
 use crate::record::{Lost, NoticeRef};
 
 /// The document's name and version.
@@ -35,6 +37,7 @@ impl Rollout {
             "dry_run": self.dry_run,
             "state": self.state(),
             "reason": reason,
+            "paused": self.paused_document(),
             "submitted": self.submitted,
             "ended": self.ended.as_ref().map(|ending| ending.at),
             "deadline": plan.deadline,
@@ -63,6 +66,32 @@ impl Rollout {
         })
     }
 
+    /// The hosts that it waits for: for their consent, or for a report.
+    pub(crate) fn awaited(&self) -> BTreeSet<&HostId> {
+        if self.ended.is_some() {
+            return BTreeSet::new();
+        }
+        let silent = self
+            .members
+            .iter()
+            .filter(|(_, member)| member.consent.is_none())
+            .map(|(host, _)| host);
+        let busy = self.outstanding().map(|(_, _, host, _)| host);
+        silent.chain(busy).collect()
+    }
+
+    /// What people have to bring before it goes on.
+    pub(crate) fn waits_for(&self) -> String {
+        let open = |gate: &Gate| gate.closed.is_none();
+        let waits = self.ended.is_none() && !matches!(self.mode, Mode::Backward(_));
+        let mut gates = self.gates.iter().filter(|(_, gate)| waits && open(gate));
+        let for_people = |at: StepRef| is_for_people(&self.placed(at).step.action);
+        gates
+            .find(|(at, _)| for_people(**at))
+            .map(|(at, _)| self.missing(*at))
+            .unwrap_or_default()
+    }
+
     /// INV-5 for a host over the whole rollout: the worst of its steps.
     fn host_outcome(&self, host: &HostId) -> &'static str {
         let outcomes: BTreeSet<&'static str> = self
@@ -85,8 +114,36 @@ impl Rollout {
             "host": host,
             "state": self.host_outcome(host),
             "quarantined": member.quarantined.is_some(),
-            "why": member.quarantined.as_deref().unwrap_or(""),
+            "why": member.quarantined.clone().unwrap_or_else(|| self.host_trouble(host)),
         })
+    }
+
+    /// The last thing that went wrong on a host; empty if nothing did.
+    fn host_trouble(&self, host: &HostId) -> String {
+        if let Some(Err(refusals)) = &self.members[host].consent {
+            return format!("it refuses: {}", self.say_refusals(refusals));
+        }
+        let last = self.attempts.iter().filter_map(|((at, direction), hosts)| {
+            let attempt = hosts.get(host)?.last()?;
+            let result = attempt.result.as_ref()?;
+            let bad = !matches!(result.outcome, Outcome::Ok { .. });
+            (bad && *direction != Direction::Probe).then_some((result.at, *at, result))
+        });
+        last.max_by_key(|(when, at, _)| (*when, *at))
+            .map(|(_, at, result)| self.say_failure(at, result))
+            .unwrap_or_default()
+    }
+
+    /// Who paused it, in the words of its event; null if it is not paused.
+    fn paused_document(&self) -> Value {
+        let last = self.events.iter().rev();
+        match last
+            .filter(|_| self.paused)
+            .find(|event| event.kind == EventKind::Paused)
+        {
+            Some(event) => json!({"at": event.at, "message": event.message}),
+            None => Value::Null,
+        }
     }
 
     fn phase_document(&self, phase: &Phase, index: u16) -> Value {
@@ -297,7 +354,7 @@ impl Rollout {
     }
 }
 
-fn when_word(when: NoticeWhen) -> String {
+pub(super) fn when_word(when: NoticeWhen) -> String {
     match when {
         NoticeWhen::Every(period) => format!("every {period}"),
         other => serde_json::to_value(other)

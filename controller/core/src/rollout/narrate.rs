@@ -3,9 +3,11 @@
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
+use lockstep_proto::plan::NoticeWhen;
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::values::Timestamp;
 
+use super::document::when_word;
 use super::{Outcome, Rollout};
 use crate::event::{EventKind, RolloutEvent};
 use crate::record::{End, NoticeRef, Record};
@@ -135,17 +137,9 @@ impl Rollout {
                 ..self.step_event(EventKind::GateClosed, *at, Direction::Do, 0)
             },
             Record::NoticeSent { which, error, .. } => {
-                let what = match which {
-                    NoticeRef::Step(at) => self.placed(*at).step.action.name(),
-                    NoticeRef::Plan { index, .. } => {
-                        let notices = &self.compiled().notices;
-                        notices
-                            .get(usize::from(*index))
-                            .map_or("notice", |notice| notice.action.name())
-                    }
-                };
+                let what = self.say_notice(*which);
                 let message = match error {
-                    None => format!("{what} sent"),
+                    None => format!("{what} was sent"),
                     Some(error) => format!("{what} could not be sent: {error}"),
                 };
                 plain(EventKind::Note, message)
@@ -269,6 +263,28 @@ impl Rollout {
         }
     }
 
+    /// `notify.slack (step 3.1)`, `notify.slack (when started)`.
+    fn say_notice(&self, which: NoticeRef) -> String {
+        match which {
+            NoticeRef::Step(at) => format!("{} (step {at})", self.placed(at).step.action.name()),
+            NoticeRef::Plan { index, .. } => {
+                let notice = self.compiled().notices.get(usize::from(index));
+                notice.map_or_else(
+                    || "a notice".to_owned(),
+                    |notice| match notice.when {
+                        NoticeWhen::Every(_) => {
+                            format!("{} ({})", notice.action.name(), when_word(notice.when))
+                        }
+                        when => {
+                            let when = when_word(when).replace('_', " ");
+                            format!("{} (when {when})", notice.action.name())
+                        }
+                    },
+                )
+            }
+        }
+    }
+
     fn say_decision(&self, at: StepRef, operator: &str, approve: bool, comment: &str) -> String {
         let does = match &self.placed(at).step.action {
             _ if !approve => "rejects",
@@ -335,8 +351,9 @@ impl Rollout {
     fn ended_event(&self, end: End, reason: &str) -> RolloutEvent {
         let next = match end {
             End::Halted => vec![format!(
-                "hint: look at `lockstep report {id}`, then `lockstep resume {id}`, `lockstep rollback {id}` \
-                 or `lockstep close {id} --accept`",
+                "hint: look at `lockstep report {id}`, then `lockstep resume {id}`, \
+                 `lockstep rollback {id} --reason TEXT` or \
+                 `lockstep close {id} --accept --reason TEXT`",
                 id = self.id
             )],
             _ => vec![],

@@ -125,6 +125,6 @@ impl Rollout {
 }
 
 /// Whether a gate waits for people, not for time.
-fn is_for_people(action: &Action) -> bool {
+pub(super) fn is_for_people(action: &Action) -> bool {
     matches!(action, Action::GateApproval(_) | Action::GateChecklist(_))
 }

@@ -133,6 +133,45 @@ fn what_a_cancelled_rollout_leaves_shut_is_said() {
 }
 
 #[test]
+fn a_rollout_says_whom_it_waits_for_and_what_went_wrong_where() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let absent = |fleet: &Fleet| -> Vec<String> {
+        let absent = fleet.coordinator.absent(&rollout(1));
+        absent.into_iter().map(ToString::to_string).collect()
+    };
+    let waits_for = |fleet: &Fleet| fleet.coordinator.summary(&rollout(1)).unwrap().waits_for;
+    fleet.event(Event::HostDown { host: host("b") });
+    fleet
+        .submit(
+            1,
+            plan(
+                1,
+                vec![on("controller", vec![approval()]), on("app", vec![stop()])],
+            ),
+        )
+        .unwrap();
+    fleet.consent(1, "a", vec![]);
+    assert_eq!(absent(&fleet), ["b"], "it has not consented");
+    fleet.up("b");
+    fleet.consent(1, "b", vec![]);
+    assert_eq!(absent(&fleet), [""; 0]);
+    assert_eq!(waits_for(&fleet), "1 of dba");
+    fleet.decide("dana", &["dba"], fleet.evidence()).unwrap();
+    assert_eq!(waits_for(&fleet), "");
+    fleet.event(Event::HostDown { host: host("a") });
+    assert_eq!(absent(&fleet), ["a"], "its report is waited for");
+
+    fleet.pause();
+    let document = fleet.coordinator.document(&rollout(1)).unwrap();
+    assert_eq!(document["paused"]["message"], "paused by olga");
+    fleet.finish("b", failed(), vec![]);
+    let document = fleet.coordinator.document(&rollout(1)).unwrap();
+    let why = document["hosts"][1]["why"].as_str().unwrap();
+    assert!(why.contains("service.stop (step 1.0"), "{why}");
+    assert_eq!(document["hosts"][0]["why"], "");
+}
+
+#[test]
 fn a_paused_rollout_sends_nothing_new() {
     let mut fleet = Fleet::new(&["a"]);
     fleet.start(vec![on("app", vec![stop(), stop()])]);

@@ -23,6 +23,8 @@ pub(crate) struct Progress {
     running: BTreeMap<Place, Running>,
     gates: BTreeMap<String, OpenGate>,
     paused_since: Option<u64>,
+    /// Hosts that are waited for and are not connected, as the last heartbeat said.
+    absent: Vec<String>,
     state: String,
     /// When the last event came, and when anything was said last.
     latest: u64,
@@ -123,10 +125,27 @@ impl Progress {
                     all => format!(", and {} more", all - 1),
                 };
                 let action = marked(&running.action, direction, 0);
-                format!("… {} {action} on {host}{more}", for_ms(running.since))
+                format!(
+                    "… {} {action} on {host}{more}{}",
+                    for_ms(running.since),
+                    self.without()
+                )
             }
-            None => format!("… {} {}", for_ms(self.latest), self.between()),
+            None => format!(
+                "… {} {}{}",
+                for_ms(self.latest),
+                self.between(),
+                self.without()
+            ),
         }
+    }
+
+    /// `; not connected: app-2`.
+    fn without(&self) -> String {
+        if self.absent.is_empty() {
+            return String::new();
+        }
+        format!("; not connected: {}", some_of(&self.absent, 6))
     }
 
     /// How people answer at a gate; none if it waits for time.
@@ -169,6 +188,11 @@ impl Progress {
     }
 
     fn remember(&mut self, event: &Event) {
+        if event.kind == EventKind::Heartbeat {
+            self.absent.clone_from(&event.detail);
+        } else if matches!(event.kind, EventKind::Consent | EventKind::StepStarted) {
+            self.absent.retain(|host| *host != event.host);
+        }
         let place = (
             event.host.clone(),
             event.step.clone(),

@@ -367,6 +367,9 @@ fn decisions(document: &Document) -> Vec<Block> {
             format!("{} {} in {}", step.at, step.title(), phase.name),
         ));
         let mut fields = vec![("Opened".to_owned(), words::moment(gate.opened))];
+        if let Some(title) = step.args["title"].as_str() {
+            fields.push(("What".to_owned(), clean::line(title)));
+        }
         if let Some(closed) = gate.closed {
             let waited = words::took(closed.saturating_sub(gate.opened));
             let met = if gate.met == Some(true) {
@@ -394,10 +397,7 @@ fn decisions(document: &Document) -> Vec<Block> {
         blocks.push(Block::Fields(fields));
         if !gate.items.is_empty() {
             let rows = gate.items.iter().enumerate().map(|(index, item)| {
-                let confirmed = gate.decisions.iter().rev().find(|decision| {
-                    decision.approve
-                        && (decision.items.is_empty() || decision.items.contains(&index))
-                });
+                let confirmed = gate.confirmed(index);
                 let mark = if confirmed.is_some() { "[x]" } else { "[ ]" };
                 vec![
                     (index + 1).to_string(),

@@ -19,14 +19,23 @@ pub(crate) fn rollouts(list: &[wire::Rollout], now_ms: u64) -> Vec<Line> {
             } else {
                 rollout.ended_ms
             };
+            let mut state = clean::line(&rollout.state);
+            if rollout.dry_run {
+                state.push_str(" (dry run)");
+            }
+            let reason = if rollout.waits_for.is_empty() {
+                clean::line(&rollout.reason)
+            } else {
+                format!("waits for {}", clean::line(&rollout.waits_for))
+            };
             vec![
                 clean::line(&rollout.rollout),
                 clean::line(&rollout.plan),
-                clean::line(&rollout.state),
+                state,
                 words::moment(rollout.submitted_ms),
                 words::since(end.saturating_sub(rollout.submitted_ms)),
                 clean::line(&rollout.requester),
-                clean::line(&rollout.reason),
+                reason,
             ]
         })
         .collect();
@@ -55,10 +64,16 @@ pub(crate) fn hosts(list: &[wire::Host], now_ms: u64) -> Vec<Line> {
                 .map(|(name, value)| format!("{}={}", clean::line(name), clean::line(value)))
                 .collect();
             labels.sort();
+            let ago = |at: u64| words::since(now_ms.saturating_sub(at));
             let seen = match (host.connected, host.last_seen_ms) {
                 (true, _) => "connected".to_owned(),
                 (false, 0) => "never seen".to_owned(),
-                (false, at) => format!("gone for {}", words::since(now_ms.saturating_sub(at))),
+                // The controller was away itself: it cannot tell when the host went.
+                (false, _) if host.awaited_since_ms > 0 => format!(
+                    "not back since the controller's start {} ago",
+                    ago(host.awaited_since_ms)
+                ),
+                (false, at) => format!("gone for {}", ago(at)),
             };
             let lock = if host.locked_by.is_empty() {
                 "-"
@@ -110,6 +125,10 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
             },
         ));
     }
+    if let Some(paused) = &document.paused {
+        let at = words::moment(paused.at);
+        lines.push(field("paused", &format!("{} at {at}", paused.message)));
+    }
     if let Some(closed) = &document.closed {
         lines.push(field(
             "closed",
@@ -122,7 +141,32 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
     lines.extend(hosts_of(document));
     lines.extend(open_gates(document, now_ms));
     lines.extend(troubles(document));
+    let next = next(document);
+    if !next.is_empty() {
+        lines.push(Line::plain(""));
+        lines.extend(next);
+    }
     lines
+}
+
+/// What a person may do now, as commands.
+fn next(document: &Document) -> Vec<Line> {
+    let id = &document.rollout;
+    let commands = match document.state.as_str() {
+        "paused" => vec![format!("lockstep resume {id}")],
+        "halted" if document.closed.is_none() => vec![
+            format!("lockstep resume {id}"),
+            format!("lockstep rollback {id} --reason TEXT"),
+            format!("lockstep close {id} --accept --reason TEXT"),
+        ],
+        state if is_end(state) && !document.dry_run => vec![format!("lockstep report {id}")],
+        _ => vec![],
+    };
+    let names = std::iter::once("next").chain(std::iter::repeat(""));
+    let lines = names
+        .zip(&commands)
+        .map(|(name, command)| field(name, command));
+    lines.collect()
 }
 
 /// What is said when a rollout has ended and somebody watched.
@@ -163,14 +207,8 @@ pub(crate) fn ending(document: &Document) -> Vec<Line> {
         "report",
         &format!("lockstep report {id} --format html -o {id}.html"),
     ));
-    if document.state == "halted" && document.closed.is_none() {
-        lines.push(field(
-            "next",
-            &format!(
-                "lockstep resume {id}, lockstep rollback {id} --reason ..., \
-                 or lockstep close {id} --accept --reason ..."
-            ),
-        ));
+    if document.state == "halted" {
+        lines.extend(next(document));
     }
     lines
 }
@@ -271,9 +309,14 @@ fn hosts_of(document: &Document) -> Vec<Line> {
             } else {
                 ""
             };
+            let absent = if document.absent.contains(&host.host) {
+                " (not connected)"
+            } else {
+                ""
+            };
             vec![
                 host.host.clone(),
-                format!("{}{quarantined}", host.state),
+                format!("{}{quarantined}{absent}", host.state),
                 clean::line(&host.why),
             ]
         })

@@ -38,6 +38,62 @@ fn a_waiting_rollout_says_for_whom_and_how_to_answer() {
 }
 
 #[test]
+fn who_is_waited_for_and_what_to_do_next_is_said() {
+    let mut document = waiting();
+    document.absent = vec![document.hosts[0].host.clone()];
+    document.paused = Some(crate::cli::document::Paused {
+        at: START,
+        message: "paused by olga".to_owned(),
+    });
+    document.state = "paused".to_owned();
+    let said = text(&status::detail(&document, START));
+    assert!(said.contains("paused by olga at 2026-11-24"), "{said}");
+    assert!(said.contains("(not connected)"), "{said}");
+    assert!(said.contains("next       lockstep resume ro_"), "{said}");
+    document.state = "halted".to_owned();
+    let said = text(&status::detail(&document, START));
+    assert!(said.contains(" --accept --reason TEXT"), "{said}");
+
+    let rollout = lockstep_proto::wire::control_v1::Rollout {
+        state: "running".to_owned(),
+        dry_run: true,
+        waits_for: "1 of dba".to_owned(),
+        ..Default::default()
+    };
+    let said = text(&status::rollouts(&[rollout], START));
+    assert!(said.contains("running (dry run)"), "{said}");
+    assert!(said.contains("waits for 1 of dba"), "{said}");
+
+    let host = lockstep_proto::wire::control_v1::Host {
+        host: "app-1".to_owned(),
+        last_seen_ms: START,
+        awaited_since_ms: START + 102_000,
+        ..Default::default()
+    };
+    let said = text(&status::hosts(&[host], START + 117_000));
+    assert!(said.contains("controller's start 15s ago"), "{said}");
+}
+
+#[test]
+fn a_wait_names_the_hosts_that_are_not_connected() {
+    let mut progress = Progress::new("ro_0123456789ab", false);
+    for event in Story::begin().events {
+        progress.take(&event);
+    }
+    let mut heartbeat = Event {
+        kind: EventKind::Heartbeat,
+        detail: vec!["app-2".to_owned()],
+        ..Event::default()
+    };
+    progress.take(&heartbeat);
+    let said = progress.waiting(START + 15_000);
+    assert_eq!(said, "… 15s waiting for hosts; not connected: app-2");
+    heartbeat.detail.clear();
+    progress.take(&heartbeat);
+    assert_eq!(progress.waiting(START + 15_000), "… 15s waiting for hosts");
+}
+
+#[test]
 fn a_rolled_back_rollout_in_detail() {
     insta::assert_snapshot!(text(&status::detail(&rolled_back(), START + 2_000_000)));
 }
