@@ -44,6 +44,7 @@ use lockstep_proto::ids::StepKey;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Config;
+use crate::identity::{IdentityError, StateLock};
 use crate::step::StepExit;
 
 /// What the exit codes mean; also in the help text.
@@ -60,6 +61,8 @@ mod exit {
     pub(crate) const INTERNAL: u8 = 4;
     /// `step`: the attempt was claimed before, and nothing was done.
     pub(crate) const CLAIMED: u8 = 10;
+    /// `journal verify`: a person must look at the state directory.
+    pub(crate) const BROKEN: u8 = 10;
 }
 
 const EXIT_CODES: &str = "Exit codes:
@@ -68,7 +71,8 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line, the configuration or the policy cannot be used
   3  another agent runs with the same state directory
   4  the operating system failed; start it again
- 10  step: the attempt was claimed before, and nothing was done";
+ 10  journal verify: the journal is broken; step: the attempt was claimed before, and nothing
+     was done";
 
 /// Lockstep's agent: does on this host what a plan says and the host's own policy allows.
 #[derive(Debug, Parser)]
@@ -84,6 +88,9 @@ enum Command {
     Run(File),
     /// Read configuration, policy and certificates, and say what is allowed and what is wrong.
     Check(File),
+    /// Look at the journal while no agent runs.
+    #[command(subcommand)]
+    Journal(JournalCommand),
     /// Do one attempt. Started by `run`.
     #[command(hide = true)]
     Step {
@@ -94,6 +101,13 @@ enum Command {
     /// Become a service. Started by a step.
     #[command(hide = true)]
     Supervise,
+}
+
+#[derive(Debug, Subcommand)]
+enum JournalCommand {
+    /// Say whether the journal is whole, and which record is the first that is not. Changes
+    /// nothing.
+    Verify(File),
 }
 
 #[derive(Debug, clap::Args)]
@@ -109,6 +123,7 @@ fn main() -> ExitCode {
     let code = match Arguments::parse().command {
         Command::Run(file) => with_config(&file, |config| daemon::run(config, &file.config)),
         Command::Check(file) => check::check(&file.config),
+        Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();
@@ -143,6 +158,45 @@ fn step(config: Config, key: &StepKey) -> u8 {
         }
         Err(error) => {
             say(&format!("{key}: {}", errors::chain(&error)));
+            exit::INTERNAL
+        }
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "as the other commands")]
+fn verify(config: Config) -> u8 {
+    let state = &config.state_dir;
+    // Taking the lock would make a directory and a file where there never was an agent.
+    if !state.join("journal").exists() && !state.join("head").exists() {
+        say(&format!("there is no journal in {}", state.display()));
+        return exit::USAGE;
+    }
+    let _lock = match StateLock::take(state) {
+        Ok(lock) => lock,
+        Err(error) => {
+            say(&errors::chain(&error));
+            return match error {
+                IdentityError::InUse(_) => exit::IN_USE,
+                IdentityError::Io { .. } => exit::INTERNAL,
+            };
+        }
+    };
+    match journal::verify(state) {
+        Ok(verified) => {
+            // Whoever closes the pipe has read enough.
+            let _ = std::io::stdout().write_all(verified.text().as_bytes());
+            let Some(broken) = verified.broken else {
+                return exit::DONE;
+            };
+            say(&format!("the journal is broken: {}", broken.why));
+            say(
+                "hint: nothing was changed; keep a copy of the state directory, then see \
+                 docs/recovery.md",
+            );
+            exit::BROKEN
+        }
+        Err(error) => {
+            say(&errors::chain(&error));
             exit::INTERNAL
         }
     }

@@ -25,8 +25,8 @@ pub(super) struct Head {
 }
 
 impl Head {
-    /// Opens or makes the file; answers with the newest head in it, if there is one.
-    pub(super) fn open(path: &Path) -> io::Result<(Self, Option<(u64, Hash)>)> {
+    /// Opens or makes the file, and reads what it says.
+    pub(super) fn open(path: &Path) -> io::Result<(Self, Known)> {
         let existed = path.exists();
         let file = OpenOptions::new()
             .read(true)
@@ -38,16 +38,25 @@ impl Head {
         if !existed {
             sync_dir(path.parent().unwrap_or_else(|| Path::new(".")))?;
         }
-        let slots = [read_slot(&file, 0)?, read_slot(&file, 1)?];
-        let newest = match (slots[0], slots[1]) {
-            (Some(a), Some(b)) if a.0 > b.0 => Some((0, a)),
-            (_, Some(b)) => Some((1, b)),
-            (Some(a), None) => Some((0, a)),
-            (None, None) => None,
-        };
+        let (slot, known) = newest(&file)?;
         // The older slot, or the broken one, is written next.
-        let next = newest.map_or(0, |(slot, _)| 1 - slot);
-        Ok((Self { file, next }, newest.map(|(_, head)| head)))
+        let next = slot.map_or(0, |slot| 1 - slot);
+        Ok((Self { file, next }, known))
+    }
+
+    /// Reads what the file says, and can change nothing.
+    pub(super) fn read(path: &Path) -> io::Result<Known> {
+        match File::open(path) {
+            Ok(file) => Ok(newest(&file)?.1),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Known::BLANK),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts another file in its place, one that fails.
+    #[cfg(test)]
+    pub(super) fn fail(&mut self, file: File) {
+        self.file = file;
     }
 
     /// Makes a new head durable.
@@ -63,6 +72,39 @@ impl Head {
         self.next = 1 - self.next;
         Ok(())
     }
+}
+
+/// What a head file says.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Known {
+    /// The newest head: number and hash.
+    pub(super) newest: Option<(u64, Hash)>,
+    /// Nothing was ever written.
+    pub(super) blank: bool,
+}
+
+impl Known {
+    const BLANK: Self = Self {
+        newest: None,
+        blank: true,
+    };
+
+    /// The number of the newest head.
+    pub(super) fn number(&self) -> Option<u64> {
+        self.newest.map(|(number, _)| number)
+    }
+}
+
+/// The slot with the newest head, and what the file says.
+fn newest(file: &File) -> io::Result<(Option<u64>, Known)> {
+    let (slot, newest) = match (read_slot(file, 0)?, read_slot(file, 1)?) {
+        (Some(a), Some(b)) if a.0 > b.0 => (Some(0), Some(a)),
+        (_, Some(b)) => (Some(1), Some(b)),
+        (Some(a), None) => (Some(0), Some(a)),
+        (None, None) => (None, None),
+    };
+    let blank = file.metadata()?.len() == 0;
+    Ok((slot, Known { newest, blank }))
 }
 
 fn read_slot(file: &File, slot: u64) -> io::Result<Option<(u64, Hash)>> {

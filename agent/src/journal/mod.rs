@@ -3,6 +3,7 @@
 //! ```text
 //! journal:  [length u32][number u64][hash 32][payload]  [length ...
 //!           hash = SHA-256(hash before | length | number | payload)
+//!           the length's highest bit says that the next record was appended with this one
 //! head:     two slots, each (number, hash) with a checksum; written in turn
 //! reserve:  space that is given back when the disk is full, to record how steps ended
 //! ```
@@ -22,15 +23,24 @@ use sha2::{Digest as _, Sha256};
 mod head;
 mod record;
 mod reserve;
+mod verify;
 
-use head::Head;
+use head::{Head, Known};
 pub(crate) use record::{FORMAT, Held, Intent, Record};
 use reserve::Reserve;
+pub(crate) use verify::verify;
 
 /// The largest payload, in bytes.
 pub(crate) const MAX_RECORD: usize = 32 << 10;
 
 const FRAME: usize = 4 + 8 + 32;
+
+/// In a record's length: the next one was appended with it, and one does not count without the
+/// other.
+const MORE: u32 = 1 << 31;
+
+/// The largest first record, with its frame.
+const FIRST: u64 = (FRAME + MAX_RECORD) as u64;
 
 /// The hash before the first record.
 const GENESIS: &[u8] = b"lockstep agent journal 1\n";
@@ -124,17 +134,16 @@ impl Journal {
         mut visit: impl FnMut(Position, Record),
     ) -> Result<Self, JournalError> {
         let path = dir.join("journal");
-        let broken = |why: String| JournalError::Quarantined {
-            path: path.clone(),
-            why,
-        };
-        let io_error = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| JournalError::Io { what, path, source }
-        };
         let head_path = dir.join("head");
         let (head, known) = Head::open(&head_path).map_err(io_error("open", &head_path))?;
         let existed = path.exists();
+        let quarantined = |broken: Broken| JournalError::Quarantined {
+            path: path.clone(),
+            why: broken.why,
+        };
+        if !existed && known.newest.is_some() {
+            return Err(quarantined(Broken::lost()));
+        }
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -147,29 +156,9 @@ impl Journal {
             sync_dir(dir).map_err(io_error("synchronise", dir))?;
         }
         let size = file.metadata().map_err(io_error("read", &path))?.len();
-        let scan = Scan::run(&file, known.map(|(number, _)| number), &mut visit)
-            .map_err(|error| error.locate(&path))?;
-        match known {
-            Some((number, _)) if scan.number < number => {
-                return Err(broken(format!(
-                    "it ends after record {}, and {number} were written{}",
-                    scan.number,
-                    scan.stopped
-                        .map(|why| format!(" ({why})"))
-                        .unwrap_or_default(),
-                )));
-            }
-            Some((number, hash)) if scan.at_known != Some(hash) => {
-                return Err(broken(format!(
-                    "record {number} is not the one that was written"
-                )));
-            }
-            // Nothing was relied on before the first head: that is written after the first record.
-            None if scan.number > 1 => {
-                return Err(broken("its head is missing or broken".to_owned()));
-            }
-            _ => {}
-        }
+        let scan =
+            Scan::run(&file, known.number(), &mut visit).map_err(|error| error.locate(&path))?;
+        judge(known, &scan, size).map_err(quarantined)?;
         if scan.length < size {
             tracing::warn!(
                 path = %path.display(),
@@ -189,7 +178,7 @@ impl Journal {
             head,
         };
         // Records beyond the head are whole: from here on they are relied on.
-        if known.is_none_or(|(number, _)| number < journal.number) && journal.number > 0 {
+        if known.number().unwrap_or(0) < journal.number {
             journal
                 .head
                 .write(journal.number, journal.hash)
@@ -212,7 +201,7 @@ impl Journal {
         let mut bytes = Vec::new();
         let mut positions = Vec::with_capacity(records.len());
         let (mut number, mut hash) = (self.number, self.hash);
-        for record in records {
+        for (record, left) in records.iter().zip((0..records.len()).rev()) {
             let payload =
                 serde_json::to_vec(record).expect("a record has no map with other keys than text");
             if payload.len() > MAX_RECORD {
@@ -220,7 +209,7 @@ impl Journal {
             }
             number += 1;
             positions.push(Position(self.length + bytes.len() as u64));
-            hash = push_frame(&mut bytes, hash, number, &payload);
+            hash = push_frame(&mut bytes, hash, number, &payload, left > 0);
         }
         if need == Need::Opens && !self.reserve.ensure() {
             return Err(AppendError::Full(self.path.clone()));
@@ -279,14 +268,14 @@ impl Journal {
         self.file
             .read_exact_at(&mut frame, position.0)
             .map_err(io_error)?;
-        let (length, number, _) = split_frame(&frame);
-        let mut payload = vec![0; length.min(MAX_RECORD)];
+        let frame = Frame::split(&frame);
+        let mut payload = vec![0; frame.size().min(MAX_RECORD)];
         self.file
             .read_exact_at(&mut payload, position.0 + FRAME as u64)
             .map_err(io_error)?;
         serde_json::from_slice(&payload).map_err(|source| JournalError::Newer {
             path: self.path.clone(),
-            number,
+            number: frame.number,
             source,
         })
     }
@@ -305,6 +294,10 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+fn genesis() -> Hash {
+    Sha256::digest(GENESIS).into()
+}
+
 fn chain(before: Hash, length: u32, number: u64, payload: &[u8]) -> Hash {
     let mut hasher = Sha256::new();
     hasher.update(before);
@@ -314,8 +307,9 @@ fn chain(before: Hash, length: u32, number: u64, payload: &[u8]) -> Hash {
     hasher.finalize().into()
 }
 
-fn push_frame(bytes: &mut Vec<u8>, before: Hash, number: u64, payload: &[u8]) -> Hash {
+fn push_frame(bytes: &mut Vec<u8>, before: Hash, number: u64, payload: &[u8], more: bool) -> Hash {
     let length = u32::try_from(payload.len()).expect("a payload is at most MAX_RECORD long");
+    let length = if more { length | MORE } else { length };
     let hash = chain(before, length, number, payload);
     bytes.extend_from_slice(&length.to_le_bytes());
     bytes.extend_from_slice(&number.to_le_bytes());
@@ -324,11 +318,85 @@ fn push_frame(bytes: &mut Vec<u8>, before: Hash, number: u64, payload: &[u8]) ->
     hash
 }
 
-fn split_frame(frame: &[u8; FRAME]) -> (usize, u64, Hash) {
-    let length = u32::from_le_bytes(frame[..4].try_into().expect("4 bytes"));
-    let number = u64::from_le_bytes(frame[4..12].try_into().expect("8 bytes"));
-    let hash = frame[12..].try_into().expect("32 bytes");
-    (length as usize, number, hash)
+/// What stands before a payload.
+struct Frame {
+    /// With [`MORE`].
+    length: u32,
+    number: u64,
+    hash: Hash,
+}
+
+impl Frame {
+    fn split(frame: &[u8; FRAME]) -> Self {
+        Self {
+            length: u32::from_le_bytes(frame[..4].try_into().expect("4 bytes")),
+            number: u64::from_le_bytes(frame[4..12].try_into().expect("8 bytes")),
+            hash: frame[12..].try_into().expect("32 bytes"),
+        }
+    }
+
+    /// The payload's, in bytes.
+    fn size(&self) -> usize {
+        (self.length & !MORE) as usize
+    }
+
+    fn has_more(&self) -> bool {
+        self.length & MORE != 0
+    }
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> JournalError + use<> {
+    let path = path.to_owned();
+    move |source| JournalError::Io { what, path, source }
+}
+
+/// Where a journal ceases to be what was relied on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Broken {
+    /// The first record that is missing or changed; none if it is the head that is broken.
+    pub(crate) record: Option<u64>,
+    /// What is wrong, with the record's number.
+    pub(crate) why: String,
+}
+
+impl Broken {
+    fn lost() -> Self {
+        Self {
+            record: Some(1),
+            why: "the file with its records is missing".to_owned(),
+        }
+    }
+}
+
+/// Whether what was found in a file of this size reaches the head that is known.
+fn judge(known: Known, scan: &Scan, size: u64) -> Result<(), Broken> {
+    let stopped = scan.stopped.map(|why| format!(" ({why})"));
+    let stopped = stopped.unwrap_or_default();
+    match known.newest {
+        Some((number, _)) if scan.number < number => Err(Broken {
+            record: Some(scan.number + 1),
+            why: format!(
+                "it ends after record {}, and {number} were written{stopped}",
+                scan.number,
+            ),
+        }),
+        Some((number, hash)) if scan.at_known != Some(hash) => Err(Broken {
+            record: Some(number),
+            why: format!("record {number} is not the one that was written"),
+        }),
+        Some(_) => Ok(()),
+        // The first record was durable before the first head was written, and the second came
+        // after that; a journal without a head has one record, or a part of it.
+        None if scan.number > 1 => Err(Broken {
+            record: None,
+            why: "its head is missing or broken".to_owned(),
+        }),
+        None if scan.number == 0 && (!known.blank || size > FIRST) => Err(Broken {
+            record: Some(1),
+            why: format!("its head is missing or broken, and so is record 1{stopped}"),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// What reading a journal from its beginning finds.
@@ -346,7 +414,7 @@ struct Scan {
 
 enum ScanError {
     Io(io::Error),
-    Newer(u64, serde_json::Error),
+    Newer(u64, Hash, serde_json::Error),
 }
 
 impl ScanError {
@@ -358,7 +426,7 @@ impl ScanError {
                 path,
                 source,
             },
-            Self::Newer(number, source) => JournalError::Newer {
+            Self::Newer(number, _, source) => JournalError::Newer {
                 path,
                 number,
                 source,
@@ -377,36 +445,46 @@ impl Scan {
         let mut scan = Self {
             length: 0,
             number: 0,
-            hash: Sha256::digest(GENESIS).into(),
+            hash: genesis(),
             at_known: None,
             stopped: None,
         };
+        // Records whose append may not have come to its end.
+        let mut waiting: Vec<(Position, Record)> = vec![];
+        let mut last = (scan.length, scan.number, scan.hash);
         loop {
             let mut frame = [0; FRAME];
             match fill(&mut reader, &mut frame).map_err(ScanError::Io)? {
-                0 => return Ok(scan),
+                0 if waiting.is_empty() => return Ok(scan),
                 FRAME => {}
                 _ => return Ok(scan.stop("a record is incomplete")),
             }
-            let (length, number, hash) = split_frame(&frame);
-            if length > MAX_RECORD || number != scan.number + 1 {
+            let (length, number, hash) = last;
+            let frame = Frame::split(&frame);
+            if frame.size() > MAX_RECORD || frame.number != number + 1 {
                 return Ok(scan.stop("a record has no valid beginning"));
             }
-            let mut payload = vec![0; length];
-            if fill(&mut reader, &mut payload).map_err(ScanError::Io)? < length {
+            let mut payload = vec![0; frame.size()];
+            if fill(&mut reader, &mut payload).map_err(ScanError::Io)? < payload.len() {
                 return Ok(scan.stop("a record is incomplete"));
             }
-            let short = u32::try_from(length).expect("a payload is at most MAX_RECORD long");
-            if chain(scan.hash, short, number, &payload) != hash {
+            if chain(hash, frame.length, frame.number, &payload) != frame.hash {
                 return Ok(scan.stop("a record does not match its hash"));
             }
-            let record =
-                serde_json::from_slice(&payload).map_err(|e| ScanError::Newer(number, e))?;
-            visit(Position(scan.length), record);
-            scan.length += (FRAME + length) as u64;
-            (scan.number, scan.hash) = (number, hash);
-            if known == Some(number) {
-                scan.at_known = Some(hash);
+            let record = serde_json::from_slice(&payload)
+                .map_err(|e| ScanError::Newer(frame.number, frame.hash, e))?;
+            waiting.push((Position(length), record));
+            let whole = (FRAME + payload.len()) as u64;
+            last = (length + whole, frame.number, frame.hash);
+            if frame.has_more() {
+                continue;
+            }
+            for (position, record) in waiting.drain(..) {
+                visit(position, record);
+            }
+            (scan.length, scan.number, scan.hash) = last;
+            if known == Some(scan.number) {
+                scan.at_known = Some(scan.hash);
             }
         }
     }
@@ -431,5 +509,7 @@ fn fill(reader: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
+#[cfg(test)]
+mod storms;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,403 @@
+//! Many faults, each over a journal that was written by the real code. A sample runs always;
+//! `LOCKSTEP_STORM=1000` says how many. A failing case prints its seed, which `LOCKSTEP_SEED`
+//! takes.
+
+use lockstep_proto::ids::{Epoch, InstanceId, RolloutId};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{Rng as _, SeedableRng as _};
+use tempfile::TempDir;
+
+use super::*;
+
+/// How many cases of each kind.
+fn cases() -> u64 {
+    let asked = std::env::var("LOCKSTEP_STORM").ok();
+    asked.map_or(100, |count| {
+        count.parse().expect("LOCKSTEP_STORM is a number")
+    })
+}
+
+/// Runs numbered cases, each with random numbers of its own.
+fn storm(mut case: impl FnMut(&str, &mut StdRng)) {
+    let asked = std::env::var("LOCKSTEP_SEED").ok();
+    let asked = asked.map(|seed| seed.parse().expect("LOCKSTEP_SEED is a number"));
+    let seeds = asked.map_or(0..cases(), |seed: u64| seed..seed + 1);
+    for seed in seeds {
+        case(
+            &format!("LOCKSTEP_SEED={seed}"),
+            &mut StdRng::seed_from_u64(seed),
+        );
+    }
+}
+
+fn opened() -> Record {
+    Record::Opened {
+        format: FORMAT,
+        domain: "example.org".into(),
+        instance: InstanceId::from_random([1; 8]),
+    }
+}
+
+fn record(counter: u64) -> Record {
+    if counter.is_multiple_of(3) {
+        let rollout = RolloutId::from_random([3; 6]);
+        Record::Released { rollout }
+    } else {
+        Record::Epoch(Epoch { counter, id: 7 })
+    }
+}
+
+/// What is on the disk.
+#[derive(Clone, PartialEq, Eq)]
+struct Files {
+    journal: Option<Vec<u8>>,
+    head: Option<Vec<u8>>,
+}
+
+impl Files {
+    fn read(dir: &Path) -> Self {
+        let read = |name| std::fs::read(dir.join(name)).ok();
+        Self {
+            journal: read("journal"),
+            head: read("head"),
+        }
+    }
+
+    fn write(&self, dir: &Path) {
+        for (name, bytes) in [("journal", &self.journal), ("head", &self.head)] {
+            match bytes {
+                Some(bytes) => std::fs::write(dir.join(name), bytes).unwrap(),
+                None => _ = std::fs::remove_file(dir.join(name)),
+            }
+        }
+    }
+}
+
+fn read_all(dir: &Path) -> Result<Vec<Record>, JournalError> {
+    let mut records = vec![];
+    Journal::open(dir, |_, record| records.push(record))?;
+    Ok(records)
+}
+
+/// A journal's life: what was on the disk after each append, with the records acknowledged then.
+struct Life {
+    dir: TempDir,
+    moments: Vec<(Files, usize)>,
+    records: Vec<Record>,
+}
+
+impl Life {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+        let mut records = vec![opened()];
+        journal.append(&records, Need::Opens).unwrap();
+        let mut moments = vec![(Files::read(dir.path()), 1)];
+        for append in 1..30_u64 {
+            let batch: Vec<Record> = (0..1 + append % 4)
+                .map(|n| record(append * 10 + n))
+                .collect();
+            journal.append(&batch, Need::Closes).unwrap();
+            records.extend(batch);
+            moments.push((Files::read(dir.path()), records.len()));
+        }
+        Self {
+            dir,
+            moments,
+            records,
+        }
+    }
+
+    fn last(&self) -> &Files {
+        &self.moments.last().expect("there is a first one").0
+    }
+
+    /// A damaged journal is found whole, or is quarantined and left as it is; `verify` says the
+    /// same, and before that. Answers whether it was whole.
+    fn is_whole_or_quarantined(&self, case: &str, damaged: &Files) -> bool {
+        let dir = self.dir.path();
+        damaged.write(dir);
+        let verified = verify(dir).unwrap();
+        assert!(Files::read(dir) == *damaged, "{case}: verify changed it");
+        match read_all(dir) {
+            Ok(found) => {
+                assert!(found == self.records, "{case}: {} found", found.len());
+                assert_eq!(verified.broken, None, "{case}");
+                assert_eq!(verified.last.0, self.records.len() as u64, "{case}");
+                true
+            }
+            Err(JournalError::Quarantined { why, .. }) => {
+                let left = Files::read(dir);
+                assert!(left.journal == damaged.journal, "{case}: changed");
+                let broken = verified.broken.unwrap_or_else(|| panic!("{case}: {why}"));
+                assert_eq!(broken.why, why, "{case}");
+                if let Some(record) = broken.record {
+                    assert!(why.contains(&(record - 1).to_string()) || why.contains("record"));
+                    assert!(record <= self.records.len() as u64, "{case}: {why}");
+                }
+                false
+            }
+            Err(error) => panic!("{case}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn a_torn_tail_is_never_taken_for_the_end() {
+    let life = Life::new();
+    let mut whole = [0, 0];
+    storm(|case, random| {
+        let mut files = life.last().clone();
+        let of_head = random.random_bool(0.2);
+        let file = if of_head {
+            &mut files.head
+        } else {
+            &mut files.journal
+        };
+        let bytes = file.as_mut().unwrap();
+        // Most tears are short.
+        let most = if random.random_bool(0.5) {
+            bytes.len()
+        } else {
+            200
+        };
+        let cut = random.random_range(1..=most);
+        bytes.truncate(bytes.len() - cut);
+        whole[usize::from(of_head)] += u32::from(life.is_whole_or_quarantined(case, &files));
+    });
+    assert_eq!(whole[0], 0, "records that were torn off were not missed");
+}
+
+#[test]
+fn a_flipped_bit_is_never_overlooked() {
+    let life = Life::new();
+    storm(|case, random| {
+        let mut files = life.last().clone();
+        let of_head = random.random_bool(0.2);
+        let file = if of_head {
+            &mut files.head
+        } else {
+            &mut files.journal
+        };
+        let bytes = file.as_mut().unwrap();
+        let at = random.random_range(0..bytes.len());
+        bytes[at] ^= 1 << random.random_range(0..8);
+        let whole = life.is_whole_or_quarantined(case, &files);
+        assert_eq!(
+            whole, of_head,
+            "{case}: one slot is enough, no record is too many"
+        );
+    });
+}
+
+#[test]
+fn an_older_head_costs_nothing_and_older_records_are_refused() {
+    let life = Life::new();
+    for (moment, _) in &life.moments {
+        let last = life.last();
+        let head = moment.head.clone();
+        let journal = moment.journal.clone();
+        let case = "an older head";
+        let older = Files {
+            head,
+            ..last.clone()
+        };
+        assert!(life.is_whole_or_quarantined(case, &older));
+        let case = "older records";
+        let older = Files {
+            journal,
+            ..last.clone()
+        };
+        let whole = life.is_whole_or_quarantined(case, &older);
+        assert_eq!(whole, older == *last);
+    }
+}
+
+#[test]
+fn a_lost_file_is_never_made_anew() {
+    let life = Life::new();
+    let last = life.last();
+    for lost in [None, Some(vec![])] {
+        let (journal, head) = (lost.clone(), lost);
+        let without = Files {
+            journal,
+            ..last.clone()
+        };
+        assert!(!life.is_whole_or_quarantined("no records", &without));
+        let without = Files {
+            head,
+            ..last.clone()
+        };
+        assert!(!life.is_whole_or_quarantined("no head", &without));
+    }
+    // Two faults at once: the head is no help, and not even the first record is whole.
+    let mut files = last.clone();
+    files.journal.as_mut().unwrap()[60] ^= 1;
+    for slot in [0, 4096] {
+        files.head.as_mut().unwrap()[slot + 20] ^= 1;
+    }
+    assert!(!life.is_whole_or_quarantined("both", &files));
+}
+
+/// A file between two syncs: any of its new blocks may be there, and any may be missing.
+fn between(random: &mut StdRng, old: Option<&[u8]>, new: &[u8]) -> Vec<u8> {
+    let old = old.unwrap_or_default();
+    // Disks write sectors; what they make of them when the power goes may be less.
+    let block = *[8, 512, 4096].choose(random).expect("there are some");
+    let longest = old.len().max(new.len());
+    let length = match random.random_range(0..3) {
+        0 => old.len(),
+        1 => new.len(),
+        _ => random.random_range(old.len().min(new.len())..=longest),
+    };
+    let mut bytes = vec![0; longest];
+    let mostly = random.random_range(0.0..=1.0);
+    for at in (0..longest).step_by(block) {
+        let from = if random.random_bool(mostly) { new } else { old };
+        let end = from.len().min(at + block);
+        if at < end {
+            bytes[at..end].copy_from_slice(&from[at..end]);
+        }
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// What the disk may hold if the power went while the files became `new`: the records are synced
+/// before the head is written.
+fn power_loss(random: &mut StdRng, old: &Files, new: &Files) -> Files {
+    if random.random_bool(0.6) {
+        let journal = between(
+            random,
+            old.journal.as_deref(),
+            new.journal.as_ref().unwrap(),
+        );
+        Files {
+            journal: Some(journal),
+            head: old.head.clone(),
+        }
+    } else {
+        let head = between(random, old.head.as_deref(), new.head.as_ref().unwrap());
+        Files {
+            journal: new.journal.clone(),
+            head: Some(head),
+        }
+    }
+}
+
+/// One life with a power loss in every append, and in every recovery from it.
+#[test]
+fn no_acknowledged_record_is_lost_with_the_power() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    drop(Journal::open(dir, |_, _| {}).unwrap());
+    let mut acknowledged: Vec<Record> = vec![];
+    let mut counts = [0; 2];
+    storm(|case, random| {
+        let mut journal = Journal::open(dir, |_, _| {}).unwrap();
+        let size = if journal.is_empty() {
+            1
+        } else {
+            random.random_range(1..6)
+        };
+        let batch: Vec<Record> = if journal.is_empty() {
+            vec![opened()]
+        } else {
+            (0..size).map(|_| record(random.random())).collect()
+        };
+        if random.random_bool(0.3) && !journal.is_empty() {
+            // This one is acknowledged before the power goes.
+            journal.append(&batch, Need::Closes).unwrap();
+            acknowledged.extend(batch.iter().cloned());
+        }
+        let before = Files::read(dir);
+        journal.append(&batch, Need::Closes).unwrap();
+        drop(journal);
+        power_loss(random, &before, &Files::read(dir)).write(dir);
+
+        let torn = Files::read(dir);
+        let mut found = read_all(dir).unwrap_or_else(|error| panic!("{case}: {error}"));
+        if random.random_bool(0.5) {
+            // And once more, while it recovers.
+            let recovered = Files::read(dir);
+            power_loss(random, &torn, &recovered).write(dir);
+            let again = read_all(dir).unwrap_or_else(|error| panic!("{case}: {error}"));
+            assert!(again == found, "{case}: what was found once is lost");
+            found = again;
+        }
+        let (before, after) = found.split_at_checked(acknowledged.len()).expect(case);
+        assert!(
+            before == acknowledged,
+            "{case}: acknowledged records are lost"
+        );
+        assert!(
+            after.is_empty() || after == batch,
+            "{case}: a part of an append"
+        );
+        counts[usize::from(!after.is_empty())] += 1;
+        acknowledged = found;
+        if acknowledged.len() > 100 {
+            // Reading them all again and again is what takes time.
+            std::fs::remove_file(dir.join("journal")).unwrap();
+            std::fs::remove_file(dir.join("head")).unwrap();
+            acknowledged = vec![];
+        }
+    });
+    let seeded = std::env::var_os("LOCKSTEP_SEED").is_some();
+    assert!(seeded || (counts[0] > 0 && counts[1] > 0), "{counts:?}");
+}
+
+/// A file that takes what is written, and fails when it is to be synced or written.
+fn failing(how: &str) -> File {
+    OpenOptions::new().write(true).open(how).unwrap()
+}
+
+#[test]
+fn a_failing_disk_is_said_and_costs_nothing_that_was_acknowledged() {
+    // /dev/null cannot be synced; /dev/full takes nothing at all.
+    for (what, device) in [
+        ("records", "/dev/null"),
+        ("head", "/dev/null"),
+        ("head", "/dev/full"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+        journal.append(&[opened()], Need::Opens).unwrap();
+        journal.append(&[record(1)], Need::Opens).unwrap();
+        match what {
+            "records" => journal.file = failing(device),
+            _ => journal.head.fail(failing(device)),
+        }
+        let result = journal.append(&[record(2), record(4)], Need::Closes);
+        assert!(
+            matches!(result, Err(AppendError::Fatal { .. })),
+            "{what}: {result:?}"
+        );
+        drop(journal);
+        let found = read_all(dir.path()).unwrap();
+        // Of what was not acknowledged, all is there or nothing.
+        let expected = if what == "head" { 4 } else { 2 };
+        assert_eq!(found.len(), expected, "{what} on {device}");
+        assert_eq!(found[..2], [opened(), record(1)]);
+    }
+}
+
+/// No space at any byte of an append: nothing of it is there, and the next one goes on.
+#[test]
+fn a_disk_that_fills_in_the_middle_of_an_append_keeps_what_was_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+    journal.append(&[opened()], Need::Opens).unwrap();
+    let file = std::mem::replace(&mut journal.file, failing("/dev/full"));
+    let result = journal.append(&[record(1), record(2)], Need::Closes);
+    // A device cannot be cut either, so this is a failing disk.
+    assert!(
+        matches!(result, Err(AppendError::Fatal { .. })),
+        "{result:?}"
+    );
+    journal.file = file;
+    journal.append(&[record(3)], Need::Closes).unwrap();
+    drop(journal);
+    assert_eq!(read_all(dir.path()).unwrap(), [opened(), record(3)]);
+}
