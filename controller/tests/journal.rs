@@ -1,0 +1,146 @@
+//! `lockstep journal` as a process: beside a controller, after it, and on another machine.
+
+#[allow(dead_code, reason = "other tests of this crate use the rest of it")]
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use support::{Place, hello};
+
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn said(output: Output) -> Said {
+    Said {
+        code: output.status.code().unwrap(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn journal(arguments: &[&str], state: &Path, input: Option<&Path>) -> Said {
+    let input = input.map_or_else(Stdio::null, |path| fs::File::open(path).unwrap().into());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    command.arg("journal").args(arguments).arg("--dir");
+    said(command.arg(state).stdin(input).output().unwrap())
+}
+
+/// A place whose configuration names another state directory.
+fn moved(place: &Place) -> std::path::PathBuf {
+    let config = place.path().join("controller.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"state\"", "\"moved\"")).unwrap();
+    place.path().join("moved")
+}
+
+#[tokio::test]
+async fn a_journal_moves_to_another_directory_and_the_old_controller_is_refused() {
+    let place = Place::new();
+    let state = place.path().join("state");
+    let controller = place.start();
+    let agent = place.agent("app-1");
+    let first = controller.session(&agent, hello("app-1")).await.unwrap();
+    for command in ["verify", "export"] {
+        let refused = journal(&[command], &state, None);
+        assert_eq!(refused.code, 12, "{}", refused.err);
+        assert!(refused.err.contains("another controller runs"));
+        assert_eq!(refused.out, "");
+    }
+    assert_eq!(controller.terminate(), Some(0));
+
+    let verified = journal(&["verify", "--output", "json"], &state, None);
+    assert_eq!(verified.code, 0, "{}", verified.err);
+    let verified: Value = serde_json::from_str(&verified.out).unwrap();
+    assert_eq!(verified["whole"], true);
+    assert_eq!(verified["last"], verified["acknowledged"]);
+    let exported = journal(&["export"], &state, None);
+    assert_eq!(exported.code, 0, "{}", exported.err);
+    let file = place.path().join("journal.jsonl");
+    fs::write(&file, &exported.out).unwrap();
+    let head = verified["last"]["hash"].as_str().unwrap();
+    assert!(exported.err.contains(head), "{}", exported.err);
+
+    let refused = journal(&["import"], &state, Some(&file));
+    assert_eq!(refused.code, 2, "{}", refused.err);
+    assert!(refused.err.contains("hint:"), "{}", refused.err);
+    let new = moved(&place);
+    let imported = journal(&["import"], &new, Some(&file));
+    assert_eq!(imported.code, 0, "{}", imported.err);
+    assert!(imported.out.contains(head), "{}", imported.out);
+    let found = journal(&["verify", "--output", "json"], &new, None);
+    let found: Value = serde_json::from_str(&found.out).unwrap();
+    assert_eq!(found["journal"], verified["journal"]);
+    let records = |of: &Value| of["records"].as_u64().unwrap();
+    assert_eq!(records(&found), records(&verified) + 1);
+
+    // An agent has seen the new controller; then somebody starts the old one again (INV-4).
+    let controller = place.start();
+    let mut known = hello("app-1");
+    known.highest_epoch = Some(first.epoch);
+    let taken_over = controller.session(&agent, known.clone()).await.unwrap();
+    assert!(taken_over.epoch.counter > first.epoch.counter + 1);
+    known.highest_epoch = Some(taken_over.epoch);
+    assert_eq!(controller.terminate(), Some(0));
+    let config = place.path().join("controller.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"moved\"", "\"state\"")).unwrap();
+    let mut old = place.start();
+    assert!(old.session(&agent, known).await.is_err());
+    assert_eq!(old.wait(), Some(12));
+    assert!(place.log().contains("took over"), "{}", place.log());
+}
+
+#[test]
+fn a_broken_journal_is_named_and_left_as_it_is() {
+    let place = Place::new();
+    let state = place.path().join("state");
+    for _ in 0..3 {
+        place.start().terminate();
+    }
+    let store = state.join("journal/store/db");
+    let before = fs::read(&store).unwrap();
+    let at = before.windows(10).rposition(|bytes| bytes == b"term_began");
+    let mut broken = before.clone();
+    broken[at.unwrap()] ^= 1;
+    fs::write(&store, &broken).unwrap();
+    let verified = journal(&["verify"], &state, None);
+    assert_eq!(verified.code, 10, "{}", verified.err);
+    assert!(verified.out.contains("whole        no"), "{}", verified.out);
+    assert!(verified.err.contains("hint:"), "{}", verified.err);
+    let exported = journal(&["export"], &state, None);
+    assert_eq!(exported.code, 10, "{}", exported.err);
+    assert_eq!(exported.out, "");
+    assert_eq!(fs::read(&store).unwrap(), broken);
+    let names: Vec<_> = fs::read_dir(&state).unwrap().map(Result::unwrap).collect();
+    let left = names.iter().any(|entry| {
+        let name = entry.file_name();
+        name.to_string_lossy().starts_with("journal.")
+    });
+    assert!(!left, "no copy is left behind");
+    let nowhere = journal(&["verify"], &place.path().join("nowhere"), None);
+    assert_eq!(nowhere.code, 2, "{}", nowhere.err);
+    assert!(nowhere.err.contains("there is no journal in"));
+}
+
+#[test]
+fn a_cut_export_makes_no_journal() {
+    let place = Place::new();
+    let state = place.path().join("state");
+    place.start().terminate();
+    place.start().terminate();
+    let exported = journal(&["export"], &state, None);
+    let lines: Vec<&str> = exported.out.lines().collect();
+    let file = place.path().join("cut.jsonl");
+    fs::write(&file, lines[..lines.len() - 1].join("\n")).unwrap();
+    let new = place.path().join("new");
+    let imported = journal(&["import"], &new, Some(&file));
+    assert_eq!(imported.code, 10, "{}", imported.err);
+    assert!(imported.err.contains("the export ends before it"));
+    assert!(!new.join("journal").exists());
+}
