@@ -181,6 +181,14 @@ impl ServeError {
                 "`[tls]` names PEM files that this user can read, relative to the configuration; \
                  `lockstep pki controller NAME --address ADDRESS --out DIR` makes all four",
             ),
+            Self::Tls(TlsError::OpenKey(_)) => Some(
+                "let only its owner, and perhaps its group, read the key: `chmod 0640` and `chgrp` \
+                 for the user that the controller runs as",
+            ),
+            Self::Tls(TlsError::OtherDomain { .. }) => Some(
+                "`domain` is what `lockstep pki init --domain` was told; `[tls] cert` is what \
+                 `lockstep pki controller` issued",
+            ),
             Self::Bind { .. } => Some(
                 "is something else listening on `listen`, and is it an address of this machine?",
             ),

@@ -143,26 +143,38 @@ impl Peer {
     }
 }
 
+/// The URIs of a certificate.
+pub(crate) fn uris(certificate: &CertificateDer<'_>) -> Result<Vec<String>, InvalidIdentity> {
+    let parsed = parse(certificate)?;
+    let uris = uris_of(&parsed)?;
+    Ok(uris.into_iter().map(ToOwned::to_owned).collect())
+}
+
+fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, InvalidIdentity> {
+    match X509Certificate::from_der(certificate) {
+        Ok(([], parsed)) => Ok(parsed),
+        _ => Err(InvalidIdentity::Unreadable),
+    }
+}
+
+fn uris_of<'a>(parsed: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, InvalidIdentity> {
+    let names = parsed.subject_alternative_name();
+    let names = names.map_err(|_| InvalidIdentity::Unreadable)?;
+    let names = names.map_or(&[][..], |names| &names.value.general_names[..]);
+    let uris = names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    Ok(uris.collect())
+}
+
 /// What a certificate claims, and until when.
 pub(crate) fn read(
     certificate: &CertificateDer<'_>,
     domain: &str,
 ) -> Result<(Identity, SystemTime), InvalidIdentity> {
-    let unreadable = InvalidIdentity::Unreadable;
-    let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|_| unreadable.clone())?;
-    if !rest.is_empty() {
-        return Err(unreadable);
-    }
-    let names = parsed.subject_alternative_name();
-    let names = names.map_err(|_| unreadable.clone())?;
-    let names = names.map_or(&[][..], |names| &names.value.general_names[..]);
-    let uris: Vec<&str> = names
-        .iter()
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) => Some(*uri),
-            _ => None,
-        })
-        .collect();
+    let parsed = parse(certificate)?;
+    let uris = uris_of(&parsed)?;
     let [uri] = uris[..] else {
         return Err(InvalidIdentity::Uris(uris.len()));
     };

@@ -92,7 +92,7 @@ impl Notifier {
                     action,
                 } = notice;
                 let error = notifier.send(&action).await.err();
-                let error = error.map(|error| error.to_string());
+                let error = error.map(|error| chain(&error));
                 if let Some(error) = &error {
                     tracing::warn!(%rollout, ?which, error, "a message was not sent");
                 }
@@ -287,6 +287,9 @@ mod tests {
             assert!(!error.contains("k3y"), "{error}");
         }
         serving.await.unwrap();
+        let absent = notifier.send(&slack("secret://nosuch")).await;
+        let absent = chain(&absent.unwrap_err());
+        assert!(absent.contains("No such file"), "{absent}");
         let plain = notifier.send(&slack("http://127.0.0.1:1/")).await;
         let plain = plain.unwrap_err().to_string();
         assert!(plain.contains("127.0.0.1:1"), "{plain}");

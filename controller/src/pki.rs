@@ -19,11 +19,12 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lockstep_proto::ids::HostId;
+use lockstep_proto::ids::{HostId, InvalidId};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
 };
+use rustls::pki_types::DnsName;
 
 /// How long an issuer's own certificate is valid.
 const ISSUER_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
@@ -60,8 +61,20 @@ pub(crate) enum PkiError {
     #[error("`{0}` is no trust domain: 1 to 253 of a-z, 0-9, `-` and `.`")]
     Domain(String),
     /// A name that does not fit into a certificate's URI.
-    #[error("`{0}` is no name: 1 to 63 of A-Z, a-z, 0-9, `-`, `_` and `.`")]
+    #[error(
+        "`{0}` is no name: 1 to 63 of A-Z, a-z, 0-9, `-`, `_` and `.`, not beginning with `.`, \
+         and no `..`"
+    )]
     Name(String),
+    /// A name that no host has.
+    #[error(transparent)]
+    Host(#[from] InvalidId),
+    /// An address that nobody dials.
+    #[error(
+        "`{0}` is no address: a DNS name such as `control.example.com`, or an IP address; \
+         without scheme, port and brackets"
+    )]
+    Address(String),
     /// A group that does not fit into a subject.
     #[error("`{0}` is no group: 1 to 63 of A-Z, a-z, 0-9, `-` and `_`")]
     Group(String),
@@ -130,6 +143,12 @@ pub(crate) fn issue_controller(
 ) -> Result<Issued, PkiError> {
     if addresses.is_empty() {
         return Err(PkiError::NoAddress);
+    }
+    for address in addresses {
+        let is_name = DnsName::try_from(address.as_str()).is_ok();
+        if address.parse::<IpAddr>().is_err() && !is_name {
+            return Err(PkiError::Address(address.clone()));
+        }
     }
     let leaf = Leaf::new(Kind::Controllers, name)?;
     leaf.issue(dir, addresses, &[], out)
@@ -225,7 +244,9 @@ impl<'a> Leaf<'a> {
             && !name.starts_with('.')
             && !name.contains("..");
         // An agent's name is its host's.
-        let fits = fits && (kind != Kind::Agents || name.parse::<HostId>().is_ok());
+        if kind == Kind::Agents {
+            name.parse::<HostId>()?;
+        }
         if fits {
             Ok(Self { kind, name })
         } else {
@@ -498,8 +519,17 @@ mod tests {
         init(dir.path(), "example.com").unwrap();
         for name in ["", "../x", "a/b", "..", ".a", "APP-1", "a b"] {
             let refused = issue_agent(dir.path(), name, dir.path());
-            assert!(matches!(refused, Err(PkiError::Name(_))), "{name:?}");
+            assert!(matches!(refused, Err(PkiError::Host(_))), "{name:?}");
+            let refused = issue_operator(dir.path(), name, &[], dir.path());
+            let fits = name == "APP-1";
+            assert_eq!(refused.is_ok(), fits, "{name:?}");
         }
+        let refused = issue_agent(dir.path(), "UPPER_host", dir.path()).unwrap_err();
+        let refused = refused.to_string();
+        assert!(
+            refused.contains("a-z, 0-9") && !refused.contains("A-Z"),
+            "{refused}"
+        );
         assert!(matches!(
             init(&dir.path().join("x"), "not a domain"),
             Err(PkiError::Domain(_))
@@ -517,5 +547,20 @@ mod tests {
         init(dir.path(), "example.com").unwrap();
         let refused = issue_controller(dir.path(), "c1", &[], dir.path());
         assert!(matches!(refused, Err(PkiError::NoAddress)));
+        for address in [
+            "",
+            "foo bar",
+            "http://x",
+            "127.0.0.1:7443",
+            "[::1]",
+            "x:1",
+            "a/b",
+        ] {
+            let addresses = ["localhost".to_owned(), address.to_owned()];
+            let refused = issue_controller(dir.path(), "c1", &addresses, dir.path());
+            assert!(matches!(refused, Err(PkiError::Address(_))), "{address:?}");
+        }
+        let addresses = ["control.example.com", "127.0.0.1", "::1"].map(ToOwned::to_owned);
+        issue_controller(dir.path(), "c1", &addresses, dir.path()).unwrap();
     }
 }

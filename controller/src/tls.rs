@@ -9,10 +9,13 @@
 //! be, and only that role's issuers are asked: an agents' certificate with an operator's URI
 //! fails in the handshake, as a foreign one does.
 
+mod words;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,7 +29,10 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore,
+    SignatureScheme,
+};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -37,6 +43,7 @@ use tonic::transport::server::Connected;
 
 use crate::config::TlsFiles;
 use crate::identity::{self, Peer, Role};
+pub(crate) use words::words;
 
 /// A handshake takes a few milliseconds; a peer that needs longer than this holds it up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -81,6 +88,19 @@ pub(crate) enum TlsError {
         what: &'static str,
         /// The file.
         path: PathBuf,
+    },
+    /// A key that everybody on this machine can read.
+    #[error("the key {0} is readable by everybody")]
+    OpenKey(PathBuf),
+    /// The controller's own certificate is not of its domain.
+    #[error("the certificate {path} is not a controller's of `{domain}`: its URI is `{uri}`")]
+    OtherDomain {
+        /// The certificate's file.
+        path: PathBuf,
+        /// `domain` in the configuration.
+        domain: String,
+        /// What the certificate says.
+        uri: String,
     },
     /// An issuer that agents and operators share: then nothing would tell them apart.
     #[error("{0} is an issuer of both agents and operators; each role needs its own")]
@@ -172,6 +192,18 @@ fn server_config(files: &TlsFiles, domain: &str) -> Result<rustls::ServerConfig,
         path: files.key.clone(),
         source,
     })?;
+    if is_open(&files.key) {
+        return Err(TlsError::OpenKey(files.key.clone()));
+    }
+    let uris = identity::uris(&chain[0]).unwrap_or_default();
+    let prefix = format!("spiffe://{domain}/controller/");
+    if !matches!(&uris[..], [uri] if uri.starts_with(&prefix)) {
+        return Err(TlsError::OtherDomain {
+            path: files.cert.clone(),
+            domain: domain.to_owned(),
+            uri: uris.join("`, `"),
+        });
+    }
     let agents = certificates("the agents' issuer", &files.agent_ca)?;
     let operators = certificates("the operators' issuer", &files.operator_ca)?;
     if operators.iter().any(|issuer| agents.contains(issuer)) {
@@ -196,6 +228,12 @@ fn server_config(files: &TlsFiles, domain: &str) -> Result<rustls::ServerConfig,
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
+}
+
+/// Whether everybody on this machine can read a file.
+pub(crate) fn is_open(path: &Path) -> bool {
+    let mode = |found: fs::Metadata| found.permissions().mode();
+    fs::metadata(path).is_ok_and(|found| mode(found) & 0o004 != 0)
 }
 
 fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -272,8 +310,8 @@ impl ClientCertVerifier for RoleVerifier {
     ) -> Result<ClientCertVerified, rustls::Error> {
         let claimed = identity::read(end_entity, &self.domain);
         let (claimed, _) = claimed.map_err(|error| {
-            let error = rustls::OtherError(Arc::new(error));
-            rustls::Error::InvalidCertificate(rustls::CertificateError::Other(error))
+            let error = OtherError(Arc::new(error));
+            rustls::Error::InvalidCertificate(CertificateError::Other(error))
         })?;
         let verifier = match claimed.role() {
             Role::Agent => &self.agents,
@@ -381,7 +419,7 @@ async fn shake_hands(
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             // TLS 1.3 tells a refused client little; this line is where the reason stands.
-            tracing::warn!(%address, %error, "a handshake was refused");
+            tracing::warn!(%address, error = words(&error), "a handshake was refused");
             return None;
         }
         Err(_) => {
@@ -514,5 +552,49 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pki;
+
+    #[test]
+    fn a_certificate_of_another_domain_and_a_key_that_everybody_reads_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        pki::init(dir, "example.com").unwrap();
+        let issued = pki::issue_controller(dir, "c1", &["localhost".into()], dir).unwrap();
+        let agent = pki::issue_agent(dir, "app-1", dir).unwrap();
+        let files = TlsFiles {
+            cert: issued.certificate,
+            key: issued.key,
+            agent_ca: dir.join("ca-agents.crt"),
+            operator_ca: dir.join("ca-operators.crt"),
+        };
+        server_config(&files, "example.com").unwrap();
+        for domain in ["other.com", "example.co", "example.com/controller"] {
+            let refused = server_config(&files, domain);
+            assert!(
+                matches!(refused, Err(TlsError::OtherDomain { .. })),
+                "{domain}"
+            );
+        }
+        let agents = TlsFiles {
+            cert: agent.certificate,
+            key: agent.key,
+            ..files.clone()
+        };
+        let refused = server_config(&agents, "example.com");
+        assert!(matches!(refused, Err(TlsError::OtherDomain { .. })));
+        for (mode, open) in [(0o640, false), (0o644, true)] {
+            fs::set_permissions(&files.key, fs::Permissions::from_mode(mode)).unwrap();
+            let refused = matches!(
+                server_config(&files, "example.com"),
+                Err(TlsError::OpenKey(_))
+            );
+            assert_eq!(refused, open, "{mode:o}");
+        }
     }
 }

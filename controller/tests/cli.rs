@@ -161,6 +161,12 @@ fn a_killed_controller_does_not_end_who_watches() {
 
     // Whoever started it may not approve it; whoever does not say so does not approve either.
     assert_eq!(dora.run(&["approve", &rollout, "--yes"]).code, 8);
+    let list = dora.run(&["status"]);
+    assert!(list.out.contains("waits for 1 of dba"), "{list:?}");
+    let confirmed = abel.run(&["confirm", &rollout, "--yes"]);
+    assert_eq!(confirmed.code, 2, "{confirmed:?}");
+    let right = format!("hint: lockstep approve {rollout} --gate 0.0");
+    assert!(confirmed.err.contains(&right), "{confirmed:?}");
     let unasked = abel.run(&["approve", &rollout]);
     assert_eq!(unasked.code, 2, "{unasked:?}");
     assert!(unasked.err.contains("--yes"), "{unasked:?}");
@@ -175,6 +181,9 @@ fn a_killed_controller_does_not_end_who_watches() {
     assert_eq!(approved.code, 0, "{approved:?}");
     assert!(approved.err.contains("evidence  sha256:"), "{approved:?}");
     wait_for_gate(&dora, &rollout, "1.0");
+    let approved = abel.run(&["approve", &rollout, "--yes"]);
+    assert_eq!(approved.code, 2, "{approved:?}");
+    assert!(approved.err.contains("lockstep confirm"), "{approved:?}");
     let half = dora.json(&["confirm", &rollout, "--items", "2", "--yes"]);
     assert_eq!(half["missing"], "one");
     assert_eq!(
@@ -285,6 +294,44 @@ fn exit_codes_tell_a_bad_plan_from_an_absent_controller() {
     );
     let said = dora.run(&["hosts", "--profile", "absent.toml"]);
     assert_eq!(said.code, 2, "{said:?}");
+}
+
+#[test]
+fn what_was_mistyped_is_named() {
+    let (place, _controller, dora, _) = office();
+    let rollout = dora.submit();
+    for (arguments, words) in [
+        (["--step", "x"], "expected PHASE.STEP"),
+        (["--step", "9.9"], "has no step 9.9"),
+        (["--host", "nope"], "has no host nope"),
+    ] {
+        let said = dora.run(&[&["logs", &rollout], &arguments[..]].concat());
+        assert_eq!(said.code, 2, "{said:?}");
+        assert!(said.err.contains(words), "{said:?}");
+    }
+    let said = dora.run(&["validate", "plan.yaml", "-i", "a=1", "-i", "a=2"]);
+    assert_eq!(said.code, 2, "{said:?}");
+    assert!(said.err.contains("`a` is given twice"), "{said:?}");
+    assert_eq!(dora.run(&["history", "-n", "0"]).code, 2);
+
+    let with_inputs = PLAN.replace(
+        "deadline: 10m",
+        "deadline: 10m\ninputs: {release: {pattern: '^v'}, ticks: {default: '3'}}",
+    );
+    fs::write(place.path().join("inputs.yaml"), with_inputs).unwrap();
+    let said = dora.run(&["validate", "inputs.yaml"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(
+        said.out.contains("without values for release (--input"),
+        "{said:?}"
+    );
+
+    let key = place.path().join("operator-dora.key");
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    fs::set_permissions(&key, everybody).unwrap();
+    let said = dora.run(&["hosts"]);
+    assert_eq!(said.code, 2, "{said:?}");
+    assert!(said.err.contains("hint: chmod 0600"), "{said:?}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::clean;
 use super::profile::Profile;
+use crate::tls;
 
 /// How long dialling and the handshake may take, each.
 const DIAL: Duration = Duration::from_secs(5);
@@ -61,6 +62,9 @@ pub(crate) enum ClientError {
         /// What is wrong.
         why: String,
     },
+    /// Everybody on this machine may act as the operator.
+    #[error("the key {0} is readable by everybody")]
+    OpenKey(PathBuf),
     /// Certificate and key do not make a TLS client.
     #[error("{path} cannot be used for TLS")]
     Tls {
@@ -125,6 +129,7 @@ impl ClientError {
             Self::Silent { .. } => {
                 Some("look at the controller's log for what it waits for".into())
             }
+            Self::OpenKey(path) => Some(format!("chmod 0600 {}", path.display())),
             Self::Certificate { .. } | Self::Tls { .. } => {
                 Some("issue one with `lockstep pki operator NAME --group GROUP`".into())
             }
@@ -158,7 +163,8 @@ fn unreachable_hint(address: &str, source: &(dyn StdError + 'static)) -> String 
                 }
                 _ => format!(
                     "is `lockstep serve` running there, and may this machine connect to {address}? \
-                     the address is `controller` in your profile"
+                     the address is `--controller`, LOCKSTEP_CONTROLLER or `controller` in your \
+                     profile"
                 ),
             };
         }
@@ -179,8 +185,8 @@ enum DialError {
     Connect(#[source] io::Error),
     #[error("no connection within {} s", DIAL.as_secs())]
     Slow,
-    #[error("the TLS handshake failed")]
-    Tls(#[source] io::Error),
+    #[error("the TLS handshake failed: {}", tls::words(.0))]
+    Tls(io::Error),
     #[error("its certificate is not a controller's: {0}")]
     Identity(String),
 }
@@ -326,6 +332,9 @@ impl Dialer {
                 path: profile.key.clone(),
                 source,
             })?;
+        if tls::is_open(&profile.key) {
+            return Err(ClientError::OpenKey(profile.key.clone()));
+        }
         let domain = operator_domain(&profile.cert, &chain)?;
         let config = ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
             .with_root_certificates(store)

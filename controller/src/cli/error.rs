@@ -91,6 +91,7 @@ impl CliError {
                 }
                 | ClientError::File { .. }
                 | ClientError::Certificate { .. }
+                | ClientError::OpenKey(_)
                 | ClientError::Tls { .. }
                 | ClientError::ServerName { .. } => Exit::Usage,
                 ClientError::Refused { .. } => Exit::Refused,
@@ -121,9 +122,23 @@ impl CliError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Usage { hint, .. } => Some(hint.clone()),
-            Self::Profile(ProfileError::Missing { .. } | ProfileError::Unreadable { .. }) => Some(
+            Self::Profile(ProfileError::Unreadable { source, .. })
+                if source.kind() != io::ErrorKind::NotFound =>
+            {
+                Some("let yourself read it, or name another with --profile".into())
+            }
+            Self::Profile(
+                ProfileError::Missing { .. }
+                | ProfileError::NoProfile { .. }
+                | ProfileError::Unreadable { .. },
+            ) => Some(
                 "write a profile with `controller`, `ca`, `cert` and `key`, or name one with \
                  --profile or LOCKSTEP_PROFILE"
+                    .into(),
+            ),
+            Self::Profile(ProfileError::Address(_)) => Some(
+                "it comes from --controller, from LOCKSTEP_CONTROLLER, or from `controller` in \
+                 the profile; such as control.example.com:7443"
                     .into(),
             ),
             Self::Profile(ProfileError::Invalid { .. }) => Some(

@@ -28,6 +28,22 @@ pub(crate) struct PlanArgs {
     pub(crate) inputs: Vec<(String, String)>,
 }
 
+impl PlanArgs {
+    /// The inputs' values by name. Of two for one input, none can be meant.
+    fn given(&self) -> Result<BTreeMap<String, String>, CliError> {
+        let mut given = BTreeMap::new();
+        for (name, value) in &self.inputs {
+            if given.insert(name.clone(), value.clone()).is_some() {
+                return Err(CliError::usage(
+                    format!("the input `{name}` is given twice"),
+                    format!("give it once: --input {name}=VALUE"),
+                ));
+            }
+        }
+        Ok(given)
+    }
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Validate {
     #[command(flatten)]
@@ -41,16 +57,25 @@ pub(crate) struct Actions {
     markdown: bool,
 }
 
-/// `lockstep validate`. Without inputs, what depends on their values is not looked at.
+/// `lockstep validate`. As long as an input has neither a value nor a default, what depends on
+/// values is not looked at.
 pub(crate) fn validate(arguments: &Validate, printer: Printer) -> Result<Exit, CliError> {
+    let given = arguments.plan.given()?;
     let (plan, _) = read(&arguments.plan.plan)?;
+    if plan.is_err() && !given.is_empty() {
+        printer.say("the values of --input are looked at once the plan itself is valid");
+    }
     let result = plan.and_then(|plan| {
         let warnings = plan.warnings().clone();
-        if arguments.plan.inputs.is_empty() {
-            return Ok((plan, warnings, None));
+        let inputs = plan.inputs().iter();
+        let missing: Vec<String> = inputs
+            .filter(|input| input.default.is_none() && !given.contains_key(&input.name))
+            .map(|input| input.name.clone())
+            .collect();
+        if missing.is_empty() || !given.is_empty() {
+            compile_now(&plan, &given)?;
         }
-        let sealed = compile_now(&plan, &arguments.plan)?;
-        Ok((plan, warnings, Some(sealed)))
+        Ok((plan, warnings, missing))
     });
     if printer.is_json() {
         let findings = match &result {
@@ -68,18 +93,10 @@ pub(crate) fn validate(arguments: &Validate, printer: Printer) -> Result<Exit, C
     }
     match result {
         Err(findings) => Err(CliError::Plan(Box::new(findings))),
-        Ok((plan, warnings, sealed)) => {
+        Ok((plan, warnings, missing)) => {
             if !warnings.is_empty() {
                 printer.say(warnings.to_string());
             }
-            let missing: Vec<&str> = match sealed {
-                Some(_) => vec![],
-                None => plan
-                    .inputs()
-                    .iter()
-                    .map(|input| input.name.as_str())
-                    .collect(),
-            };
             let mut said = format!("{} is valid", plan.name());
             if !missing.is_empty() {
                 said = format!(
@@ -157,25 +174,25 @@ pub(crate) fn compiled(
     arguments: &PlanArgs,
     printer: Printer,
 ) -> Result<(SealedPlan, String), CliError> {
+    let given = arguments.given()?;
     let (plan, text) = read(&arguments.plan)?;
     let refused = |findings| CliError::Plan(Box::new(findings));
     let plan = plan.map_err(refused)?;
     if !plan.warnings().is_empty() {
         printer.say(plan.warnings().to_string());
     }
-    let sealed = compile_now(&plan, arguments).map_err(refused)?;
+    let sealed = compile_now(&plan, &given).map_err(refused)?;
     Ok((sealed, text))
 }
 
-fn compile_now(plan: &Plan, arguments: &PlanArgs) -> Result<SealedPlan, Findings> {
-    let given: BTreeMap<String, String> = arguments.inputs.iter().cloned().collect();
+fn compile_now(plan: &Plan, given: &BTreeMap<String, String>) -> Result<SealedPlan, Findings> {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     // A serial licenses one rollout, for ever; nobody compiles twice in a nanosecond.
     let serial = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
     let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
-    compile(plan, &given, serial, now)
+    compile(plan, given, serial, now)
 }
 
 fn parse_input(text: &str) -> Result<(String, String), String> {

@@ -87,15 +87,23 @@ pub(crate) enum ProfileError {
     Missing {
         /// What.
         key: &'static str,
+        /// The file that was read.
+        path: PathBuf,
+    },
+    /// There is no file, and flags do not say it either.
+    #[error("nothing says `{key}`: there is no profile {path}, and no flag says it")]
+    NoProfile {
+        /// What.
+        key: &'static str,
         /// The file that was looked for.
         path: PathBuf,
     },
     /// An address that nothing can dial.
-    #[error("`{0}` is no address: `host:port` is expected")]
+    #[error("`{0}` is no address: `host:port` is expected, without a scheme")]
     Address(String),
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawProfile {
     controller: Option<String>,
@@ -114,48 +122,55 @@ impl Profile {
             Some(path) => path.clone(),
             None => default_file(),
         };
-        let raw = match fs::read_to_string(&path) {
-            Ok(text) => toml::from_str(&text).map_err(|source| ProfileError::Invalid {
-                path: path.clone(),
-                source,
-            })?,
-            // A profile that nobody named may be absent, if flags say everything.
-            Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => {
-                RawProfile::default()
+        let raw: Option<RawProfile> = match fs::read_to_string(&path) {
+            Ok(text) => {
+                toml::from_str(&text)
+                    .map(Some)
+                    .map_err(|source| ProfileError::Invalid {
+                        path: path.clone(),
+                        source,
+                    })?
             }
+            // A profile that nobody named may be absent, if flags say everything.
+            Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(ProfileError::Unreadable { path, source }),
         };
         Self::complete(args, raw, path)
     }
 
-    fn complete(args: &ProfileArgs, raw: RawProfile, path: PathBuf) -> Result<Self, ProfileError> {
+    fn complete(
+        args: &ProfileArgs,
+        raw: Option<RawProfile>,
+        path: PathBuf,
+    ) -> Result<Self, ProfileError> {
+        let missing = |key| {
+            let path = path.clone();
+            match raw {
+                Some(_) => ProfileError::Missing { key, path },
+                None => ProfileError::NoProfile { key, path },
+            }
+        };
         let base = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
+        let said = raw.clone().unwrap_or_default();
         let file = |key, flag: &Option<PathBuf>, said: Option<PathBuf>| {
             let found = flag.clone().or_else(|| said.map(|path| base.join(path)));
-            found.ok_or_else(|| ProfileError::Missing {
-                key,
-                path: path.clone(),
-            })
+            found.ok_or_else(|| missing(key))
         };
-        let ca = file("ca", &args.ca, raw.ca)?;
-        let cert = file("cert", &args.cert, raw.cert)?;
-        let key = file("key", &args.key, raw.key)?;
-        let controller = args.controller.clone().or(raw.controller);
-        let Some(controller) = controller else {
-            return Err(ProfileError::Missing {
-                key: "controller",
-                path,
-            });
-        };
+        let ca = file("ca", &args.ca, said.ca)?;
+        let cert = file("cert", &args.cert, said.cert)?;
+        let key = file("key", &args.key, said.key)?;
+        let controller = args.controller.clone().or(said.controller);
+        let controller = controller.ok_or_else(|| missing("controller"))?;
         let port = controller
             .rsplit_once(':')
             .map(|(_, port)| port.parse::<u16>());
-        if !matches!(port, Some(Ok(_))) || controller.starts_with(':') {
+        let is_url = controller.contains('/');
+        if !matches!(port, Some(Ok(_))) || controller.starts_with(':') || is_url {
             return Err(ProfileError::Address(controller));
         }
         Ok(Self {
             controller,
-            server_name: raw.server_name,
+            server_name: said.server_name,
             ca,
             cert,
             key,
@@ -224,6 +239,7 @@ mod tests {
         assert!(load(&TEXT.replace("key", "kee")).contains("is not valid"));
         assert!(load(&TEXT.replace("key = \"k\"", "")).contains("nothing says `key`"));
         assert!(load(&TEXT.replace(":7443", "")).contains("is no address"));
+        assert!(load(&TEXT.replace("[::1]", "https://x")).contains("without a scheme"));
         let absent = ProfileArgs {
             profile: Some(dir.path().join("no")),
             ..ProfileArgs::default()
@@ -232,5 +248,11 @@ mod tests {
             Profile::load(&absent),
             Err(ProfileError::Unreadable { .. })
         ));
+        let nothing = Profile::complete(&ProfileArgs::default(), None, "/no/client.toml".into());
+        let nothing = nothing.unwrap_err().to_string();
+        assert!(
+            nothing.contains("there is no profile /no/client.toml"),
+            "{nothing}"
+        );
     }
 }
