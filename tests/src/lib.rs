@@ -22,6 +22,7 @@ pub mod hosts;
 pub mod mail;
 pub mod operator;
 pub mod postgres;
+pub mod power;
 pub mod processes;
 pub mod reaper;
 pub mod snapshot;

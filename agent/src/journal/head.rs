@@ -4,11 +4,11 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Hash, sync_dir};
+use super::{Hash, sync, sync_dir};
 
 /// The slots lie in different blocks: a torn write harms one only.
 const SLOT_DISTANCE: u64 = 4096;
@@ -21,6 +21,7 @@ const SLOT: usize = BODY + 32;
 #[derive(Debug)]
 pub(super) struct Head {
     file: File,
+    path: PathBuf,
     next: u64,
 }
 
@@ -41,7 +42,8 @@ impl Head {
         let (slot, known) = newest(&file)?;
         // The older slot, or the broken one, is written next.
         let next = slot.map_or(0, |slot| 1 - slot);
-        Ok((Self { file, next }, known))
+        let path = path.to_owned();
+        Ok((Self { file, path, next }, known))
     }
 
     /// Reads what the file says, and can change nothing.
@@ -68,7 +70,7 @@ impl Head {
         let check = Sha256::digest(&slot);
         slot.extend_from_slice(&check);
         self.file.write_all_at(&slot, self.next * SLOT_DISTANCE)?;
-        self.file.sync_data()?;
+        sync(&self.file, &self.path)?;
         self.next = 1 - self.next;
         Ok(())
     }

@@ -166,7 +166,7 @@ impl Journal {
                 "the end of the journal was torn before anybody relied on it, and is cut"
             );
             file.set_len(scan.length).map_err(io_error("cut", &path))?;
-            file.sync_data().map_err(io_error("synchronise", &path))?;
+            sync(&file, &path).map_err(io_error("synchronise", &path))?;
         }
         let mut journal = Self {
             reserve: Reserve::new(dir),
@@ -177,8 +177,10 @@ impl Journal {
             hash: scan.hash,
             head,
         };
-        // Records beyond the head are whole: from here on they are relied on.
+        // Records beyond the head are whole: from here on they are relied on. Whoever wrote them
+        // may have been killed before they were synced.
         if known.number().unwrap_or(0) < journal.number {
+            sync(&journal.file, &journal.path).map_err(io_error("synchronise", &journal.path))?;
             journal
                 .head
                 .write(journal.number, journal.hash)
@@ -240,7 +242,7 @@ impl Journal {
         }
         // A failed sync may have dropped the data and says so only once, so that nothing may be
         // concluded from a second one that succeeds.
-        self.file.sync_data().map_err(WriteError::Fatal)
+        sync(&self.file, &self.path).map_err(WriteError::Fatal)
     }
 
     fn refused(&self, error: WriteError) -> AppendError {
@@ -291,7 +293,19 @@ const OVER_QUOTA: i32 = rustix::io::Errno::DQUOT.raw_os_error();
 
 /// Makes a directory's entries durable.
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
+    let opened = File::open(dir)?;
+    #[cfg(test)]
+    lockstep_tests::power::before_sync(dir);
+    opened.sync_all()
+}
+
+/// Makes a file's content durable. Tests cut the power between any two of these.
+fn sync(file: &File, path: &Path) -> io::Result<()> {
+    #[cfg(test)]
+    lockstep_tests::power::before_sync(path);
+    #[cfg(not(test))]
+    let _ = path;
+    file.sync_data()
 }
 
 fn genesis() -> Hash {

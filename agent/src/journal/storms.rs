@@ -1,8 +1,9 @@
 //! Many faults, each over a journal that was written by the real code. A sample runs always;
-//! `LOCKSTEP_STORM=1000` says how many. A failing case prints its seed, which `LOCKSTEP_SEED`
-//! takes.
+//! `LOCKSTEP_STORM=1000` says how many. Each case has a seed of its own, so that what fails once
+//! fails again.
 
 use lockstep_proto::ids::{Epoch, InstanceId, RolloutId};
+use lockstep_tests::power::{Moment, Watch};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
@@ -20,14 +21,8 @@ fn cases() -> u64 {
 
 /// Runs numbered cases, each with random numbers of its own.
 fn storm(mut case: impl FnMut(&str, &mut StdRng)) {
-    let asked = std::env::var("LOCKSTEP_SEED").ok();
-    let asked = asked.map(|seed| seed.parse().expect("LOCKSTEP_SEED is a number"));
-    let seeds = asked.map_or(0..cases(), |seed: u64| seed..seed + 1);
-    for seed in seeds {
-        case(
-            &format!("LOCKSTEP_SEED={seed}"),
-            &mut StdRng::seed_from_u64(seed),
-        );
+    for seed in 0..cases() {
+        case(&format!("case {seed}"), &mut StdRng::seed_from_u64(seed));
     }
 }
 
@@ -240,112 +235,111 @@ fn a_lost_file_is_never_made_anew() {
     assert!(!life.is_whole_or_quarantined("both", &files));
 }
 
-/// A file between two syncs: any of its new blocks may be there, and any may be missing.
-fn between(random: &mut StdRng, old: Option<&[u8]>, new: &[u8]) -> Vec<u8> {
-    let old = old.unwrap_or_default();
-    // Disks write sectors; what they make of them when the power goes may be less.
-    let block = *[8, 512, 4096].choose(random).expect("there are some");
-    let longest = old.len().max(new.len());
-    let length = match random.random_range(0..3) {
-        0 => old.len(),
-        1 => new.len(),
-        _ => random.random_range(old.len().min(new.len())..=longest),
-    };
-    let mut bytes = vec![0; longest];
-    let mostly = random.random_range(0.0..=1.0);
-    for at in (0..longest).step_by(block) {
-        let from = if random.random_bool(mostly) { new } else { old };
-        let end = from.len().min(at + block);
-        if at < end {
-            bytes[at..end].copy_from_slice(&from[at..end]);
-        }
-    }
-    bytes.truncate(length);
-    bytes
+/// Some appends, and the moments at which the power may have gone.
+struct Lived {
+    moments: Vec<Moment>,
+    records: Vec<Record>,
+    /// How many records there were after each append.
+    ends: Vec<usize>,
 }
 
-/// What the disk may hold if the power went while the files became `new`: the records are synced
-/// before the head is written.
-fn power_loss(random: &mut StdRng, old: &Files, new: &Files) -> Files {
-    if random.random_bool(0.6) {
-        let journal = between(
-            random,
-            old.journal.as_deref(),
-            new.journal.as_ref().unwrap(),
-        );
-        Files {
-            journal: Some(journal),
-            head: old.head.clone(),
-        }
-    } else {
-        let head = between(random, old.head.as_deref(), new.head.as_ref().unwrap());
-        Files {
-            journal: new.journal.clone(),
-            head: Some(head),
-        }
-    }
-}
-
-/// One life with a power loss in every append, and in every recovery from it.
-#[test]
-fn no_acknowledged_record_is_lost_with_the_power() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
-    drop(Journal::open(dir, |_, _| {}).unwrap());
-    let mut acknowledged: Vec<Record> = vec![];
-    let mut counts = [0; 2];
-    storm(|case, random| {
+impl Lived {
+    /// Opens a journal with these records, and appends three times.
+    fn new(random: &mut StdRng, dir: &Path, before: &[Record]) -> Self {
+        let mut watch = Watch::begin(dir);
+        let mut records = before.to_vec();
+        let mut ends = vec![];
         let mut journal = Journal::open(dir, |_, _| {}).unwrap();
-        let size = if journal.is_empty() {
-            1
-        } else {
-            random.random_range(1..6)
-        };
-        let batch: Vec<Record> = if journal.is_empty() {
-            vec![opened()]
-        } else {
-            (0..size).map(|_| record(random.random())).collect()
-        };
-        if random.random_bool(0.3) && !journal.is_empty() {
-            // This one is acknowledged before the power goes.
+        watch.acknowledge(records.len());
+        for _ in 0..3 {
+            let batch: Vec<Record> = if journal.is_empty() {
+                vec![opened()]
+            } else {
+                let size = random.random_range(1..6);
+                (0..size).map(|_| record(random.random())).collect()
+            };
             journal.append(&batch, Need::Closes).unwrap();
-            acknowledged.extend(batch.iter().cloned());
+            records.extend(batch);
+            ends.push(records.len());
+            watch.acknowledge(records.len());
         }
-        let before = Files::read(dir);
-        journal.append(&batch, Need::Closes).unwrap();
-        drop(journal);
-        power_loss(random, &before, &Files::read(dir)).write(dir);
+        Self {
+            moments: watch.end(),
+            records,
+            ends,
+        }
+    }
 
-        let torn = Files::read(dir);
-        let mut found = read_all(dir).unwrap_or_else(|error| panic!("{case}: {error}"));
-        if random.random_bool(0.5) {
-            // And once more, while it recovers.
-            let recovered = Files::read(dir);
-            power_loss(random, &torn, &recovered).write(dir);
-            let again = read_all(dir).unwrap_or_else(|error| panic!("{case}: {error}"));
-            assert!(again == found, "{case}: what was found once is lost");
-            found = again;
-        }
-        let (before, after) = found.split_at_checked(acknowledged.len()).expect(case);
+    /// What is found has all that was acknowledged, and of the append that was under way all or
+    /// nothing. Says whether it has the latter.
+    fn check(&self, case: &str, acknowledged: usize, found: &[Record]) -> bool {
         assert!(
-            before == acknowledged,
-            "{case}: acknowledged records are lost"
+            found.len() >= acknowledged,
+            "{case}: {acknowledged} were acknowledged"
         );
+        assert!(self.records.starts_with(found), "{case}: other records");
+        let under_way = self.ends.iter().find(|end| **end > acknowledged);
+        let all = under_way.is_some_and(|end| found.len() == *end);
         assert!(
-            after.is_empty() || after == batch,
+            all || found.len() == acknowledged,
             "{case}: a part of an append"
         );
-        counts[usize::from(!after.is_empty())] += 1;
-        acknowledged = found;
-        if acknowledged.len() > 100 {
-            // Reading them all again and again is what takes time.
-            std::fs::remove_file(dir.join("journal")).unwrap();
-            std::fs::remove_file(dir.join("head")).unwrap();
-            acknowledged = vec![];
+        all
+    }
+}
+
+/// One life after the other: appends, then a power loss at any moment of them, then a recovery,
+/// with another loss in it, and so on from there.
+#[test]
+fn no_acknowledged_record_is_lost_with_the_power() {
+    let mut counts = [0; 2];
+    let mut before: Vec<Record> = vec![];
+    let mut dir = tempfile::tempdir().unwrap();
+    storm(|case, random| {
+        if before.len() > 60 {
+            before.clear();
+            dir = tempfile::tempdir().unwrap();
         }
+        let lived = Lived::new(random, dir.path(), &before);
+        let moment = lived.moments.choose(random).expect("there is the end");
+        let cut = tempfile::tempdir().unwrap();
+        moment.cut(random, cut.path());
+        let watch = Watch::begin(cut.path());
+        let found = read_all(cut.path()).unwrap_or_else(|error| panic!("{case}: {error}"));
+        let recovery = watch.end();
+        let all = lived.check(case, moment.acknowledged, &found);
+        counts[usize::from(all)] += 1;
+
+        let again = tempfile::tempdir().unwrap();
+        let moment_again = recovery.choose(random).expect("there is the end");
+        moment_again.cut(random, again.path());
+        let found = read_all(again.path()).unwrap_or_else(|error| panic!("{case}: {error}"));
+        lived.check(case, moment.acknowledged, &found);
+        before = found;
+        dir = again;
     });
-    let seeded = std::env::var_os("LOCKSTEP_SEED").is_some();
-    assert!(seeded || (counts[0] > 0 && counts[1] > 0), "{counts:?}");
+    assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
+}
+
+/// The agent is killed before an append is synced, recovers, and then the power goes.
+#[test]
+fn what_was_found_after_a_kill_is_not_lost_with_the_power() {
+    let life = Life::new();
+    storm(|case, random| {
+        let dir = tempfile::tempdir().unwrap();
+        let at = random.random_range(1..life.moments.len());
+        life.moments[at - 1].0.write(dir.path());
+        let mut watch = Watch::begin(dir.path());
+        let written = life.moments[at].0.journal.as_ref().unwrap();
+        std::fs::write(dir.path().join("journal"), written).unwrap();
+        let found = read_all(dir.path()).unwrap();
+        assert_eq!(found.len(), life.moments[at].1, "{case}");
+        watch.acknowledge(found.len());
+        let cut = tempfile::tempdir().unwrap();
+        watch.end().last().unwrap().cut(random, cut.path());
+        let again = read_all(cut.path()).unwrap_or_else(|error| panic!("{case}: {error}"));
+        assert!(again == found, "{case}: {} of {}", again.len(), found.len());
+    });
 }
 
 /// A file that takes what is written, and fails when it is to be synced or written.
