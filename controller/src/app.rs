@@ -189,6 +189,11 @@ impl ServeError {
                 "`domain` is what `lockstep pki init --domain` was told; `[tls] cert` is what \
                  `lockstep pki controller` issued",
             ),
+            Self::Journal(OpenError::Quarantined { .. }) => Some(
+                "`lockstep journal verify --dir STATE_DIR` names the first record that is not \
+                 whole; a state directory from a backup is started with `--epoch-above EPOCH`, and \
+                 docs/recovery.md says with which",
+            ),
             Self::Bind { .. } => Some(
                 "is something else listening on `listen`, and is it an address of this machine?",
             ),

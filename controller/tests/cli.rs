@@ -313,6 +313,14 @@ fn what_was_mistyped_is_named() {
     assert_eq!(said.code, 2, "{said:?}");
     assert!(said.err.contains("`a` is given twice"), "{said:?}");
     assert_eq!(dora.run(&["history", "-n", "0"]).code, 2);
+    let said = dora.run(&["status", "ro_000000000000", "--output", "json"]);
+    let error: Value = serde_json::from_str(&said.err).unwrap();
+    assert_eq!(error["format"], "lockstep.error/1");
+    assert_eq!(error["exit_code"], said.code);
+    assert!(
+        error["hint"].as_str().unwrap().contains("lockstep history"),
+        "{error}"
+    );
 
     let with_inputs = PLAN.replace(
         "deadline: 10m",

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use lockstep_core::plan::Findings;
+use serde_json::{Value, json};
 use tonic::Code;
 
 use super::client::ClientError;
@@ -198,6 +199,39 @@ impl CliError {
         }
     }
 
+    /// The error's causes, outermost first, without those that repeat what was said.
+    fn causes(&self) -> Vec<String> {
+        let mut causes = Vec::new();
+        let mut said = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let text = super::clean::line(&error.to_string());
+            // Wrappers often repeat what they wrap.
+            if !said.contains(&text) {
+                causes.push(text.clone());
+            }
+            said = text;
+            cause = error.source();
+        }
+        causes
+    }
+
+    /// The same for programs.
+    pub(crate) fn to_json(&self) -> Value {
+        let findings = match self {
+            Self::Plan(findings) => findings.to_json(),
+            _ => Value::Null,
+        };
+        json!({
+            "format": "lockstep.error/1",
+            "error": self.to_string(),
+            "causes": self.causes(),
+            "hint": self.hint(),
+            "findings": findings,
+            "exit_code": self.exit() as u8,
+        })
+    }
+
     /// What is said on stderr: the error, its causes, a hint.
     pub(crate) fn lines(&self) -> Vec<Line> {
         if let Self::Plan(findings) = self {
@@ -208,17 +242,8 @@ impl CliError {
             return vec![];
         }
         let mut lines = vec![Line::new(Tone::Bad, format!("error: {self}"))];
-        let mut said = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            let text = super::clean::line(&error.to_string());
-            // Wrappers often repeat what they wrap.
-            if !said.contains(&text) {
-                lines.push(Line::plain(format!("  caused by: {text}")));
-            }
-            said = text;
-            cause = error.source();
-        }
+        let causes = self.causes().into_iter();
+        lines.extend(causes.map(|cause| Line::plain(format!("  caused by: {cause}"))));
         if let Some(hint) = self.hint() {
             lines.push(Line::plain(format!("  hint: {hint}")));
         }

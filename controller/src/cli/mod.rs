@@ -155,7 +155,11 @@ pub(crate) fn main() -> Exit {
     };
     let printer = Printer::new(arguments.output, arguments.color);
     run(arguments, printer).unwrap_or_else(|error| {
-        printer.talk(&error.lines());
+        if printer.is_json() && !error.lines().is_empty() {
+            printer.say(clean::json(&error.to_json().to_string()));
+        } else {
+            printer.talk(&error.lines());
+        }
         error.exit()
     })
 }

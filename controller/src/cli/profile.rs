@@ -103,7 +103,7 @@ pub(crate) enum ProfileError {
     Address(String),
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawProfile {
     controller: Option<String>,
@@ -135,23 +135,25 @@ impl Profile {
             Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(ProfileError::Unreadable { path, source }),
         };
-        Self::complete(args, raw, path)
+        Self::complete(args, raw, &path)
     }
 
     fn complete(
         args: &ProfileArgs,
         raw: Option<RawProfile>,
-        path: PathBuf,
+        path: &Path,
     ) -> Result<Self, ProfileError> {
+        let is_there = raw.is_some();
         let missing = |key| {
-            let path = path.clone();
-            match raw {
-                Some(_) => ProfileError::Missing { key, path },
-                None => ProfileError::NoProfile { key, path },
+            let path = path.to_owned();
+            if is_there {
+                ProfileError::Missing { key, path }
+            } else {
+                ProfileError::NoProfile { key, path }
             }
         };
         let base = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
-        let said = raw.clone().unwrap_or_default();
+        let said = raw.unwrap_or_default();
         let file = |key, flag: &Option<PathBuf>, said: Option<PathBuf>| {
             let found = flag.clone().or_else(|| said.map(|path| base.join(path)));
             found.ok_or_else(|| missing(key))
@@ -248,7 +250,8 @@ mod tests {
             Profile::load(&absent),
             Err(ProfileError::Unreadable { .. })
         ));
-        let nothing = Profile::complete(&ProfileArgs::default(), None, "/no/client.toml".into());
+        let nothing =
+            Profile::complete(&ProfileArgs::default(), None, Path::new("/no/client.toml"));
         let nothing = nothing.unwrap_err().to_string();
         assert!(
             nothing.contains("there is no profile /no/client.toml"),

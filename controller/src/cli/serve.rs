@@ -27,12 +27,21 @@ pub(crate) struct Serve {
 
 /// `lockstep serve`. A controller speaks through its log, at the level that `LOCKSTEP_LOG` says.
 pub(crate) fn serve(arguments: Serve) -> Exit {
-    let filter = EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let asked = std::env::var("LOCKSTEP_LOG").ok();
+    let filter = asked.as_deref().map(EnvFilter::try_new);
+    let (filter, mistake) = match filter {
+        Some(Ok(filter)) => (filter, None),
+        Some(Err(error)) => (EnvFilter::new("info"), Some(error)),
+        None => (EnvFilter::new("info"), None),
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .init();
+    if let Some(error) = mistake {
+        tracing::warn!(%error, "LOCKSTEP_LOG is no level, such as `info` or `debug`; `info` holds");
+    }
     let Serve {
         config,
         ready_file,

@@ -56,7 +56,9 @@ fn certificate_words(refused: &CertificateError) -> String {
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             "its certificate does not name the address that was dialled"
         }
-        CertificateError::BadSignature => "its certificate's signature is wrong",
+        CertificateError::BadSignature => {
+            "its certificate is not what it claims: it was not signed by the issuer that it names"
+        }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             "its certificate is for another purpose"
         }

@@ -114,8 +114,6 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             format!("SQL for {database}"),
             format!("{} -> {}, {digest}", revision(from), revision(to)),
         ),
-        // It stands at the attempt itself.
-        Fact::Resolved { .. } => return None,
         Fact::Approved { by, evidence } => (
             "approval".to_owned(),
             format!("{}, of {evidence}", by.join(", ")),
@@ -134,8 +132,8 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
         ),
         Fact::Healthy { url } => ("health".to_owned(), format!("{url} is healthy")),
         Fact::Note { name, value } => (name.clone(), value.clone()),
-        // Before and after are compared under `Rollback`.
-        Fact::State { .. } => return None,
+        // The one stands at the attempt itself; before and after are compared under `Rollback`.
+        Fact::Resolved { .. } | Fact::State { .. } => return None,
     };
     Some((clean::line(&what), value))
 }
