@@ -249,8 +249,8 @@ impl Lived {
         let mut watch = Watch::begin(dir);
         let mut records = before.to_vec();
         let mut ends = vec![];
-        let mut journal = Journal::open(dir, |_, _| {}).unwrap();
         watch.acknowledge(records.len());
+        let mut journal = Journal::open(dir, |_, _| {}).unwrap();
         for _ in 0..3 {
             let batch: Vec<Record> = if journal.is_empty() {
                 vec![opened()]

@@ -4,11 +4,12 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
 
+use super::disk::sync;
 use super::{FORMAT, Head, JournalId};
 
 /// The distance of the slots: no sector of a disk holds parts of both.
@@ -23,6 +24,7 @@ const MAGIC: &[u8; 8] = b"lockhead";
 #[derive(Debug)]
 pub(super) struct HeadFile {
     file: File,
+    path: PathBuf,
     /// Of the newest slot; the next one goes into the other slot.
     turn: u64,
 }
@@ -52,8 +54,10 @@ impl HeadFile {
         let options = options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(path)?;
         file.set_len(2 * SLOT_DISTANCE)?;
-        file.sync_all()?;
-        let mut head = Self { file, turn: 0 };
+        sync(&file, path)?;
+        let path = path.to_owned();
+        let turn = 0;
+        let mut head = Self { file, path, turn };
         head.write(stored)?;
         Ok(head)
     }
@@ -62,7 +66,8 @@ impl HeadFile {
     pub(super) fn open(path: &Path) -> Result<(Self, Stored), HeadError> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         let (turn, stored) = Self::newest(&file)?;
-        Ok((Self { file, turn }, stored))
+        let path = path.to_owned();
+        Ok((Self { file, path, turn }, stored))
     }
 
     /// Reads a head file's newest whole slot, and can change nothing.
@@ -89,12 +94,18 @@ impl HeadFile {
         newest.ok_or(HeadError::NoSlot)
     }
 
+    /// Puts another file in its place, one that fails.
+    #[cfg(test)]
+    pub(super) fn fail(&mut self, file: File) {
+        self.file = file;
+    }
+
     /// Writes the next head; when it returns, the head is on the disk.
     pub(super) fn write(&mut self, stored: Stored) -> io::Result<()> {
         let turn = self.turn + 1;
         let bytes = encode(turn, stored);
         self.file.write_all_at(&bytes, (turn % 2) * SLOT_DISTANCE)?;
-        self.file.sync_data()?;
+        sync(&self.file, &self.path)?;
         self.turn = turn;
         Ok(())
     }

@@ -11,6 +11,7 @@
 
 #[cfg(test)]
 mod contract;
+mod disk;
 mod head;
 #[cfg(test)]
 pub(crate) mod memory;

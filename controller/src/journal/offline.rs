@@ -20,6 +20,7 @@ use lockstep_proto::ids::{Digest, Epoch, PlanDigest};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::disk::io_error;
 use super::head::{HeadError, HeadFile};
 use super::sled::{self, Copied, SledJournal};
 use super::{AppendError, Broken, FORMAT, Head, Journal as _, JournalId, OpenError};
@@ -299,7 +300,8 @@ pub(crate) fn import(
 struct Offline {
     dir: PathBuf,
     stored: Result<super::head::Stored, HeadError>,
-    copied: Copied,
+    /// None if there is no store to copy.
+    copied: Option<Copied>,
     _lock: fs::File,
 }
 
@@ -316,18 +318,29 @@ impl Offline {
             Err(HeadError::Format(found)) => return Err(OpenError::Format { dir, found }),
             stored => stored,
         };
+        if !dir.join(sled::STORE_FILE).exists() {
+            // sled would make an empty one.
+            return Ok(Self {
+                dir,
+                stored,
+                copied: None,
+                _lock: lock,
+            });
+        }
         // Not where a controller puts its copy: what another user left there would be in its way.
         let copied = Copied::make(&dir.join("store"), &state.join("journal.verify"))?;
         Ok(Self {
             dir,
             stored,
-            copied,
+            copied: Some(copied),
             _lock: lock,
         })
     }
 
     fn look(&self) -> Result<(::sled::Db, sled::Followed), Broken> {
-        self.copied.look(self.stored.as_ref().ok().copied())
+        let missing = || sled::unreadable("its store is missing".to_owned());
+        let copied = self.copied.as_ref().ok_or_else(missing)?;
+        copied.look(self.stored.as_ref().ok().copied())
     }
 }
 
@@ -404,10 +417,10 @@ fn check_empty(state: &Path) -> Result<(), ImportError> {
     let entries = match fs::read_dir(state) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(sled::io_error("read", state)(error).into()),
+        Err(error) => return Err(io_error("read", state)(error).into()),
     };
     for entry in entries {
-        let name = entry.map_err(sled::io_error("read", state))?.file_name();
+        let name = entry.map_err(io_error("read", state))?.file_name();
         let known = [
             "blobs",
             "logs",

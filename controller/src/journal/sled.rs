@@ -26,6 +26,7 @@ use std::thread;
 
 use rustix::fs::{FlockOperation, flock};
 
+use super::disk::{io_error, sync, sync_directory, sync_files};
 use super::head::{HeadError, HeadFile, Stored};
 use super::{AppendError, Broken, FORMAT, Head, Journal, JournalId, OpenError, chain};
 
@@ -34,6 +35,9 @@ const CACHE: u64 = 16 << 20;
 
 /// sled's segments, in bytes: see above.
 const SEGMENT: usize = 4 << 20;
+
+/// sled's own file in a journal's directory.
+pub(super) const STORE_FILE: &str = "store/db";
 
 const META: &[u8] = b"m";
 const RECORD: u8 = b'r';
@@ -109,7 +113,7 @@ impl SledJournal {
             Err(error) => return Err(quarantined(error.to_string())),
         };
         let store_dir = dir.join("store");
-        let store_path = store_dir.join("db");
+        let store_path = dir.join(STORE_FILE);
         // Opened before sled, which would make an empty file where one was lost.
         let store = match File::open(&store_path) {
             Ok(file) => file,
@@ -122,6 +126,9 @@ impl SledJournal {
         let quarantine = |broken: Broken| quarantined(broken.what);
         let seen = Copied::make(&store_dir, check)?.look(Some(stored));
         let seen = seen.and_then(whole).map_err(quarantine)?.1;
+        // Whoever wrote it may have been killed before it was synced, and sled keeps an index of
+        // what it finds now.
+        sync(&store, &store_path).map_err(io_error("sync", &store_path))?;
         let (db, head) = look(store_dir.clone(), Some(stored))
             .and_then(whole)
             .map_err(quarantine)?;
@@ -166,7 +173,8 @@ impl SledJournal {
         let db = self.db();
         db.apply_batch(batch).map_err(failed("write a batch"))?;
         db.flush().map_err(failed("flush a batch"))?;
-        self.store.sync_data().map_err(io_failed("sync a batch"))?;
+        let path = self.dir.join(STORE_FILE);
+        sync(&self.store, &path).map_err(io_failed("sync a batch"))?;
         let stored = Stored { id: self.id, head };
         let written = self.head_file.write(stored);
         written.map_err(io_failed("write its head"))
@@ -342,7 +350,7 @@ fn look(dir: PathBuf, stored: Option<Stored>) -> Result<(sled::Db, Followed), Br
     })
 }
 
-fn unreadable(what: String) -> Broken {
+pub(super) fn unreadable(what: String) -> Broken {
     Broken { record: None, what }
 }
 
@@ -448,21 +456,6 @@ fn make_directory(dir: &Path) -> Result<(), OpenError> {
     made.map_err(io_error("make", dir))
 }
 
-fn sync_directory(dir: &Path) -> Result<(), OpenError> {
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    synced.map_err(io_error("sync", dir))
-}
-
-/// Makes a directory's files and their names durable.
-fn sync_files(dir: &Path) -> Result<(), OpenError> {
-    for entry in fs::read_dir(dir).map_err(io_error("read", dir))? {
-        let path = entry.map_err(io_error("read", dir))?.path();
-        let synced = File::open(&path).and_then(|file| file.sync_all());
-        synced.map_err(io_error("sync", &path))?;
-    }
-    sync_directory(dir)
-}
-
 fn remove_all(dir: &Path) -> Result<(), OpenError> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -486,7 +479,5 @@ fn copy_all(from: &Path, to: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
-    let path = path.to_owned();
-    move |source| OpenError::Io { what, path, source }
-}
+#[cfg(test)]
+mod storms;

@@ -1,0 +1,339 @@
+//! Many faults, each over a journal that was written by the real code. A sample runs always;
+//! `LOCKSTEP_STORM=1000` says how many. Each case has a seed of its own, so that what fails once
+//! fails again.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt as _;
+
+use lockstep_tests::power::{Moment, Watch};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{Rng as _, SeedableRng as _};
+
+use super::super::contract::{
+    contents, copy, filled, is_whole_or_quarantined, payloads, used_bytes,
+};
+use super::*;
+
+/// Runs numbered cases, each with random numbers of its own.
+fn storm(sample: u64, mut case: impl FnMut(&str, &mut StdRng)) {
+    let asked = std::env::var("LOCKSTEP_STORM").ok();
+    let cases = asked.map_or(sample, |count| {
+        count.parse().expect("LOCKSTEP_STORM is a number")
+    });
+    for seed in 0..cases {
+        case(&format!("case {seed}"), &mut StdRng::seed_from_u64(seed));
+    }
+}
+
+/// The files that a journal has, as paths from the state directory.
+fn its_files(state: &Path) -> Vec<PathBuf> {
+    let journal = state.join("journal");
+    let mut found = vec![journal.join("head")];
+    for entry in fs::read_dir(journal.join("store")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    let relative = found
+        .iter()
+        .map(|path| path.strip_prefix(state).unwrap().to_owned());
+    relative.collect()
+}
+
+/// A journal that was opened a second time: it has an index of sled's, too.
+fn reopened() -> (tempfile::TempDir, Vec<Vec<u8>>) {
+    let (dir, mut records) = filled();
+    let mut journal = SledJournal::open(dir.path()).unwrap();
+    let more = payloads(200..260);
+    for payload in &more {
+        journal.append(std::slice::from_ref(payload)).unwrap();
+    }
+    records.extend(more);
+    drop(journal);
+    let files = its_files(dir.path());
+    let has_index = files
+        .iter()
+        .any(|path| path.to_string_lossy().contains("snap."));
+    assert!(has_index, "{files:?}");
+    (dir, records)
+}
+
+#[test]
+fn a_torn_tail_is_never_taken_for_the_end() {
+    let (original, records) = reopened();
+    let files = its_files(original.path());
+    let mut whole = 0;
+    let mut cases = 0;
+    storm(40, |case, random| {
+        let store = random.random_bool(0.7);
+        let path = if store {
+            Path::new("journal/store/db")
+        } else {
+            files.choose(random).unwrap().as_path()
+        };
+        let used = used_bytes(&original.path().join(path));
+        // Most tears are short; sled's file ends with unused space, so they go through the rest.
+        let most = if random.random_bool(0.5) {
+            used
+        } else {
+            used.min(300)
+        };
+        let left = used - random.random_range(1..=most);
+        let what = format!("{case}: {} cut at {left} of {used}", path.display());
+        let is_whole = is_whole_or_quarantined(original.path(), &records, &what, |dir| {
+            let file = OpenOptions::new().write(true).open(dir.join(path));
+            file.unwrap().set_len(left).unwrap();
+        });
+        whole += u32::from(is_whole);
+        cases += 1;
+    });
+    assert!(whole < cases, "no tear was noticed");
+}
+
+#[test]
+fn a_flipped_bit_is_never_overlooked() {
+    let (original, records) = reopened();
+    let files = its_files(original.path());
+    let mut quarantined = 0;
+    storm(40, |case, random| {
+        let store = random.random_bool(0.7);
+        let path = if store {
+            Path::new("journal/store/db")
+        } else {
+            files.choose(random).unwrap().as_path()
+        };
+        let used = used_bytes(&original.path().join(path));
+        let at = random.random_range(0..used);
+        let bit = random.random_range(0..8);
+        let what = format!("{case}: {} bit {bit} at {at}", path.display());
+        let is_whole = is_whole_or_quarantined(original.path(), &records, &what, |dir| {
+            let options = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(dir.join(path));
+            let file = options.unwrap();
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            byte[0] ^= 1 << bit;
+            file.write_all_at(&byte, at).unwrap();
+        });
+        quarantined += u32::from(!is_whole);
+    });
+    assert!(quarantined > 0, "no flip met anything");
+}
+
+#[test]
+fn an_older_head_costs_nothing_and_older_files_are_refused() {
+    let (now, records) = reopened();
+    let (old, _) = filled();
+    let journal = SledJournal::open(now.path()).unwrap();
+    let id = journal.id();
+    drop(journal);
+    // The same journal at an earlier time: made by cutting off what came later.
+    let earlier = tempfile::tempdir().unwrap();
+    SledJournal::make(earlier.path(), id, |journal| {
+        journal.append(&records[..120]).unwrap();
+        Ok::<_, OpenError>(())
+    })
+    .unwrap();
+    let head = "journal/head";
+    let whole = is_whole_or_quarantined(now.path(), &records, "older head", |dir| {
+        fs::copy(earlier.path().join(head), dir.join(head)).unwrap();
+    });
+    assert!(whole);
+    let whole = is_whole_or_quarantined(now.path(), &records, "older store", |dir| {
+        fs::remove_dir_all(dir.join("journal/store")).unwrap();
+        copy(
+            &earlier.path().join("journal/store"),
+            &dir.join("journal/store"),
+        );
+    });
+    assert!(!whole);
+    let whole = is_whole_or_quarantined(now.path(), &records, "another store", |dir| {
+        fs::remove_dir_all(dir.join("journal/store")).unwrap();
+        copy(
+            &old.path().join("journal/store"),
+            &dir.join("journal/store"),
+        );
+    });
+    assert!(!whole);
+}
+
+/// Some appends, and the moments at which the power may have gone.
+struct Lived {
+    moments: Vec<Moment>,
+    records: Vec<Vec<u8>>,
+    /// How many records there were after each append.
+    ends: Vec<usize>,
+}
+
+impl Lived {
+    /// Opens a journal with these records, and appends three times. Its first opening, and what
+    /// happens before it, are among the moments.
+    fn new(random: &mut StdRng, dir: &Path, before: &[Vec<u8>]) -> Self {
+        // sled syncs an index before it gives it its name.
+        let mut watch = Watch::begin(dir).trusting("snap.");
+        watch.acknowledge(before.len());
+        let mut journal = SledJournal::open(dir).unwrap();
+        let mut records = contents(&journal);
+        assert!(records == before);
+        let mut ends = vec![];
+        for _ in 0..3 {
+            // Sometimes enough to begin another segment of sled's.
+            let large = random.random_bool(0.05);
+            let size = random.random_range(1..if large { 140 } else { 8 });
+            let batch: Vec<Vec<u8>> = (0..size)
+                .map(|_| {
+                    let most = if large { 30_000 } else { 900 };
+                    vec![random.random(); random.random_range(1..most)]
+                })
+                .collect();
+            journal.append(&batch).unwrap();
+            records.extend(batch);
+            ends.push(records.len());
+            watch.acknowledge(records.len());
+        }
+        Self {
+            moments: watch.end(),
+            records,
+            ends,
+        }
+    }
+
+    /// What is found has all that was acknowledged, and of the append that was under way all or
+    /// nothing. Says whether it has the latter.
+    fn check(&self, case: &str, acknowledged: usize, found: &[Vec<u8>]) -> bool {
+        let count = found.len();
+        assert!(count >= acknowledged, "{case}: {count} of {acknowledged}");
+        assert!(self.records.starts_with(found), "{case}: other records");
+        let under_way = self.ends.iter().find(|end| **end > acknowledged);
+        let all = under_way.is_some_and(|end| count == *end);
+        assert!(all || count == acknowledged, "{case}: a part of an append");
+        all
+    }
+}
+
+/// One life after the other: appends, then a power loss at any moment of them, then a recovery,
+/// with another loss in it, and so on from there.
+#[test]
+fn no_acknowledged_record_is_lost_with_the_power() {
+    let mut counts = [0; 2];
+    let mut before: Vec<Vec<u8>> = vec![];
+    let mut dir = tempfile::tempdir().unwrap();
+    storm(12, |case, random| {
+        if before.iter().map(Vec::len).sum::<usize>() > 200_000 {
+            before.clear();
+            dir = tempfile::tempdir().unwrap();
+        }
+        let lived = Lived::new(random, dir.path(), &before);
+        let moment = lived.moments.choose(random).expect("there is the end");
+        let cut = tempfile::tempdir().unwrap();
+        moment.cut(random, cut.path());
+        let watch = Watch::begin(cut.path()).trusting("snap.");
+        let journal = SledJournal::open(cut.path());
+        let found = contents(&journal.unwrap_or_else(|error| panic!("{case}: {error}")));
+        let recovery = watch.end();
+        let all = lived.check(case, moment.acknowledged, &found);
+        counts[usize::from(all)] += 1;
+
+        let again = tempfile::tempdir().unwrap();
+        let at = random.random_range(0..recovery.len());
+        recovery[at].cut(random, again.path());
+        let journal = SledJournal::open(again.path());
+        before = contents(&journal.unwrap_or_else(|error| panic!("{case}: {error}")));
+        lived.check(case, moment.acknowledged, &before);
+        if at == recovery.len() - 1 {
+            assert!(before == found, "{case}: what was found counts");
+        }
+        dir = again;
+    });
+    assert!(counts[0] > 0, "{counts:?}");
+}
+
+/// The controller is killed before an append is synced, recovers, and then the power goes.
+#[test]
+fn what_was_found_after_a_kill_is_not_lost_with_the_power() {
+    let (original, acknowledged) = filled();
+    let later = tempfile::tempdir().unwrap();
+    copy(original.path(), later.path());
+    let mut journal = SledJournal::open(later.path()).unwrap();
+    journal.append(&payloads(200..230)).unwrap();
+    drop(journal);
+    storm(6, |case, random| {
+        let dir = tempfile::tempdir().unwrap();
+        copy(original.path(), dir.path());
+        let mut watch = Watch::begin(dir.path()).trusting("snap.");
+        // What the killed one wrote, not synced; the head is the older one.
+        let store = dir.path().join("journal/store");
+        for file in fs::read_dir(&store).unwrap() {
+            // Its own directories are empty.
+            let _ = fs::remove_file(file.unwrap().path());
+        }
+        copy(
+            &later.path().join("journal/store"),
+            &dir.path().join("journal/store"),
+        );
+        let journal = SledJournal::open(dir.path()).unwrap();
+        let found = contents(&journal);
+        assert!(
+            found.len() == 230 && found.starts_with(&acknowledged),
+            "{case}"
+        );
+        watch.acknowledge(found.len());
+        let moments = watch.end();
+        drop(journal);
+        let cut = tempfile::tempdir().unwrap();
+        moments.last().unwrap().cut(random, cut.path());
+        let journal = SledJournal::open(cut.path());
+        let again = contents(&journal.unwrap_or_else(|error| panic!("{case}: {error}")));
+        assert!(again == found, "{case}: {} of {}", again.len(), found.len());
+    });
+}
+
+/// A file that takes what is written, and fails when it is to be synced or written.
+fn failing(device: &str) -> File {
+    OpenOptions::new().write(true).open(device).unwrap()
+}
+
+#[test]
+fn a_failing_disk_is_said_and_costs_nothing_that_was_acknowledged() {
+    // /dev/null cannot be synced; /dev/full takes nothing at all.
+    for (what, device) in [
+        ("sync a batch", "/dev/null"),
+        ("write its head", "/dev/null"),
+        ("write its head", "/dev/full"),
+    ] {
+        let (dir, mut records) = filled();
+        let mut journal = SledJournal::open(dir.path()).unwrap();
+        match what {
+            "sync a batch" => journal.store = failing(device),
+            _ => journal.head_file.fail(failing(device)),
+        }
+        let head = journal.head();
+        let more = payloads(200..203);
+        let result = journal.append(&more);
+        assert!(
+            matches!(result, Err(AppendError::Store { what: said, .. }) if said == what),
+            "{result:?}"
+        );
+        assert_eq!(journal.head(), head, "nothing more is acknowledged");
+        let result = journal.append(&more);
+        assert!(matches!(result, Err(AppendError::Poisoned)), "{result:?}");
+        drop(journal);
+        // sled keeps its lock until the process ends, so this is a copy.
+        let next = tempfile::tempdir().unwrap();
+        copy(dir.path(), next.path());
+        let found = contents(&SledJournal::open(next.path()).unwrap());
+        if found.len() > records.len() {
+            records.extend(more);
+        }
+        assert!(
+            found == records,
+            "{what} on {device}: {} found",
+            found.len()
+        );
+    }
+}
