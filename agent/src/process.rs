@@ -173,17 +173,46 @@ impl Program {
         }
     }
 
+    /// Whether it could be started, without starting it.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        let program = self.program()?;
+        self.check_dir()?;
+        if let Some(user) = &self.user {
+            User::find(user)?.may_be_taken()?;
+        }
+        let there = if program.components().count() == 1 {
+            let mut own = base_env(None).into_iter();
+            let path = self.env.get("PATH").cloned();
+            let path =
+                path.or_else(|| own.find_map(|(name, value)| (name == "PATH").then_some(value)));
+            path.iter()
+                .flat_map(|path| path.split(':'))
+                .any(|dir| Path::new(dir).join(&program).is_file())
+        } else {
+            program.is_file()
+        };
+        if !there {
+            return Err(self.cannot_start(&program, &ErrorKind::NotFound.into()));
+        }
+        Ok(())
+    }
+
+    fn check_dir(&self) -> Result<(), Failure> {
+        match &self.dir {
+            Some(dir) if !dir.is_dir() => {
+                let what = format!(
+                    "cannot run in {}: there is no such directory",
+                    dir.display()
+                );
+                Err(self.failure(Cause::Host, what))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn spawn(&self) -> Result<Child, Failure> {
         let program = self.program()?;
-        if let Some(dir) = &self.dir
-            && !dir.is_dir()
-        {
-            let what = format!(
-                "cannot run in {}: there is no such directory",
-                dir.display()
-            );
-            return Err(self.failure(Cause::Host, what));
-        }
+        self.check_dir()?;
         let mut command = Command::new(&program);
         command
             .args(&self.argv[1..])

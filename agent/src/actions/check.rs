@@ -1,8 +1,8 @@
 //! Checks of what the host itself can see: ports, processes, space, commands. Those with more to
 //! them have files of their own.
 //!
-//! A check asks once when it is probed, and may wait when it is applied. In a dry run an unmet
-//! check is no finding: a step before it may be what meets it.
+//! A check asks once when it is probed, and may wait when it is applied. In a dry run a step
+//! before it may be what meets it.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -47,11 +47,10 @@ impl Finding {
         }
     }
 
-    fn into_probe(self, cx: &Context) -> Probe {
-        match (self.met, cx.dry_run) {
-            (true, _) => Probe::Present(self.words),
-            (false, true) => Probe::NotYet(format!("not met now: {}", self.words)),
-            (false, false) => Probe::Absent(format!("not met: {}", self.words)),
+    fn into_probe(self) -> Probe {
+        match self.into_done() {
+            Ok(done) => Probe::Present(done.summary),
+            Err(unmet) => Probe::Unmet(unmet),
         }
     }
 
@@ -101,8 +100,8 @@ async fn tcp(check: &Tcp, until: Instant) -> Finding {
 }
 
 impl Act for Tcp {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        Ok(tcp(self, Instant::now()).await.into_probe(cx))
+    async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
+        Ok(tcp(self, Instant::now()).await.into_probe())
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
@@ -244,8 +243,8 @@ fn port(check: &Port) -> Result<Finding, Failure> {
 }
 
 impl Act for Port {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        Ok(port(self)?.into_probe(cx))
+    async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
+        Ok(port(self)?.into_probe())
     }
 
     async fn apply(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {
@@ -303,8 +302,8 @@ fn process(check: &Process) -> Finding {
 }
 
 impl Act for Process {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        Ok(process(self).into_probe(cx))
+    async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
+        Ok(process(self).into_probe())
     }
 
     async fn apply(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {
@@ -354,8 +353,8 @@ fn disk(check: &Disk) -> Result<Finding, Failure> {
 }
 
 impl Act for Disk {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        Ok(disk(self)?.into_probe(cx))
+    async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
+        Ok(disk(self)?.into_probe())
     }
 
     async fn apply(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {
@@ -402,12 +401,11 @@ async fn command(check: &Command, cx: &Context, until: Instant) -> Result<Done, 
 
 impl Act for Command {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let (met, words) = match command(self, cx, Instant::now()).await {
-            Ok(done) => (true, done.summary),
-            Err(failure) if failure.cause == Cause::CheckUnmet => (false, failure.message),
-            Err(failure) => return Err(failure),
-        };
-        Ok(Finding::new(met, words).into_probe(cx))
+        match command(self, cx, Instant::now()).await {
+            Ok(done) => Ok(Probe::Present(done.summary)),
+            Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Unmet(unmet)),
+            Err(failure) => Err(failure),
+        }
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {

@@ -402,11 +402,24 @@ impl Wanted {
     }
 }
 
+fn no_directory(parent: &Path) -> Failure {
+    Failure {
+        hint: Some("make it, owned by the application's user".into()),
+        ..failure(
+            Cause::Host,
+            format!("there is no directory {}", parent.display()),
+        )
+    }
+}
+
 impl Act for Render {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         let path = checked_path(&self.path)?;
         let wanted = Wanted::of(cx, self)?;
         Ok(match find(path)? {
+            None if cx.dry_run && !files::parent(path).is_dir() => {
+                Probe::Unmet(no_directory(files::parent(path)))
+            }
             None => Probe::Absent(format!(
                 "creates {} with {} variables",
                 self.path,
@@ -462,13 +475,7 @@ impl Act for Render {
         let changes = changes(cx, path, &self.set)?;
         let parent = files::parent(path);
         if !parent.is_dir() {
-            return Err(Failure {
-                hint: Some("make it, owned by the application's user".into()),
-                ..failure(
-                    Cause::Host,
-                    format!("there is no directory {}", parent.display()),
-                )
-            });
+            return Err(no_directory(parent));
         }
         files::write(
             path,

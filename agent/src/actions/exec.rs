@@ -47,7 +47,7 @@ impl Expected<'_> {
         let last_line = lines.rfind(|line| !line.is_empty()).unwrap_or_default();
         let words = if ended.code == self.exit {
             let unmatched = pattern.filter(|pattern| !pattern.is_match(&ended.stdout));
-            unmatched.map(|pattern| format!("its output does not match `{pattern}`"))
+            unmatched.map(|pattern| format!("has output that does not match `{pattern}`"))
         } else {
             Some(format!("exited with {}, not {}", ended.code, self.exit))
         };
@@ -161,6 +161,7 @@ fn file_of(argv: &[String], dir: &Path, path: Option<&str>) -> Option<PathBuf> {
 impl Act for Run {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         Ok(if cx.dry_run {
+            program(cx, &self.argv, self.dir.as_deref(), &self.env)?.check()?;
             Probe::Absent(format!("runs {}: {:?}", self.name, self.argv))
         } else {
             Probe::NoProof(format!(

@@ -34,8 +34,10 @@ pub(crate) enum Probe {
     Absent(String),
     /// A part of it is there.
     Partial(String),
-    /// It depends on an earlier step of the plan, which a dry run does not do.
+    /// Only in a dry run: there is nothing to do now; an earlier step of the plan may change that.
     NotYet(String),
+    /// It would fail on the host as it is now. Only in a dry run, and of what only looks.
+    Unmet(Failure),
     /// The host cannot say.
     NoProof(String),
 }

@@ -151,13 +151,17 @@ impl<'a> App<'a> {
 
     /// The note of a release that was fetched.
     fn fetched(&self, release: &str) -> Result<Note, Failure> {
-        self.note(release)?.ok_or_else(|| Failure {
+        self.note(release)?.ok_or_else(|| self.not_fetched(release))
+    }
+
+    fn not_fetched(&self, release: &str) -> Failure {
+        Failure {
             hint: Some("let a `release.fetch` step bring it first".into()),
             ..failure(
                 Cause::Refused,
                 format!("release {release} of {} was not fetched", self.name),
             )
-        })
+        }
     }
 
     fn write_note(&self, dir: &Path, note: &Note) -> Result<(), Failure> {

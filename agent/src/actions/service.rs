@@ -528,14 +528,11 @@ fn is_met(expected: Expected, phase: Phase) -> bool {
 
 impl Act for Status {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let service = Service::open(cx, &self.service, self.driver).await?;
-        let state = service.state(cx).await?;
-        let text = format!("{} is {}", self.service, state.words);
-        Ok(match (is_met(self.expect, state.phase), cx.dry_run) {
-            (true, _) => Probe::Present(text),
-            (false, true) => Probe::NotYet(format!("{text} now")),
-            (false, false) => Probe::Absent(text),
-        })
+        match self.apply(cx, &Value::Null).await {
+            Ok(done) => Ok(Probe::Present(done.summary)),
+            Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Unmet(unmet)),
+            Err(failure) => Err(failure),
+        }
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {

@@ -275,7 +275,10 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
         )),
         Class::Convergent | Class::Receipted => {
             let probe = host.look(&job, async |cx| actions::probe(&job.action, cx).await);
-            let probe = probe.await;
+            let probe = match probe.await {
+                Ok(Probe::Unmet(failure)) => Ok(Probe::Absent(failure.message)),
+                probe => probe,
+            };
             let untouched = matches!(probe, Ok(Probe::Absent(_))) && is_untouched(host, &job).await;
             judge(key.direction, &job.action, probe, untouched)
         }
@@ -344,6 +347,7 @@ fn judge(
         (_, Ok(Probe::Present(text))) => again(&format!("done: {text}"), true),
         (_, Ok(Probe::Absent(text))) => again(&format!("not done: {text}"), !untouched),
         (_, Ok(Probe::Partial(text))) => again(&format!("done in part: {text}"), true),
+        (_, Ok(Probe::Unmet(failure))) => again(&format!("not done: {}", failure.message), true),
         (_, Ok(Probe::NoProof(text) | Probe::NotYet(text))) => {
             unknown(format!("{NO_OUTCOME}, and the host cannot say: {text}"))
         }

@@ -219,7 +219,7 @@ fn show_labels(labels: &BTreeMap<String, String>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::config::Postgres;
     use lockstep_proto::plan::{FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target};
@@ -268,6 +268,13 @@ mod tests {
             slo: Slo::default(),
             signoff: vec![],
         }
+    }
+
+    /// A plan of one phase for the group `app`.
+    pub(crate) fn plan_of(actions: &[(&str, Value)]) -> CompiledPlan {
+        let steps = actions.iter().zip(1..);
+        let steps = steps.map(|((name, args), line)| step(name, args.clone(), line));
+        plan(&["app"], steps.collect())
     }
 
     fn config() -> Config {

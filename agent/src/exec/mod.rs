@@ -31,6 +31,7 @@ use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record};
 use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
 
+mod ahead;
 mod attend;
 mod consent;
 mod machine;

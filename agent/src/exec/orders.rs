@@ -7,6 +7,7 @@ use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
+use super::ahead::{self, Earlier};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
 use super::machine::{Begin, Decision, Now, refused};
@@ -16,7 +17,7 @@ use super::runner::Runner;
 use super::{Event, Exec, ExecError, Preparing};
 use crate::actions;
 use crate::journal::{AppendError, Intent, Need, Record};
-use crate::step::{Ended, Job, StepDir, failure, would};
+use crate::step::{Ended, Job, StepDir, failure};
 
 impl Exec {
     pub(super) fn handle_order(&mut self, order: Order) -> Result<(), ExecError> {
@@ -280,8 +281,8 @@ impl Exec {
 
     /// A dry run: only asks, here in the daemon.
     fn look(&mut self, order: Order) -> Result<(), ExecError> {
-        let step = match self.step_to_look_at(&order) {
-            Ok(step) => step,
+        let (step, earlier) = match self.step_to_look_at(&order) {
+            Ok(found) => found,
             Err(failure) => return self.finish(order.key, failed(failure)),
         };
         let job = Job {
@@ -295,24 +296,27 @@ impl Exec {
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
             let begun = tokio::time::Instant::now();
-            let probe = host
-                .look(&job, async |cx| actions::probe(&job.action, cx).await)
+            let seen = host
+                .look(&job, async |cx| {
+                    // No step brings a secret, and each is looked up only when it is needed.
+                    cx.check_secrets(&job.action.args())
+                        .map_err(ahead::would_fail)?;
+                    let probe = actions::probe(&job.action, cx).await;
+                    ahead::settle(&job.action, &earlier, probe)
+                })
                 .await;
-            let mut ended = match probe {
-                Ok(probe) => {
-                    let done = would(probe);
-                    Ended {
-                        outcome: StepOutcome::Ok {
-                            changed: false,
-                            summary: done.summary,
-                        },
-                        facts: vec![Fact::Note {
-                            name: "step".into(),
-                            value: actions::describe(&job.action),
-                        }],
-                        took: Period(0),
-                    }
-                }
+            let mut ended = match seen {
+                Ok(done) => Ended {
+                    outcome: StepOutcome::Ok {
+                        changed: false,
+                        summary: done.summary,
+                    },
+                    facts: vec![Fact::Note {
+                        name: "step".into(),
+                        value: actions::describe(&job.action),
+                    }],
+                    took: Period(0),
+                },
                 Err(failure) => failed(failure),
             };
             ended.took = Period(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
@@ -321,18 +325,19 @@ impl Exec {
         Ok(())
     }
 
-    fn step_to_look_at(&mut self, order: &Order) -> Result<HeldStep, Failure> {
+    /// The step that a dry run asks about, and what the plan does before it.
+    fn step_to_look_at(&mut self, order: &Order) -> Result<(HeldStep, Vec<Earlier>), Failure> {
+        let plan = plans::load(&self.host.config.state_dir, order.plan).ok_or_else(|| {
+            refused(
+                "this host does not have the plan",
+                "offer it first, as a dry run",
+            )
+        })?;
         let known = self
             .looked_at
             .as_ref()
             .is_some_and(|(digest, _)| *digest == order.plan);
         if !known {
-            let plan = plans::load(&self.host.config.state_dir, order.plan).ok_or_else(|| {
-                refused(
-                    "this host does not have the plan",
-                    "offer it first, as a dry run",
-                )
-            })?;
             let held = self.review(&plan).map_err(|refusals| {
                 let reasons: Vec<String> = refusals.into_iter().map(|r| r.reason).collect();
                 refused(
@@ -357,7 +362,8 @@ impl Exec {
                 )
             })?;
         self.check_allowed(held.expires, &step.action)?;
-        Ok(step.clone())
+        let earlier = ahead::earlier(plan.plan(), &held.steps, step.at);
+        Ok((step.clone(), earlier))
     }
 }
 

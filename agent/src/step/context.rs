@@ -119,6 +119,19 @@ impl Context {
         })
     }
 
+    /// Whether all secrets that stand in these arguments are there.
+    pub(crate) fn check_secrets(&self, args: &serde_json::Value) -> Result<(), Failure> {
+        use serde_json::Value;
+        match args {
+            Value::String(text) => self.secret(text).map(drop),
+            Value::Array(items) => items.iter().try_for_each(|item| self.check_secrets(item)),
+            Value::Object(fields) => fields
+                .values()
+                .try_for_each(|item| self.check_secrets(item)),
+            _ => Ok(()),
+        }
+    }
+
     /// Where secrets are kept.
     pub(crate) fn secrets_dir(&self) -> &Path {
         self.config

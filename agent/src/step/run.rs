@@ -184,24 +184,25 @@ async fn act(job: &Job, context: &Context) -> Result<Done, Failure> {
     match job.key.direction {
         Direction::Do => actions::apply(&job.action, context, &job.before).await,
         Direction::Undo => actions::undo(&job.action, context, &job.before).await,
-        Direction::Probe => actions::probe(&job.action, context).await.map(would),
+        Direction::Probe => actions::probe(&job.action, context).await.and_then(would),
     }
 }
 
-/// A probe's answer as a dry run shows it.
-pub(crate) fn would(probe: Probe) -> Done {
+/// A probe's answer as a dry run shows it; an error if the step would fail.
+pub(crate) fn would(probe: Probe) -> Result<Done, Failure> {
     let summary = match probe {
         Probe::Present(text) => format!("nothing to do: {text}"),
         Probe::Absent(text) => format!("would act: {text}"),
         Probe::Partial(text) => format!("would finish: {text}"),
         Probe::NotYet(text) => format!("depends on an earlier step: {text}"),
         Probe::NoProof(text) => format!("the host cannot say: {text}"),
+        Probe::Unmet(failure) => return Err(failure),
     };
-    Done {
+    Ok(Done {
         changed: false,
         summary,
         facts: vec![],
-    }
+    })
 }
 
 async fn write(dir: &StepDir, ended: &Ended) -> io::Result<()> {

@@ -264,6 +264,59 @@ async fn a_dry_run_looks_and_takes_no_hold() {
 }
 
 #[tokio::test]
+async fn a_dry_run_says_which_steps_would_fail() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(
+        &controller,
+        "[[allow]]\naction = 'exec.run'\n\
+         where = { env = ['(default)', { A = 'secret://nosuch' }] }\n",
+    );
+    host.start();
+    let disk = || ("check.disk", json!({"path": "/", "free": "100TiB"}));
+    let run = |more: Value| {
+        let mut args = json!({"name": "x", "argv": ["/bin/true"]});
+        args.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        ("exec.run", args)
+    };
+    let mut session = controller.accept(epoch(1), 0).await;
+    for (number, (steps, would)) in [
+        (vec![disk()], "would fail: "),
+        (vec![run(json!({})), disk()], "depends on an earlier step: "),
+        (vec![run(json!({"dir": "/nodir"}))], "would fail: "),
+        (vec![run(json!({"argv": ["no-such-tool"]}))], "would fail: "),
+        (
+            vec![
+                run(json!({})),
+                run(json!({"env": {"A": "secret://nosuch"}})),
+            ],
+            "would fail: there is no secret `nosuch`",
+        ),
+        (vec![run(json!({}))], "would act: "),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let rollout = rollout(u8::try_from(number).unwrap());
+        let plan = plan(&steps);
+        controller.keep(&plan);
+        session.offer(&rollout, &plan, true).await;
+        let answer = session.report().await;
+        assert!(matches!(answer, ReportBody::Consented { .. }), "{answer:?}");
+        let last = u16::try_from(steps.len() - 1).unwrap();
+        let probe = key(&rollout, last, Direction::Probe, 1);
+        session.order(&plan, &probe).await;
+        let said = match session.outcome(&probe).await {
+            StepOutcome::Ok { summary, .. } => summary,
+            StepOutcome::Failed(failure) => failure.message,
+            StepOutcome::Unknown { why } => why,
+        };
+        assert!(said.starts_with(would), "{steps:?}: {said}");
+    }
+}
+
+#[tokio::test]
 async fn a_dry_run_asks_nothing_that_the_policy_does_not_allow_any_more() {
     let mut controller = Controller::start().await;
     let mut host = Host::new(&controller, ALLOW_RUN);

@@ -440,8 +440,8 @@ impl Act for Http {
             format!("; {more} requests follow")
         };
         if !only_asks(self.method) {
-            return Ok(Probe::NotYet(format!(
-                "{} would be sent something{follow}",
+            return Ok(Probe::Absent(format!(
+                "sends {} something{follow}",
                 self.url
             )));
         }
@@ -459,9 +459,7 @@ impl Act for Http {
                 .await
             {
                 Ok(()) => Probe::Present(format!("{} is as expected{follow}", self.url)),
-                Err(Unmet::Unreached(failure) | Unmet::Answer(_, failure)) => {
-                    Probe::NotYet(format!("not met now: {}", failure.message))
-                }
+                Err(Unmet::Unreached(failure) | Unmet::Answer(_, failure)) => Probe::Unmet(failure),
                 Err(unmet) => return Err(unmet.into()),
             },
         )

@@ -181,10 +181,15 @@ async fn look(check: &Log, cx: &Context, until: Instant) -> Result<Finding, Fail
 impl Act for Log {
     /// Only for dry runs, in which the log has gained nothing yet.
     async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
-        Ok(Probe::NotYet(format!(
-            "reads what {} gains from the rollout's consent on",
-            self.path
-        )))
+        Ok(if Path::new(&self.path).exists() {
+            Probe::Absent(format!(
+                "reads what {} gains from the rollout's consent on",
+                self.path
+            ))
+        } else {
+            let message = format!("there is no log {}", self.path);
+            Probe::Unmet(failure(Cause::CheckUnmet, message))
+        })
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
@@ -272,9 +277,11 @@ mod tests {
         };
         let seen = log.probe(&cx).await.unwrap();
         assert!(
-            matches!(&seen, Probe::NotYet(text) if !text.contains("secret")),
+            matches!(&seen, Probe::Absent(text) if !text.contains("secret")),
             "{seen:?}"
         );
+        std::fs::remove_file(&log.path).unwrap();
+        assert!(matches!(log.probe(&cx).await.unwrap(), Probe::Unmet(_)));
     }
 
     #[tokio::test]

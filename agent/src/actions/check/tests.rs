@@ -79,16 +79,18 @@ async fn an_open_port_is_found_with_its_holder() {
 }
 
 #[tokio::test]
-async fn in_a_dry_run_an_unmet_check_may_depend_on_an_earlier_step() {
+async fn a_check_that_is_not_met_says_so_before_it_counts() {
     let host = Host::new();
-    let mut cx = host.context();
+    let cx = host.context();
     let check = Process {
         name: "no-such-process-anywhere".into(),
         expect: ProcessState::Running,
     };
-    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::Absent(_)));
-    cx.dry_run = true;
-    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::NotYet(_)));
+    let seen = check.probe(&cx).await.unwrap();
+    assert!(
+        matches!(&seen, Probe::Unmet(unmet) if unmet.cause == Cause::CheckUnmet),
+        "{seen:?}"
+    );
 }
 
 #[tokio::test]
@@ -176,7 +178,7 @@ async fn a_command_is_run_again_until_it_is_met() {
         within: Some(Period::seconds(20)),
         ..command_of(&["test", "-e", path])
     };
-    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::Unmet(_)));
     let (done, ()) = tokio::join!(apply(&check, &cx), async {
         sleep(std::time::Duration::from_millis(500)).await;
         fs::write(&file, "").unwrap();

@@ -130,8 +130,8 @@ async fn look(check: &Tls) -> Result<Finding, Failure> {
 }
 
 impl Act for Tls {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        Ok(look(self).await?.into_probe(cx))
+    async fn probe(&self, _cx: &Context) -> Result<Probe, Failure> {
+        Ok(look(self).await?.into_probe())
     }
 
     async fn apply(&self, _cx: &Context, _before: &Value) -> Result<Done, Failure> {

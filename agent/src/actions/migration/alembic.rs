@@ -77,6 +77,15 @@ impl Source<'_> {
         Ok(config.root.join("releases").join(release).join(dir))
     }
 
+    /// The release is not on this host, or not built.
+    pub(super) fn missing(&self) -> Failure {
+        hinted(
+            Cause::Refused,
+            format!("release {} is not built on this host", self.release),
+            "let `release.fetch` and `release.build` bring it first",
+        )
+    }
+
     /// Whether the release is on this host and built.
     pub(super) fn is_there(&self, cx: &Context) -> Result<bool, Failure> {
         Ok(self.directory(cx)?.join(self.program).exists())

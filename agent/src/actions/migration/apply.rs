@@ -23,10 +23,7 @@ async fn where_it_is(
     if !cx.dry_run {
         session.end_left_over(cx).await?;
     } else if !source.is_there(cx)? {
-        return Ok(Probe::NotYet(format!(
-            "release {} is not on this host yet",
-            source.release
-        )));
+        return Ok(Probe::Unmet(source.missing()));
     }
     let now = revision(&session).await?;
     let name = source.database;

@@ -17,14 +17,11 @@ const MAX_SHOWN: usize = 20 << 10;
 /// The probe of an action that only looks: in a dry run the release may not be there yet.
 async fn probe(act: &impl Act, source: Source<'_>, cx: &Context) -> Result<Probe, Failure> {
     if cx.dry_run && !source.is_there(cx)? {
-        return Ok(Probe::NotYet(format!(
-            "release {} is not on this host yet",
-            source.release
-        )));
+        return Ok(Probe::Unmet(source.missing()));
     }
     match act.apply(cx, &Value::Null).await {
         Ok(done) => Ok(Probe::Present(done.summary)),
-        Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Absent(unmet.message)),
+        Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Unmet(unmet)),
         Err(failure) => Err(failure),
     }
 }

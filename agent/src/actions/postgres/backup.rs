@@ -26,8 +26,14 @@ use crate::step::{Context, failure, hinted};
 impl Act for Backup {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         let database = Database::find(cx, &self.database)?;
-        if !cx.dry_run {
-            database.connect(cx).await?.end_left_over(cx).await?;
+        let session = database.connect(cx).await?;
+        if cx.dry_run {
+            let copies = self.copies.iter().map(Path::new);
+            if let Some(unmet) = copies.map(check_copy_directory).find_map(Result::err) {
+                return Ok(Probe::Unmet(unmet));
+            }
+        } else {
+            session.end_left_over(cx).await?;
         }
         Ok(match of_this_step(&Store::of(cx, &database), cx) {
             Some(made) => Probe::Present(format!("the backup {} is complete", made.id)),

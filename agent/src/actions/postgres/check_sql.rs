@@ -16,7 +16,10 @@ impl Act for Sql {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         match self.apply(cx, &Value::Null).await {
             Ok(done) => Ok(Probe::Present(done.summary)),
-            Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Absent(unmet.message)),
+            // A statement may fail for a table that is not there yet.
+            Err(unmet) if matches!(unmet.cause, Cause::CheckUnmet | Cause::Step) => {
+                Ok(Probe::Unmet(unmet))
+            }
             Err(failure) => Err(failure),
         }
     }

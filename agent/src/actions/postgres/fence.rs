@@ -186,14 +186,30 @@ async fn shut_out(cx: &Context, session: &Session) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn revoke(
+/// Roles that the fence does not shut out.
+fn left_out(database: &Database, strangers: &[String]) -> Failure {
+    hinted(
+        Cause::Refused,
+        format!(
+            "{} may connect to `{}` too, and could write behind the fence",
+            few(strangers),
+            database.name
+        ),
+        format!(
+            "name them, or the groups that give them the right, in the fence's `roles`; a role \
+             that migrates must own the database instead (ALTER DATABASE {} OWNER TO ..)",
+            ident(database.dbname())
+        ),
+    )
+}
+
+/// What keeps a fence from being raised, as far as it can be seen before.
+async fn check_possible(
     session: &Session,
     database: &Database,
     roles: &[String],
-    token: &str,
 ) -> Result<(), Failure> {
     let what = "raising the fence";
-    let (name, own) = (database.dbname(), &session.place().role);
     let known = "SELECT rolname::text FROM pg_roles WHERE rolname::text = ANY($1)";
     let known = session.query(what, known, &[&roles]).await?;
     let known: Vec<&str> = known.iter().map(|row| row.get(0)).collect();
@@ -218,6 +234,18 @@ async fn revoke(
             "COMMIT PREPARED or ROLLBACK PREPARED each in pg_prepared_xacts",
         ));
     }
+    Ok(())
+}
+
+async fn revoke(
+    session: &Session,
+    database: &Database,
+    roles: &[String],
+    token: &str,
+) -> Result<(), Failure> {
+    let what = "raising the fence";
+    let (name, own) = (database.dbname(), &session.place().role);
+    check_possible(session, database, roles).await?;
     let grants = grants(session, roles).await?;
     let takers: Vec<String> = std::iter::once("PUBLIC".to_owned())
         .chain(roles.iter().map(|role| ident(role)))
@@ -257,19 +285,7 @@ async fn revoke(
     }
     let strangers = strangers(session, MAY_CONNECT, &[]).await?;
     if !strangers.is_empty() {
-        return Err(hinted(
-            Cause::Refused,
-            format!(
-                "{} may connect to `{}` too, and could write behind the fence",
-                few(&strangers),
-                database.name
-            ),
-            format!(
-                "name them, or the groups that give them the right, in the fence's `roles`; a role \
-                 that migrates must own the database instead (ALTER DATABASE {} OWNER TO ..)",
-                ident(name)
-            ),
-        ));
+        return Err(left_out(database, &strangers));
     }
     if open_to(session, std::slice::from_ref(own))
         .await?
@@ -377,16 +393,18 @@ impl Act for Fence {
         }
         let name = &self.database;
         Ok(match raised(&session).await? {
-            None => {
+            None if cx.dry_run => {
+                check_possible(&session, &database, &self.roles).await?;
                 let strangers = strangers(&session, MAY_CONNECT_STILL, &[&self.roles]).await?;
-                Probe::Absent(match strangers.as_slice() {
-                    [] => self.describe(),
-                    strangers => format!(
-                        "{}: not possible, for its `roles` leave out {}",
-                        self.describe(),
-                        few(strangers)
-                    ),
-                })
+                if strangers.is_empty() {
+                    Probe::Absent(self.describe())
+                } else {
+                    Probe::Unmet(left_out(&database, &strangers))
+                }
+            }
+            None => Probe::Absent(self.describe()),
+            Some(raised) if !raised.is_of(cx) && cx.dry_run => {
+                Probe::Unmet(foreign(&database, &raised))
             }
             Some(raised) if !raised.is_of(cx) => {
                 Probe::Absent(format!("`{name}` is behind a fence of {}", raised.token))
@@ -486,9 +504,10 @@ impl Act for Unfence {
         }
         let name = &self.database;
         Ok(match raised(&session).await? {
-            None if cx.dry_run => Probe::NotYet(format!("the fence of `{name}` is not up yet")),
+            None if cx.dry_run => Probe::NotYet(format!("no fence of `{name}` is up now")),
             None => Probe::Present(format!("`{name}` is open")),
             Some(raised) if lowers(self, &raised, cx) => Probe::Absent(self.describe()),
+            Some(raised) if cx.dry_run => Probe::Unmet(foreign(&database, &raised)),
             Some(raised) => {
                 Probe::Absent(format!("`{name}` is behind a fence of {}", raised.token))
             }

@@ -111,9 +111,18 @@ pub(crate) fn changes(backup: &Tally, now: &Tally) -> Vec<String> {
 async fn probe(act: &impl Act, cx: &Context) -> Result<Probe, Failure> {
     match act.apply(cx, &Value::Null).await {
         Ok(done) => Ok(Probe::Present(done.summary)),
-        Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Absent(unmet.message)),
+        Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Unmet(unmet)),
         Err(failure) => Err(failure),
     }
+}
+
+/// A step that needs a backup which the rollout has not made.
+pub(super) fn no_backup(database: &str) -> Failure {
+    hinted(
+        Cause::Refused,
+        format!("this rollout has no backup of `{database}`"),
+        "put `postgres.backup` before this step",
+    )
 }
 
 impl Act for Counts {
@@ -149,23 +158,15 @@ impl Act for Counts {
 impl Act for Compare {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         if cx.dry_run && of_backup(cx, &self.database).is_none() {
-            return Ok(Probe::NotYet(format!(
-                "there is no backup of `{}` yet",
-                self.database
-            )));
+            Database::find(cx, &self.database)?.connect(cx).await?;
+            return Ok(Probe::Unmet(no_backup(&self.database)));
         }
         probe(self, cx).await
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let name = &self.database;
-        let backup = of_backup(cx, name).ok_or_else(|| {
-            hinted(
-                Cause::Refused,
-                format!("this rollout has no backup of `{name}` to compare with"),
-                "put `postgres.backup` before this step",
-            )
-        })?;
+        let backup = of_backup(cx, name).ok_or_else(|| no_backup(name))?;
         let session = Database::find(cx, name)?.connect(cx).await?;
         let now = count(&session, &self.tables).await?;
         let wanted: Vec<&String> = if self.tables.is_empty() {

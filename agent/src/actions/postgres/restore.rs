@@ -99,10 +99,8 @@ impl Act for Restore {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         let database = Database::find(cx, &self.database)?;
         if cx.dry_run {
-            return Ok(Probe::NotYet(format!(
-                "there is no backup of `{}` yet",
-                self.database
-            )));
+            aside(cx, &database).await?;
+            return Ok(Probe::Unmet(super::look::no_backup(&self.database)));
         }
         let session = aside(cx, &database).await?;
         session.end_left_over(cx).await?;

@@ -9,6 +9,7 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::look::no_backup;
 use super::manifest::{Manifest, Store, Verified, archive_in};
 use super::measure::summary;
 use super::scratch::Rights;
@@ -23,10 +24,8 @@ impl Act for VerifyBackup {
         let database = Database::find(cx, &self.database)?;
         let store = Store::of(cx, &database);
         if cx.dry_run {
-            return Ok(Probe::NotYet(format!(
-                "there is no backup of `{}` yet",
-                self.database
-            )));
+            database.connect(cx).await?;
+            return Ok(Probe::Unmet(no_backup(&self.database)));
         }
         let session = database.connect(cx).await?;
         session.end_left_over(cx).await?;

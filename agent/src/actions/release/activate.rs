@@ -32,7 +32,7 @@ impl Act for Activate {
         };
         let text = format!("activates release {} instead of {from}", self.release);
         Ok(match app.note(&self.release)? {
-            None if cx.dry_run => Probe::NotYet(format!("{text}, once it is fetched")),
+            None if cx.dry_run => Probe::Unmet(app.not_fetched(&self.release)),
             _ => Probe::Absent(text),
         })
     }

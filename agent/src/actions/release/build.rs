@@ -40,9 +40,7 @@ impl Act for release::Build {
         let commands = self.run.len();
         let name = &self.release;
         Ok(match app.note(name)?.map(|note| note.build) {
-            None if cx.dry_run => Probe::NotYet(format!(
-                "runs {commands} commands once release {name} is fetched"
-            )),
+            None if cx.dry_run => Probe::Unmet(app.not_fetched(name)),
             None => Probe::Absent(format!("release {name} is not even fetched")),
             Some(Some(built)) if built.done && built.digest == digest(self) => {
                 Probe::Present(format!("release {name} is built"))

@@ -245,6 +245,7 @@ impl Act for Fetch {
                 "fetches tag {} as release {}",
                 self.git.tag, self.release
             )),
+            other if cx.dry_run => Probe::Unmet(occupied(self, other.as_ref())),
             other => Probe::Partial(occupied(self, other.as_ref()).message),
         })
     }

@@ -430,7 +430,7 @@ async fn a_dry_run_sends_nothing_that_changes() {
     };
     assert!(text.ends_with("4 requests follow"), "{text}");
     let post = app.check(&json!({"url": "BASE/login", "method": "POST"}));
-    assert!(matches!(post.probe(&cx).await.unwrap(), Probe::NotYet(_)));
+    assert!(matches!(post.probe(&cx).await.unwrap(), Probe::Absent(_)));
     assert_eq!(app.state.seen.lock().unwrap().clone(), ["GET /health"]);
 }
 

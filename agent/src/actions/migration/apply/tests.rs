@@ -546,12 +546,12 @@ async fn the_revision_is_told_and_held_against_what_is_expected() {
         release: "v9".into(),
         ..verify
     };
-    assert!(matches!(later.probe(&dry).await.unwrap(), Probe::NotYet(_)));
+    assert!(matches!(later.probe(&dry).await.unwrap(), Probe::Unmet(_)));
     let later = Apply {
         release: "v9".into(),
         ..apply()
     };
-    assert!(matches!(later.probe(&dry).await.unwrap(), Probe::NotYet(_)));
+    assert!(matches!(later.probe(&dry).await.unwrap(), Probe::Unmet(_)));
 }
 
 #[tokio::test]

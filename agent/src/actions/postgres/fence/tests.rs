@@ -308,11 +308,29 @@ async fn roles_that_the_plan_leaves_out_are_named_and_not_let_through() {
     admin.run("", &setup).await.unwrap();
     let was = rights(&bench).await;
     let (act, cx) = (fence(&bench), bench.cx(1, vec![]));
-    let Probe::Absent(would) = act.probe(&cx).await.unwrap() else {
-        panic!("the fence is not up")
+    let dry = Context {
+        dry_run: true,
+        ..bench.cx(1, vec![])
+    };
+    let Probe::Unmet(would) = act.probe(&dry).await.unwrap() else {
+        panic!("the fence cannot be raised")
     };
     let both = format!("{etl}, {member}");
-    assert!(would.ends_with(&format!("leave out {both}")), "{would}");
+    assert!(
+        would.message.starts_with(&format!("{both} may connect")),
+        "{}",
+        would.message
+    );
+    let stranger = Fence {
+        roles: vec!["nobody_at_all".into()],
+        ..act.clone()
+    };
+    let would = stranger.probe(&dry).await.unwrap_err();
+    assert!(
+        would.message.contains("no role `nobody_at_all`"),
+        "{}",
+        would.message
+    );
     let failed = act.apply(&cx, &NULL).await.unwrap_err();
     assert_eq!(failed.cause, Cause::Refused, "INV-6: they could write");
     assert!(
