@@ -236,6 +236,10 @@ fn an_interrupted_watch_leaves_the_rollout_alone() {
 
     let cancelled = dora.run(&["cancel", &rollout, "--reason", "not today"]);
     assert_eq!(cancelled.code, 0, "{cancelled:?}");
+    assert!(
+        cancelled.err.contains("cancelled by dora: not today"),
+        "{cancelled:?}"
+    );
     let said = dora.run(&["watch", &rollout]);
     assert_eq!(said.code, 6, "{said:?}");
     assert!(said.out.contains("not today"), "{said:?}");

@@ -145,7 +145,8 @@ pub(crate) async fn cancel(arguments: Reasoned, session: &Session) -> Result<Exi
         .call(|mut api| async move { api.cancel(request).await })
         .await?;
     let said = format!("{rollout} has ended where it stood; nothing was undone");
-    done(session, &rollout, "cancel", &said, None)
+    let (document, _) = super::fetch(&client, &rollout).await?;
+    done(session, &rollout, "cancel", &said, Some(document.reason))
 }
 
 /// `lockstep rollback`.
@@ -184,7 +185,10 @@ pub(crate) async fn close(arguments: Close, session: &Session) -> Result<Exit, C
         .call(|mut api| async move { api.close(request).await })
         .await?;
     let said = format!("{rollout} is accepted as it is; its hosts are free");
-    done(session, &rollout, "close", &said, None)
+    let (document, _) = super::fetch(&client, &rollout).await?;
+    // What stays as it is, such as a database behind a fence, stands in the reason.
+    let reason = document.closed.map(|closed| closed.reason);
+    done(session, &rollout, "close", &said, reason)
 }
 
 /// `lockstep signoff`.
