@@ -199,3 +199,38 @@ fn a_failed_sync_is_not_tried_again() {
     let reserve = dir.path().join("reserve").exists();
     assert!(reserve, "the disk is not full: there was no second try");
 }
+
+/// Journals of earlier formats stay readable: `tests/fixtures/journals/README.md`.
+#[test]
+fn a_journal_of_format_1_is_read() {
+    let fixtures = lockstep_tests::repository().join("tests/fixtures/journals/agent-1");
+    for (host, records, reports, head) in [
+        (
+            "app-1",
+            290,
+            114,
+            "c3807c3ea27a8e9b327305041f0feab296c4a8d825571e9f3d01c7284e4a42cb",
+        ),
+        (
+            "db-1",
+            122,
+            47,
+            "3053e83d552b911ab87cad50a8f7aa226d49bb9f73680749d0de6e3aab54d5e2",
+        ),
+    ] {
+        let dir = copy(&fixtures.join(host));
+        let verified = verify(dir.path()).unwrap();
+        assert_eq!(verified.broken, None, "{host}");
+        assert_eq!(verified.torn, 0, "{host}");
+        assert_eq!(hex::encode(verified.last.1), head, "{host}");
+        let found = read_all(dir.path()).unwrap();
+        assert_eq!(found.len(), records, "{host}");
+        let is_report = |record: &&Record| matches!(record, Record::Report { .. });
+        assert_eq!(found.iter().filter(is_report).count(), reports, "{host}");
+        // It goes on from there.
+        let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+        journal.append(&[record(1)], Need::Closes).unwrap();
+        drop(journal);
+        assert_eq!(read_all(dir.path()).unwrap().len(), records + 1, "{host}");
+    }
+}

@@ -1,9 +1,12 @@
 use std::path::Path;
 
+use lockstep_core::{Config, Coordinator};
 use lockstep_proto::ids::{OperatorName, RolloutId};
 use serde_json::Value;
 
+use super::super::contract::copy;
 use super::*;
+use crate::blobs::Blobs;
 
 fn entry(at: u64, record: Record) -> Vec<u8> {
     let at = Timestamp(at);
@@ -328,4 +331,47 @@ fn the_first_broken_record_is_named() {
     assert!(text.is_empty(), "a broken journal is not exported in part");
     let left = fs::read_dir(old.path()).unwrap().count();
     assert_eq!(left, 1, "nothing is left beside the journal");
+}
+
+/// Journals of earlier formats stay readable: `tests/fixtures/journals/README.md`.
+#[test]
+fn a_journal_of_format_1_is_read_folded_and_moved() {
+    let fixtures = lockstep_tests::repository().join("tests/fixtures/journals");
+    let dir = tempfile::tempdir().unwrap();
+    copy(&fixtures.join("controller-1"), dir.path());
+    let found = inspect(dir.path()).unwrap();
+    assert_eq!(found.broken, None);
+    let head = "696 sha256:62649d0819a33ebf25791c861f72fd717956c65edba8a53d05a138b33e239efa";
+    assert_eq!(found.last.unwrap().to_string(), head);
+
+    let fold = |state: &Path| {
+        let entries = payloads(state);
+        let entries = entries
+            .iter()
+            .map(|payload| serde_json::from_slice::<Entry>(payload).unwrap());
+        let blobs = Blobs::open(state.join("blobs")).unwrap();
+        let epoch = Epoch { counter: 9, id: 9 };
+        Coordinator::recover(Config { epoch }, entries, |digest| {
+            blobs.plan(digest).unwrap()
+        })
+        .unwrap()
+    };
+    let coordinator = fold(dir.path());
+    let states: Vec<String> = coordinator
+        .rollouts()
+        .map(|rollout| coordinator.document(rollout).unwrap()["state"].to_string())
+        .collect();
+    let expected = ["\"succeeded\"", "\"succeeded\"", "\"rolled_back\""];
+    assert_eq!(states, expected);
+    assert_eq!(coordinator.hosts().count(), 3);
+
+    let new = tempfile::tempdir().unwrap();
+    copy(
+        &fixtures.join("controller-1/blobs"),
+        &new.path().join("blobs"),
+    );
+    let imported = import_text(new.path(), &exported(dir.path())).unwrap();
+    assert!(imported.missing_plans.is_empty());
+    assert_eq!(imported.exported.to_string(), head);
+    assert_eq!(fold(new.path()).rollouts().count(), 3);
 }
