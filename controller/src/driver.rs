@@ -331,7 +331,8 @@ impl Driver {
         let acknowledged = self.coordinator.acknowledged(&host, &hello.instance);
         let known = self.coordinator.hosts().find(|(known, _)| **known == host);
         let anew = known.is_some_and(|(_, info)| info.instance != hello.instance);
-        if anew || hello.last_report < acknowledged {
+        let taken = self.sessions.is_taken(&host, &hello.instance);
+        if !taken && (anew || hello.last_report < acknowledged) {
             tracing::warn!(%host, anew, acknowledged, "the agent has lost its journal");
             if let Some(rollout) = self.coordinator.locked_by(&host) {
                 return Ok(Err(Status::failed_precondition(format!(

@@ -134,6 +134,12 @@ impl Registry {
         self.sessions.get(host).map(|session| session.number)
     }
 
+    /// Whether another installation of the agent is connected under this host's name.
+    pub(crate) fn is_taken(&self, host: &HostId, instance: &InstanceId) -> bool {
+        let session = self.sessions.get(host);
+        session.is_some_and(|session| session.instance != *instance)
+    }
+
     /// Hands a message to a session, if that is still the host's. An agent that does not read
     /// loses its session: it connects again, and is told what is outstanding. Returns whether the
     /// host has lost its session.
