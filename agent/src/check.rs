@@ -3,12 +3,14 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::config::Config;
+use crate::config::{Config, Service};
 use crate::errors::chain;
-use crate::exec::{Policy, Runner, check_owner};
-use crate::tls::{Identity, client_config};
+use crate::exec::{ExecError, Policy, Runner, check_owner};
+use crate::journal::{self, Record};
+use crate::process::{Program, User};
+use crate::tls::{Identity, client_config, wrong_anchor};
 use crate::{exit, say};
 
 /// Prints what was found; problems go to standard error.
@@ -32,6 +34,8 @@ pub(crate) fn check(path: &Path) -> u8 {
     found.host(&config, path);
     found.certificates(&config);
     found.files(&config, path);
+    found.names(&config);
+    found.state(&config);
     found.policy(&policy, policy_path);
     // Whoever closes the pipe has read enough.
     let _ = std::io::stdout().write_all(found.text.as_bytes());
@@ -97,18 +101,74 @@ impl Found {
         if let Err(error) = client_config(&config.tls, &identity) {
             self.problems.push(chain(&error));
         }
+        self.problems.extend(wrong_anchor(&config.tls, &identity));
     }
 
     /// Who could change what decides, or read what is secret.
     fn files(&mut self, config: &Config, path: &Path) {
-        self.problems.extend(check_owner(path).err());
-        self.problems
-            .extend(private(&config.tls.key, "the agent's key"));
+        self.problems.extend(unsafe_files(config, path));
         if let Some(secrets) = &config.secrets_dir {
             let entries = std::fs::read_dir(secrets).into_iter().flatten().flatten();
             for entry in entries {
                 self.problems.extend(private(&entry.path(), "a secret"));
             }
+        }
+    }
+
+    /// Names that stand in the configuration, and what they stand for.
+    fn names(&mut self, config: &Config) {
+        let mut found = vec![];
+        let mut user = |table: &str, name: &str, user: &Option<String>| {
+            let user = user.as_deref().map(User::find).transpose();
+            found.extend(
+                user.err()
+                    .map(|no| format!("[{table}.{name}]: {}", no.message)),
+            );
+        };
+        for (name, app) in &config.apps {
+            user("apps", name, &app.user);
+        }
+        for (name, service) in &config.services {
+            user("services", name, &service.user);
+        }
+        for (name, database) in &config.postgres {
+            user("postgres", name, &database.os_user);
+        }
+        for (name, service) in &config.services {
+            found.extend(missing_programs(config, name, service));
+        }
+        for (name, database) in &config.postgres {
+            let missing = database
+                .password
+                .iter()
+                .filter_map(|it| no_secret(config, it));
+            found.extend(missing.map(|why| format!("[postgres.{name}]: {why}")));
+        }
+        for (name, app) in &config.apps {
+            let secrets = app
+                .env
+                .values()
+                .filter_map(|it| it.strip_prefix("secret://"));
+            let missing = secrets.filter_map(|it| no_secret(config, it));
+            found.extend(missing.map(|why| format!("[apps.{name}]: {why}")));
+        }
+        self.problems.extend(found);
+    }
+
+    /// A state directory that another domain's agent has used is not taken up.
+    fn state(&mut self, config: &Config) {
+        let Ok(identity) = Identity::load(&config.tls) else {
+            return;
+        };
+        let opened = journal::verify(&config.state_dir).ok();
+        if let Some(Record::Opened { domain, .. }) = opened.and_then(|found| found.opened)
+            && domain != identity.domain
+        {
+            self.problems.push(chain(&ExecError::OtherDomain {
+                state: config.state_dir.clone(),
+                journal: domain,
+                certificate: identity.domain,
+            }));
         }
     }
 
@@ -123,6 +183,87 @@ impl Found {
             let _ = writeln!(self.text, "  {action:<26}{says}");
         }
     }
+}
+
+/// What keeps the agent from starting: files that decide and that others than their owner can
+/// change, and a key that others can read.
+pub(crate) fn unsafe_files(config: &Config, path: &Path) -> Vec<String> {
+    let directories = [path, config.policy_path()].map(|file| match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    });
+    let secrets = config.secrets_dir.as_deref();
+    let mut found: Vec<String> = check_owner(path).err().into_iter().collect();
+    found.extend(
+        directories
+            .into_iter()
+            .chain(secrets)
+            .filter_map(open_directory),
+    );
+    found.extend(private(&config.tls.key, "the agent's key"));
+    found.dedup();
+    found
+}
+
+/// A directory in which others could put files in place of those that are there.
+fn open_directory(path: &Path) -> Option<String> {
+    const STICKY: u32 = 0o1000;
+    // One that is missing is named where it is needed.
+    let mode = std::fs::metadata(path).ok()?.mode();
+    let directory = path.display();
+    (mode & 0o022 != 0 && mode & STICKY == 0).then(|| {
+        format!(
+            "the directory {directory} can be written by others than its owner; run: chmod go-w \
+             {directory}"
+        )
+    })
+}
+
+/// Programs and directories of a service that are not there. Those within an application's
+/// directory come and go with its releases.
+fn missing_programs(config: &Config, name: &str, service: &Service) -> Vec<String> {
+    let of_release = |path: &Path| config.apps.values().any(|app| path.starts_with(&app.root));
+    let commands = [
+        &service.argv,
+        &service.start,
+        &service.stop,
+        &service.status,
+    ];
+    let commands = commands.into_iter().filter(|argv| !argv.is_empty());
+    let missing = commands.filter_map(|argv| {
+        let dir = service.dir.clone().filter(|_| *argv == service.argv);
+        let program = dir.clone().unwrap_or_default().join(argv.first()?);
+        if dir.as_deref().is_some_and(of_release) || of_release(&program) {
+            return None;
+        }
+        let program = Program {
+            argv: argv.clone(),
+            dir,
+            ..Program::default()
+        };
+        let no = program.check().err()?;
+        Some(format!("[services.{name}]: {}", no.message))
+    });
+    missing.collect()
+}
+
+/// Why a secret cannot be had, neither as a file nor as a credential of the unit.
+fn no_secret(config: &Config, name: &str) -> Option<String> {
+    let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    let of_unit = Path::new("/run/credentials/lockstep-agent.service");
+    let places = own.iter().map(PathBuf::as_path).chain([of_unit]);
+    let mut places = places.chain(config.secrets_dir.as_deref());
+    if places.any(|place| place.join(name).is_file()) {
+        return None;
+    }
+    let place = config
+        .secrets_dir
+        .as_deref()
+        .unwrap_or_else(|| Path::new("secrets"));
+    Some(format!(
+        "there is no secret `{name}`; put it into {}, mode 0600",
+        place.join(name).display()
+    ))
 }
 
 fn private(path: &Path, what: &str) -> Option<String> {

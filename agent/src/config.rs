@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::HostId;
+use rustls::pki_types::ServerName;
 use serde::Deserialize;
 
 /// The whole file.
@@ -187,6 +188,17 @@ pub(crate) enum ConfigError {
         #[source]
         source: Box<toml::de::Error>,
     },
+    /// A value that can never work.
+    #[error("{path} is not valid: {why}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Which one, and what to write instead.
+        why: String,
+    },
+    /// Others could change what decides, or read what is secret.
+    #[error("{0}")]
+    Unsafe(String),
 }
 
 impl Config {
@@ -200,6 +212,12 @@ impl Config {
             path: path.into(),
             source: Box::new(source),
         })?;
+        config
+            .check_controller()
+            .map_err(|why| ConfigError::Value {
+                path: path.into(),
+                why,
+            })?;
         let base = path.parent().unwrap_or_else(|| Path::new(""));
         let Tls {
             controller_ca,
@@ -226,6 +244,32 @@ impl Config {
             ),
         );
         Ok(config)
+    }
+
+    /// The controller's address, as host and port.
+    fn check_controller(&self) -> Result<(), String> {
+        let address = &self.controller;
+        let parts = address.rsplit_once(':');
+        let (host, _) = parts
+            .filter(|(_, port)| port.parse::<u16>().is_ok_and(|port| port != 0))
+            .ok_or_else(|| {
+                format!("`controller` is `{address}`; write it with its port: `name:7443`")
+            })?;
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let unfit = |name: &str| ServerName::try_from(name.to_owned()).is_err();
+        // An address of IPv6 has its own colons.
+        if unfit(bare) || (bare.contains(':') && bare == host) {
+            return Err(format!(
+                "`controller` is `{address}`; write it as `name:port`, `address:port` or \
+                 `[address]:port`"
+            ));
+        }
+        match &self.controller_name {
+            Some(name) if unfit(name) => Err(format!(
+                "`controller_name` is `{name}`, which is no name that a certificate can have"
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// What the host allows.

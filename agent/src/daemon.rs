@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::errors::chain;
 use crate::exec::{Exec, ExecError, Policy};
 use crate::identity::{IdentityError, StateLock, private_dir};
@@ -55,6 +55,12 @@ async fn serve(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
         IdentityError::InUse(_) => exit::IN_USE,
         IdentityError::Io { .. } => exit::INTERNAL,
     };
+    // What others can change or read is not relied on, and people see it at once.
+    let found = crate::check::unsafe_files(&config, config_path);
+    if !found.is_empty() {
+        let error = ConfigError::Unsafe(found.join("; "));
+        return Err(failed(&error, exit::USAGE));
+    }
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     private_dir(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
     let _lock = StateLock::take(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;

@@ -9,6 +9,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::WebPkiClientVerifier;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
     SignatureScheme,
@@ -140,6 +141,34 @@ pub(crate) fn client_config(tls: &Tls, identity: &Identity) -> Result<Arc<Client
     config.resumption = Resumption::disabled();
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Arc::new(config))
+}
+
+/// Why the trust anchors are not those of controllers, as far as that can be seen without one.
+pub(crate) fn wrong_anchor(tls: &Tls, identity: &Identity) -> Option<String> {
+    let file = tls.controller_ca.display();
+    let mut anchors = RootCertStore::empty();
+    for anchor in certificates("the controller's CA", &tls.controller_ca).ok()? {
+        let issues = X509Certificate::from_der(&anchor).is_ok_and(|(_, parsed)| parsed.is_ca());
+        if !issues {
+            return Some(format!(
+                "`controller_ca` {file} holds a certificate that issues none; it must be that of \
+                 the issuer of controllers"
+            ));
+        }
+        anchors.add(anchor).ok()?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(anchors), provider);
+    let (leaf, chain) = identity.chain.split_first()?;
+    let own = verifier.build().ok()?;
+    own.verify_client_cert(leaf, chain, UnixTime::now())
+        .is_ok()
+        .then(|| {
+            format!(
+                "`controller_ca` {file} is the issuer of this agent's own certificate; it must be \
+                 that of controllers"
+            )
+        })
 }
 
 /// The usual checks, and the role: another agent's certificate of the same domain is no

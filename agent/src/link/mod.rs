@@ -28,6 +28,9 @@ use crate::tls::TlsError;
 
 mod connect;
 mod logs;
+mod words;
+
+use words::words;
 
 /// Messages up that wait for the network. Reports beyond wait in the journal.
 const UP: usize = 16;
@@ -79,7 +82,7 @@ pub(crate) enum LinkError {
         source: tonic::transport::Error,
     },
     /// The controller has ended the stream or refused it.
-    #[error("the controller ended the session ({})", .0.code())]
+    #[error("the controller ended the session")]
     Status(#[source] Box<Status>),
     /// The controller says something that breaks the contract.
     #[error("the controller's message cannot be understood")]
@@ -129,6 +132,10 @@ impl LinkError {
             }
             _ if has("UnknownIssuer") || has("BadSignature") => {
                 "the certificates are not of the same installation: look at `controller_ca`"
+            }
+            _ if has("NotAController") => {
+                "what answers there is no controller of this agent's domain: look at `controller`, \
+                 and whether `cert` and `controller_ca` are of the same installation"
             }
             _ if has("NotValidForName") => {
                 "set `controller_name` to the name in the controller's certificate"
@@ -185,7 +192,7 @@ impl Link {
                     let pause = jitter(failures);
                     failures += 1;
                     let hint = error.hint().map(tracing::field::display);
-                    let why = chain(&error);
+                    let why = words(&error);
                     tracing::warn!(why, hint, again_in = ?pause, "no session");
                     notify(&format!("STATUS=not connected: {why}"));
                     pause

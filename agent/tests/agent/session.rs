@@ -198,6 +198,11 @@ async fn only_a_controllers_certificate_makes_a_controller() {
         host.log().contains("its role is `agent`").then_some(())
     })
     .await;
+    let said = host.log();
+    assert!(
+        said.contains("hint") && !said.contains("OtherError"),
+        "not in words: {said}"
+    );
 }
 
 #[tokio::test]
@@ -406,6 +411,9 @@ async fn the_state_of_another_domain_is_an_error_of_the_configuration() {
     drop(controller.accept(epoch(1), 0).await);
     assert_eq!(host.stop(), Some(0));
     host.move_to(&controller, "other.org");
+    let found = host.command("check").output().unwrap();
+    assert_eq!(found.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&found.stderr).contains("belongs to the domain"));
     let refused = host.command("run").output().unwrap();
     assert_eq!(refused.status.code(), Some(2));
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -471,6 +479,112 @@ async fn check_says_what_is_allowed_and_what_is_wrong() {
         host.command("check").output().unwrap().status.code(),
         Some(2)
     );
+}
+
+#[tokio::test]
+async fn what_others_can_change_or_read_is_found_and_keeps_the_agent_from_starting() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let controller = Controller::start().await;
+    let host = Host::new(&controller, ALLOW_RUN);
+    for (name, mode, well) in [
+        ("agent.key", 0o644, 0o600),
+        ("agent.toml", 0o666, 0o600),
+        ("policy.toml", 0o666, 0o600),
+        ("", 0o777, 0o700),
+    ] {
+        let set = |mode| {
+            let mode = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(host.path(name), mode).unwrap();
+        };
+        set(mode);
+        let check = host.command("check").output().unwrap();
+        assert!(matches!(check.status.code(), Some(1 | 2)), "{name}");
+        let run = host.command("run").output().unwrap();
+        assert_eq!(run.status.code(), Some(2), "{name}");
+        let said = String::from_utf8_lossy(&run.stderr).into_owned();
+        assert!(said.contains("chmod"), "{name}: {said}");
+        set(well);
+    }
+    let fine = host.command("check").output().unwrap();
+    assert_eq!(fine.status.code(), Some(0), "{fine:?}");
+}
+
+#[tokio::test]
+async fn check_finds_what_cannot_work() {
+    let controller = Controller::start().await;
+    let host = Host::new(&controller, "");
+    let text = std::fs::read_to_string(&host.config).unwrap();
+    let port = format!("localhost:{}", controller.address.port());
+    for address in [
+        "localhost",
+        "127.0.0.1",
+        "localhost:0",
+        "::1",
+        "a b:1",
+        "https://x:1",
+    ] {
+        std::fs::write(&host.config, text.replace(&port, address)).unwrap();
+        for command in ["check", "run"] {
+            let refused = host.command(command).output().unwrap();
+            let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+            assert_eq!(refused.status.code(), Some(2), "{address}: {said}");
+            assert!(said.contains("`controller`"), "{said}");
+        }
+    }
+    for (more, words) in [
+        (
+            "[postgres.foo]\nhost = '/run'\nuser = 'x'\npassword = 'nosuch'\n",
+            "[postgres.foo]: there is no secret `nosuch`",
+        ),
+        (
+            "[postgres.foo]\nhost = '/run'\nuser = 'x'\nos_user = 'no-such-user'\n",
+            "[postgres.foo]: there is no user `no-such-user`",
+        ),
+        (
+            "[services.foo]\nargv = ['/no/such/program']\n",
+            "[services.foo]: `/no/such/program` is not there",
+        ),
+        (
+            "[services.foo]\nargv = ['/bin/true']\ndir = '/nodir'\nuser = 'no-such-user'\n",
+            "[services.foo]: there is no user `no-such-user`",
+        ),
+        (
+            "[services.foo]\nargv = ['/bin/true']\ndir = '/nodir'\n",
+            "cannot run in /nodir",
+        ),
+    ] {
+        std::fs::write(&host.config, format!("{text}{more}")).unwrap();
+        let found = host.command("check").output().unwrap();
+        let said = String::from_utf8_lossy(&found.stderr).into_owned();
+        assert_eq!(found.status.code(), Some(1), "{more}: {said}");
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    // What a release brings may come later.
+    let later = "[apps.web]\nroot = '/srv/web'\n\
+                 [services.web]\nargv = ['bin/serve']\ndir = '/srv/web/current'\n";
+    std::fs::write(&host.config, format!("{text}{later}")).unwrap();
+    let fine = host.command("check").output().unwrap();
+    assert_eq!(fine.status.code(), Some(0), "{fine:?}");
+}
+
+#[tokio::test]
+async fn check_finds_a_controller_ca_that_is_none() {
+    let controller = Controller::start().await;
+    let host = Host::new(&controller, "");
+    let ca = host.path("ca.pem");
+    for (pem, words) in [
+        (
+            std::fs::read_to_string(host.path("agent.pem")).unwrap(),
+            "issues none",
+        ),
+        (controller.agents_issuer().to_owned(), "own certificate"),
+    ] {
+        std::fs::write(&ca, pem).unwrap();
+        let found = host.command("check").output().unwrap();
+        let said = String::from_utf8_lossy(&found.stderr).into_owned();
+        assert_eq!(found.status.code(), Some(1), "{words}: {said}");
+        assert!(said.contains(words), "{words}: {said}");
+    }
 }
 
 /// A small file system of its own for the agent's state; ended with the value.

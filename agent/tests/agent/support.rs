@@ -240,6 +240,11 @@ impl Controller {
         }
     }
 
+    /// The issuer of agents' certificates.
+    pub(crate) fn agents_issuer(&self) -> &str {
+        &self.agents.pem
+    }
+
     /// Keeps a plan for agents to fetch.
     pub(crate) fn keep(&self, plan: &SealedPlan) {
         let digest = plan.digest().0.to_vec();

@@ -47,7 +47,9 @@ async fn a_command_is_held_against_exit_code_and_output() {
     };
     let failed = unmatched.apply(&cx, &Value::Null).await.unwrap_err();
     assert!(
-        failed.message.contains("does not match `^two$`"),
+        failed
+            .message
+            .ends_with(" has output that does not match `^two$`"),
         "{}",
         failed.message
     );

@@ -340,6 +340,8 @@ mod tests {
             database: "staff".into(),
             tables: tables.iter().map(|&name| name.to_owned()).collect(),
         };
+        let missing = counts(&["nosuch"]).probe(&bench.cx(0, vec![])).await;
+        assert!(matches!(missing.unwrap(), Probe::Unmet(_)));
         let done = counts(&[])
             .apply(&bench.cx(0, vec![]), &NULL)
             .await

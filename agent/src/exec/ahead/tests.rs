@@ -16,13 +16,13 @@ fn before(name: &str, args: Value, here: bool) -> Earlier {
     }
 }
 
-fn unmet(words: &str) -> Result<Probe, Failure> {
-    Ok(Probe::Unmet(failure(Cause::CheckUnmet, words)))
+fn unmet(words: &str) -> Probe {
+    Probe::Unmet(failure(Cause::CheckUnmet, words))
 }
 
 /// What a dry run says of a step that misses something.
 fn said(asked: &Action, earlier: &[Earlier]) -> String {
-    match settle(asked, earlier, unmet("nothing there")) {
+    match settle(asked, earlier, Ok(unmet("nothing there"))) {
         Ok(done) => done.summary,
         Err(failure) => failure.message,
     }

@@ -281,6 +281,22 @@ async fn what_is_missing_is_said_before_anything_happens() {
         "{}",
         failed.message
     );
+    let dry = |bench: &Bench| Context {
+        dry_run: true,
+        ..bench.cx(1, vec![])
+    };
+    let seen = act.probe(&dry(&bench)).await.unwrap();
+    assert!(
+        matches!(&seen, Probe::Unmet(unmet) if unmet.message.contains("/no/such/volume")),
+        "{seen:?}"
+    );
+    let seen = backup().probe(&dry(&bench)).await.unwrap();
+    assert!(matches!(seen, Probe::Absent(_)), "{seen:?}");
+    let port = bench.host.config.postgres["staff"].port;
+    bench.host.config.postgres.get_mut("staff").unwrap().port = 1;
+    let down = backup().probe(&dry(&bench)).await.unwrap_err();
+    assert_eq!(down.cause, Cause::Host, "{}", down.message);
+    bench.host.config.postgres.get_mut("staff").unwrap().port = port;
     bench.host.config.postgres.get_mut("staff").unwrap().bin_dir = Some("/no/tools".into());
     let failed = backup()
         .apply(&bench.cx(1, vec![]), &NULL)
