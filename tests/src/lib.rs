@@ -16,6 +16,7 @@
 pub mod binaries;
 pub mod cluster;
 pub mod daemon;
+pub mod disk;
 pub mod example;
 pub mod fleet;
 pub mod hosts;
@@ -26,6 +27,7 @@ pub mod power;
 pub mod processes;
 pub mod reaper;
 pub mod snapshot;
+pub mod storm;
 pub mod story;
 pub mod timeline;
 pub mod wait;

@@ -398,7 +398,6 @@ fn judge(known: Known, scan: &Scan, size: u64) -> Result<(), Broken> {
             record: Some(number),
             why: format!("record {number} is not the one that was written"),
         }),
-        Some(_) => Ok(()),
         // The first record was durable before the first head was written, and the second came
         // after that; a journal without a head has one record, or a part of it.
         None if scan.number > 1 => Err(Broken {
@@ -409,7 +408,7 @@ fn judge(known: Known, scan: &Scan, size: u64) -> Result<(), Broken> {
             record: Some(1),
             why: format!("its head is missing or broken, and so is record 1{stopped}"),
         }),
-        None => Ok(()),
+        _ => Ok(()),
     }
 }
 

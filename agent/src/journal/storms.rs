@@ -1,30 +1,20 @@
 //! Many faults, each over a journal that was written by the real code. A sample runs always;
-//! `LOCKSTEP_STORM=1000` says how many. Each case has a seed of its own, so that what fails once
-//! fails again.
+//! `LOCKSTEP_STORM=1000` says how many.
 
 use lockstep_proto::ids::{Epoch, InstanceId, RolloutId};
+use lockstep_tests::disk::SmallDisk;
 use lockstep_tests::power::{Moment, Watch};
+use lockstep_tests::storm::{figures, storm};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
+use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
 
-/// How many cases of each kind.
-fn cases() -> u64 {
-    let asked = std::env::var("LOCKSTEP_STORM").ok();
-    asked.map_or(100, |count| {
-        count.parse().expect("LOCKSTEP_STORM is a number")
-    })
-}
-
-/// Runs numbered cases, each with random numbers of its own.
-fn storm(mut case: impl FnMut(&str, &mut StdRng)) {
-    for seed in 0..cases() {
-        case(&format!("case {seed}"), &mut StdRng::seed_from_u64(seed));
-    }
-}
+/// Cases of each kind, unless asked otherwise.
+const SAMPLE: u64 = 100;
 
 fn opened() -> Record {
     Record::Opened {
@@ -90,9 +80,7 @@ impl Life {
         journal.append(&records, Need::Opens).unwrap();
         let mut moments = vec![(Files::read(dir.path()), 1)];
         for append in 1..30_u64 {
-            let batch: Vec<Record> = (0..1 + append % 4)
-                .map(|n| record(append * 10 + n))
-                .collect();
+            let batch: Vec<Record> = (0..=append % 4).map(|n| record(append * 10 + n)).collect();
             journal.append(&batch, Need::Closes).unwrap();
             records.extend(batch);
             moments.push((Files::read(dir.path()), records.len()));
@@ -141,8 +129,8 @@ impl Life {
 #[test]
 fn a_torn_tail_is_never_taken_for_the_end() {
     let life = Life::new();
-    let mut whole = [0, 0];
-    storm(|case, random| {
+    let (mut whole, mut cases) = ([0, 0], 0);
+    storm(SAMPLE, |case, random| {
         let mut files = life.last().clone();
         let of_head = random.random_bool(0.2);
         let file = if of_head {
@@ -160,14 +148,19 @@ fn a_torn_tail_is_never_taken_for_the_end() {
         let cut = random.random_range(1..=most);
         bytes.truncate(bytes.len() - cut);
         whole[usize::from(of_head)] += u32::from(life.is_whole_or_quarantined(case, &files));
+        cases += 1;
     });
     assert_eq!(whole[0], 0, "records that were torn off were not missed");
+    let whole = whole[1];
+    let found = json!({"cases": cases, "whole": whole, "quarantined": cases - whole});
+    figures("journal-agent-torn", &found);
 }
 
 #[test]
 fn a_flipped_bit_is_never_overlooked() {
     let life = Life::new();
-    storm(|case, random| {
+    let mut whole_and_not = [0, 0];
+    storm(SAMPLE, |case, random| {
         let mut files = life.last().clone();
         let of_head = random.random_bool(0.2);
         let file = if of_head {
@@ -183,7 +176,11 @@ fn a_flipped_bit_is_never_overlooked() {
             whole, of_head,
             "{case}: one slot is enough, no record is too many"
         );
+        whole_and_not[usize::from(!whole)] += 1;
     });
+    let [whole, quarantined] = whole_and_not;
+    let found = json!({"cases": whole + quarantined, "whole": whole, "quarantined": quarantined});
+    figures("journal-agent-flipped", &found);
 }
 
 #[test]
@@ -349,12 +346,15 @@ impl Lives {
 fn no_acknowledged_record_is_lost_with_the_power() {
     let mut counts = [0; 2];
     let mut lives = Lives::new();
-    storm(|case, random| {
+    storm(SAMPLE, |case, random| {
         let all = lives.round(random, None);
         let all = all.unwrap_or_else(|why| panic!("{case}: {why}"));
         counts[usize::from(all)] += 1;
     });
-    assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
+    let [without, with] = counts;
+    assert!(without > 0 && with > 0, "{counts:?}");
+    let found = json!({"cuts": 2 * (without + with), "lost": 0, "under_way_found": with});
+    figures("journal-agent-power", &found);
 }
 
 #[test]
@@ -372,7 +372,7 @@ fn a_sync_that_is_left_out_is_noticed() {
 #[test]
 fn what_was_found_after_a_kill_is_not_lost_with_the_power() {
     let life = Life::new();
-    storm(|case, random| {
+    storm(SAMPLE, |case, random| {
         let dir = tempfile::tempdir().unwrap();
         let at = random.random_range(1..life.moments.len());
         life.moments[at - 1].0.write(dir.path());
@@ -424,21 +424,43 @@ fn a_failing_disk_is_said_and_costs_nothing_that_was_acknowledged() {
     }
 }
 
-/// No space at any byte of an append: nothing of it is there, and the next one goes on.
+/// No space for any part of an append: nothing of it is there, and it goes on once there is room.
 #[test]
-fn a_disk_that_fills_in_the_middle_of_an_append_keeps_what_was_acknowledged() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
-    journal.append(&[opened()], Need::Opens).unwrap();
-    let file = std::mem::replace(&mut journal.file, failing("/dev/full"));
-    let result = journal.append(&[record(1), record(2)], Need::Closes);
-    // A device cannot be cut either, so this is a failing disk.
-    assert!(
-        matches!(result, Err(AppendError::Fatal { .. })),
-        "{result:?}"
-    );
-    journal.file = file;
-    journal.append(&[record(3)], Need::Closes).unwrap();
-    drop(journal);
-    assert_eq!(read_all(dir.path()).unwrap(), [opened(), record(3)]);
+fn a_full_disk_costs_nothing_that_was_acknowledged() {
+    let place = tempfile::tempdir().unwrap();
+    let Some(disk) = SmallDisk::mount(place.path().join("state"), 8) else {
+        return;
+    };
+    let mut acknowledged = vec![opened()];
+    let mut journal = Journal::open(disk.path(), |_, _| {}).unwrap();
+    journal.append(&acknowledged, Need::Opens).unwrap();
+    let mut refused = 0;
+    for leaving in (0..40).map(|pages| pages * 4096) {
+        let batch: Vec<Record> = (0..300).map(|n| record(leaving + n)).collect();
+        disk.fill(leaving);
+        // What has ended may be recorded from the reserve; then that is gone, and nothing fits.
+        for need in [Need::Opens, Need::Closes, Need::Closes] {
+            match journal.append(&batch, need) {
+                Ok(_) => {
+                    assert_eq!(need, Need::Closes, "a full disk takes nothing new");
+                    acknowledged.extend(batch.iter().cloned());
+                }
+                Err(AppendError::Full(_)) => refused += 1,
+                Err(error) => panic!("{leaving} bytes left: {error}"),
+            }
+        }
+        // A crash on the full disk changes nothing.
+        drop(journal);
+        let mut found = vec![];
+        let opened = Journal::open(disk.path(), |_, record| found.push(record));
+        journal = opened.unwrap();
+        assert!(found == acknowledged, "{leaving} bytes left");
+        disk.free();
+        journal.append(&[record(leaving)], Need::Opens).unwrap();
+        acknowledged.push(record(leaving));
+        if acknowledged.len() > 20_000 {
+            break;
+        }
+    }
+    assert!(refused > 20, "{refused}");
 }

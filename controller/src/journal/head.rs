@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
 
-use super::disk::sync;
-use super::{FORMAT, Head, JournalId};
+use super::disk::{io_error, sync};
+use super::{FORMAT, Head, JournalId, OpenError};
 
 /// The distance of the slots: no sector of a disk holds parts of both.
 const SLOT_DISTANCE: u64 = 4096;
@@ -45,6 +45,27 @@ pub(super) enum HeadError {
     Format(u32),
     #[error("its head file cannot be read: {0}")]
     Io(#[from] io::Error),
+}
+
+impl HeadError {
+    /// For the journal in this directory.
+    pub(super) fn of(&self, dir: &Path) -> OpenError {
+        match self {
+            Self::Format(found) => OpenError::Format {
+                dir: dir.to_owned(),
+                found: *found,
+            },
+            // That says nothing about what is in it.
+            Self::Io(error) if error.kind() != io::ErrorKind::NotFound => {
+                let error = io::Error::new(error.kind(), error.to_string());
+                io_error("read the head of", dir)(error)
+            }
+            error => OpenError::Quarantined {
+                dir: dir.to_owned(),
+                what: error.to_string(),
+            },
+        }
+    }
 }
 
 impl HeadFile {

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::io_error;
 use super::head::{HeadError, HeadFile};
-use super::sled::{self, Copied, SledJournal};
+use super::sled::{self, Copied, SledJournal, Unread};
 use super::{AppendError, Broken, FORMAT, Head, Journal as _, JournalId, OpenError};
 
 /// The version of the text.
@@ -153,7 +153,8 @@ pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
             inspection.last = Some(followed.head);
             inspection.broken = followed.broken;
         }
-        Err(broken) => inspection.broken = Some(broken),
+        Err(Unread::Broken(broken)) => inspection.broken = Some(broken),
+        Err(refused @ Unread::Refused(_)) => return Err(refused.of(&journal.dir)),
     }
     if let Err(error) = &journal.stored {
         let what = match &inspection.broken {
@@ -173,15 +174,10 @@ pub(crate) fn export(state: &Path, out: &mut impl Write) -> Result<Head, ExportE
         dir: journal.dir.clone(),
         what,
     };
-    if let Err(error) = &journal.stored {
-        return Err(quarantined(error.to_string()).into());
-    }
+    let stored = journal.stored.as_ref();
+    let id = stored.map_err(|error| error.of(&journal.dir))?.id;
     let looked = journal.look().and_then(sled::whole);
-    let (db, head) = looked.map_err(|broken| quarantined(broken.what))?;
-    let id = match &journal.stored {
-        Ok(stored) => stored.id,
-        Err(_) => unreachable!("that was refused above"),
-    };
+    let (db, head) = looked.map_err(|unread| unread.of(&journal.dir))?;
     let read = || {
         let payloads = sled::payloads(&db).zip(1_u64..);
         payloads.map(|(payload, number)| match payload {
@@ -315,7 +311,10 @@ impl Offline {
         }
         let lock = sled::lock_existing(state)?;
         let stored = match HeadFile::read(&dir.join("head")) {
-            Err(HeadError::Format(found)) => return Err(OpenError::Format { dir, found }),
+            // Broken is what can be told of; the rest says nothing about the journal.
+            Err(error) if !matches!(error.of(&dir), OpenError::Quarantined { .. }) => {
+                return Err(error.of(&dir));
+            }
             stored => stored,
         };
         if !dir.join(sled::STORE_FILE).exists() {
@@ -337,7 +336,7 @@ impl Offline {
         })
     }
 
-    fn look(&self) -> Result<(::sled::Db, sled::Followed), Broken> {
+    fn look(&self) -> Result<(::sled::Db, sled::Followed), Unread> {
         let missing = || sled::unreadable("its store is missing".to_owned());
         let copied = self.copied.as_ref().ok_or_else(missing)?;
         copied.look(self.stored.as_ref().ok().copied())

@@ -110,7 +110,7 @@ impl SledJournal {
         let (mut head_file, stored) = match HeadFile::open(&dir.join("head")) {
             Ok(found) => found,
             Err(HeadError::Format(found)) => return Err(OpenError::Format { dir, found }),
-            Err(error) => return Err(quarantined(error.to_string())),
+            Err(error) => return Err(error.of(&dir)),
         };
         let store_dir = dir.join("store");
         let store_path = dir.join(STORE_FILE);
@@ -123,15 +123,15 @@ impl SledJournal {
             Err(source) => return Err(io_error("open", &store_path)(source)),
         };
 
-        let quarantine = |broken: Broken| quarantined(broken.what);
+        let refused = |unread: Unread| unread.of(&dir);
         let seen = Copied::make(&store_dir, check)?.look(Some(stored));
-        let seen = seen.and_then(whole).map_err(quarantine)?.1;
+        let seen = seen.and_then(whole).map_err(refused)?.1;
         // Whoever wrote it may have been killed before it was synced, and sled keeps an index of
         // what it finds now.
         sync(&store, &store_path).map_err(io_error("sync", &store_path))?;
         let (db, head) = look(store_dir.clone(), Some(stored))
             .and_then(whole)
-            .map_err(quarantine)?;
+            .map_err(refused)?;
         if head != seen {
             let what = format!(
                 "it ends at record {}, but a copy of it at record {}",
@@ -296,7 +296,7 @@ impl Copied {
     }
 
     /// Opens the copy and follows its chain.
-    pub(super) fn look(&self, stored: Option<Stored>) -> Result<(sled::Db, Followed), Broken> {
+    pub(super) fn look(&self, stored: Option<Stored>) -> Result<(sled::Db, Followed), Unread> {
         look(self.0.clone(), stored)
     }
 }
@@ -319,27 +319,55 @@ pub(super) struct Followed {
 }
 
 /// The head of a chain that holds to its end.
-pub(super) fn whole((db, followed): (sled::Db, Followed)) -> Result<(sled::Db, Head), Broken> {
+pub(super) fn whole((db, followed): (sled::Db, Followed)) -> Result<(sled::Db, Head), Unread> {
     match followed.broken {
         None => Ok((db, followed.head)),
-        Some(broken) => Err(broken),
+        Some(broken) => Err(Unread::Broken(broken)),
+    }
+}
+
+/// Why a chain was not followed to its end.
+#[derive(Debug)]
+pub(super) enum Unread {
+    /// The journal is not what was written.
+    Broken(Broken),
+    /// The operating system refuses, which says nothing about the journal.
+    Refused(io::Error),
+}
+
+impl Unread {
+    /// For the journal in this directory.
+    pub(super) fn of(self, dir: &Path) -> OpenError {
+        match self {
+            Self::Broken(broken) => OpenError::Quarantined {
+                dir: dir.to_owned(),
+                what: broken.what,
+            },
+            Self::Refused(source) => io_error("read the records of", dir)(source),
+        }
+    }
+}
+
+/// What sled says of a store. Its own findings about files are errors without a number.
+fn store_error(what: &str, error: sled::Error) -> Unread {
+    match error {
+        sled::Error::Io(error) if error.raw_os_error().is_some() => Unread::Refused(error),
+        error => unreadable(format!("its store cannot be {what}: {error}")),
     }
 }
 
 /// Opens sled in a directory and follows the whole chain. What goes wrong is said in words, a
 /// panic of sled's included.
-fn look(dir: PathBuf, stored: Option<Stored>) -> Result<(sled::Db, Followed), Broken> {
+fn look(dir: PathBuf, stored: Option<Stored>) -> Result<(sled::Db, Followed), Unread> {
     let looking = thread::Builder::new()
         .name("journal-check".to_owned())
         .spawn(move || {
             let db = settings(&dir).open();
-            let db =
-                db.map_err(|error| unreadable(format!("its store cannot be opened: {error}")))?;
+            let db = db.map_err(|error| store_error("opened", error))?;
             let followed = follow(&db, stored)?;
             Ok((db, followed))
         });
-    let looking =
-        looking.map_err(|error| unreadable(format!("it cannot be looked at: {error}")))?;
+    let looking = looking.map_err(Unread::Refused)?;
     looking.join().unwrap_or_else(|panic| {
         let panic = panic
             .downcast_ref::<String>()
@@ -350,13 +378,13 @@ fn look(dir: PathBuf, stored: Option<Stored>) -> Result<(sled::Db, Followed), Br
     })
 }
 
-pub(super) fn unreadable(what: String) -> Broken {
-    Broken { record: None, what }
+pub(super) fn unreadable(what: String) -> Unread {
+    Unread::Broken(Broken { record: None, what })
 }
 
 /// Follows the chain from the anchor; it must pass through the stored head, if there is one.
-fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Broken> {
-    let unread = |error: sled::Error| unreadable(format!("its store cannot be read: {error}"));
+fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
+    let unread = |error| store_error("read", error);
     let meta = db.get(META).map_err(unread)?;
     let id = meta.as_deref().and_then(|meta| {
         let id = meta.strip_prefix(&FORMAT.to_be_bytes())?;
