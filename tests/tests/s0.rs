@@ -15,6 +15,23 @@ fn v1_0_0_goes_out_and_v1_1_0_comes_back() {
     let old = Snapshot::take(&cluster).unwrap();
     assert_eq!(old.tables["employees"].0, 200);
 
+    // A dry run finds nothing that would fail, and changes nothing.
+    let inputs = cluster.inputs(&example::plan(), "v1.0.0");
+    let mut command = vec!["plan".to_owned(), example::plan().display().to_string()];
+    for (name, value) in inputs {
+        command.extend(["--input".to_owned(), format!("{name}={value}")]);
+    }
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let said = cluster.requester().run(&command).unwrap();
+    assert_eq!(said.code, 0, "{}", said.text());
+    assert!(
+        said.text().contains("depends on an earlier step"),
+        "{}",
+        said.text()
+    );
+    let looked = Snapshot::take(&cluster).unwrap();
+    assert_eq!(old.differences(&looked), Vec::<String>::new());
+
     let good = deploy(&cluster, "v1.0.0");
     assert_eq!(
         text(&good["state"]),
