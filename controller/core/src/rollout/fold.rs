@@ -328,6 +328,7 @@ impl Rollout {
                     return;
                 };
                 member.consent.get_or_insert_with(|| Err(refusals.clone()));
+                member.declined.get_or_insert(now);
             }
             ReportBody::Started { key } => {
                 if let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt) {

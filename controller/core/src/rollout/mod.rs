@@ -40,6 +40,9 @@ pub(crate) use state::{Attempt, Backward, Cursor, Gate, Member, Mode, Outcome};
 /// How long hosts have to consent.
 pub const CONSENT_WITHIN: Period = Period::seconds(60);
 
+/// How long the others still have once one has refused.
+pub const REFUSALS_WITHIN: Period = Period::seconds(2);
+
 /// How long an order may be obeyed after it was given: a host that comes back later is not
 /// surprised by an old one. Undos live shorter, for the others should not wait long for a host
 /// that is lost.
@@ -262,7 +265,7 @@ impl Rollout {
                 .max(floor.plus(REPORT_GRACE))
         });
         let mode = match &self.mode {
-            Mode::Consenting => Some(self.submitted.max(floor).plus(CONSENT_WITHIN)),
+            Mode::Consenting => Some(self.consent_until(floor)),
             // Nothing becomes due while paused.
             _ if self.paused => None,
             Mode::Forward(cursor) => self.cursor_deadline(cursor, now),
@@ -314,6 +317,15 @@ impl Rollout {
             .collect()
     }
 
+    /// Until when hosts may answer. One that refuses ends the rollout; the others get a moment, so
+    /// that people read all refusals at once.
+    fn consent_until(&self, floor: Timestamp) -> Timestamp {
+        let latest = self.submitted.max(floor).plus(CONSENT_WITHIN);
+        let declined = self.members.values().filter_map(|member| member.declined);
+        let refused = declined.min().map(|at| at.plus(REFUSALS_WITHIN));
+        refused.map_or(latest, |refused| refused.min(latest))
+    }
+
     fn advance_consent(&self, now: Timestamp, floor: Timestamp) -> Vec<Record> {
         let declined: Vec<String> = self
             .members
@@ -325,24 +337,28 @@ impl Rollout {
                 _ => None,
             })
             .collect();
-        if !declined.is_empty() {
-            return vec![self.end(
-                End::Cancelled,
-                format!("nothing was done: {}", declined.join("; ")),
-            )];
-        }
         let silent: Vec<&str> = self
             .members
             .iter()
             .filter(|(_, member)| member.consent.is_none())
             .map(|(host, _)| host.as_str())
             .collect();
+        let over = now >= self.consent_until(floor);
+        if !declined.is_empty() && !silent.is_empty() && !over {
+            return vec![];
+        }
+        if !declined.is_empty() {
+            return vec![self.end(
+                End::Cancelled,
+                format!("nothing was done: {}", declined.join("; ")),
+            )];
+        }
         if silent.is_empty() {
             return vec![Record::Consented {
                 rollout: self.id.clone(),
             }];
         }
-        if now >= self.submitted.max(floor).plus(CONSENT_WITHIN) {
+        if over {
             let reason = format!(
                 "nothing was done: no answer from {} within {CONSENT_WITHIN}; see `lockstep hosts`, and \
                  `lockstep forget HOST` for one that is gone for good",

@@ -45,6 +45,8 @@ pub struct Rollout {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Member {
     pub(crate) consent: Option<Result<(), Vec<Refusal>>>,
+    /// When it refused.
+    pub(crate) declined: Option<Timestamp>,
     pub(crate) quarantined: Option<String>,
     /// The host's state before, by name: digest and words.
     pub(crate) before: BTreeMap<String, (Digest, String)>,

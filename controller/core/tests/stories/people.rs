@@ -292,6 +292,33 @@ fn a_host_that_is_gone_for_good_is_forgotten() {
 }
 
 #[test]
+fn all_refusals_are_read_at_once() {
+    let refused = |silent: bool| {
+        let mut fleet = Fleet::new(&["a", "b"]);
+        fleet
+            .submit(1, plan(1, vec![on("app", vec![stop()])]))
+            .unwrap();
+        let names = if silent { vec!["a"] } else { vec!["a", "b"] };
+        for name in names {
+            assert_eq!(fleet.state(1), "running");
+            let rollout = rollout(1);
+            let reason = "the policy lists no service.stop".into();
+            let refusals = vec![Refusal { at: None, reason }];
+            fleet.report(name, ReportBody::Declined { rollout, refusals });
+        }
+        if silent {
+            let due = fleet.coordinator.next_deadline();
+            assert_eq!(due, Some(Timestamp(fleet.now + 2_000)));
+            fleet.later(2);
+        }
+        assert_eq!(fleet.state(1), "cancelled");
+        fleet.reason(1)
+    };
+    assert!(refused(false).contains("a refuses") && refused(false).contains("b refuses"));
+    assert!(refused(true).contains("a refuses"));
+}
+
+#[test]
 fn a_second_rollout_is_refused_with_the_first_ones_name() {
     let mut fleet = Fleet::new(&["a"]);
     fleet
