@@ -73,9 +73,9 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
 
     say("deploying v1.0.0, with the controller, steps and an agent killed on the way");
     let good = deploy(fleet, &example::plan(), "v1.0.0", |rollout| {
-        kill_controller(fleet, rollout, "release.fetch")?;
         kill_step(fleet, rollout, "release.build")?;
         kill_agent(fleet, rollout, "release.build")?;
+        kill_controller(fleet, rollout)?;
         kill_step(fleet, rollout, "migration.apply")
     })?;
     report(fleet, &good, evidence, "v1.0.0")?;
@@ -185,15 +185,18 @@ fn under_way(fleet: &Fleet, rollout: &str, action: &str) -> Result<(&'static str
         &pattern,
     ];
     wait::until(&format!("a unit {pattern}"), wait::ROLLOUT, || {
-        for (host, _) in HOSTS {
-            let units = fleet
-                .on(host, &list)
-                .map_err(|error| format!("{error:#}"))?;
-            if let Some(unit) = units.split_whitespace().next() {
-                return Ok((host, unit.to_owned()));
+        // All at once: some steps take no longer than a second.
+        thread::scope(|scope| {
+            let asked = HOSTS.map(|(host, _)| (host, scope.spawn(move || fleet.on(host, &list))));
+            for (host, units) in asked {
+                let units = units.join().expect("nobody who asks panics");
+                let units = units.map_err(|error| format!("{error:#}"))?;
+                if let Some(unit) = units.split_whitespace().next() {
+                    return Ok((host, unit.to_owned()));
+                }
             }
-        }
-        Err("none on any host".to_owned())
+            Err("none on any host".to_owned())
+        })
     })
 }
 
@@ -207,9 +210,8 @@ fn kill_step(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
     kill(fleet, host, &unit)
 }
 
-/// Kills the controller while an action is under way; systemd starts it again.
-fn kill_controller(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
-    under_way(fleet, rollout, action)?;
+/// Kills the controller; systemd starts it again.
+fn kill_controller(fleet: &Fleet, rollout: &str) -> Result<()> {
     kill(fleet, CONTROL, "lockstep-controller.service")?;
     wait::until("the controller to answer again", wait::SOON, || {
         let asked = fleet.operator(cluster::REQUESTER).rollout(rollout);
