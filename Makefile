@@ -7,6 +7,8 @@ SHELL := /bin/bash
 
 CARGO := cargo
 LOCKED := --locked
+# The product, without the package that plants faults in it.
+PRODUCT := --workspace --exclude lockstep-faults
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
@@ -22,16 +24,17 @@ fmt: ## the format is rustfmt's
 	$(CARGO) fmt --all --check
 
 clippy: ## no warnings
-	$(CARGO) clippy $(LOCKED) --workspace --all-targets -- -D warnings
+	$(CARGO) clippy $(LOCKED) $(PRODUCT) --all-targets -- -D warnings
+	$(CARGO) clippy $(LOCKED) -p lockstep -p lockstep-agent -p lockstep-faults --all-targets -- -D warnings
 
 doc: ## the documentation builds, without broken links
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(LOCKED) --workspace --no-deps --document-private-items
 
 build: prepare ## the binaries that stories run
-	$(CARGO) build $(LOCKED) --workspace --bins
+	$(CARGO) build $(LOCKED) $(PRODUCT) --bins
 
 release: prepare ## the binaries that users run
-	$(CARGO) build $(LOCKED) --release --workspace --bins
+	$(CARGO) build $(LOCKED) --release $(PRODUCT) --bins
 
 agent: ## the agent as hosts get it, small: target/agent/lockstep-agent
 	$(CARGO) build $(LOCKED) --profile agent -p lockstep-agent
@@ -39,11 +42,11 @@ agent: ## the agent as hosts get it, small: target/agent/lockstep-agent
 test: build ## unit, property, golden and whole-process tests, and the documentation's examples
 	@$(NOFILE)
 	if $(CARGO) nextest --version >/dev/null 2>&1; then
-		$(CARGO) nextest run $(LOCKED) --workspace --no-tests=warn
+		$(CARGO) nextest run $(LOCKED) $(PRODUCT) --no-tests=warn
 	else
-		$(CARGO) test $(LOCKED) --workspace --lib --bins --tests -- --test-threads=2
+		$(CARGO) test $(LOCKED) $(PRODUCT) --lib --bins --tests -- --test-threads=2
 	fi
-	$(CARGO) test $(LOCKED) --workspace --doc
+	$(CARGO) test $(LOCKED) $(PRODUCT) --doc
 
 deny: ## licences, sources, advisories and banned crates
 	@if $(CARGO) deny --version >/dev/null 2>&1; then
@@ -59,7 +62,7 @@ demo: build ## a whole rollout before your eyes: v1.0.0 goes out, v1.1.0 comes b
 fleet: release ## the same on real systemd hosts; needs root
 	@$(NOFILE)
 	# The tests that need a systemd of their own run on the fleet's hosts.
-	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --bins --no-run --message-format json |
+	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --lib --no-run --message-format json |
 		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
 	LOCKSTEP_AGENT_TESTS=$$tests target/release/fleet
 

@@ -22,6 +22,8 @@ pub mod fleet;
 pub mod hosts;
 pub mod mail;
 pub mod operator;
+pub mod planted;
+pub mod points;
 pub mod postgres;
 pub mod power;
 pub mod processes;

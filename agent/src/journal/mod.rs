@@ -294,16 +294,16 @@ const OVER_QUOTA: i32 = rustix::io::Errno::DQUOT.raw_os_error();
 /// Makes a directory's entries durable.
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     let opened = File::open(dir)?;
-    #[cfg(test)]
+    #[cfg(any(test, feature = "faults"))]
     lockstep_tests::power::before_sync(dir);
     opened.sync_all()
 }
 
 /// Makes a file's content durable. Tests cut the power between any two of these.
 fn sync(file: &File, path: &Path) -> io::Result<()> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "faults"))]
     lockstep_tests::power::before_sync(path);
-    #[cfg(not(test))]
+    #[cfg(not(any(test, feature = "faults")))]
     let _ = path;
     file.sync_data()
 }

@@ -1,0 +1,230 @@
+//! Lockstep's agent: one small binary on every host.
+//!
+//! ```text
+//! controller <--- TLS 1.3, agent dials ---> link
+//!                                            |  Inbound / Outbound: domain types only
+//!                                           exec      consent, policy, journal, order of steps
+//!                                            |  job file, claim, outcome file
+//!                                       step process  one action, in a session or unit of its own
+//!                                            |
+//!                                           host
+//! ```
+//!
+//! The link carries, exec decides and remembers, step processes act. Exec may be killed at any
+//! instant: what is running goes on without it, and is found again.
+//!
+//! Promises kept here: INV-1 once (`step::claim`, `exec::attend`), INV-2 durable (`journal`), INV-4
+//! fenced and the order of steps (`exec::machine`), INV-9 consent (`exec::policy`,
+//! `exec::consent`), INV-10 secrets (resolved in step processes only). Start reading in
+//! `exec::machine`.
+
+mod actions;
+mod check;
+mod config;
+mod daemon;
+mod errors;
+mod exec;
+mod identity;
+mod journal;
+mod link;
+mod notify;
+mod process;
+mod sql;
+mod step;
+#[cfg(test)]
+mod testing;
+mod tls;
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use lockstep_proto::ids::StepKey;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Config;
+use crate::identity::{IdentityError, StateLock};
+use crate::step::StepExit;
+
+/// What the exit codes mean; also in the help text.
+mod exit {
+    /// Done; for `run`: ended because it was asked to.
+    pub(crate) const DONE: u8 = 0;
+    /// `check` has found something that keeps the agent from working, or that is not safe.
+    pub(crate) const PROBLEMS: u8 = 1;
+    /// The command line or a file of the host's own cannot be used.
+    pub(crate) const USAGE: u8 = 2;
+    /// Another agent runs with the same state directory.
+    pub(crate) const IN_USE: u8 = 3;
+    /// The operating system failed, the journal first of all. Start it again.
+    pub(crate) const INTERNAL: u8 = 4;
+    /// `step`: the attempt was claimed before, and nothing was done.
+    pub(crate) const CLAIMED: u8 = 10;
+    /// `journal verify`: a person must look at the state directory.
+    pub(crate) const BROKEN: u8 = 10;
+}
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  check: something is wrong
+  2  the command line, the configuration or the policy cannot be used
+  3  another agent runs with the same state directory
+  4  the operating system failed; start it again
+ 10  journal verify: the journal is broken; step: the attempt was claimed before, and nothing
+     was done";
+
+/// Lockstep's agent: does on this host what a plan says and the host's own policy allows.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Connect to the controller and take its orders, until stopped.
+    Run(File),
+    /// Read configuration, policy and certificates, and say what is allowed and what is wrong.
+    Check(File),
+    /// Look at the journal while no agent runs.
+    #[command(subcommand)]
+    Journal(JournalCommand),
+    /// Do one attempt. Started by `run`.
+    #[command(hide = true)]
+    Step {
+        #[command(flatten)]
+        file: File,
+        key: StepKey,
+    },
+    /// Become a service. Started by a step.
+    #[command(hide = true)]
+    Supervise,
+}
+
+#[derive(Debug, Subcommand)]
+enum JournalCommand {
+    /// Say whether the journal is whole, and which record is the first that is not. Changes
+    /// nothing.
+    Verify(File),
+}
+
+#[derive(Debug, clap::Args)]
+struct File {
+    /// The host's configuration.
+    #[arg(long, value_name = "FILE", default_value = "/etc/lockstep/agent.toml")]
+    config: PathBuf,
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    // Before anything uses TLS: with no default, rustls would have to guess.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let code = match Arguments::parse().command {
+        Command::Run(file) => with_config(&file, |config| daemon::run(config, &file.config)),
+        Command::Check(file) => check::check(&file.config),
+        Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
+        Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
+        Command::Supervise => {
+            let Err(why) = actions::service::supervise();
+            say(&why);
+            exit::INTERNAL
+        }
+    };
+    code.into()
+}
+
+fn with_config(file: &File, then: impl FnOnce(Config) -> u8) -> u8 {
+    log();
+    match Config::load(&file.config) {
+        Ok(config) => then(config),
+        Err(error) => {
+            say(&errors::chain(&error));
+            exit::USAGE
+        }
+    }
+}
+
+fn step(config: Config, key: &StepKey) -> u8 {
+    let result = runtime().and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, step::run(config, key))
+    });
+    match result {
+        Ok(StepExit::Done) => exit::DONE,
+        Ok(StepExit::ClaimedBefore) => {
+            say(&format!("{key} was claimed before; nothing was done"));
+            exit::CLAIMED
+        }
+        Err(error) => {
+            say(&format!("{key}: {}", errors::chain(&error)));
+            exit::INTERNAL
+        }
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "as the other commands")]
+fn verify(config: Config) -> u8 {
+    let state = &config.state_dir;
+    // Taking the lock would make a directory and a file where there never was an agent.
+    if !state.join("journal").exists() && !state.join("head").exists() {
+        say(&format!("there is no journal in {}", state.display()));
+        return exit::USAGE;
+    }
+    let _lock = match StateLock::take(state) {
+        Ok(lock) => lock,
+        Err(error) => {
+            say(&errors::chain(&error));
+            return match error {
+                IdentityError::InUse(_) => exit::IN_USE,
+                IdentityError::Io { .. } => exit::INTERNAL,
+            };
+        }
+    };
+    match journal::verify(state) {
+        Ok(verified) => {
+            // Whoever closes the pipe has read enough.
+            let _ = std::io::stdout().write_all(verified.text().as_bytes());
+            let Some(broken) = verified.broken else {
+                return exit::DONE;
+            };
+            say(&format!("the journal is broken: {}", broken.why));
+            say(
+                "hint: nothing was changed; keep a copy of the state directory, then see \
+                 docs/recovery.md",
+            );
+            exit::BROKEN
+        }
+        Err(error) => {
+            say(&errors::chain(&error));
+            exit::INTERNAL
+        }
+    }
+}
+
+/// One thread: an agent waits nearly all the time.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+}
+
+/// Events go to standard error: journald takes them from there, with its own clock.
+fn log() {
+    let filter = EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        builder.without_time().init();
+    } else {
+        builder.init();
+    }
+}
+
+/// One line for people. Nobody may be reading.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "lockstep-agent: {line}");
+}

@@ -1,0 +1,105 @@
+//! Faults that are planted in the product, one at a time, so that what looks for faults is seen to
+//! find them. With the feature `faults` only: binaries for users know nothing of it.
+
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+/// A fault that can be planted: the promise that it breaks stands with each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// INV-2: the agent's journal does not sync what it writes.
+    AgentSkipsSync,
+    /// INV-4: the agent obeys a term that has ended.
+    AgentIgnoresEpoch,
+    /// INV-1: an attempt that left no proof is ordered again by the controller.
+    RetryUnknown,
+    /// INV-2: the controller acknowledges and sends before it persists.
+    SendBeforePersist,
+    /// INV-2: the agent forgets its newest report when it reconnects.
+    DropLastReport,
+    /// INV-6: an undo that is done is done again.
+    UndoTwice,
+    /// INV-3: a phase opens before the one before it is closed everywhere.
+    OpenPhaseEarly,
+    /// INV-5: a host that cannot be reached counts as ok.
+    UnreachableIsOk,
+    /// INV-1: another attempt goes out under the key of the one before.
+    ReuseStepKey,
+    /// INV-1: a step process acts although the attempt was claimed before.
+    ExecuteClaimed,
+    /// INV-1: the claim is not synced.
+    ClaimSkipsSync,
+    /// INV-1: an attempt without an outcome is settled as not done, without asking the host.
+    SettleWithoutProbe,
+    /// INV-2: the intent is written after the step process was started.
+    IntentAfterStart,
+    /// INV-1: an outcome that is there is not read; the attempt counts as interrupted.
+    ForgetOutcome,
+    /// INV-1: a host that was restarted takes an old claim for a live one or the boot for the same.
+    IgnoreBoot,
+    /// An order past its not-after time is carried out.
+    IgnoreNotAfter,
+    /// INV-6: a rollback leaves out the last host that was touched.
+    SkipAnUndo,
+    /// INV-2: the controller drops the last record of its journal when it starts.
+    ForgetLastRecord,
+    /// INV-8: deadlines are not looked at.
+    IgnoreDeadlines,
+    /// INV-7: `one_of` elects again although an order was sent.
+    ElectAgain,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::AgentSkipsSync,
+        Self::AgentIgnoresEpoch,
+        Self::RetryUnknown,
+        Self::SendBeforePersist,
+        Self::DropLastReport,
+        Self::UndoTwice,
+        Self::OpenPhaseEarly,
+        Self::UnreachableIsOk,
+        Self::ReuseStepKey,
+        Self::ExecuteClaimed,
+        Self::ClaimSkipsSync,
+        Self::SettleWithoutProbe,
+        Self::IntentAfterStart,
+        Self::ForgetOutcome,
+        Self::IgnoreBoot,
+        Self::IgnoreNotAfter,
+        Self::SkipAnUndo,
+        Self::ForgetLastRecord,
+        Self::IgnoreDeadlines,
+        Self::ElectAgain,
+    ];
+
+    /// Its name on command lines, as in the source.
+    pub fn name(self) -> String {
+        format!("{self:?}")
+    }
+
+    /// The fault of a name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|fault| fault.name() == name)
+    }
+}
+
+thread_local! {
+    static PLANTED: Cell<Option<Fault>> = const { Cell::new(None) };
+}
+
+/// Plants a fault on this thread, or takes it out again.
+pub fn plant(fault: Option<Fault>) {
+    PLANTED.set(fault);
+}
+
+/// Whether a fault is planted: on this thread, or in the whole process by `LOCKSTEP_PLANTED`.
+pub fn is(fault: Fault) -> bool {
+    static PROCESS: OnceLock<Option<Fault>> = OnceLock::new();
+    let process = PROCESS.get_or_init(|| {
+        let name = std::env::var("LOCKSTEP_PLANTED").ok()?;
+        Some(Fault::named(&name).expect("the name of a planted fault"))
+    });
+    PLANTED.get() == Some(fault) || *process == Some(fault)
+}
