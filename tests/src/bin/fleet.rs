@@ -1,4 +1,7 @@
-//! `make fleet`: the runbook on three systemd hosts and a controller's, as users install them.
+//! `make fleet`: the runbook on three systemd hosts and a controller's, as users install them; then
+//! faults of such hosts, each in the middle of a running step.
+//!
+//! `fleet faults [NAME...]` leaves the runbook out, and tries the faults that are named, or all.
 #![allow(clippy::print_stdout, reason = "it says what it is at")]
 
 use std::fs;
@@ -8,7 +11,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lockstep_tests::fleet::{CONTROL, Fleet, HOSTS};
+use lockstep_tests::fleet::{CONTROL, Fleet, HOSTS, faults};
 use lockstep_tests::operator::{Operator, answer_gates, list, steps, text};
 use lockstep_tests::timeline::timeline;
 use lockstep_tests::{cluster, example, target, wait};
@@ -30,6 +33,7 @@ struct Seen {
     succeeded: bool,
     rolled_back: bool,
     equal: bool,
+    faults: Vec<faults::Seen>,
 }
 
 fn run() -> Result<()> {
@@ -40,7 +44,12 @@ fn run() -> Result<()> {
     let fleet = Fleet::start(say)?;
     let _ = fs::remove_dir_all(&evidence);
     fs::create_dir_all(&evidence)?;
-    let shown = show(&fleet, &mut seen, &evidence);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let shown = match &arguments[..] {
+        [] => show(&fleet, &mut seen, &evidence).and_then(|()| strike(&fleet, &mut seen, &[])),
+        [word, names @ ..] if word == "faults" => strike(&fleet, &mut seen, names),
+        _ => Err(anyhow::anyhow!("usage: fleet [faults [NAME...]]")),
+    };
     let collected = fleet.collect(&evidence);
     let stopped = fleet.stop();
     let result = json!({
@@ -48,6 +57,7 @@ fn run() -> Result<()> {
         "succeeded": seen.succeeded,
         "rolled_back": seen.rolled_back,
         "equal_after_rollback": seen.equal,
+        "faults": seen.faults.iter().map(faults::Seen::to_json).collect::<Vec<_>>(),
         "seconds": begun.elapsed().as_secs(),
     });
     fs::write(reports.join("fleet.json"), format!("{result:#}\n"))?;
@@ -126,6 +136,22 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
             units.lines().count() > 3,
             "no step ran as a unit of systemd on {name}: {units}"
         );
+    }
+    Ok(())
+}
+
+/// Tries faults of hosts, those that are named or all of them.
+fn strike(fleet: &Fleet, seen: &mut Seen, names: &[String]) -> Result<()> {
+    let unknown = names
+        .iter()
+        .find(|name| !faults::FAULTS.iter().any(|fault| fault.name == **name));
+    ensure!(unknown.is_none(), "there is no fault {unknown:?}");
+    for fault in &faults::FAULTS {
+        if names.is_empty() || names.iter().any(|name| name == fault.name) {
+            let tried = fault.try_on(fleet)?;
+            say(&format!("fault {}", tried.to_json()));
+            seen.faults.push(tried);
+        }
     }
     Ok(())
 }
@@ -225,18 +251,9 @@ fn kill_agent(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
     kill(fleet, host, "lockstep-agent.service")
 }
 
-/// Kills the main process of a unit, and sees in the journal that it was killed and what of.
+/// Kills the main process of a unit.
 fn kill(fleet: &Fleet, host: &str, unit: &str) -> Result<()> {
-    let kill = ["systemctl", "kill", "--kill-whom=main", "--signal=KILL"];
-    fleet.on(host, &[&kill[..], &["--", unit]].concat())?;
-    wait::until(&format!("{unit} on {host} to die"), wait::SOON, || {
-        let journal = ["journalctl", "--no-pager", "-o", "cat", "-u", unit];
-        let said = fleet
-            .on(host, &journal)
-            .map_err(|error| format!("{error:#}"))?;
-        let died = said.contains("Main process exited, code=killed, status=9/KILL");
-        died.then_some(()).ok_or(said)
-    })?;
+    fleet.kill(host, unit)?;
     say(&format!("  killed {unit} on {host}"));
     Ok(())
 }
