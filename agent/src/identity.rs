@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use lockstep_proto::ids::{BootId, Digest};
 use rustix::fs::FlockOperation;
 
+use crate::faults::reached;
 use crate::journal::sync_dir;
 
 /// An identity that cannot be had.
@@ -103,20 +104,27 @@ fn make_boot_file(run_dir: &Path, path: &Path) -> Result<Vec<u8>, IdentityError>
         }
         _ => {}
     }
+    reached("boot: linked");
     std::fs::remove_file(&fresh).map_err(io_error("remove", &fresh))?;
+    reached("boot: there");
     std::fs::read(path).map_err(io_error("read", path))
 }
 
 /// Writes a whole new file and makes its content durable, but not its name.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    reached("file: to be written");
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
         .open(path)?;
+    reached("file: opened");
     file.write_all(bytes)?;
-    file.sync_all()
+    reached("file: written");
+    file.sync_all()?;
+    reached("file: synchronised");
+    Ok(())
 }
 
 /// Replaces a file as a whole: afterwards the new content is durable, or the old one is there.
@@ -124,7 +132,10 @@ pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let fresh = path.with_extension("new");
     write_durably(&fresh, bytes)?;
     std::fs::rename(&fresh, path)?;
-    sync_dir(path.parent().unwrap_or_else(|| Path::new(".")))
+    reached("file: renamed");
+    sync_dir(path.parent().unwrap_or_else(|| Path::new(".")))?;
+    reached("file: there");
+    Ok(())
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ mod config;
 mod daemon;
 mod errors;
 mod exec;
+mod faults;
 mod identity;
 mod journal;
 mod link;

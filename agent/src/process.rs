@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::faults::reached;
 use crate::step::Context;
 
 mod output;
@@ -79,7 +80,9 @@ impl Program {
     /// (with a hint about a missing tool) or takes too long; an exit code other than 0 is no
     /// failure here.
     pub(crate) async fn run(&self, cx: &Context) -> Result<Ended, Failure> {
+        reached("program: to be started");
         let mut child = self.spawn()?;
+        reached("program: started");
         let group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let redactor = Redactor::new(&self.secrets);
@@ -121,6 +124,7 @@ impl Program {
             }
         };
         group.forget();
+        reached("program: ended");
         Ok(Ended {
             code: exit_code(status),
             stdout: kept.into_string(),

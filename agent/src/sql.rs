@@ -20,6 +20,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage};
 
 use crate::config::Postgres;
+use crate::faults::reached;
 use crate::step::{Context, failure};
 
 #[cfg(test)]
@@ -219,7 +220,9 @@ impl Session {
 
     /// Runs statements without results.
     pub(crate) async fn run(&self, what: &str, sql: &str) -> Result<(), Failure> {
+        reached("statements: to be run");
         let done = self.client.batch_execute(sql).await;
+        reached("statements: run");
         done.map_err(|error| explain(&error, what, &self.place))
     }
 

@@ -5,6 +5,11 @@
 //! LOCKSTEP_POINTS=list:FILE      each point is a line of the file
 //! LOCKSTEP_POINTS=kill:N         SIGKILL at the N-th point, from 1
 //! LOCKSTEP_POINTS=ask:SOCKET     says the point, and goes on once it is answered
+//! LOCKSTEP_POINTS=hold:FILE      at the first point it adds its pid to the file, and goes on once
+//!                                there is FILE with the ending `go`
+//! LOCKSTEP_POINTS=@FILE          one of these, read from the file when the process comes to its
+//!                                first point; none if there is no file. Who is killed removes it
+//!                                first, so that the next process goes on.
 //! ```
 //!
 //! A step process counts on its own: `LOCKSTEP_STEP_POINTS` is its variable, which the agent
@@ -14,15 +19,21 @@ use std::cell::RefCell;
 use std::fs::OpenOptions;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
 
 /// What is done at each point.
 #[derive(Debug)]
 enum Plan {
     List(PathBuf),
-    Kill { at: u64, passed: u64 },
+    Kill {
+        at: u64,
+        passed: u64,
+        consumed: Option<PathBuf>,
+    },
     Ask(BufReader<UnixStream>),
+    Hold(Option<PathBuf>),
 }
 
 static PLAN: OnceLock<Option<Mutex<Plan>>> = OnceLock::new();
@@ -50,20 +61,33 @@ fn variable() -> &'static str {
 }
 
 fn plan() -> Option<Plan> {
-    let text = std::env::var(variable()).ok()?;
+    let mut text = std::env::var(variable()).ok()?;
+    let file = text.strip_prefix('@').map(PathBuf::from);
+    if let Some(file) = &file {
+        text = std::fs::read_to_string(file).ok()?;
+    }
     let (what, argument) = text.split_once(':').expect("a plan such as kill:3");
     Some(match what {
         "list" => Plan::List(argument.into()),
         "kill" => Plan::Kill {
             at: argument.parse().expect("a number"),
             passed: 0,
+            consumed: file,
         },
+        "hold" => Plan::Hold(Some(argument.into())),
         "ask" => {
             let stream = UnixStream::connect(argument).expect("the test listens");
             Plan::Ask(BufReader::new(stream))
         }
         other => panic!("`{other}` is no plan"),
     })
+}
+
+/// Adds a line to a file.
+fn add(path: &Path, line: &str) {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+    written.expect("the list can be written");
 }
 
 /// The process has come to a point.
@@ -77,15 +101,26 @@ pub fn reached(point: &str) {
         return;
     };
     match &mut *plan.lock().expect("no point panics") {
-        Plan::List(path) => {
-            let file = OpenOptions::new().create(true).append(true).open(path);
-            let line = format!("{point}\n");
-            let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
-            written.expect("the list can be written");
+        Plan::List(path) => add(path, point),
+        Plan::Hold(path) => {
+            if let Some(path) = path.take() {
+                add(&path, &std::process::id().to_string());
+                let go = path.with_extension("go");
+                while !go.exists() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
         }
-        Plan::Kill { at, passed } => {
+        Plan::Kill {
+            at,
+            passed,
+            consumed,
+        } => {
             *passed += 1;
             if at == passed {
+                if let Some(file) = consumed {
+                    std::fs::remove_file(file).expect("nobody else removes the plan");
+                }
                 let own = rustix::process::getpid();
                 rustix::process::kill_process(own, rustix::process::Signal::KILL)
                     .expect("a process may kill itself");

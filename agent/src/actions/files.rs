@@ -9,6 +9,7 @@ use lockstep_proto::ids::StepKey;
 use lockstep_proto::report::{Cause, Failure};
 use rustix::fs::OFlags;
 
+use crate::faults::reached;
 use crate::step::{Context, failure};
 
 /// Who owns a file: user and group, by number.
@@ -43,9 +44,12 @@ pub(crate) fn write(
     owner: Option<Owner>,
 ) -> io::Result<()> {
     let temporary = beside(path)?;
+    reached("file: to be written");
     let result = write_new(&temporary, content, mode, owner)
         .and_then(|()| fs::rename(&temporary, path))
+        .inspect(|()| reached("file: renamed"))
         .and_then(|()| sync_dir(parent(path)));
+    reached("file: there");
     if result.is_err() {
         let _ = fs::remove_file(&temporary);
     }
@@ -61,18 +65,26 @@ fn write_new(path: &Path, content: &[u8], mode: u32, owner: Option<Owner>) -> io
     if let Some((user, group)) = owner {
         std::os::unix::fs::fchown(&file, Some(user), Some(group))?;
     }
+    reached("file: made");
     // After the owner: a change of owner takes set-user bits away.
     file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.write_all(content)?;
-    file.sync_all()
+    reached("file: written");
+    file.sync_all()?;
+    reached("file: synchronised");
+    Ok(())
 }
 
 /// Points a symbolic link at a target, in one step.
 pub(crate) fn link(target: &Path, link: &Path) -> io::Result<()> {
     let temporary = beside(link)?;
+    reached("link: to be made");
     let result = std::os::unix::fs::symlink(target, &temporary)
+        .inspect(|()| reached("link: made"))
         .and_then(|()| fs::rename(&temporary, link))
+        .inspect(|()| reached("link: renamed"))
         .and_then(|()| sync_dir(parent(link)));
+    reached("link: there");
     if result.is_err() {
         let _ = fs::remove_file(&temporary);
     }
@@ -81,8 +93,12 @@ pub(crate) fn link(target: &Path, link: &Path) -> io::Result<()> {
 
 /// Removes a file or link for good; that it is gone already is fine.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    reached("file: to be removed");
     match fs::remove_file(path) {
-        Ok(()) => sync_dir(parent(path)),
+        Ok(()) => {
+            reached("file: removed");
+            sync_dir(parent(path))
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::files::{self, OrFailed as _};
 use crate::config;
+use crate::faults::reached;
 use crate::process::{Program, User};
 use crate::step::{Context, failure};
 
@@ -181,6 +182,7 @@ impl<'a> App<'a> {
     /// Makes a directory that belongs to the application, unless it is there.
     fn make_dir(&self, dir: &Path) -> Result<(), Failure> {
         let owner = self.owner();
+        reached("directory: to be made");
         let make = || match fs::create_dir(dir) {
             Ok(()) => match owner {
                 Some((user, group)) => std::os::unix::fs::lchown(dir, Some(user), Some(group)),
@@ -189,7 +191,9 @@ impl<'a> App<'a> {
             Err(error) if error.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
             Err(error) => Err(error),
         };
-        make().or_failed(|| format!("make the directory {}", dir.display()))
+        let made = make();
+        reached("directory: made");
+        made.or_failed(|| format!("make the directory {}", dir.display()))
     }
 
     /// A program that runs as the application's user.

@@ -24,6 +24,7 @@ use super::seam::LogPiece;
 use super::tail::Tail;
 use crate::actions::{self, Probe};
 use crate::config::Config;
+use crate::faults::planted;
 use crate::process::head;
 use crate::sql::remove_left_over;
 use crate::step::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
@@ -191,8 +192,8 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
         let claim = Claim::read(dir);
         let alive = claim.as_ref().is_some_and(|claim| claim.is_alive(boot));
         match dir.read_outcome() {
-            Ok(Some(ended)) => return Waited::Outcome(ended),
-            Ok(None) => {}
+            Ok(Some(ended)) if !planted!(ForgetOutcome) => return Waited::Outcome(ended),
+            Ok(_) => {}
             Err(error) => {
                 tracing::error!(%error, "an outcome cannot be read");
                 if !alive {
@@ -259,7 +260,9 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
                 .into(),
         );
     }
-    if let Ok(Some(ended)) = dir.read_outcome() {
+    if let Ok(Some(ended)) = dir.read_outcome()
+        && !planted!(ForgetOutcome)
+    {
         return ended;
     }
     let job = match dir.read_job() {
@@ -273,6 +276,7 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
             "{NO_OUTCOME}, and whether {} had its effect cannot be found out",
             job.action.name()
         )),
+        _ if planted!(SettleWithoutProbe) => failed(failure(Cause::Interrupted, NO_OUTCOME)),
         Class::Convergent | Class::Receipted => {
             let probe = host.look(&job, async |cx| actions::probe(&job.action, cx).await);
             let probe = match probe.await {

@@ -16,6 +16,7 @@ use super::policy::Policy;
 use super::runner::Runner;
 use super::{Event, Exec, ExecError, Preparing};
 use crate::actions;
+use crate::faults::reached;
 use crate::journal::{AppendError, Intent, Need, Record};
 use crate::step::{Ended, Job, StepDir, failure};
 
@@ -148,6 +149,10 @@ impl Exec {
         };
         if let Err(error) = self.host.dir(&key).write_job(&job) {
             return self.ended_without_intent(key, no_room(&error));
+        }
+        #[cfg(feature = "faults")]
+        if crate::faults::planted!(IntentAfterStart) {
+            self.host.runner.start_early(&key);
         }
         let intent = Record::Intent(Intent {
             key: key.clone(),
@@ -409,11 +414,14 @@ fn remove_steps(state_dir: &std::path::Path, rollout: &RolloutId) {
     };
     let prefix = format!("{rollout}.");
     for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(&prefix)
-            && let Err(error) = std::fs::remove_dir_all(entry.path())
-        {
+        if !entry.file_name().to_string_lossy().starts_with(&prefix) {
+            continue;
+        }
+        reached("step directory: to be removed");
+        if let Err(error) = std::fs::remove_dir_all(entry.path()) {
             tracing::warn!(%error, path = %entry.path().display(), "cannot be removed");
         }
+        reached("step directory: removed");
     }
 }
 

@@ -11,6 +11,7 @@ use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::consent::HeldStep;
+use crate::faults::reached;
 use crate::identity::replace_file;
 
 /// Compiled plans that are kept. Those of dry runs go when there are more.
@@ -107,6 +108,8 @@ impl HeldPlan {
 
     /// Forgets what was kept for a rollout that has ended.
     pub(crate) fn forget(state_dir: &Path, rollout: &RolloutId) {
+        reached("held steps: to be removed");
         let _ = std::fs::remove_file(held(state_dir, rollout));
+        reached("held steps: removed");
     }
 }

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep};
 use zbus::Variant;
 
 use crate::config::StepRunner;
+use crate::faults::reached;
 use crate::process::base_env;
 use crate::step::{Claim, StepDir};
 
@@ -74,7 +75,8 @@ impl Runner {
             .append(true)
             .mode(0o600)
             .open(dir.output())?;
-        Command::new(&self.program)
+        reached("step process: to be started");
+        let child = Command::new(&self.program)
             .args(self.arguments(key))
             .env_clear()
             .envs(environment())
@@ -83,8 +85,19 @@ impl Runner {
             .stdout(output.try_clone()?)
             .stderr(output)
             .kill_on_drop(false)
-            .spawn()
-            .map(Some)
+            .spawn()?;
+        reached("step process: started");
+        Ok(Some(child))
+    }
+
+    /// The planted fault: an attempt begins before anything of it is recorded.
+    #[cfg(feature = "faults")]
+    pub(crate) fn start_early(&self, key: &StepKey) {
+        let mut command = std::process::Command::new(&self.program);
+        command.args(self.arguments(key)).env_clear();
+        command.envs(environment()).current_dir("/");
+        let started = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        tracing::warn!(?started, "started before the intent: a fault is planted");
     }
 
     fn arguments(&self, key: &StepKey) -> [String; 4] {
@@ -162,9 +175,11 @@ impl Runner {
             tracing::warn!(%error, "the cancel file cannot be written; a signal must do");
         }
         if let Some(claim) = Claim::read(dir).filter(|claim| claim.is_alive(boot))
+        reached("cancel file: to be written");
             && let Some(pid) = rustix::process::Pid::from_raw(claim.pid)
         {
             let _ = kill_process(pid, Signal::TERM);
+        reached("cancel file: written");
         }
     }
 }
@@ -192,6 +207,8 @@ fn unit_name(key: &StepKey) -> String {
 
 /// Whether systemd still knows the unit. A bus that does not answer proves nothing.
 async fn unit_exists(key: &StepKey) -> bool {
+    #[cfg(feature = "faults")]
+    environment.extend(crate::faults::handed_on());
     match manager_call("GetUnit", &unit_name(key).as_str()).await {
         Err(zbus::Error::MethodError(name, ..)) => {
             name.as_str() != "org.freedesktop.systemd1.NoSuchUnit"

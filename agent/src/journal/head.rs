@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
+use crate::faults::reached;
+
 use super::{Hash, sync, sync_dir};
 
 /// The slots lie in different blocks: a torn write harms one only.
@@ -69,7 +71,9 @@ impl Head {
         slot.extend_from_slice(&hash);
         let check = Sha256::digest(&slot);
         slot.extend_from_slice(&check);
+        reached("head: to be written");
         self.file.write_all_at(&slot, self.next * SLOT_DISTANCE)?;
+        reached("head: written");
         sync(&self.file, &self.path)?;
         self.next = 1 - self.next;
         Ok(())

@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
+use crate::faults::reached;
+
 mod head;
 mod record;
 mod reserve;
@@ -165,7 +167,9 @@ impl Journal {
                 bytes = size - scan.length,
                 "the end of the journal was torn before anybody relied on it, and is cut"
             );
+            reached("journal: to be cut");
             file.set_len(scan.length).map_err(io_error("cut", &path))?;
+            reached("journal: cut");
             sync(&file, &path).map_err(io_error("synchronise", &path))?;
         }
         let mut journal = Self {
@@ -226,6 +230,7 @@ impl Journal {
         self.head
             .write(number, hash)
             .map_err(|source| self.fatal(source))?;
+        reached("journal: relied on");
         self.length += bytes.len() as u64;
         (self.number, self.hash) = (number, hash);
         Ok(positions)
@@ -233,6 +238,7 @@ impl Journal {
 
     /// Writes at the end and makes it durable; undoes a partial write.
     fn write(&self, bytes: &[u8]) -> Result<(), WriteError> {
+        reached("journal: to be written");
         if let Err(source) = self.file.write_all_at(bytes, self.length) {
             self.file.set_len(self.length).map_err(WriteError::Fatal)?;
             return Err(match source.raw_os_error() {
@@ -240,6 +246,7 @@ impl Journal {
                 _ => WriteError::Fatal(source),
             });
         }
+        reached("journal: written");
         // A failed sync may have dropped the data and says so only once, so that nothing may be
         // concluded from a second one that succeeds.
         sync(&self.file, &self.path).map_err(WriteError::Fatal)

@@ -4,6 +4,8 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use crate::faults::reached;
+
 /// Enough for 30 of the largest reports: a host runs one step at a time.
 const RESERVE: u64 = 1 << 20;
 
@@ -38,13 +40,16 @@ impl Reserve {
     }
 
     fn make(&self) -> std::io::Result<()> {
+        reached("reserve: to be made");
         let file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
             .open(&self.path)?;
+        reached("reserve: made");
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE)?;
+        reached("reserve: filled");
         file.sync_all()
     }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::report::{Cause, Failure};
 
+use crate::faults::reached;
 use crate::identity::make_enterable;
 use crate::process::User;
 use crate::step::{Context, failure, hinted};
@@ -51,10 +52,12 @@ impl PrivateDir {
             }
         }
         let path = base.join(format!("{}-{:016x}", cx.key, rand::random::<u64>()));
+        reached("private directory: to be made");
         DirBuilder::new()
             .mode(0o700)
             .create(&path)
             .map_err(cannot)?;
+        reached("private directory: made");
         let made = Self { path, owner };
         made.admit().map_err(cannot)?;
         Ok(made)
@@ -77,6 +80,7 @@ impl PrivateDir {
     /// Writes a file (0600) into it, which is the user's.
     pub(crate) fn write(&self, name: &str, text: &str) -> Result<PathBuf, Failure> {
         let path = self.path.join(name);
+        reached("private file: to be written");
         let write = || {
             let mut file = OpenOptions::new()
                 .write(true)
@@ -95,6 +99,7 @@ impl PrivateDir {
                 format!("cannot write {}: {error}", path.display()),
             )
         })?;
+        reached("private file: written");
         Ok(path)
     }
 
@@ -113,7 +118,9 @@ impl PrivateDir {
 
 impl Drop for PrivateDir {
     fn drop(&mut self) {
+        reached("private directory: to be removed");
         let _ = fs::remove_dir_all(&self.path);
+        reached("private directory: removed");
     }
 }
 

@@ -9,6 +9,7 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::StepDir;
+use crate::faults::reached;
 use crate::journal::sync_dir;
 
 /// Who claimed an attempt.
@@ -34,7 +35,7 @@ pub(crate) enum Claimed {
 impl Claim {
     /// A claim of the calling process.
     pub(crate) fn own(boot: BootId) -> io::Result<Self> {
-        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let pid = own_pid();
         let started =
             start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
         Ok(Self { pid, started, boot })
@@ -42,6 +43,7 @@ impl Claim {
 
     /// Claims the attempt for ever. Durable when it returns.
     pub(crate) fn take(&self, dir: &StepDir) -> io::Result<Claimed> {
+        reached("claim: to be made");
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -54,10 +56,14 @@ impl Claim {
             }
             Err(error) => return Err(error),
         };
+        reached("claim: made");
         let text = serde_json::to_vec(self).expect("a claim is plain data");
         file.write_all(&text)?;
+        reached("claim: written");
         file.sync_all()?;
+        reached("claim: synchronised");
         sync_dir(dir.path())?;
+        reached("claim: taken");
         Ok(Claimed::Now)
     }
 
@@ -80,6 +86,11 @@ impl Claim {
         // Another process has the id now, so that the session it names is not ours.
         if start_time(self.pid).is_some_and(|started| started != self.started) {
             return vec![];
+        }
+        #[cfg(feature = "faults")]
+        if let Some(world) = crate::simulation::world() {
+            let own = world.is_alive(self.pid).then(|| Pid::from_raw(self.pid));
+            return own.flatten().into_iter().collect();
         }
         let Ok(entries) = std::fs::read_dir("/proc") else {
             return vec![];
@@ -111,8 +122,20 @@ fn stat(pid: i32) -> Option<Stat> {
     })
 }
 
+fn own_pid() -> i32 {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world.process();
+    }
+    rustix::process::getpid().as_raw_nonzero().get()
+}
+
 /// When a live process started.
 fn start_time(pid: i32) -> Option<u64> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world.is_alive(pid).then_some(1);
+    }
     stat(pid)
         .filter(|stat| !stat.zombie)
         .map(|stat| stat.started)

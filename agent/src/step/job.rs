@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::LogMark;
+use crate::faults::reached;
 use crate::identity::{private_dir, replace_file};
 use crate::journal::sync_dir;
 
@@ -104,9 +105,12 @@ impl StepDir {
 
     /// Makes the directory, durably.
     pub(crate) fn make(&self) -> io::Result<()> {
+        reached("step directory: to be made");
         private_dir(&self.files()).map_err(io::Error::other)?;
         sync_dir(&self.0)?;
-        sync_dir(self.0.parent().unwrap_or_else(|| Path::new(".")))
+        sync_dir(self.0.parent().unwrap_or_else(|| Path::new(".")))?;
+        reached("step directory: made");
+        Ok(())
     }
 
     /// Writes the job.
@@ -126,6 +130,7 @@ impl StepDir {
 
     /// Sets space aside for the outcome, before anything is done: the disk may be full by then.
     pub(crate) fn reserve_outcome(&self) -> io::Result<()> {
+        reached("outcome: to be reserved");
         let file = File::options()
             .write(true)
             .create(true)
@@ -134,6 +139,7 @@ impl StepDir {
             .open(self.outcome_to_be())?;
         // The size stays what it is: another process may be writing its outcome right now.
         rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, OUTCOME)?;
+        reached("outcome: reserved");
         Ok(())
     }
 
@@ -144,11 +150,18 @@ impl StepDir {
         let path = self.outcome_to_be();
         let file = File::options().write(true).open(&path)?;
         // Not truncated first: that would give the space back.
+        reached("outcome: to be written");
         file.write_all_at(&text, 0)?;
+        reached("outcome: written");
         file.set_len(text.len() as u64)?;
+        reached("outcome: cut");
         file.sync_all()?;
+        reached("outcome: synchronised");
         std::fs::rename(path, self.outcome())?;
-        sync_dir(&self.0)
+        reached("outcome: renamed");
+        sync_dir(&self.0)?;
+        reached("outcome: there");
+        Ok(())
     }
 
     /// The outcome, if there is one.

@@ -19,6 +19,7 @@ use super::scratch::progress;
 use super::tools::Tools;
 use super::{fence, human};
 use crate::actions::{Act, Done, Probe};
+use crate::faults::reached;
 use crate::process::User;
 use crate::sql::{Database, Session};
 use crate::step::{Context, failure, hinted};
@@ -220,6 +221,7 @@ async fn dump(
 /// Writes the manifest and gives the backup its name.
 async fn finish(store: &Store, partial: &Path, made: Manifest) -> Result<Manifest, Failure> {
     manifest::write_manifest(partial, &made)?;
+    reached("backup: to be named");
     let (from, to, directory) = (
         partial.to_owned(),
         store.path(&made.id),
@@ -230,6 +232,7 @@ async fn finish(store: &Store, partial: &Path, made: Manifest) -> Result<Manifes
         manifest::sync_directory(&directory)
     })
     .await?;
+    reached("backup: named");
     Ok(made)
 }
 
@@ -303,7 +306,9 @@ fn make_store(directory: &Path, user: Option<&User>) -> Result<(), Failure> {
 
 fn make_directory(path: &Path, user: Option<&User>) -> Result<(), Failure> {
     let make = || {
+        reached("backup: to be begun");
         DirBuilder::new().mode(0o700).create(path)?;
+        reached("backup: begun");
         match user.filter(|user| !user.is_self()) {
             Some(user) => std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)),
             None => Ok(()),
@@ -398,11 +403,14 @@ async fn copy(cx: &Context, store: &Store, made: &Manifest, to: &Path) -> Result
                 fs::remove_dir_all(stale)?;
             }
         }
+        reached("copy: to be made");
         let equal = copy_directory(&from, &partial)
+            .inspect(|()| reached("copy: made"))
             .and_then(|()| manifest::digest(&archive_in(&partial)))
             .and_then(|(digest, _)| {
                 if digest == expected {
                     fs::rename(&partial, &target)?;
+                    reached("copy: named");
                     manifest::sync_directory(target.parent().unwrap_or(&target))?;
                 }
                 Ok(digest == expected)

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
 use super::measure::Contents;
+use crate::faults::reached;
 use crate::sql::Database;
 use crate::step::{Context, failure};
 
@@ -207,11 +208,17 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_vec_pretty(value).expect("texts and numbers are JSON");
     let temporary = path.with_extension("tmp");
     let write = || {
+        reached("manifest: to be written");
         let mut file = File::create(&temporary)?;
         file.write_all(&text)?;
+        reached("manifest: written");
         file.sync_all()?;
+        reached("manifest: synchronised");
         fs::rename(&temporary, path)?;
-        sync_directory(path.parent().unwrap_or(path))
+        reached("manifest: renamed");
+        sync_directory(path.parent().unwrap_or(path))?;
+        reached("manifest: there");
+        Ok(())
     };
     write().map_err(|error: std::io::Error| {
         failure(

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::{App, NOTE, Note, PARTIAL, REMOVED, before, explained, remove_all};
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
+use crate::faults::reached;
 use crate::process::Program;
 use crate::step::{Context, changed, failure};
 
@@ -335,9 +336,12 @@ impl Act for Fetch {
         }
         // Out of sight at once: a release that is half removed must not look like one.
         let removed = app.releases().join(format!("{REMOVED}{}", cx.key));
+        reached("release: to be put aside");
         fs::rename(&dir, &removed)
+            .inspect(|()| reached("release: put aside"))
             .and_then(|()| files::sync_dir(&app.releases()))
             .and_then(|()| fs::remove_dir_all(&removed))
+            .inspect(|()| reached("release: removed"))
             .or_failed(|| format!("remove release {}", self.release))
             .map_err(changed)?;
         Ok(Done {
@@ -388,8 +392,11 @@ async fn put_in_place(
     };
     app.write_note(&partial, &note)?;
     sync_file_system(&partial)
+        .inspect(|()| reached("release: synchronised"))
         .and_then(|()| fs::rename(&partial, &dir))
+        .inspect(|()| reached("release: renamed"))
         .and_then(|()| files::sync_dir(&releases))
+        .inspect(|()| reached("release: there"))
         .or_failed(|| format!("put release {} in place", fetch.release))
 }
 

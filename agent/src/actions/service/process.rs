@@ -31,6 +31,7 @@ use super::{Phase, State};
 use crate::actions::env::parse_env;
 use crate::actions::files::{self, OrFailed as _};
 use crate::config;
+use crate::faults::reached;
 use crate::process::{User, base_env};
 use crate::step::{Context, changed, failure};
 
@@ -177,12 +178,14 @@ impl<'a> Process<'a> {
     }
 
     async fn take_off(&self, order: &Order) -> Result<(), Failure> {
+        reached("supervisor: to be started");
         let mut child = tokio::process::Command::from(supervisor())
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .or_failed(|| format!("start the supervisor of service {}", self.name))?;
+        reached("supervisor: started");
         // It waits for its order, so it can be moved before it becomes the service.
         if systemd::is_running() && rustix::process::geteuid().is_root() {
             let pid = child.id().expect("it has not been waited for");
@@ -197,7 +200,9 @@ impl<'a> Process<'a> {
         let mut said = String::new();
         let handed = stdin.write_all(&text).await;
         drop(stdin);
+        reached("supervisor: ordered");
         let read = stderr.read_to_string(&mut said).await;
+        reached("supervisor: became the service");
         if said.is_empty() && handed.is_ok() && read.is_ok() {
             return Ok(());
         }
@@ -213,6 +218,7 @@ impl<'a> Process<'a> {
 
     pub(super) async fn stop(&self, until: Instant) -> Result<(), Failure> {
         if let Some(note) = self.read_note()? {
+            reached("service: to be ended");
             if !note.end(until).await {
                 return Err(Failure {
                     hint: Some(format!(
@@ -226,6 +232,7 @@ impl<'a> Process<'a> {
                     )
                 });
             }
+            reached("service: ended");
             files::remove(&self.note)
                 .or_failed(|| format!("remove {}", self.note.display()))
                 .map_err(changed)?;
