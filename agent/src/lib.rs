@@ -30,6 +30,8 @@ mod journal;
 mod link;
 mod notify;
 mod process;
+#[cfg(feature = "faults")]
+pub mod simulation;
 mod sql;
 mod step;
 #[cfg(test)]

@@ -156,11 +156,19 @@ macro_rules! with_act {
 
 /// [`Act::probe`] of any action.
 pub(crate) async fn probe(action: &Action, cx: &Context) -> Result<Probe, Failure> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world.probe(&cx.key, action).map(crate::simulation::shown);
+    }
     with_act!(action, act => act.probe(cx).await)
 }
 
 /// [`Act::before`] of any action.
 pub(crate) async fn before(action: &Action, cx: &Context) -> Result<Value, Failure> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world.before(&cx.key, action);
+    }
     with_act!(action, act => act.before(cx).await)
 }
 
@@ -170,16 +178,32 @@ pub(crate) async fn is_as_before(
     cx: &Context,
     before: &Value,
 ) -> Result<bool, Failure> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return Ok(world.before(&cx.key, action)? == *before);
+    }
     with_act!(action, act => act.is_as_before(cx, before).await)
 }
 
 /// [`Act::apply`] of any action.
 pub(crate) async fn apply(action: &Action, cx: &Context, before: &Value) -> Result<Done, Failure> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world
+            .apply(&cx.key, action)
+            .await
+            .map(crate::simulation::done);
+    }
     with_act!(action, act => act.apply(cx, before).await)
 }
 
 /// [`Act::undo`] of any action.
 pub(crate) async fn undo(action: &Action, cx: &Context, before: &Value) -> Result<Done, Failure> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        let undone = world.undo(&cx.key, action, before).await;
+        return undone.map(crate::simulation::done);
+    }
     with_act!(action, act => act.undo(cx, before).await)
 }
 
@@ -190,5 +214,9 @@ pub(crate) fn describe(action: &Action) -> String {
 
 /// [`Act::state`] of any action.
 pub(crate) async fn state(action: &Action, cx: &Context) -> Result<Vec<Fact>, Failure> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return Ok(world.state(&cx.key, action));
+    }
     with_act!(action, act => act.state(cx).await)
 }

@@ -380,6 +380,10 @@ fn unknown(why: String) -> Ended {
 
 /// The host's own clock.
 pub(crate) fn wall_clock() -> Timestamp {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return Timestamp(world.wall_clock());
+    }
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Timestamp(since.map_or(0, |since| {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)

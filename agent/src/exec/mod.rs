@@ -359,6 +359,7 @@ impl Exec {
             labels: self.host.config.labels.clone(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             held_rollout: self.memory.hold.as_ref().map(|hold| hold.rollout.clone()),
+            acknowledged: self.memory.acknowledged,
         }
     }
 

@@ -66,6 +66,10 @@ impl Runner {
     /// Starts the step process of an attempt. The child, if it is one, only says sooner that the
     /// process has ended.
     pub(crate) async fn start(&self, key: &StepKey, dir: &StepDir) -> io::Result<Option<Child>> {
+        #[cfg(feature = "faults")]
+        if let Some(world) = crate::simulation::world() {
+            return world.spawn(key).map(|()| None);
+        }
         if self.systemd {
             self.start_unit(key, dir).await?;
             return Ok(None);
@@ -160,7 +164,7 @@ impl Runner {
             };
             for pid in alive {
                 // It may have ended meanwhile.
-                let _ = kill_process(pid, signal);
+                let _ = send(pid, signal);
             }
             if start.elapsed() > GONE_WITHIN {
                 return false;
@@ -171,17 +175,26 @@ impl Runner {
 
     /// Asks the step process to stop: it ends its programs, and says so in its outcome.
     pub(crate) fn cancel(dir: &StepDir, boot: &BootId) {
+        reached("cancel file: to be written");
         if let Err(error) = std::fs::write(dir.cancel(), b"") {
             tracing::warn!(%error, "the cancel file cannot be written; a signal must do");
         }
+        reached("cancel file: written");
         if let Some(claim) = Claim::read(dir).filter(|claim| claim.is_alive(boot))
-        reached("cancel file: to be written");
             && let Some(pid) = rustix::process::Pid::from_raw(claim.pid)
         {
-            let _ = kill_process(pid, Signal::TERM);
-        reached("cancel file: written");
+            let _ = send(pid, Signal::TERM);
         }
     }
+}
+
+fn send(pid: rustix::process::Pid, signal: Signal) -> rustix::io::Result<()> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        world.kill(pid.as_raw_nonzero().get(), signal == Signal::KILL);
+        return Ok(());
+    }
+    kill_process(pid, signal)
 }
 
 /// The environment of step processes: the plain one, and where systemd keeps the daemon's
@@ -194,6 +207,8 @@ fn environment() -> BTreeMap<String, String> {
     if let Ok(directory) = std::env::var("CREDENTIALS_DIRECTORY") {
         environment.insert("CREDENTIALS_DIRECTORY".into(), directory);
     }
+    #[cfg(feature = "faults")]
+    environment.extend(crate::faults::handed_on());
     environment
 }
 
@@ -207,8 +222,6 @@ fn unit_name(key: &StepKey) -> String {
 
 /// Whether systemd still knows the unit. A bus that does not answer proves nothing.
 async fn unit_exists(key: &StepKey) -> bool {
-    #[cfg(feature = "faults")]
-    environment.extend(crate::faults::handed_on());
     match manager_call("GetUnit", &unit_name(key).as_str()).await {
         Err(zbus::Error::MethodError(name, ..)) => {
             name.as_str() != "org.freedesktop.systemd1.NoSuchUnit"

@@ -40,6 +40,10 @@ const BUFFER: usize = 16;
 const HEADER_LIST: u32 = 16 << 10;
 
 pub(super) async fn connect(config: &Config) -> Result<Channel, LinkError> {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return simulated(config, world).await;
+    }
     let identity = Identity::load(&config.tls)?;
     check_host(&identity.host, config)?;
     let tls = client_config(&config.tls, &identity)?;
@@ -54,9 +58,21 @@ pub(super) async fn connect(config: &Config) -> Result<Channel, LinkError> {
     let origin = format!("https://{address}")
         .parse()
         .map_err(|_| invalid())?;
+    let endpoint = endpoint(&address)?.origin(origin);
+    let target = address.clone();
+    let connector = tower::service_fn(move |_| {
+        let (dial, target) = (dial.clone(), target.clone());
+        async move { dial.connect(&target).await.map(TokioIo::new) }
+    });
+    endpoint
+        .connect_with_connector(connector)
+        .await
+        .map_err(|source| LinkError::Connect { address, source })
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, LinkError> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|_| invalid())?
-        .origin(origin)
+        .map_err(|_| LinkError::Address(address.to_owned()))?
         .connect_timeout(CONNECT_WITHIN)
         .http2_keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PONG_WITHIN)
@@ -65,12 +81,27 @@ pub(super) async fn connect(config: &Config) -> Result<Channel, LinkError> {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_max_header_list_size(HEADER_LIST)
         .buffer_size(BUFFER);
-    let target = address.clone();
+    Ok(endpoint)
+}
+
+/// The same over the simulated network; who is who is the test's business there.
+#[cfg(feature = "faults")]
+async fn simulated(
+    config: &Config,
+    world: std::rc::Rc<dyn crate::simulation::World>,
+) -> Result<Channel, LinkError> {
+    let address = config.controller.clone();
+    // The connection is made here: the connector must be `Send`, and the world is not.
+    let connect = async {
+        let stream = tokio::time::timeout(CONNECT_WITHIN, world.dial(&config.host)).await;
+        stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    };
+    let mut stream = connect.await.ok();
     let connector = tower::service_fn(move |_| {
-        let (dial, target) = (dial.clone(), target.clone());
-        async move { dial.connect(&target).await.map(TokioIo::new) }
+        let stream = stream.take().ok_or(io::ErrorKind::ConnectionRefused);
+        async move { stream.map(TokioIo::new).map_err(io::Error::from) }
     });
-    endpoint
+    endpoint(&address)?
         .connect_with_connector(connector)
         .await
         .map_err(|source| LinkError::Connect { address, source })

@@ -376,6 +376,10 @@ async fn fetch(
 fn jitter(failures: i32) -> Duration {
     let bound = FIRST_PAUSE.as_secs_f64() * PAUSE_FACTOR.powi(failures.min(32));
     let bound = bound.min(LONGEST_PAUSE.as_secs_f64());
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return Duration::from_secs_f64(bound).mul_f64(world.random(1000) as f64 / 1000.0);
+    }
     Duration::from_secs_f64(rand::random_range(0.0..=bound))
 }
 

@@ -19,4 +19,6 @@ mod run;
 pub(crate) use claim::{Claim, Claimed};
 pub(crate) use context::{Context, LogMark, StepLog, changed, failure, hinted};
 pub(crate) use job::{Ended, Job, StepDir};
+#[cfg(feature = "faults")]
+pub(crate) use run::perform;
 pub(crate) use run::{StepExit, run, would};

@@ -41,8 +41,21 @@ pub(crate) enum StepExit {
 
 /// Does the attempt, unless anybody ever claimed it.
 pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
-    let begun = Instant::now();
     lead_session()?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let terminated = async move {
+        let _ = terminate.recv().await;
+    };
+    perform(config, key, terminated).await
+}
+
+/// The attempt, in a session of its own; `terminated` resolves when it is to stop.
+pub(crate) async fn perform(
+    config: Config,
+    key: &StepKey,
+    terminated: impl Future<Output = ()>,
+) -> io::Result<StepExit> {
+    let begun = Instant::now();
     let dir = StepDir::of(&config.state_dir, key);
     let job = dir.read_job()?;
     if job.key != *key {
@@ -50,7 +63,6 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
     }
     let boot = boot_id(&config.run_dir).map_err(io::Error::other)?;
     let log = StepLog::to_file(&dir.log())?;
-    let mut terminate = signal(SignalKind::terminate())?;
     // Before the claim: without room for its outcome the attempt must not begin. Of two processes
     // that race, the second finds the first one's file and leaves it as it is.
     dir.reserve_outcome()?;
@@ -78,11 +90,15 @@ pub(crate) async fn run(config: Config, key: &StepKey) -> io::Result<StepExit> {
         dry_run: false,
     };
     let cancelled = async {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => break,
-                () = sleep(CANCEL_POLL) => if dir.cancel().exists() { break },
+        let asked = async {
+            while !dir.cancel().exists() {
+                sleep(CANCEL_POLL).await;
             }
+        };
+        tokio::select! {
+            biased;
+            () = terminated => {}
+            () = asked => {}
         }
         context.stop.cancel();
         // It first removes what it created: nobody else does.
