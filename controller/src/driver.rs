@@ -13,13 +13,15 @@
 
 mod clock;
 mod handle;
+mod room;
+mod term;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::Duration;
 
 use lockstep_core::event::EventKind;
 use lockstep_core::{
@@ -31,9 +33,11 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 use lockstep_proto::wire::{Hello, Welcome, agent_v1 as wire};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tonic::Status;
 
 use crate::api::convert;
+use crate::faults::planted;
 use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
 use crate::session::registry::{self, Candidate, Registry, SessionNumber};
@@ -49,6 +53,10 @@ const INPUTS: usize = 1024;
 /// larger ones would make operators wait.
 const BATCH: usize = 1024;
 
+/// A driver that wakes up this much later than it meant to was stopped: the machine, or the
+/// process. Agents notice after ten seconds that a controller is gone.
+const AWAY: Duration = Duration::from_secs(5);
+
 /// After `Drain`, agents wait at least this long before they dial again.
 const RECONNECT_AFTER_MS: u32 = 1000;
 
@@ -59,11 +67,7 @@ pub(crate) enum DriverError {
     #[error("a batch could not be made durable, so the controller stops")]
     Append(#[from] AppendError),
     /// An agent has obeyed a newer controller (INV-4).
-    #[error(
-        "{host} has seen the term {theirs}, this controller has {ours}: another controller took \
-         over, or this one's state came from a backup. If this one is to go on, end the other one \
-         and start this one with `--epoch-above {}`", .theirs.counter
-    )]
+    #[error("{}", term::superseded(.host, *.theirs, *.ours))]
     Superseded {
         /// The host.
         host: HostId,
@@ -71,6 +75,21 @@ pub(crate) enum DriverError {
         theirs: Epoch,
         /// The term of this controller.
         ours: Epoch,
+    },
+    /// An agent was told of more reports that are durable than this journal has (INV-2).
+    #[error(
+        "{host} was told that its reports up to {theirs} are durable, and this journal has those \
+         up to {ours}: the state directory is an older copy, and what was recorded since is not \
+         in it. Nothing was sent to {host}. Put the newest state directory in its place; or, if \
+         there is none, start with `--take-over`, which goes on and names what is lost"
+    )]
+    Outdated {
+        /// The host.
+        host: HostId,
+        /// What its agent was told.
+        theirs: u64,
+        /// What this journal has.
+        ours: u64,
     },
     /// The thread could not be started, or ended by a panic.
     #[error("the driver's thread has failed: {0}")]
@@ -108,6 +127,9 @@ pub(crate) struct Parts {
     pub(crate) notices: mpsc::Sender<Notify>,
     /// The new term's counter is above this, and above the journal's last one.
     pub(crate) epoch_above: u64,
+    /// Whether this one goes on in the place of another one that may still be alive, or from an
+    /// older copy of the state.
+    pub(crate) take_over: bool,
 }
 
 /// The driver, before it runs.
@@ -121,8 +143,12 @@ pub(crate) struct Driver {
     clock: Clock,
     alarm: Alarm,
     epoch: Epoch,
+    /// Whether to say in the journal that this term took over.
+    take_over: bool,
     draining: bool,
     stopping: bool,
+    /// The journal's disk is full: nothing new begins.
+    full: bool,
     /// Events that the driver owes itself.
     own: VecDeque<Event>,
 }
@@ -138,11 +164,18 @@ impl Driver {
             hub,
             notices,
             epoch_above,
+            take_over,
         } = parts;
         let entries = read_entries(&*journal)?;
         let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
+        let clock = Clock::starting_at(last);
+        let last_term = last_term(&entries).max(epoch_above);
         let epoch = Epoch {
-            counter: last_term(&entries).max(epoch_above) + 1,
+            counter: if take_over {
+                term::taken_over(last_term, clock.now())
+            } else {
+                last_term.saturating_add(1)
+            },
             id: rand::random(),
         };
         let head = journal.head().number;
@@ -154,11 +187,13 @@ impl Driver {
             sessions: Registry::default(),
             hub,
             notices,
-            clock: Clock::starting_at(last),
+            clock,
             alarm: Alarm::default(),
             epoch,
+            take_over,
             draining: false,
             stopping: false,
+            full: false,
             own: VecDeque::new(),
         })
     }
@@ -191,16 +226,24 @@ impl Driver {
         }
     }
 
+    /// The driver in the task that polls it, where the test has all of time in its hand.
+    #[cfg(feature = "faults")]
+    pub(crate) fn here(self) -> (Handle, impl Future<Output = Result<(), DriverError>>) {
+        let (inputs, receiver) = mpsc::channel(INPUTS);
+        (Handle { inputs }, self.run(receiver))
+    }
+
     async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), DriverError> {
-        let effects = self.coordinator.resume(self.clock.now());
-        let mut round = Round::default();
-        round.take(&self.sessions, effects);
+        let round = self.begin();
         self.finish(round)?;
 
         let mut batch = Vec::with_capacity(BATCH);
         loop {
+            let asleep = Instant::now();
             let wake = self.wake_at();
             tokio::select! {
+                // A round looks at deadlines, whatever began it.
+                biased;
                 received = inputs.recv_many(&mut batch, BATCH), if self.own.is_empty() => {
                     if received == 0 {
                         break;
@@ -208,6 +251,10 @@ impl Driver {
                 }
                 () = sleep_until(wake) => {}
                 () = std::future::ready(()), if !self.own.is_empty() => {}
+            }
+            if wake.is_some_and(|wake| wake.max(asleep).elapsed() > AWAY) {
+                tracing::warn!("the controller was stopped for a while; hosts get time to return");
+                self.coordinator.was_away(self.clock.now());
             }
             self.round(&mut batch)?;
             if self.stopping {
@@ -222,12 +269,33 @@ impl Driver {
     /// When deadlines are looked at next, if nothing else comes before.
     fn wake_at(&self) -> Option<Instant> {
         let deadline = self.coordinator.next_deadline();
-        self.alarm.at(deadline.map(|at| self.clock.instant(at)))
+        let wake = self.alarm.at(deadline.map(|at| self.clock.instant(at)));
+        let look = self.full.then(|| Instant::now() + room::LOOK_EVERY);
+        wake.into_iter().chain(look).min()
+    }
+
+    /// The first round: the new term, what is outstanding, and what is due.
+    fn begin(&mut self) -> Round {
+        let mut round = Round::default();
+        let now = self.clock.now();
+        self.look_for_room(&mut round);
+        let effects = self.coordinator.resume(now);
+        round.take(&self.sessions, effects);
+        if self.take_over {
+            let effects = self.coordinator.take_over(now);
+            round.take(&self.sessions, effects);
+        }
+        if !self.full {
+            // What an earlier controller held back.
+            self.let_go(&mut round);
+        }
+        round
     }
 
     /// One batch: handle each input, persist once, then let the world know.
     fn round(&mut self, batch: &mut Vec<Input>) -> Result<(), DriverError> {
         let mut round = Round::default();
+        self.look_for_room(&mut round);
         for event in std::mem::take(&mut self.own) {
             self.handle(&mut round, event);
         }
@@ -268,6 +336,10 @@ impl Driver {
                 call,
                 answer,
             } => {
+                if let Some(refused) = self.refused_for_room(&call) {
+                    round.answers.push((answer, Err(refused)));
+                    return Ok(());
+                }
                 let event = Event::Operator {
                     operator,
                     groups,
@@ -329,6 +401,10 @@ impl Driver {
             return Ok(Err(Stopping.into()));
         }
         let acknowledged = self.coordinator.acknowledged(&host, &hello.instance);
+        let lost = match self.find_lost(&hello)? {
+            Ok(lost) => lost,
+            Err(refused) => return Ok(Err(refused)),
+        };
         let known = self.coordinator.hosts().find(|(known, _)| **known == host);
         let anew = known.is_some_and(|(_, info)| info.instance != hello.instance);
         let taken = self.sessions.is_taken(&host, &hello.instance);
@@ -353,19 +429,24 @@ impl Driver {
             version,
             epoch: self.epoch,
             clock: self.clock.now(),
-            acknowledged,
+            acknowledged: lost.unwrap_or(acknowledged),
         };
         let welcome = wire::down::Message::Welcome(welcome.into());
         let welcome = Box::new(registry::down(welcome));
         round.sends.push((host.clone(), number, welcome));
         let event = Event::HostUp {
-            host,
+            host: host.clone(),
             instance: hello.instance,
             labels: hello.labels,
             agent_version: hello.agent_version,
             held: hello.held_rollout,
         };
         self.handle(round, event);
+        if let Some(through) = lost {
+            let now = self.clock.now();
+            let effects = self.coordinator.skip_lost_reports(now, &host, through);
+            round.take(&self.sessions, effects);
+        }
         Ok(Ok(number))
     }
 
@@ -376,7 +457,10 @@ impl Driver {
             .iter()
             .map(|entry| serde_json::to_vec(entry).expect("a record's maps have text as keys"))
             .collect();
-        self.journal.append(&payloads)?;
+        // Without tests' faults this is the only append.
+        if !planted!(SendBeforePersist) {
+            self.journal.append(&payloads)?;
+        }
 
         for (host, number, message) in round.sends {
             if self.sessions.send(&host, number, message) {
@@ -413,6 +497,9 @@ impl Driver {
         }
         for read in round.reads {
             read(&self.coordinator);
+        }
+        if planted!(SendBeforePersist) {
+            self.journal.append(&payloads)?;
         }
         Ok(())
     }
@@ -474,7 +561,7 @@ impl Round {
 
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }

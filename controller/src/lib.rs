@@ -11,6 +11,7 @@ mod blobs;
 mod cli;
 mod config;
 mod driver;
+mod faults;
 mod hub;
 mod identity;
 mod journal;
@@ -19,6 +20,8 @@ mod notify;
 mod pki;
 mod secrets;
 mod session;
+#[cfg(feature = "faults")]
+pub mod simulation;
 mod tls;
 
 use std::process::ExitCode;

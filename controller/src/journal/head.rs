@@ -11,6 +11,7 @@ use sha2::Digest as _;
 
 use super::disk::{io_error, sync};
 use super::{FORMAT, Head, JournalId, OpenError};
+use crate::faults::reached;
 
 /// The distance of the slots: no sector of a disk holds parts of both.
 const SLOT_DISTANCE: u64 = 4096;
@@ -126,7 +127,9 @@ impl HeadFile {
         let turn = self.turn + 1;
         let bytes = encode(turn, stored);
         self.file.write_all_at(&bytes, (turn % 2) * SLOT_DISTANCE)?;
+        reached("head: written");
         sync(&self.file, &self.path)?;
+        reached("head: synced");
         self.turn = turn;
         Ok(())
     }

@@ -28,7 +28,9 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::disk::{io_error, sync, sync_directory, sync_files};
 use super::head::{HeadError, HeadFile, Stored};
+use super::reserve::Reserve;
 use super::{AppendError, Broken, FORMAT, Head, Journal, JournalId, OpenError, chain};
+use crate::faults::reached;
 
 /// sled's page cache, in bytes. Recovery streams, and running only appends: a small one will do.
 const CACHE: u64 = 16 << 20;
@@ -51,6 +53,7 @@ pub(crate) struct SledJournal {
     /// sled's own file, opened once more to be synced.
     store: File,
     head_file: HeadFile,
+    reserve: Reserve,
     id: JournalId,
     head: Head,
     /// An append has begun and not come to its end.
@@ -124,7 +127,7 @@ impl SledJournal {
         };
 
         let refused = |unread: Unread| unread.of(&dir);
-        let seen = Copied::make(&store_dir, check)?.look(Some(stored));
+        let seen = copy_to_look(&store_dir, &store_path, check)?.look(Some(stored));
         let seen = seen.and_then(whole).map_err(refused)?.1;
         // Whoever wrote it may have been killed before it was synced, and sled keeps an index of
         // what it finds now.
@@ -146,11 +149,13 @@ impl SledJournal {
             let write = head_file.write(Stored { head, ..stored });
             write.map_err(io_error("write the head of", &dir))?;
         }
+        let reserve = Reserve::new(&store_path).map_err(io_error("set space aside for", &dir))?;
         Ok(Self {
             dir,
             db: Some(db),
             store,
             head_file,
+            reserve,
             id: stored.id,
             head,
             poisoned: false,
@@ -171,10 +176,14 @@ impl SledJournal {
         };
         let io_failed = |what| move |source| AppendError::Store { what, source };
         let db = self.db();
+        reached("append: begins");
         db.apply_batch(batch).map_err(failed("write a batch"))?;
+        reached("append: applied");
         db.flush().map_err(failed("flush a batch"))?;
+        reached("append: flushed");
         let path = self.dir.join(STORE_FILE);
         sync(&self.store, &path).map_err(io_failed("sync a batch"))?;
+        reached("append: synced");
         let stored = Stored { id: self.id, head };
         let written = self.head_file.write(stored);
         written.map_err(io_failed("write its head"))
@@ -198,6 +207,10 @@ impl Journal for SledJournal {
         let Some(&last) = heads.last() else {
             return Ok(self.head);
         };
+        let bytes: usize = payloads.iter().map(Vec::len).sum();
+        if !self.reserve.can_take(bytes as u64) {
+            return Err(AppendError::Full);
+        }
         let mut batch = sled::Batch::default();
         for (head, payload) in heads.iter().zip(payloads) {
             let mut value = Vec::with_capacity(head.hash.0.len() + payload.len());
@@ -210,6 +223,10 @@ impl Journal for SledJournal {
         self.poisoned = false;
         self.head = last;
         Ok(last)
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.reserve.has_room()
     }
 
     fn payloads(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, OpenError>> + '_> {
@@ -279,8 +296,23 @@ fn create(dir: &Path, id: JournalId) -> Result<(), OpenError> {
 /// Gives a journal that was made its name.
 fn publish(new: &Path, state: &Path) -> Result<(), OpenError> {
     let dir = state.join("journal");
+    reached("create: made");
     fs::rename(new, &dir).map_err(io_error("make", &dir))?;
-    sync_directory(state)
+    reached("create: named");
+    sync_directory(state)?;
+    reached("create: durable");
+    Ok(())
+}
+
+/// A copy of a store. On a full disk, what is set aside for the journal makes room for it.
+fn copy_to_look(store: &Path, file: &Path, at: &Path) -> Result<Copied, OpenError> {
+    let full = match Copied::make(store, at) {
+        Err(error) if error.is_full_disk() => error,
+        made => return made,
+    };
+    tracing::warn!("the disk is full: what is set aside is used to look at the journal");
+    Reserve::give_back(file).map_err(|_| full)?;
+    Copied::make(store, at)
 }
 
 /// A copy of a store, there as long as this value. sled may repair it as it likes.
