@@ -8,6 +8,7 @@
 #   hosts.sh ip NAME                 the address, which stays the same as long as the host exists
 #   hosts.sh disconnect|connect NAME take a host off the network, and back
 #   hosts.sh kill|restart NAME       power loss; restart boots the host whether it runs or not
+#   hosts.sh reset NAME              the reset button: boots the host without shutting it down
 #   hosts.sh down                    remove the hosts and the network of this fleet
 #   hosts.sh stop-daemon             stop dockerd if `prepare` started it
 #
@@ -332,7 +333,7 @@ case $command in
   down) down ;;
   build-root) build_root "$1" ;;
   stop-daemon) stop_daemon ;;
-  exec | put | ip | disconnect | connect | kill | restart)
+  exec | put | ip | disconnect | connect | kill | restart | reset)
     need $# 1
     must_know "$1"
     host=$(container "$1")
@@ -344,6 +345,8 @@ case $command in
       connect) connected "$1" || docker network connect --alias "$1" --ip "$(address "$1")" "$network" "$host" ;;
       kill) if [ "$(inspect "$1" '{{.State.Running}}')" = true ]; then docker kill "$host" >/dev/null; fi ;;
       restart) docker restart "$host" >/dev/null; wait_booted "$1" ;;
+      # Not a restart without patience: init would be asked to shut down, and is fast.
+      reset) docker kill "$host" >/dev/null; docker start "$host" >/dev/null; wait_booted "$1" ;;
     esac ;;
   *) usage ;;
 esac

@@ -1,6 +1,8 @@
 //! An independent record of effects on the hosts: a program that notes when it begins and when it
 //! is done, in a synced file that nothing of Lockstep's reads or writes.
 
+use std::fmt::Write as _;
+
 use anyhow::{Context as _, Result, bail};
 
 use super::Fleet;
@@ -30,12 +32,33 @@ time.sleep(seconds)
 note("done")
 "#;
 
-/// Services `effect-NAME-PART` whose start takes seconds and is the effect. They stay active, and
-/// no boot starts them.
-const UNIT: &str = "[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/usr/local/bin/effect";
+/// A service `effect-NAME-PART`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Service {
+    /// The fault that it belongs to.
+    pub(super) name: &'static str,
+    /// The part that its start is.
+    pub(super) part: &'static str,
+    /// How long it takes to start, in seconds.
+    pub(super) start: u32,
+    /// How long it takes to stop, if that is the part `undo`.
+    pub(super) stop: Option<u32>,
+}
+
+impl Service {
+    /// It stays active, and no boot starts it.
+    fn unit(&self) -> String {
+        let Self {
+            name, part, start, ..
+        } = self;
+        let run = "[Service]\nType=oneshot\nRemainAfterExit=yes";
+        let mut unit = format!("{run}\nExecStart={PROGRAM} {name} {part} {start}\n");
+        if let Some(seconds) = self.stop {
+            let _ = writeln!(unit, "ExecStop={PROGRAM} {name} undo {seconds}");
+        }
+        unit
+    }
+}
 
 /// What the hosts' policies allow besides the example's.
 const POLICY: &str = r#"
@@ -61,13 +84,14 @@ pub struct Effect {
     pub what: String,
 }
 
-/// Puts all this among a host's files, with a service for each name, part and number of seconds.
-pub(super) fn stage(stage: &Stage, policy: &str, units: &[(&str, &str, u32)]) -> Result<()> {
+/// Puts all this among a host's files.
+pub(super) fn stage(stage: &Stage, policy: &str, services: &[Service]) -> Result<()> {
     stage.write(&PROGRAM[1..], SOURCE, 0o755)?;
     stage.write(&LEDGER[1..], "", 0o600)?;
-    for (name, part, seconds) in units {
+    for service in services {
+        let Service { name, part, .. } = service;
         let path = format!("etc/systemd/system/effect-{name}-{part}.service");
-        stage.write(&path, &format!("{UNIT} {name} {part} {seconds}\n"), 0o644)?;
+        stage.write(&path, &service.unit(), 0o644)?;
     }
     let policy = format!("{policy}{POLICY}");
     stage.write("etc/lockstep/policy.toml", &policy, 0o644)

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use super::effects::{Effect, PROGRAM};
+use super::effects::{Effect, PROGRAM, Service};
 use super::{Fleet, HOSTS};
 use crate::cluster::REQUESTER;
 use crate::operator::{list, steps, text};
@@ -45,6 +45,21 @@ enum Work {
     Convergent,
     /// `exec.run`: nobody can say what a process that vanished has done.
     Blind,
+    /// The undo of a `service.start`, after `after` has failed on both hosts.
+    Undo,
+}
+
+/// What must become of the rollout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The step goes on, and its outcome is taken: `succeeded`, at the first attempt.
+    Untouched,
+    /// The step has left no outcome, the host is asked, and another attempt is made: `succeeded`.
+    Repeated,
+    /// A host that is shut down ends its steps, which say so: a failed step, `rolled_back`.
+    RolledBack,
+    /// Nobody can say what the step did: `halted`, until a person has looked.
+    Unknown,
 }
 
 /// A fault, and what must become of the rollout.
@@ -53,62 +68,53 @@ pub struct Fault {
     /// Its name in reports and in the hosts' records.
     pub name: &'static str,
     work: Work,
-    strike: fn(&Fleet, &str, &Fault) -> Result<()>,
-    /// Whether a reboot ends the step's process, so that only a blind step needs a person.
-    reboots: bool,
+    strike: Strike,
+    end: End,
 }
 
+/// Strikes the host in the middle of the work of a rollout.
+type Strike = fn(&Fleet, &str, &Fault) -> Result<()>;
+
 /// All of them, in the order in which they are tried.
-pub const FAULTS: [Fault; 7] = [
-    Fault {
-        name: "agent-killed",
-        work: Work::Blind,
-        strike: kill_agent,
-        reboots: false,
-    },
-    Fault {
-        name: "agent-restarted",
-        work: Work::Blind,
-        strike: restart_agent,
-        reboots: false,
-    },
-    Fault {
-        name: "network-cut",
-        work: Work::Blind,
-        strike: cut_network,
-        reboots: false,
-    },
-    Fault {
-        name: "host-restarted",
-        work: Work::Convergent,
-        strike: restart_host,
-        reboots: true,
-    },
-    Fault {
-        name: "host-restarted-blind",
-        work: Work::Blind,
-        strike: restart_host,
-        reboots: true,
-    },
-    Fault {
-        name: "power-lost",
-        work: Work::Convergent,
-        strike: lose_power,
-        reboots: true,
-    },
-    Fault {
-        name: "power-lost-blind",
-        work: Work::Blind,
-        strike: lose_power,
-        reboots: true,
-    },
+#[rustfmt::skip]
+pub const FAULTS: [Fault; 11] = [
+    fault("agent-killed", Work::Blind, kill_agent, End::Untouched),
+    fault("agent-restarted", Work::Blind, restart_agent, End::Untouched),
+    fault("network-cut", Work::Blind, cut_network, End::Untouched),
+    fault("host-restarted", Work::Convergent, restart_host, End::RolledBack),
+    fault("host-restarted-blind", Work::Blind, restart_host, End::RolledBack),
+    fault("host-reset", Work::Convergent, reset_host, End::Repeated),
+    fault("host-reset-blind", Work::Blind, reset_host, End::Unknown),
+    fault("power-lost", Work::Convergent, lose_power, End::Repeated),
+    fault("power-lost-blind", Work::Blind, lose_power, End::Unknown),
+    fault("agent-killed-undo", Work::Undo, kill_agent, End::Untouched),
+    fault("host-reset-undo", Work::Undo, reset_host, End::Repeated),
 ];
 
-/// The services whose starts are effects: name, part, seconds.
-pub(super) fn services() -> Vec<(&'static str, &'static str, u32)> {
-    let services = FAULTS
-        .iter()
-        .flat_map(|fault| [(fault.name, "before", 0), (fault.name, "work", WORK)]);
+const fn fault(name: &'static str, work: Work, strike: Strike, end: End) -> Fault {
+    Fault {
+        name,
+        work,
+        strike,
+        end,
+    }
+}
+
+/// The services whose starts, or stops, are effects.
+pub(super) fn services() -> Vec<Service> {
+    let service = |fault: &Fault, part, start, stop| Service {
+        name: fault.name,
+        part,
+        start,
+        stop,
+    };
+    let services = FAULTS.iter().flat_map(|fault| {
+        let work = match fault.work {
+            Work::Undo => service(fault, "work", 0, Some(WORK)),
+            Work::Convergent | Work::Blind => service(fault, "work", WORK, None),
+        };
+        [service(fault, "before", 0, None), work]
+    });
     services.collect()
 }
 
@@ -119,7 +125,7 @@ pub struct Seen {
     pub name: &'static str,
     /// How the rollout ended without a person, and, after `, then`, with one.
     pub outcome: String,
-    /// For each host, how often `work` began and was done, by the host's own record.
+    /// For each host, how often what was struck began and was done, by the host's own record.
     pub effects: Vec<(&'static str, usize, usize)>,
     /// From the submission to the last end.
     pub seconds: u64,
@@ -164,7 +170,7 @@ impl Fault {
         fs::write(&plan, self.plan())?;
         let rollout = requester.submit(&plan, &[])?;
         wait::until("the work to begin", wait::SOON, || {
-            let noted = self.noted(fleet, STRUCK, "work");
+            let noted = self.noted(fleet, STRUCK, self.struck());
             let noted = noted.map_err(|error| format!("{error:#}"))?;
             (!noted.is_empty())
                 .then_some(())
@@ -173,17 +179,22 @@ impl Fault {
         (self.strike)(fleet, &rollout, self)?;
         let document = requester.wait(&rollout, ENDS_WITHIN)?;
         let mut outcome = text(&document["state"]).to_owned();
-        if self.reboots && self.work == Work::Blind {
-            self.check_unknown(fleet, &document)?;
-            let then = self.resolve(fleet, &rollout)?;
-            outcome = format!("{outcome}, then {then}");
-        } else {
-            self.check_success(fleet, &document)?;
+        match self.end {
+            End::Untouched | End::Repeated if self.work == Work::Undo => {
+                self.check_undone(fleet, &document)?;
+            }
+            End::Untouched | End::Repeated => self.check_success(fleet, &document)?,
+            End::RolledBack => self.check_rolled_back(fleet, &document)?,
+            End::Unknown => {
+                self.check_unknown(fleet, &document)?;
+                let then = self.resolve(fleet, &rollout)?;
+                outcome = format!("{outcome}, then {then}");
+            }
         }
         nothing_runs(fleet)?;
         let mut effects = vec![];
         for host in [STRUCK, WITNESS] {
-            let noted = self.noted(fleet, host, "work")?;
+            let noted = self.noted(fleet, host, self.struck())?;
             let count = |what: &str| noted.iter().filter(|effect| effect.what == what).count();
             effects.push((host, count("begin"), count("done")));
         }
@@ -199,11 +210,13 @@ impl Fault {
         let name = self.name;
         let run = |part: &str, seconds: u32| {
             let argv = format!("[{PROGRAM}, {name}, {part}, \"{seconds}\"]");
-            format!("exec.run: {{name: {part}, argv: {argv}}}")
+            // It exits with 0: where the rollout is to come back, that is not what is expected.
+            let exit = u8::from(part == "after" && self.work == Work::Undo);
+            format!("exec.run: {{name: {part}, argv: {argv}, exit: {exit}}}")
         };
         let start = |part: &str| format!("service.start: {{service: effect-{name}-{part}}}");
         let work = match self.work {
-            Work::Convergent => start("work"),
+            Work::Convergent | Work::Undo => start("work"),
             Work::Blind => run("work", WORK),
         };
         let phases = [
@@ -224,10 +237,11 @@ impl Fault {
         plan
     }
 
-    fn action(&self) -> &'static str {
+    /// The part in the middle of which the host is struck.
+    fn struck(&self) -> &'static str {
         match self.work {
-            Work::Convergent => "service.start",
-            Work::Blind => "exec.run",
+            Work::Convergent | Work::Blind => "work",
+            Work::Undo => "undo",
         }
     }
 
@@ -254,7 +268,7 @@ impl Fault {
         let state = text(&document["state"]);
         ensure!(state == "succeeded", "{state}: {}", document["reason"]);
         for host in [STRUCK, WITNESS] {
-            let cut_off = self.reboots && host == STRUCK;
+            let cut_off = self.end == End::Repeated && host == STRUCK;
             let work: &[&str] = match cut_off {
                 // What the first attempt began died with the host; the second one was made only
                 // after the host had been asked.
@@ -274,11 +288,35 @@ impl Fault {
         self.check_barrier(fleet)
     }
 
+    /// It came back, and the undo that was struck was taken up where the host was.
+    fn check_undone(&self, fleet: &Fleet, document: &Value) -> Result<()> {
+        let (state, reason) = (text(&document["state"]), text(&document["reason"]));
+        ensure!(state == "rolled_back", "{state}: {reason}");
+        for host in [STRUCK, WITNESS] {
+            let cut_off = self.end == End::Repeated && host == STRUCK;
+            // A host that was off has no service left to stop.
+            let undo: &[&str] = if cut_off {
+                &["begin"]
+            } else {
+                &["begin", "done"]
+            };
+            self.expect_noted(fleet, host, "work", &["begin", "done"])?;
+            self.expect_noted(fleet, host, "after", &["begin", "done"])?;
+            self.expect_noted(fleet, host, "undo", undo)?;
+            let outcomes = self.outcomes(document, host);
+            let expected: &[&str] = match cut_off {
+                true => &["ok ", "failed interrupted", "ok "],
+                false => &["ok ", "ok "],
+            };
+            ensure!(outcomes == expected, "{host}: attempts {outcomes:?}");
+        }
+        self.expect_stopped(fleet)
+    }
+
     /// How the attempts at `work` on a host ended, with their causes.
     fn outcomes(&self, document: &Value, host: &str) -> Vec<String> {
-        let (phase, action) = ("work", self.action());
         steps(document)
-            .filter(|(of, step)| of["name"] == phase && step["action"] == action)
+            .filter(|(phase, _)| phase["name"] == "work")
             .flat_map(|(_, step)| list(&step["attempts"]))
             .filter(|attempt| attempt["host"] == host)
             .map(|attempt| format!("{} {}", text(&attempt["outcome"]), text(&attempt["cause"])))
@@ -352,16 +390,30 @@ impl Fault {
         say(&[&["resolve", rollout, STRUCK, &at][..], &reason].concat())?;
         say(&["resume", rollout])?;
         let document = requester.wait(rollout, ENDS_WITHIN)?;
+        self.check_rolled_back(fleet, &document)?;
+        Ok(text(&document["state"]).to_owned())
+    }
+
+    /// It went back: the work was not done again, and what was done before it is undone.
+    fn check_rolled_back(&self, fleet: &Fleet, document: &Value) -> Result<()> {
         let (state, reason) = (text(&document["state"]), text(&document["reason"]));
         ensure!(state == "rolled_back", "{state}: {reason}");
+        ensure!(reason.contains(STRUCK), "{STRUCK} is not in: {reason}");
         self.expect_cut_off(fleet)?;
+        self.expect_stopped(fleet)
+    }
+
+    /// The services are as they were before the rollout.
+    fn expect_stopped(&self, fleet: &Fleet) -> Result<()> {
         for host in [STRUCK, WITNESS] {
-            let unit = format!("effect-{}-before", self.name);
-            let show = ["systemctl", "show", "-p", "ActiveState", "--value", &unit];
-            let is = fleet.on(host, &show)?;
-            ensure!(is.trim() == "inactive", "{unit} on {host} is {is}");
+            for part in ["before", "work"] {
+                let unit = format!("effect-{}-{part}", self.name);
+                let show = ["systemctl", "show", "-p", "ActiveState", "--value", &unit];
+                let is = fleet.on(host, &show)?;
+                ensure!(is.trim() == "inactive", "{unit} on {host} is {is}");
+            }
         }
-        Ok(state.to_owned())
+        Ok(())
     }
 }
 
@@ -458,39 +510,51 @@ fn cut_network(fleet: &Fleet, rollout: &str, fault: &Fault) -> Result<()> {
     away
 }
 
-/// What tells one boot of the host from another: the agent's own mark, beside the kernel's id,
-/// which containers share.
+/// The boot that the agent takes this one for, and the kernel's id, which containers share.
 fn boot(fleet: &Fleet) -> Result<[String; 2]> {
-    let own = fleet.on(STRUCK, &["sha256sum", "/run/lockstep-agent/boot"])?;
+    let journal = ["journalctl", "--no-pager", "-o", "cat", "-u", AGENT];
+    let said = fleet.on(STRUCK, &journal)?;
+    let mut boots = said.split_whitespace().rev();
+    let own = boots.find_map(|word| word.strip_prefix("boot="));
+    let own = own.context("the agent named no boot")?.to_owned();
     let kernel = fleet.on(STRUCK, &["cat", "/proc/sys/kernel/random/boot_id"])?;
     Ok([own, kernel])
 }
 
-/// Boots the host after `off`, and sees that the kernel's id alone would not have shown it.
-fn boot_again(fleet: &Fleet, off: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Boots the host by `reboot`: a new boot for the agent, which the kernel's id would not show.
+fn boot_again(fleet: &Fleet, reboot: impl FnOnce() -> Result<()>) -> Result<()> {
     let [own_before, kernel_before] = boot(fleet)?;
-    off()?;
-    fleet.restart(STRUCK)?;
-    let [own, kernel] = wait::until("the agent's mark of this boot", wait::SOON, || {
-        boot(fleet).map_err(|error| format!("{error:#}"))
-    })?;
-    ensure!(
-        own != own_before,
-        "the agent takes the boot for the last one"
-    );
+    reboot()?;
+    wait::until(
+        "the agent to name another boot",
+        wait::SOON,
+        || match boot(fleet) {
+            Ok([own, _]) if own != own_before => Ok(()),
+            seen => Err(format!("{seen:?}, and before {own_before}")),
+        },
+    )?;
+    let [_, kernel] = boot(fleet)?;
     ensure!(kernel == kernel_before, "the hosts are no containers");
     Ok(())
 }
 
 fn restart_host(fleet: &Fleet, _rollout: &str, _fault: &Fault) -> Result<()> {
-    boot_again(fleet, || Ok(()))
+    boot_again(fleet, || fleet.restart(STRUCK))
 }
 
-/// Off until the host is missed.
+fn reset_host(fleet: &Fleet, _rollout: &str, _fault: &Fault) -> Result<()> {
+    boot_again(fleet, || fleet.reset(STRUCK))
+}
+
+/// Off until the host is missed. Its network goes first: where power is lost, nobody is left to
+/// close connections.
 fn lose_power(fleet: &Fleet, _rollout: &str, _fault: &Fault) -> Result<()> {
     boot_again(fleet, || {
         let since = Instant::now();
+        fleet.cut(STRUCK)?;
         fleet.power_off(STRUCK)?;
-        flagged(fleet, since)
+        flagged(fleet, since)?;
+        fleet.restart(STRUCK)?;
+        fleet.heal(STRUCK)
     })
 }

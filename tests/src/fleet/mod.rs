@@ -213,6 +213,11 @@ impl Fleet {
         hosts(&["restart", host]).map(drop)
     }
 
+    /// Boots a host without shutting it down first; back when systemd is up.
+    pub fn reset(&self, host: &str) -> Result<()> {
+        hosts(&["reset", host]).map(drop)
+    }
+
     /// Takes a host's power away.
     pub fn power_off(&self, host: &str) -> Result<()> {
         hosts(&["kill", host]).map(drop)
