@@ -9,8 +9,8 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
 use crate::event::{Answer, Effects, Event, Message, Notify, RolloutEvent};
-use crate::record::{End, Entry, Record};
-use crate::rollout::{Mode, Rollout, order_life};
+use crate::record::{Archived, End, Entry, Record};
+use crate::rollout::{HELD_BACK_BY, Left, Mode, Rollout, order_life};
 
 mod calls;
 
@@ -91,6 +91,10 @@ pub struct Coordinator {
     /// Hosts that were asked for their state in their present session.
     surveyed: BTreeSet<(RolloutId, HostId)>,
     last_epoch: Option<Epoch>,
+    /// The newest term that took over.
+    took_over: Option<Epoch>,
+    /// Rollouts that are in an archive.
+    archived: BTreeMap<RolloutId, Archived>,
 }
 
 impl Coordinator {
@@ -111,6 +115,8 @@ impl Coordinator {
             now: Timestamp::default(),
             surveyed: BTreeSet::new(),
             last_epoch: None,
+            took_over: None,
+            archived: BTreeMap::new(),
         };
         for (entry, number) in entries.into_iter().zip(1..) {
             if let Record::Submitted {
@@ -136,6 +142,82 @@ impl Coordinator {
     /// The newest term in the journal.
     pub fn last_epoch(&self) -> Option<Epoch> {
         self.last_epoch
+    }
+
+    /// The newest term that took over; none if none has.
+    pub fn took_over(&self) -> Option<Epoch> {
+        self.took_over
+    }
+
+    /// What is known of a rollout that is in an archive.
+    pub fn archived(&self, rollout: &RolloutId) -> Option<&Archived> {
+        self.archived.get(rollout)
+    }
+
+    /// This term has taken over: what agents were told by terms before it may be more than is
+    /// known here.
+    pub fn take_over(&mut self, now: Timestamp) -> Effects {
+        let mut effects = Effects::default();
+        let epoch = self.config.epoch;
+        self.commit(now, Record::TookOver { epoch }, &mut effects);
+        effects
+    }
+
+    /// The controller was away, stopped by whatever, until now: hosts get time to come back
+    /// before any of them is given up.
+    pub fn was_away(&mut self, now: Timestamp) {
+        self.floor = now;
+    }
+
+    /// An agent's reports up to this one were acknowledged by a term before the one that took
+    /// over, and are not here.
+    pub fn skip_lost_reports(&mut self, now: Timestamp, host: &HostId, through: u64) -> Effects {
+        let mut effects = Effects::default();
+        let after = self.hosts.get(host).map_or(0, |info| info.acknowledged);
+        let record = Record::ReportsLost {
+            host: host.clone(),
+            after,
+            through,
+        };
+        self.commit(now, record, &mut effects);
+        effects
+    }
+
+    /// Holds back every rollout that goes on: nothing new is sent, and people read why.
+    pub fn hold_back(&mut self, now: Timestamp, why: &str) -> Effects {
+        let going = |rollout: &&Rollout| rollout.ended.is_none() && !rollout.paused;
+        let going: Vec<RolloutId> = self
+            .rollouts
+            .values()
+            .filter(going)
+            .map(|rollout| rollout.id.clone())
+            .collect();
+        let mut effects = Effects::default();
+        for rollout in going {
+            let operator = format!("{HELD_BACK_BY}{why}");
+            self.commit(now, Record::Paused { rollout, operator }, &mut effects);
+        }
+        effects
+    }
+
+    /// Lets rollouts go on that were held back, also before a restart, as they were. One that a
+    /// person has paused stays paused.
+    pub fn let_go(&mut self, now: Timestamp, why: &str) -> Effects {
+        let mut effects = Effects::default();
+        for id in self.order.clone() {
+            let rollout = &self.rollouts[&id];
+            if rollout.ended.is_some() || !rollout.is_held_back() {
+                continue;
+            }
+            let record = Record::Unpaused {
+                rollout: id.clone(),
+                why: why.to_owned(),
+            };
+            self.commit(now, record, &mut effects);
+            self.say_again(now, &id, &mut effects);
+        }
+        self.settle(now, &mut effects);
+        effects
     }
 
     /// The first effects after recovery: the term's record, orders that nobody has begun are said
@@ -338,13 +420,17 @@ impl Coordinator {
             .push((host, Message::Acknowledged(acknowledged)));
     }
 
+    pub(crate) fn is_up(&self, host: &HostId) -> bool {
+        self.hosts.get(host).is_some_and(|info| info.connected)
+    }
+
     /// Everything that is due, until nothing is.
     fn settle(&mut self, now: Timestamp, effects: &mut Effects) {
         let ids: Vec<RolloutId> = self.order.clone();
         for id in ids {
             loop {
                 let rollout = &self.rollouts[&id];
-                let up = |host: &HostId| self.hosts.get(host).is_some_and(|info| info.connected);
+                let up = |host: &HostId| self.is_up(host);
                 let due = rollout.advance(now, self.floor, &up);
                 if due.is_empty() {
                     break;
@@ -360,8 +446,7 @@ impl Coordinator {
     fn ask_for_states(&mut self, id: &RolloutId, effects: &mut Effects) {
         let rollout = &self.rollouts[id];
         for host in rollout.unsurveyed() {
-            let up = self.hosts.get(host).is_some_and(|info| info.connected);
-            if up && self.surveyed.insert((id.clone(), host.clone())) {
+            if self.is_up(host) && self.surveyed.insert((id.clone(), host.clone())) {
                 let survey = Message::Survey {
                     rollout: id.clone(),
                     epoch: self.config.epoch,
@@ -477,6 +562,21 @@ impl Coordinator {
     fn apply(&mut self, entry: &Entry) -> Result<(), String> {
         match &entry.record {
             Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
+            Record::TookOver { epoch } => self.took_over = Some(*epoch),
+            Record::Compacted { .. } => {}
+            Record::Archived(archived) => {
+                self.serials
+                    .insert(archived.serial, archived.rollout.clone());
+                self.archived
+                    .insert(archived.rollout.clone(), archived.clone());
+            }
+            Record::ReportsLost { host, through, .. }
+            | Record::ReportsArchived { host, through } => {
+                let info = self.hosts.get_mut(host);
+                let info = info.ok_or("reports of a host that was never seen")?;
+                info.acknowledged = *through;
+                info.last_seen = entry.at;
+            }
             Record::HostSeen {
                 host,
                 instance,
@@ -487,6 +587,12 @@ impl Coordinator {
                     .hosts
                     .get(host)
                     .filter(|info| info.instance == *instance);
+                if before.is_none() {
+                    let rollouts = self.rollouts.values_mut();
+                    for member in rollouts.filter_map(|state| state.members.get_mut(host)) {
+                        member.anew = true;
+                    }
+                }
                 let info = HostInfo {
                     connected: self.hosts.get(host).is_some_and(|info| info.connected),
                     last_seen: entry.at,
@@ -552,6 +658,18 @@ impl Coordinator {
         self.hosts.iter().filter(|(_, info)| !info.forgotten)
     }
 
+    /// The hosts that were ever seen, forgotten ones too.
+    pub fn all_hosts(&self) -> impl Iterator<Item = (&HostId, &HostInfo)> {
+        self.hosts.iter()
+    }
+
+    /// The serial that a rollout has used up.
+    pub fn serial(&self, rollout: &RolloutId) -> Option<u64> {
+        let mut serials = self.serials.iter();
+        let found = serials.find(|(_, user)| *user == rollout);
+        found.map(|(serial, _)| *serial)
+    }
+
     /// The rollout that has a host's lock.
     pub fn locked_by(&self, host: &HostId) -> Option<&RolloutId> {
         let holds = |rollout: &&Rollout| rollout.is_locking() && rollout.members.contains_key(host);
@@ -604,12 +722,22 @@ impl Coordinator {
         })
     }
 
+    /// What a rollout that has ended left on each of its hosts; empty while it goes on. What hosts
+    /// say later counts.
+    pub fn left(&self, rollout: &RolloutId) -> Vec<Left> {
+        let state = self.rollouts.get(rollout);
+        let up = |host: &HostId| self.is_up(host);
+        state.map(|state| state.left(&up)).unwrap_or_default()
+    }
+
     /// The hosts that a rollout waits for, and whose agents are not connected.
     pub fn absent(&self, rollout: &RolloutId) -> Vec<&HostId> {
         let state = self.rollouts.get(rollout);
         let awaited = state.map(Rollout::awaited).unwrap_or_default();
-        let here = |host: &HostId| self.hosts.get(host).is_some_and(|info| info.connected);
-        awaited.into_iter().filter(|host| !here(host)).collect()
+        awaited
+            .into_iter()
+            .filter(|host| !self.is_up(host))
+            .collect()
     }
 
     /// A rollout's events after a number.

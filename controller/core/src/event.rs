@@ -13,7 +13,7 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 use serde::Serialize;
 
-use crate::record::{Entry, NoticeRef};
+use crate::record::{Archived, Entry, NoticeRef};
 
 /// Something that happened outside.
 #[derive(Debug, Clone)]
@@ -97,8 +97,14 @@ pub enum Call {
         /// The rollout.
         rollout: RolloutId,
     },
-    /// Go on; try again what failed.
+    /// Go on: forward, what failed counts as failed; in a rollback, what is not undone is tried
+    /// again.
     Resume {
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// Go on, and give the hosts that failed another attempt, and only them.
+    ResumeFailed {
         /// The rollout.
         rollout: RolloutId,
     },
@@ -229,6 +235,8 @@ pub enum Answer {
     Done,
     /// The decision is durable; this is still missing at the gate (empty if it is closed).
     Missing(String),
+    /// It goes on; one line for each host that is tried again or stays behind.
+    Again(Vec<String>),
 }
 
 /// Another rollout's right to change a host.
@@ -257,6 +265,9 @@ pub enum Refused {
     /// There is no such rollout.
     #[error("there is no rollout {0}")]
     NotFound(RolloutId),
+    /// The rollout's records are in an archive.
+    #[error("{0}")]
+    Archived(Box<Archived>),
     /// The plan's serial was used.
     #[error("the plan's serial {0} has been used by {1}; compile it again")]
     SerialUsed(u64, RolloutId),

@@ -2,6 +2,7 @@
 //! fold of these records; nothing else is state.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use lockstep_proto::ids::{
     Digest, Direction, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
@@ -30,6 +31,41 @@ pub enum Record {
     TermBegan {
         /// The term.
         epoch: Epoch,
+    },
+    /// The term took over: it began above every term that a controller of this state may have
+    /// begun elsewhere. What agents reported to those is not in this journal.
+    TookOver {
+        /// The term.
+        epoch: Epoch,
+    },
+    /// Reports that an agent was told are durable, and that this journal lacks: a controller whose
+    /// later records are lost had them. They are skipped.
+    ReportsLost {
+        /// The host.
+        host: HostId,
+        /// The newest report before them.
+        after: u64,
+        /// The newest of them.
+        through: u64,
+    },
+    /// The first record of a compacted journal: those up to it went into an archive, whose last
+    /// hash is this one.
+    Compacted {
+        /// The number of the last one.
+        number: u64,
+        /// Its hash, which this record is chained to.
+        hash: Digest,
+        /// The archive's file name.
+        archive: String,
+    },
+    /// A rollout that has ended went into an archive. Its serial stays used up.
+    Archived(Archived),
+    /// Reports of a host up to this one are durable; they are about rollouts in an archive.
+    ReportsArchived {
+        /// The host.
+        host: HostId,
+        /// The newest of them.
+        through: u64,
     },
     /// A host introduced itself for the first time, or otherwise than before.
     HostSeen {
@@ -248,12 +284,23 @@ pub enum Record {
         /// Who paused it.
         operator: OperatorName,
     },
-    /// The rollout goes on; what failed is tried again.
+    /// The rollout goes on. Forward, what failed counts as failed; in a rollback, what is not
+    /// undone is tried again.
     Resumed {
         /// The rollout.
         rollout: RolloutId,
         /// Who resumed it.
         operator: OperatorName,
+        /// The hosts that failed get another attempt first, and only they.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        failed: bool,
+    },
+    /// The controller held the rollout back by itself, and lets it go on as it was.
+    Unpaused {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Why.
+        why: String,
     },
     /// From here on the rollout is undone.
     RollbackStarted {
@@ -306,7 +353,14 @@ impl Record {
     /// The rollout that the record is about; none for those about hosts and terms.
     pub fn rollout(&self) -> Option<&RolloutId> {
         match self {
-            Self::TermBegan { .. } | Self::HostSeen { .. } | Self::HostForgotten { .. } => None,
+            Self::TermBegan { .. }
+            | Self::TookOver { .. }
+            | Self::ReportsLost { .. }
+            | Self::Compacted { .. }
+            | Self::ReportsArchived { .. }
+            | Self::HostSeen { .. }
+            | Self::HostForgotten { .. } => None,
+            Self::Archived(archived) => Some(&archived.rollout),
             Self::Reported { body, .. } => Some(match body {
                 ReportBody::Consented { rollout, .. }
                 | ReportBody::Declined { rollout, .. }
@@ -333,12 +387,52 @@ impl Record {
             | Self::NoticeSent { rollout, .. }
             | Self::Paused { rollout, .. }
             | Self::Resumed { rollout, .. }
+            | Self::Unpaused { rollout, .. }
             | Self::RollbackStarted { rollout, .. }
             | Self::Undone { rollout }
             | Self::Ended { rollout, .. }
             | Self::Closed { rollout, .. }
             | Self::SignedOff { rollout, .. } => Some(rollout),
         }
+    }
+}
+
+/// What a controller still knows of a rollout that went into an archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Archived {
+    /// The rollout.
+    pub rollout: RolloutId,
+    /// The serial that it used up, for ever.
+    pub serial: u64,
+    /// Its plan.
+    pub plan: PlanDigest,
+    /// The plan's name.
+    pub name: String,
+    /// How it ended.
+    pub end: End,
+    /// When it was submitted.
+    pub submitted: Timestamp,
+    /// When it ended.
+    pub ended: Timestamp,
+    /// The file name of the archive that has its records.
+    pub archive: String,
+}
+
+impl fmt::Display for Archived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            rollout,
+            name,
+            end,
+            archive,
+            ..
+        } = self;
+        write!(
+            f,
+            "{rollout} ({name}) has ended {} and went into the archive: its records are in the \
+             controller's state directory, in `archive/{archive}`",
+            end.as_str()
+        )
     }
 }
 

@@ -139,10 +139,14 @@ impl ControlService for Control {
                 .into_iter()
                 .map(HostId::as_str)
                 .collect();
+            let left = coordinator.left(&asked);
+            document["left"] = serde_json::to_value(left).expect("plain fields");
             Some((coordinator.summary(&asked)?, document))
         };
         let found = self.driver.read(read).await?;
-        let (summary, mut document) = found.ok_or_else(|| not_found(&rollout))?;
+        let Some((summary, mut document)) = found else {
+            return Err(self.not_found(&rollout).await?);
+        };
         let blobs = Arc::clone(&self.blobs);
         let digest = summary.digest;
         let source = tokio::task::spawn_blocking(move || blobs.source(digest)).await;
@@ -214,7 +218,7 @@ impl ControlService for Control {
         };
         let missing = match self.call(&peer, call).await? {
             Answer::Missing(missing) => missing,
-            Answer::Done => String::new(),
+            Answer::Done | Answer::Again(_) => String::new(),
         };
         Ok(Response::new(wire::DecideResponse { missing }))
     }
@@ -235,8 +239,16 @@ impl ControlService for Control {
     ) -> Result<Response<wire::ResumeResponse>, Status> {
         let peer = peer(&request)?;
         let rollout = rollout_id(&request.get_ref().rollout)?;
-        self.call(&peer, Call::Resume { rollout }).await?;
-        Ok(Response::new(wire::ResumeResponse {}))
+        let call = if request.get_ref().failed {
+            Call::ResumeFailed { rollout }
+        } else {
+            Call::Resume { rollout }
+        };
+        let hosts = match self.call(&peer, call).await? {
+            Answer::Again(hosts) => hosts,
+            Answer::Done | Answer::Missing(_) => vec![],
+        };
+        Ok(Response::new(wire::ResumeResponse { hosts }))
     }
 
     async fn resolve(
@@ -394,8 +406,22 @@ impl Control {
     async fn summary(&self, rollout: &RolloutId) -> Result<lockstep_core::Summary, Status> {
         let asked = rollout.clone();
         let read = move |coordinator: &Coordinator| coordinator.summary(&asked);
-        let summary = self.driver.read(read).await?;
-        summary.ok_or_else(|| not_found(rollout))
+        match self.driver.read(read).await? {
+            Some(summary) => Ok(summary),
+            None => Err(self.not_found(rollout).await?),
+        }
+    }
+
+    /// What is said of a rollout that is not here: it may be in an archive.
+    async fn not_found(&self, rollout: &RolloutId) -> Result<Status, Status> {
+        let asked = rollout.clone();
+        let read = move |coordinator: &Coordinator| coordinator.archived(&asked).cloned();
+        let archived = self.driver.read(read).await?;
+        let why = archived.map_or_else(
+            || format!("there is no rollout {rollout}"),
+            |archived| archived.to_string(),
+        );
+        Ok(Status::not_found(why))
     }
 
     /// A random id that no rollout has.
@@ -403,7 +429,9 @@ impl Control {
         loop {
             let id = RolloutId::from_random(rand::random());
             let asked = id.clone();
-            let read = move |coordinator: &Coordinator| coordinator.summary(&asked).is_some();
+            let read = move |coordinator: &Coordinator| {
+                coordinator.summary(&asked).is_some() || coordinator.archived(&asked).is_some()
+            };
             if !self.driver.read(read).await? {
                 return Ok(id);
             }
@@ -446,10 +474,6 @@ fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
 fn rollout_id(text: &str) -> Result<RolloutId, Status> {
     text.parse()
         .map_err(|error: InvalidId| Status::invalid_argument(error.to_string()))
-}
-
-fn not_found(rollout: &RolloutId) -> Status {
-    Status::not_found(format!("there is no rollout {rollout}"))
 }
 
 /// A text that fits into a record of the journal.

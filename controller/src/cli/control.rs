@@ -4,10 +4,10 @@ use lockstep_proto::ids::{HostId, RolloutId};
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
-use super::Session;
+use super::{Session, clean};
 use super::error::CliError;
 use super::exit::Exit;
-use super::render::Line;
+use super::render::{self, Line};
 
 /// A rollout, and why.
 #[derive(Debug, clap::Args)]
@@ -17,6 +17,15 @@ pub(crate) struct Reasoned {
     /// Why, for the report
     #[arg(long)]
     reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Resume {
+    /// The rollout, paused or halted
+    rollout: RolloutId,
+    /// Try again on the hosts that failed, and only there
+    #[arg(long)]
+    failed: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -89,21 +98,31 @@ pub(crate) async fn pause(rollout: RolloutId, session: &Session) -> Result<Exit,
 }
 
 /// `lockstep resume`.
-pub(crate) async fn resume(rollout: RolloutId, session: &Session) -> Result<Exit, CliError> {
+pub(crate) async fn resume(arguments: Resume, session: &Session) -> Result<Exit, CliError> {
+    let Resume { rollout, failed } = arguments;
     let request = wire::ResumeRequest {
         rollout: rollout.to_string(),
+        failed,
     };
     let client = session.connect().await?;
-    client
+    let answer = client
         .call(|mut api| async move { api.resume(request).await })
         .await?;
-    done(
-        session,
-        &rollout,
-        "resume",
-        &format!("{rollout} goes on"),
-        Some(watch_hint(&rollout)),
-    )
+    let hosts: Vec<String> = answer.hosts.iter().map(|host| clean::line(host)).collect();
+    if session.printer.is_json() {
+        session.printer.json(&json!({
+            "format": "lockstep.done/1",
+            "rollout": rollout.as_str(),
+            "command": "resume",
+            "hosts": hosts,
+        }))?;
+        return Ok(Exit::Done);
+    }
+    let said = std::iter::once(format!("{rollout} goes on")).chain(hosts);
+    let said: Vec<Line> = said.map(Line::plain).collect();
+    session.printer.lines(&said)?;
+    session.printer.say(format!("  {}", watch_hint(&rollout)));
+    Ok(Exit::Done)
 }
 
 /// `lockstep resolve`.
@@ -144,9 +163,16 @@ pub(crate) async fn cancel(arguments: Reasoned, session: &Session) -> Result<Exi
     client
         .call(|mut api| async move { api.cancel(request).await })
         .await?;
-    let said = format!("{rollout} has ended where it stood; nothing was undone");
     let (document, _) = super::fetch(&client, &rollout).await?;
-    done(session, &rollout, "cancel", &said, Some(document.reason))
+    if session.printer.is_json() {
+        return done(session, &rollout, "cancel", "", None);
+    }
+    let said = format!("{rollout} has ended where it stood; nothing was undone");
+    let mut lines = vec![Line::plain(said)];
+    lines.extend(render::status::left(&document));
+    session.printer.lines(&lines)?;
+    session.printer.say(format!("  {}", document.reason));
+    Ok(Exit::Done)
 }
 
 /// `lockstep rollback`.

@@ -40,6 +40,8 @@ pub(crate) struct Document {
     pub(crate) paused: Option<Paused>,
     /// Hosts that are waited for, and whose agents are not connected.
     pub(crate) absent: Vec<String>,
+    /// What a rollout that has ended left on each host.
+    pub(crate) left: Vec<Left>,
     pub(crate) submitted: u64,
     pub(crate) ended: Option<u64>,
     pub(crate) hosts: Vec<Host>,
@@ -70,6 +72,16 @@ pub(crate) struct Host {
     pub(crate) state: String,
     pub(crate) quarantined: bool,
     pub(crate) why: String,
+}
+
+/// Whether something still runs on a host.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Left {
+    pub(crate) host: String,
+    /// `stopped`, `running` or `unknown`.
+    pub(crate) state: String,
+    pub(crate) message: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -242,6 +254,13 @@ impl Document {
             let gate = step.gate.as_ref()?;
             (gate.closed.is_none() && step.waits_for_people()).then_some((step, gate))
         })
+    }
+
+    /// Whether something went wrong on a host, as far as is known.
+    pub(crate) fn has_failures(&self) -> bool {
+        let bad = ["failed", "unreachable", "unknown"];
+        let mut hosts = self.hosts.iter();
+        hosts.any(|host| host.quarantined || bad.contains(&host.state.as_str()))
     }
 
     /// How long it ran; none while it does.

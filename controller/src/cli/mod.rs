@@ -99,7 +99,7 @@ enum Command {
     /// Send nothing new; what runs, runs on
     Pause(RolloutArg),
     /// Go on after a pause or a halt
-    Resume(RolloutArg),
+    Resume(control::Resume),
     /// Say what a step did whose outcome is unknown
     Resolve(control::Resolve),
     /// End a rollout where it stands
@@ -205,7 +205,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::Reject(reject) => decide::reject(reject, session).await,
         Command::Confirm(confirm) => decide::confirm(confirm, session).await,
         Command::Pause(RolloutArg { rollout }) => control::pause(rollout, session).await,
-        Command::Resume(RolloutArg { rollout }) => control::resume(rollout, session).await,
+        Command::Resume(resume) => control::resume(resume, session).await,
         Command::Cancel(cancel) => control::cancel(cancel, session).await,
         Command::Rollback(rollback) => control::roll_back(rollback, session).await,
         Command::Resolve(resolve) => control::resolve(resolve, session).await,

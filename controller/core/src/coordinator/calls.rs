@@ -58,27 +58,33 @@ impl Coordinator {
                 return Ok(Answer::Missing(missing));
             }
             Call::Pause { rollout } => {
-                if self.live(&rollout)?.paused {
+                let state = self.live(&rollout)?;
+                if state.paused && !state.is_held_back() {
                     return Err(Refused::NotNow(format!("{rollout} is paused already")));
                 }
                 Record::Paused { rollout, operator }
             }
             Call::Resume { rollout } => {
-                let state = self.rollout(&rollout)?;
-                let halted = state.ended.is_some() && state.is_locking();
-                if !(state.paused || halted) {
-                    return Err(Refused::NotNow(format!(
-                        "{rollout} is {}, not paused",
-                        state.state()
-                    )));
-                }
+                self.rollout(&rollout)?.may_resume()?;
                 let record = Record::Resumed {
                     rollout: rollout.clone(),
                     operator,
+                    failed: false,
                 };
                 self.commit(now, record, effects);
                 self.say_again(now, &rollout, effects);
                 return Ok(Answer::Done);
+            }
+            Call::ResumeFailed { rollout } => {
+                let lines = self.rollout(&rollout)?.may_retry()?;
+                let record = Record::Resumed {
+                    rollout: rollout.clone(),
+                    operator,
+                    failed: true,
+                };
+                self.commit(now, record, effects);
+                self.say_again(now, &rollout, effects);
+                return Ok(Answer::Again(lines));
             }
             Call::Resolve {
                 rollout,
@@ -100,8 +106,10 @@ impl Coordinator {
                 }
             }
             Call::Cancel { rollout, reason } => {
-                let left = self.live(&rollout)?.left_shut();
-                let reason = format!("cancelled by {operator}: {reason}{left}");
+                let state = self.live(&rollout)?;
+                let up = |host: &HostId| self.is_up(host);
+                let (left, shut) = (state.say_left(&up), state.left_shut());
+                let reason = format!("cancelled by {operator}: {reason}{left}{shut}");
                 Record::Ended {
                     rollout,
                     end: End::Cancelled,
@@ -140,7 +148,8 @@ impl Coordinator {
                         state.state()
                     )));
                 }
-                let reason = format!("{reason}{}", state.left_shut());
+                let up = |host: &HostId| self.is_up(host);
+                let reason = format!("{reason}{}{}", state.say_left(&up), state.left_shut());
                 Record::Closed {
                     rollout,
                     operator,
@@ -308,7 +317,10 @@ impl Coordinator {
     fn rollout(&self, id: &RolloutId) -> Result<&Rollout, Refused> {
         self.rollouts
             .get(id)
-            .ok_or_else(|| Refused::NotFound(id.clone()))
+            .ok_or_else(|| match self.archived.get(id) {
+                Some(archived) => Refused::Archived(Box::new(archived.clone())),
+                None => Refused::NotFound(id.clone()),
+            })
     }
 
     /// A rollout that has not ended.
@@ -316,6 +328,11 @@ impl Coordinator {
         let rollout = self.rollout(id)?;
         match rollout.ended {
             None => Ok(rollout),
+            Some(_) if rollout.is_locking() => Err(Refused::NotNow(format!(
+                "{id} has ended: it is halted; free its hosts with `lockstep close {id} --accept \
+                 --reason TEXT`, or go on with `lockstep resume {id}` or `lockstep rollback {id} \
+                 --reason TEXT`"
+            ))),
             Some(_) => Err(Refused::NotNow(format!(
                 "{id} has ended: {}",
                 rollout.state()
@@ -325,6 +342,50 @@ impl Coordinator {
 }
 
 impl Rollout {
+    /// Whether a person may let it go on.
+    fn may_resume(&self) -> Result<(), Refused> {
+        let halted = self.ended.is_some() && self.is_locking();
+        if self.paused || halted {
+            return Ok(());
+        }
+        Err(Refused::NotNow(format!(
+            "{} is {}, not paused or halted",
+            self.id,
+            self.state()
+        )))
+    }
+
+    /// Whether the hosts that failed may try again; what each of them then does.
+    fn may_retry(&self) -> Result<Vec<String>, Refused> {
+        self.may_resume()?;
+        let id = &self.id;
+        let retry = self.retry();
+        if !retry.unsettled.is_empty() {
+            let say = |(host, at, words): &(HostId, StepRef, String)| {
+                format!(
+                    "{host}: {words}: look there, then say what was done with `lockstep resolve \
+                     {id} {host} {at} --done` or `--not-done`, and `--reason TEXT`"
+                )
+            };
+            let all: Vec<String> = retry.unsettled.iter().map(say).collect();
+            return Err(Refused::NotNow(format!(
+                "nothing is tried again blindly: {}",
+                all.join("; ")
+            )));
+        }
+        let lines = retry.lines();
+        if retry.again.is_empty() {
+            let why = match lines.as_slice() {
+                [] => "no host has failed".to_owned(),
+                lines => lines.join("; "),
+            };
+            return Err(Refused::NotNow(format!(
+                "nothing of {id} is to be tried again: {why}; `lockstep resume {id}` goes on"
+            )));
+        }
+        Ok(lines)
+    }
+
     /// The attempt that a person may resolve: the last one, if nothing is known of it.
     fn unsettled(&self, host: &HostId, at: StepRef) -> Result<(Direction, u16), Refused> {
         if !self.is_locking() {

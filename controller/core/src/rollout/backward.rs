@@ -10,7 +10,8 @@ use lockstep_proto::plan::{Step, Undo};
 use lockstep_proto::report::Cause;
 use lockstep_proto::values::Timestamp;
 
-use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, order_life};
+use super::cause::Class as CauseClass;
+use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, next_attempt, order_life};
 use crate::record::{End, Lost, Record};
 
 /// When hosts are asked for their state at the end of a rollback.
@@ -20,7 +21,7 @@ pub(super) fn survey_from(backward: &Backward, undone: Timestamp, floor: Timesta
 
 /// What a step that was ordered means for a rollback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Need {
+pub(super) enum Need {
     /// Nothing was changed, or the plan says that it stays.
     Nothing,
     /// It must be undone.
@@ -29,7 +30,8 @@ enum Need {
     Stuck,
 }
 
-fn need(step: &Step, attempts: &[Attempt]) -> Need {
+/// What attempts at a step, since it was last undone, mean for a rollback.
+pub(super) fn need(step: &Step, attempts: &[Attempt]) -> Need {
     let mut needs = attempts.iter().rev().map(|attempt| need_of(step, attempt));
     match needs.next() {
         // A later attempt that found everything in place does not undo what an earlier one did.
@@ -61,6 +63,14 @@ fn need_of(step: &Step, attempt: &Attempt) -> Need {
         }
         (_, false) => Need::Nothing,
     }
+}
+
+/// Whether an attempt may have left something: one that says that it changed nothing has not.
+pub(super) fn leaves_something(attempt: &Attempt) -> bool {
+    let unchanged = attempt.result.as_ref().is_some_and(
+        |result| matches!(&result.outcome, Outcome::Failed(failure) if !failure.changed),
+    );
+    attempt.given_up || !unchanged
 }
 
 /// Where the undoing of a rollout stands.
@@ -97,7 +107,7 @@ impl Rollout {
         {
             return self.advance_phase(&backward.checks, phase, now, up);
         }
-        self.advance_survey(backward, undone, now, floor)
+        self.advance_survey(backward, undone, now, floor, up)
     }
 
     /// Whether the checks after a rollback are still to be made. Where nothing was touched there
@@ -203,24 +213,20 @@ impl Rollout {
     fn data_stays(&self, at: StepRef, host: &HostId) -> bool {
         let step = self.placed(at).step;
         let name = step.action.name();
-        let attempts = &self.attempts[&(at, Direction::Do)][host];
-        let undo = self.last_attempt(at, Direction::Undo, host);
         (name.starts_with("postgres.") || name.starts_with("migration."))
-            && need(step, attempts) != Need::Nothing
-            && !undo.is_some_and(Attempt::is_ok)
+            && need(step, self.live_attempts(at, host)) != Need::Nothing
     }
 
     fn standing_of_host(&self, host: &HostId, chain: &[StepRef], standing: &mut Standing) {
         for &at in chain {
             let step = self.placed(at).step;
-            let attempts = &self.attempts[&(at, Direction::Do)][host];
-            match need(step, attempts) {
+            match need(step, self.live_attempts(at, host)) {
                 Need::Nothing => continue,
                 Need::Undo => {}
                 Need::Stuck => {
                     let why = format!(
-                        "{} (step {at}) may have been done, and cannot be undone: look, then say \
-                         so with `lockstep resolve {} {host} {at}`",
+                        "{} (step {at}): unknown: it may have been done, and cannot be undone: \
+                         look, then say so with `lockstep resolve {} {host} {at}`",
                         step.action.name(),
                         self.id
                     );
@@ -228,9 +234,10 @@ impl Rollout {
                     return;
                 }
             }
-            match self.last_attempt(at, Direction::Undo, host) {
+            match self.current_undo(at, host) {
                 None => {
-                    standing.due.push((at, 1, host.clone()));
+                    let number = self.next_undo(at, host);
+                    standing.due.push((at, number, host.clone()));
                     return;
                 }
                 Some(attempt) => match &attempt.result {
@@ -239,18 +246,46 @@ impl Rollout {
                         return;
                     }
                     Some(_) if attempt.is_ok() => {}
-                    Some(_) if attempt.is_to_be_repeated() => {
-                        standing.due.push((at, attempt.number + 1, host.clone()));
-                        return;
-                    }
                     Some(result) => {
-                        let why = format!("undo of {}", self.say_failure(at, result));
-                        standing.blocked.insert(host.clone(), why);
+                        if let Some(number) = self.undo_again(at, host) {
+                            standing.due.push((at, number, host.clone()));
+                        } else {
+                            let why = format!("undo of {}", self.say_failure(at, result));
+                            standing.blocked.insert(host.clone(), why);
+                        }
                         return;
                     }
                 },
             }
         }
+    }
+
+    /// The attempts at a step on a host since it was last undone there.
+    pub(super) fn live_attempts(&self, at: StepRef, host: &HostId) -> &[Attempt] {
+        let attempts = self.attempts_at(at, Direction::Do, host);
+        let undos = self.attempts_at(at, Direction::Undo, host);
+        let undone = undos.iter().rev().find(|undo| undo.is_ok());
+        let undone = undone.map_or(0, |undo| undo.number);
+        let live = attempts.partition_point(|attempt| attempt.after_undo < undone);
+        &attempts[live..]
+    }
+
+    /// The newest undo of the newest attempt at a step.
+    pub(super) fn current_undo(&self, at: StepRef, host: &HostId) -> Option<&Attempt> {
+        let done = self.last_attempt(at, Direction::Do, host)?;
+        self.last_attempt(at, Direction::Undo, host)
+            .filter(|undo| undo.number > done.after_undo)
+    }
+
+    /// The number of an undo that is the first of its attempt.
+    pub(super) fn next_undo(&self, at: StepRef, host: &HostId) -> u16 {
+        let last = self.last_attempt(at, Direction::Undo, host);
+        last.map_or(1, |last| last.number + 1)
+    }
+
+    /// The number under which the current undo is tried again; none if it stands as it is.
+    pub(super) fn undo_again(&self, at: StepRef, host: &HostId) -> Option<u16> {
+        next_attempt(self.attempts_at(at, Direction::Undo, host))
     }
 
     fn halted(&self, backward: &Backward, standing: &Standing) -> Record {
@@ -281,9 +316,8 @@ impl Rollout {
         done.filter(|((_, direction), _)| *direction == Direction::Do)
             .filter_map(|((at, _), hosts)| {
                 let step = self.placed(*at).step;
-                let undone = self.last_attempt(*at, Direction::Undo, host);
-                let stays = need(step, hosts.get(host)?) != Need::Nothing
-                    && !undone.is_some_and(Attempt::is_ok);
+                hosts.get(host)?;
+                let stays = need(step, self.live_attempts(*at, host)) != Need::Nothing;
                 stays.then(|| format!("{} ({at})", step.action.name()))
             })
             .collect()
@@ -298,8 +332,7 @@ impl Rollout {
                 self.last_attempt(*at, *direction, host)
                     .is_some_and(Attempt::is_ok)
             }) {
-                let undone = self.last_attempt(*at, Direction::Undo, host);
-                let undone = undone.is_some_and(Attempt::is_ok);
+                let undone = self.live_attempts(*at, host).is_empty();
                 match (&self.placed(*at).step.action, direction) {
                     (Action::PostgresFence(fence), Direction::Do) if !undone => {
                         shut.insert(&fence.database, host);
@@ -338,10 +371,13 @@ impl Rollout {
 
     /// Hosts that have yet to say what their state is.
     pub(crate) fn unsurveyed(&self) -> Vec<&HostId> {
+        if self.ended.is_some() {
+            return self.unanswered();
+        }
         let Mode::Backward(backward) = &self.mode else {
             return vec![];
         };
-        if self.ended.is_some() || backward.undone.is_none() || self.checks_pending(backward) {
+        if backward.undone.is_none() || self.checks_pending(backward) {
             return vec![];
         }
         self.touched()
@@ -356,13 +392,18 @@ impl Rollout {
         undone: Timestamp,
         now: Timestamp,
         floor: Timestamp,
+        up: &dyn Fn(&HostId) -> bool,
     ) -> Vec<Record> {
         let silent = self.unsurveyed();
         if !silent.is_empty() {
             if now < survey_from(backward, undone, floor).plus(SURVEY_WITHIN) {
                 return vec![];
             }
-            let names: Vec<&str> = silent.iter().map(|host| host.as_str()).collect();
+            let name = |host: &&HostId| {
+                let class = CauseClass::of_silence(up(host));
+                format!("{host} ({})", class.as_str())
+            };
+            let names: Vec<String> = silent.iter().map(name).collect();
             let reason = format!(
                 "{}; everything was undone, but {} did not say what the state is now",
                 backward.reason,
@@ -375,7 +416,7 @@ impl Rollout {
             vec![self.end(End::RolledBack, backward.reason.clone())]
         } else {
             let reason = format!(
-                "{}; not as before: {}",
+                "{}; not as before (check unmet): {}",
                 backward.reason,
                 different.join("; ")
             );

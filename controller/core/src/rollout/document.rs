@@ -9,6 +9,7 @@ use lockstep_proto::plan::{NoticeWhen, Phase};
 use lockstep_proto::values::Timestamp;
 use serde_json::{Value, json};
 
+use super::cause::Class;
 use super::notices::is_for_people;
 use super::{Attempt, Gate, Mode, Outcome, Rollout};
 use crate::event::EventKind;
@@ -98,7 +99,7 @@ impl Rollout {
             .attempts
             .values()
             .filter_map(|hosts| hosts.get(host)?.last())
-            .map(outcome_word)
+            .map(|attempt| self.outcome_word(host, attempt))
             .collect();
         for word in ["unknown", "unreachable", "failed", "running", "ok"] {
             if outcomes.contains(word) {
@@ -180,7 +181,7 @@ impl Rollout {
         for direction in [Direction::Do, Direction::Undo, Direction::Probe] {
             for (host, attempts) in self.attempts.get(&(at, direction)).into_iter().flatten() {
                 for attempt in attempts {
-                    documents.push(attempt_document(host, direction, attempt));
+                    documents.push(self.attempt_document(host, direction, attempt));
                 }
             }
         }
@@ -364,50 +365,73 @@ pub(super) fn when_word(when: NoticeWhen) -> String {
     }
 }
 
-fn outcome_word(attempt: &Attempt) -> &'static str {
-    match attempt.result.as_ref().map(|result| &result.outcome) {
-        None => "running",
-        Some(Outcome::Ok { .. }) => "ok",
-        Some(Outcome::Failed(_) | Outcome::Lost(Lost::TimedOut)) => "failed",
-        Some(Outcome::Unknown { .. }) => "unknown",
-        Some(Outcome::Lost(Lost::Unreachable)) => "unreachable",
+impl Rollout {
+    /// INV-5 for one attempt. Nobody waits any more for those of a rollout that is over: what a
+    /// host has not told is unknown, and what it let go of before it began was skipped.
+    fn outcome_word(&self, host: &HostId, attempt: &Attempt) -> &'static str {
+        let over = self.ended.is_some() && !self.is_locking();
+        let member = &self.members[host];
+        match attempt.result.as_ref().map(|result| &result.outcome) {
+            None if over && attempt.started.is_none() && member.answered && !member.anew => {
+                "skipped"
+            }
+            None if over => "unknown",
+            None => "running",
+            Some(Outcome::Ok { .. }) => "ok",
+            Some(Outcome::Failed(_) | Outcome::Lost(Lost::TimedOut)) => "failed",
+            Some(Outcome::Unknown { .. }) => "unknown",
+            Some(Outcome::Lost(Lost::Unreachable)) => "unreachable",
+        }
     }
-}
 
-fn attempt_document(host: &HostId, direction: Direction, attempt: &Attempt) -> Value {
-    let result = attempt.result.as_ref();
-    let (changed, cause, message, hint, last_lines) = match result.map(|result| &result.outcome) {
-        Some(Outcome::Ok { changed, summary }) => (*changed, "", summary.as_str(), None, &[][..]),
-        Some(Outcome::Failed(failure)) => (
-            failure.changed,
-            failure.cause.as_str(),
-            failure.message.as_str(),
-            failure.hint.as_deref(),
-            failure.last_lines.as_slice(),
-        ),
-        Some(Outcome::Unknown { why }) => (true, "unknown", why.as_str(), None, &[][..]),
-        Some(Outcome::Lost(Lost::Unreachable)) => {
-            (true, "agent lost", "the host is unreachable", None, &[][..])
-        }
-        Some(Outcome::Lost(Lost::TimedOut)) => {
-            (true, "timed out", "no report in time", None, &[][..])
-        }
-        None => (false, "", "", None, &[][..]),
-    };
-    json!({
-        "host": host,
-        "direction": direction,
-        "attempt": attempt.number,
-        "ordered": attempt.ordered,
-        "started": attempt.started,
-        "finished": result.map(|result| result.at),
-        "took_ms": result.map(|result| result.took.0),
-        "outcome": outcome_word(attempt),
-        "changed": changed,
-        "cause": cause,
-        "message": message,
-        "hint": hint,
-        "last_lines": last_lines,
-        "facts": result.map_or(&[][..], |result| &result.facts),
-    })
+    fn attempt_document(&self, host: &HostId, direction: Direction, attempt: &Attempt) -> Value {
+        let result = attempt.result.as_ref();
+        let outcome = self.outcome_word(host, attempt);
+        let known = result.map(|result| &result.outcome);
+        let (changed, cause, message, hint, last_lines) = match known {
+            Some(Outcome::Ok { changed, summary }) => {
+                (*changed, "", summary.as_str(), None, &[][..])
+            }
+            Some(Outcome::Failed(failure)) => (
+                failure.changed,
+                failure.cause.as_str(),
+                failure.message.as_str(),
+                failure.hint.as_deref(),
+                failure.last_lines.as_slice(),
+            ),
+            Some(Outcome::Unknown { why }) => (true, "unknown", why.as_str(), None, &[][..]),
+            Some(Outcome::Lost(Lost::Unreachable)) => {
+                (true, "agent lost", "the host is unreachable", None, &[][..])
+            }
+            Some(Outcome::Lost(Lost::TimedOut)) => {
+                (true, "timed out", "no report in time", None, &[][..])
+            }
+            None if outcome == "unknown" => {
+                let why = "the rollout ended before its report came";
+                (true, "unknown", why, None, &[][..])
+            }
+            None => (false, "", "", None, &[][..]),
+        };
+        let class = match known {
+            Some(outcome) => Class::of(outcome).map_or("", Class::as_str),
+            None => cause,
+        };
+        json!({
+            "host": host,
+            "direction": direction,
+            "attempt": attempt.number,
+            "ordered": attempt.ordered,
+            "started": attempt.started,
+            "finished": result.map(|result| result.at),
+            "took_ms": result.map(|result| result.took.0),
+            "outcome": outcome,
+            "changed": changed,
+            "class": class,
+            "cause": cause,
+            "message": message,
+            "hint": hint,
+            "last_lines": last_lines,
+            "facts": result.map_or(&[][..], |result| &result.facts),
+        })
+    }
 }

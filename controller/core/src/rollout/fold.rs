@@ -8,6 +8,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
+use super::retry::Retry;
 use super::state::{
     Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
     SignOff,
@@ -22,8 +23,16 @@ impl Rollout {
         at: Timestamp,
         record: &Record,
     ) -> Result<(), IllegalTransition> {
+        let retry = match record {
+            Record::Resumed { failed: true, .. } => Some(self.retry()),
+            _ => None,
+        };
         self.fold(at, record)?;
-        self.narrate(at, record);
+        if let Some(retry) = &retry {
+            self.fold_retry(retry);
+        }
+        let detail = retry.map(|retry| retry.lines()).unwrap_or_default();
+        self.narrate(at, record, detail);
         Ok(())
     }
 
@@ -32,6 +41,11 @@ impl Rollout {
         let illegal = |record| Err(IllegalTransition { record, state });
         match record {
             Record::TermBegan { .. }
+            | Record::TookOver { .. }
+            | Record::ReportsLost { .. }
+            | Record::Compacted { .. }
+            | Record::Archived(_)
+            | Record::ReportsArchived { .. }
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Submitted { .. }
@@ -114,12 +128,22 @@ impl Rollout {
                 not_after,
                 ..
             } => {
-                let by_host = self.attempts.entry((*at, *direction)).or_default();
                 for host in hosts {
+                    let undo = self.last_attempt(*at, Direction::Undo, host);
+                    let after_undo = undo.map_or(0, |undo| undo.number);
+                    let by_host = self.attempts.entry((*at, *direction)).or_default();
                     let attempts = by_host.entry(host.clone()).or_default();
                     match attempts.last_mut() {
-                        // Said again after a restart, with a later end.
-                        Some(last) if last.number == *attempt => last.not_after = *not_after,
+                        // Said again, with a later end.
+                        Some(last) if last.number == *attempt => {
+                            last.not_after = *not_after;
+                            if last.is_lost() {
+                                last.result = None;
+                                last.given_up = false;
+                                last.forgiven = false;
+                                last.asked_again = Some(now);
+                            }
+                        }
                         _ => attempts.push(Attempt {
                             number: *attempt,
                             ordered: now,
@@ -128,6 +152,9 @@ impl Rollout {
                             result: None,
                             given_up: false,
                             forgiven: false,
+                            undo_first: false,
+                            asked_again: None,
+                            after_undo,
                             resolved: None,
                         }),
                     }
@@ -250,10 +277,14 @@ impl Rollout {
                 };
                 notice.sent = Some(error.clone().map_or(Ok(()), Err));
             }
-            Record::Paused { .. } => self.paused = true,
-            Record::Resumed { .. } => {
+            Record::Paused { operator, .. } => {
+                self.paused = true;
+                self.paused_by.clone_from(operator);
+            }
+            Record::Unpaused { .. } => self.paused = false,
+            Record::Resumed { failed, .. } => {
                 self.deadline_from = now;
-                self.fold_resumed(now);
+                self.fold_resumed(now, !*failed);
             }
             Record::RollbackStarted {
                 reason, operator, ..
@@ -264,7 +295,7 @@ impl Rollout {
                     self.deadline_from = now;
                 }
                 match &mut self.mode {
-                    Mode::Backward(_) => self.fold_resumed(now),
+                    Mode::Backward(_) => self.fold_resumed(now, true),
                     mode => {
                         *mode = Mode::Backward(Backward {
                             started: now,
@@ -313,6 +344,7 @@ impl Rollout {
     }
 
     fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) {
+        let ended = self.ended.is_some();
         match body {
             ReportBody::Consented { state, .. } => {
                 let Some(member) = self.members.get_mut(host) else {
@@ -375,13 +407,14 @@ impl Rollout {
                 };
                 keep_states(&mut member.after, state);
                 member.surveyed = true;
+                member.answered |= ended;
             }
         }
     }
 
-    /// What failed is tried again, as a new attempt; a gate that was not met, or whose time has
-    /// passed, opens anew, and so does the time of the phase.
-    fn fold_resumed(&mut self, now: Timestamp) {
+    /// The rollout goes on. A gate that was not met, or whose time has passed, opens anew, and so
+    /// does the time of the phase. In a rollback, whatever is not undone is `again` tried.
+    fn fold_resumed(&mut self, now: Timestamp, again: bool) {
         self.paused = false;
         self.ended = None;
         let backward = matches!(self.mode, Mode::Backward(_));
@@ -392,16 +425,16 @@ impl Rollout {
                 .plan()
                 .step(*at)
                 .is_some_and(|placed| placed.step.action.info().class == Class::Blind);
-            let again = match direction {
+            let mine = match direction {
                 Direction::Do => !backward || at.phase == checks,
-                Direction::Undo => backward,
+                Direction::Undo => true,
                 Direction::Probe => false,
             };
             for last in hosts
                 .values_mut()
                 .filter_map(|attempts| attempts.last_mut())
             {
-                let Some(result) = last.result.as_ref().filter(|_| again) else {
+                let Some(result) = last.result.as_ref().filter(|_| mine) else {
                     continue;
                 };
                 match result.outcome {
@@ -409,7 +442,7 @@ impl Rollout {
                     Outcome::Ok { .. } => last.given_up = false,
                     // Nothing could ever prove what it did: it is not done again (INV-1).
                     Outcome::Unknown { .. } if blind => {}
-                    _ => last.forgiven = true,
+                    _ => last.forgiven |= backward && again,
                 }
             }
         }
@@ -432,6 +465,32 @@ impl Rollout {
         }
         if let Mode::Forward(cursor) = &mut self.mode {
             cursor.opened = cursor.opened.map(|_| now);
+        }
+    }
+
+    /// The hosts that failed get another attempt.
+    fn fold_retry(&mut self, retry: &Retry) {
+        for again in &retry.again {
+            if let Some(member) = self.members.get_mut(&again.host) {
+                member.quarantined = None;
+            }
+            let key = (again.at, again.direction);
+            let attempts = self.attempts.get_mut(&key);
+            if let Some(last) = attempts
+                .and_then(|hosts| hosts.get_mut(&again.host))
+                .and_then(|attempts| attempts.last_mut())
+                .filter(|last| !last.is_ok())
+            {
+                last.forgiven = true;
+                last.undo_first |= again.undo_first;
+            }
+        }
+        // Between two waves: the last one opens again for them.
+        if let Mode::Forward(cursor) = &mut self.mode
+            && cursor.wave.is_none()
+            && !retry.again.is_empty()
+        {
+            cursor.wave = cursor.closed.map(|(wave, _)| wave);
         }
     }
 

@@ -7,14 +7,15 @@ use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::plan::{Phase, Stage, Strategy, Target};
 use lockstep_proto::values::Timestamp;
 
-use super::{AttemptResult, Cursor, Mode, Outcome, Rollout, order_life};
+use super::cause::say_cause;
+use super::{AttemptResult, Cursor, Mode, Outcome, Rollout, next_attempt, order_life};
 use crate::record::{End, Lost, MAX_HOSTS_PER_RECORD, Record};
 
 /// Where a host stands in a stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// This step is next, as this attempt.
-    Next(StepRef, u16),
+    /// This step is next, this way, as this attempt.
+    Next(StepRef, Direction, u16),
     /// An attempt is under way.
     Waiting,
     /// Every step is done.
@@ -58,7 +59,7 @@ impl Rollout {
             let reason = format!(
                 "phase `{}` passed its deadline: {}",
                 phase.name,
-                self.what_blocks()
+                self.what_blocks(up)
             );
             return vec![self.failed(reason)];
         }
@@ -91,21 +92,21 @@ impl Rollout {
 
     /// Every phase is closed.
     fn completed(&self) -> Record {
-        let behind: Vec<String> = self
-            .members
-            .iter()
-            .filter_map(|(host, member)| {
-                member
-                    .quarantined
-                    .as_ref()
-                    .map(|why| format!("{host}: {why}"))
-            })
-            .collect();
+        let behind = self.left_behind();
         if behind.is_empty() {
             self.end(End::Succeeded, String::new())
         } else {
-            self.end(End::Partial, format!("left behind: {}", behind.join("; ")))
+            self.end(End::Partial, format!("left behind: {behind}"))
         }
+    }
+
+    /// The hosts in quarantine, each with the reason; empty if there is none.
+    fn left_behind(&self) -> String {
+        let behind = self.members.iter().filter_map(|(host, member)| {
+            let why = member.quarantined.as_ref()?;
+            Some(format!("{host}: {why}"))
+        });
+        behind.collect::<Vec<_>>().join("; ")
     }
 
     /// Whether a host is to be elected: for the first time, or again because the elected one is
@@ -134,7 +135,11 @@ impl Rollout {
             .find(|host| up(host))
             .or_else(|| candidates.first())
         else {
-            return vec![self.failed(format!("no host of {} is left", groups.join(", ")))];
+            return vec![self.failed(format!(
+                "no host of {} is left: {}",
+                groups.join(", "),
+                self.left_behind()
+            ))];
         };
         vec![Record::Elected {
             rollout: self.id.clone(),
@@ -155,31 +160,25 @@ impl Rollout {
         let Some(wave) = cursor.wave else {
             return self.next_wave(cursor, stage, now);
         };
-        let hosts = &cursor.waves[wave];
-        let mut due: BTreeMap<(StepRef, u16), Vec<HostId>> = BTreeMap::new();
+        // Hosts of earlier waves are done, but for those that people gave another attempt.
+        let hosts = cursor.waves[..=wave].iter().flatten();
+        let mut due: BTreeMap<(StepRef, Direction, u16), Vec<HostId>> = BTreeMap::new();
         let mut open = false;
-        for host in hosts
-            .iter()
-            .filter(|host| self.members[*host].quarantined.is_none())
-        {
+        for host in hosts.filter(|host| self.members[*host].quarantined.is_none()) {
             match self.progress(cursor.phase, first, stage, host) {
                 Progress::Done => {}
                 Progress::Waiting => open = true,
-                Progress::Next(at, attempt) => {
-                    due.entry((at, attempt)).or_default().push(host.clone());
+                Progress::Next(at, direction, attempt) => {
+                    let key = (at, direction, attempt);
+                    due.entry(key).or_default().push(host.clone());
                 }
                 Progress::Failed(why) => return vec![self.failure(stage, phase, host, why)],
             }
         }
         if !due.is_empty() {
-            let direction = if self.dry_run {
-                Direction::Probe
-            } else {
-                Direction::Do
-            };
             return due
                 .into_iter()
-                .flat_map(|((at, attempt), hosts)| {
+                .flat_map(|((at, direction, attempt), hosts)| {
                     self.dispatch(
                         at,
                         direction,
@@ -238,8 +237,9 @@ impl Rollout {
                 phase,
                 step: number,
             };
-            let Some(attempt) = self.last_attempt(at, direction, host) else {
-                return Progress::Next(at, 1);
+            let attempts = self.attempts_at(at, direction, host);
+            let Some(attempt) = attempts.last() else {
+                return Progress::Next(at, direction, 1);
             };
             let Some(result) = &attempt.result else {
                 return Progress::Waiting;
@@ -248,11 +248,31 @@ impl Rollout {
                 Outcome::Ok { .. } if !attempt.given_up => {}
                 // A dry run goes on: it says all that would happen.
                 _ if self.dry_run => {}
-                _ if attempt.is_to_be_repeated() => return Progress::Next(at, attempt.number + 1),
-                _ => return Progress::Failed(self.say_failure(at, result)),
+                _ => {
+                    return match next_attempt(attempts) {
+                        None => Progress::Failed(self.say_failure(at, result)),
+                        Some(number) if attempt.undo_first => self.undo_first(at, host, number),
+                        Some(number) => Progress::Next(at, direction, number),
+                    };
+                }
             }
         }
         Progress::Done
+    }
+
+    /// What the last attempt left is undone before the next one (INV-6).
+    fn undo_first(&self, at: StepRef, host: &HostId, next: u16) -> Progress {
+        let Some(undo) = self.current_undo(at, host) else {
+            return Progress::Next(at, Direction::Undo, self.next_undo(at, host));
+        };
+        match &undo.result {
+            None => Progress::Waiting,
+            Some(_) if undo.is_ok() => Progress::Next(at, Direction::Do, next),
+            Some(result) => match self.undo_again(at, host) {
+                Some(number) => Progress::Next(at, Direction::Undo, number),
+                None => Progress::Failed(format!("undo of {}", self.say_failure(at, result))),
+            },
+        }
     }
 
     /// A failed attempt in one line.
@@ -263,19 +283,18 @@ impl Rollout {
             placed.step.action.name(),
             placed.step.line
         );
+        let cause = say_cause(&result.outcome);
         match &result.outcome {
             Outcome::Ok { summary, .. } => format!("{step}: {summary}"),
-            Outcome::Failed(failure) => {
-                format!("{step}: {}: {}", failure.cause.as_str(), failure.message)
+            Outcome::Failed(failure) => format!("{step}: {cause}: {}", failure.message),
+            Outcome::Unknown { why } => format!("{step}: {cause}: {why}"),
+            Outcome::Lost(Lost::Unreachable) => {
+                format!("{step}: {cause}: the host is unreachable")
             }
-            Outcome::Unknown { why } => format!("{step}: the outcome is unknown: {why}"),
-            Outcome::Lost(Lost::Unreachable) => format!("{step}: the host is unreachable"),
-            Outcome::Lost(Lost::TimedOut) => {
-                format!(
-                    "{step}: no report within {} and its grace",
-                    placed.step.timeout
-                )
-            }
+            Outcome::Lost(Lost::TimedOut) => format!(
+                "{step}: {cause}: no report within {} and its grace",
+                placed.step.timeout
+            ),
         }
     }
 
@@ -389,7 +408,8 @@ impl Rollout {
         let steps: Vec<&str> = stage.steps.iter().map(|step| step.action.name()).collect();
         let steps = steps.join(", ");
         self.failed(format!(
-            "every host of {groups} that could do {steps} is quarantined"
+            "every host of {groups} that could do {steps} is quarantined: {}",
+            self.left_behind()
         ))
     }
 

@@ -109,7 +109,8 @@ impl Rollout {
                             }]
                         }
                         Verdict::Waiting(missing) if now >= gate.until => {
-                            let why = format!("nobody decided in time; missing: {missing}");
+                            let why =
+                                format!("timed out: nobody decided in time; missing: {missing}");
                             vec![Record::GateClosed {
                                 rollout,
                                 at,

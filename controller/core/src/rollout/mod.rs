@@ -25,17 +25,22 @@ use crate::record::{End, Lost, Record};
 
 mod backward;
 mod bindings;
+mod cause;
 mod document;
 mod fold;
 mod forward;
 mod gate;
+mod left;
 mod narrate;
 mod notices;
+mod retry;
 mod state;
 
-use state::AttemptResult;
+use cause::Class;
+pub use left::{Left, LeftState};
 pub use state::Rollout;
 pub(crate) use state::{Attempt, Backward, Cursor, Gate, Member, Mode, Outcome};
+use state::{AttemptResult, next_attempt};
 
 /// How long hosts have to consent.
 pub const CONSENT_WITHIN: Period = Period::seconds(60);
@@ -61,6 +66,9 @@ pub const MOST_ATTEMPTS: u16 = 3;
 
 /// How long hosts have to say what their state is after a rollback.
 pub const SURVEY_WITHIN: Period = Period::seconds(60);
+
+/// Who pauses rollouts when it is not a person; no operator's name has spaces.
+pub(crate) const HELD_BACK_BY: &str = "the controller: ";
 
 /// A record that does not fit the state that it is applied to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -98,6 +106,7 @@ impl Rollout {
             elected: BTreeMap::new(),
             mode: Mode::Consenting,
             paused: false,
+            paused_by: OperatorName::new(),
             ended: None,
             closed: None,
             attempts: BTreeMap::new(),
@@ -134,6 +143,11 @@ impl Rollout {
             (None, Mode::Backward(_)) => "rolling_back",
             (None, Mode::Consenting | Mode::Forward(_)) => "running",
         }
+    }
+
+    /// Whether the controller itself has paused it.
+    pub(crate) fn is_held_back(&self) -> bool {
+        self.paused && self.paused_by.starts_with(HELD_BACK_BY)
     }
 
     /// Whether it still has its lock: also while halted, until a person decides.
@@ -178,7 +192,20 @@ impl Rollout {
         direction: Direction,
         host: &HostId,
     ) -> Option<&Attempt> {
-        self.attempts.get(&(at, direction))?.get(host)?.last()
+        self.attempts_at(at, direction, host).last()
+    }
+
+    /// Every attempt at a step on a host.
+    pub(crate) fn attempts_at(
+        &self,
+        at: StepRef,
+        direction: Direction,
+        host: &HostId,
+    ) -> &[Attempt] {
+        let hosts = self.attempts.get(&(at, direction));
+        hosts
+            .and_then(|hosts| hosts.get(host))
+            .map_or(&[], Vec::as_slice)
     }
 
     /// Attempts that were ordered and have no result.
@@ -226,7 +253,7 @@ impl Rollout {
             return self.due_notices(now);
         }
         if now >= self.deadline() {
-            let blocked = self.what_blocks();
+            let blocked = self.what_blocks(up);
             let reason = format!(
                 "the deadline of {} passed: {blocked}",
                 self.compiled().deadline
@@ -247,7 +274,7 @@ impl Rollout {
             return notices;
         }
         match &self.mode {
-            Mode::Consenting => self.advance_consent(now, floor),
+            Mode::Consenting => self.advance_consent(now, floor, up),
             _ if self.paused => vec![],
             Mode::Forward(cursor) => self.advance_forward(cursor, now, up),
             Mode::Backward(backward) => self.advance_backward(backward, now, floor, up),
@@ -326,7 +353,12 @@ impl Rollout {
         refused.map_or(latest, |refused| refused.min(latest))
     }
 
-    fn advance_consent(&self, now: Timestamp, floor: Timestamp) -> Vec<Record> {
+    fn advance_consent(
+        &self,
+        now: Timestamp,
+        floor: Timestamp,
+        up: &dyn Fn(&HostId) -> bool,
+    ) -> Vec<Record> {
         let declined: Vec<String> = self
             .members
             .iter()
@@ -337,11 +369,11 @@ impl Rollout {
                 _ => None,
             })
             .collect();
-        let silent: Vec<&str> = self
+        let silent: Vec<String> = self
             .members
             .iter()
             .filter(|(_, member)| member.consent.is_none())
-            .map(|(host, _)| host.as_str())
+            .map(|(host, _)| format!("{host} ({})", Class::of_silence(up(host)).as_str()))
             .collect();
         let over = now >= self.consent_until(floor);
         if !declined.is_empty() && !silent.is_empty() && !over {
@@ -350,7 +382,7 @@ impl Rollout {
         if !declined.is_empty() {
             return vec![self.end(
                 End::Cancelled,
-                format!("nothing was done: {}", declined.join("; ")),
+                format!("nothing was done (refused): {}", declined.join("; ")),
             )];
         }
         if silent.is_empty() {
@@ -392,14 +424,15 @@ impl Rollout {
         }
     }
 
-    /// What a rollout that does not move waits for, with hosts and steps by name.
-    pub(crate) fn what_blocks(&self) -> String {
+    /// What a rollout that does not move waits for, with hosts, steps and the class of the cause.
+    pub(crate) fn what_blocks(&self, up: &dyn Fn(&HostId) -> bool) -> String {
+        let silence = |host: &HostId| Class::of_silence(up(host)).as_str();
         let silent: Vec<String> = match &self.mode {
             Mode::Consenting => self
                 .members
                 .iter()
                 .filter(|(_, member)| member.consent.is_none())
-                .map(|(host, _)| format!("{host} has not consented"))
+                .map(|(host, _)| format!("{host} has not consented ({})", silence(host)))
                 .collect(),
             _ => vec![],
         };
@@ -410,8 +443,9 @@ impl Rollout {
                 "has not begun"
             };
             format!(
-                "{host}: {} ({direction} {at}) {word}",
-                self.placed(at).step.action.name()
+                "{host}: {} ({direction} {at}) {word} ({})",
+                self.placed(at).step.action.name(),
+                silence(host)
             )
         });
         let gates = self
@@ -420,16 +454,49 @@ impl Rollout {
             .filter(|(_, gate)| gate.closed.is_none())
             .map(|(at, _)| {
                 format!(
-                    "{} ({at}) waits for {}",
+                    "{} ({at}) waits for {} ({})",
                     self.placed(*at).step.action.name(),
-                    self.missing(*at)
+                    self.missing(*at),
+                    Class::TimedOut.as_str()
                 )
             });
-        let all: Vec<String> = silent.into_iter().chain(steps).chain(gates).collect();
+        let survey = self
+            .unsurveyed()
+            .into_iter()
+            .map(|host| format!("{host} has not said its state ({})", silence(host)));
+        let failed = self.paused.then(|| self.failed_meanwhile());
+        let paused = self.paused.then(|| format!("paused by {}", self.paused_by));
+        let all: Vec<String> = silent
+            .into_iter()
+            .chain(steps)
+            .chain(gates)
+            .chain(survey)
+            .chain(failed.into_iter().flatten())
+            .chain(paused)
+            .collect();
         if all.is_empty() {
-            format!("in phase `{}`", self.phase_name())
+            let class = Class::TimedOut.as_str();
+            format!("{class} in phase `{}`", self.phase_name())
         } else {
             all.join("; ")
         }
+    }
+
+    /// Hosts that failed while the rollout was paused, so that nothing has followed from it yet.
+    fn failed_meanwhile(&self) -> Vec<String> {
+        let retry = self.retry();
+        let failed = retry.again.iter().filter_map(|again| {
+            let last = self.last_attempt(again.at, again.direction, &again.host)?;
+            let result = last.result.as_ref().filter(|_| !last.is_ok())?;
+            Some(format!(
+                "{}: {}",
+                again.host,
+                self.say_failure(again.at, result)
+            ))
+        });
+        let unknown = retry.unsettled.iter();
+        failed
+            .chain(unknown.map(|(host, _, words)| format!("{host}: {words}")))
+            .collect()
     }
 }

@@ -14,8 +14,12 @@ use crate::record::{End, NoticeRef, Record};
 
 impl Rollout {
     /// Adds the events of a record that was just folded.
-    pub(super) fn narrate(&mut self, at: Timestamp, record: &Record) {
-        let events = self.events_of(record);
+    /// `detail` is what else is known of it.
+    pub(super) fn narrate(&mut self, at: Timestamp, record: &Record, detail: Vec<String>) {
+        let mut events = self.events_of(record);
+        if let Some(first) = events.first_mut() {
+            first.detail.extend(detail);
+        }
         for event in events {
             let number = self.events.last().map_or(1, |last| last.number + 1);
             self.events.push(RolloutEvent {
@@ -147,8 +151,18 @@ impl Rollout {
             Record::Paused { operator, .. } => {
                 plain(EventKind::Paused, format!("paused by {operator}"))
             }
-            Record::Resumed { operator, .. } => {
-                plain(EventKind::Resumed, format!("resumed by {operator}"))
+            Record::Resumed {
+                operator, failed, ..
+            } => {
+                let again = if *failed {
+                    "; the hosts that failed try again"
+                } else {
+                    ""
+                };
+                plain(EventKind::Resumed, format!("resumed by {operator}{again}"))
+            }
+            Record::Unpaused { why, .. } => {
+                plain(EventKind::Resumed, format!("goes on by itself: {why}"))
             }
             Record::RollbackStarted {
                 reason, operator, ..
@@ -176,6 +190,11 @@ impl Rollout {
             | Record::Consented { .. }
             | Record::NoticeOrdered { .. }
             | Record::TermBegan { .. }
+            | Record::TookOver { .. }
+            | Record::ReportsLost { .. }
+            | Record::Compacted { .. }
+            | Record::Archived(_)
+            | Record::ReportsArchived { .. }
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Submitted { .. }

@@ -31,6 +31,8 @@ pub struct Rollout {
     pub(crate) elected: BTreeMap<Vec<String>, HostId>,
     pub(crate) mode: Mode,
     pub(crate) paused: bool,
+    /// Who paused it last.
+    pub(crate) paused_by: OperatorName,
     pub(crate) ended: Option<Ending>,
     pub(crate) closed: Option<(Timestamp, OperatorName, String)>,
     pub(crate) attempts: BTreeMap<(StepRef, Direction), BTreeMap<HostId, Vec<Attempt>>>,
@@ -53,6 +55,11 @@ pub(crate) struct Member {
     /// The same after a rollback.
     pub(crate) after: BTreeMap<String, (Digest, String)>,
     pub(crate) surveyed: bool,
+    /// It answered after the rollout had been cancelled: what it had not begun by then, it never
+    /// begins.
+    pub(crate) answered: bool,
+    /// Its agent was installed anew since: it knows nothing of what the one before it ran.
+    pub(crate) anew: bool,
 }
 
 /// Which way a rollout goes. That it has ended is said by `Rollout::ended`, beside it: a halted
@@ -115,6 +122,12 @@ pub(crate) struct Attempt {
     pub(crate) given_up: bool,
     /// A person said to go on after it failed.
     pub(crate) forgiven: bool,
+    /// What it left is undone before it is made again.
+    pub(crate) undo_first: bool,
+    /// When its order was given again after the controller had stopped waiting for it.
+    pub(crate) asked_again: Option<Timestamp>,
+    /// For attempts forward: the number of the last undo before it, on the same host; 0 if none.
+    pub(crate) after_undo: u16,
     /// A person's word on what it did, and whose.
     pub(crate) resolved: Option<(bool, OperatorName)>,
 }
@@ -183,22 +196,41 @@ impl Attempt {
     /// The controller waits no longer than this for the attempt's report.
     pub(crate) fn give_up_at(&self, timeout: Period) -> Timestamp {
         match self.started {
-            Some(started) => started.plus(timeout).plus(REPORT_GRACE),
+            Some(started) => {
+                let since = self.asked_again.map_or(started, |again| again.max(started));
+                since.plus(timeout).plus(REPORT_GRACE)
+            }
             None => self.not_after.plus(REPORT_GRACE),
         }
     }
 
     /// The attempt was cut off, and its host has proven what is there: another one is no blind
     /// retry (INV-1).
-    pub(crate) fn is_to_be_repeated(&self) -> bool {
-        let interrupted = match &self.result {
-            Some(AttemptResult {
-                outcome: Outcome::Failed(failure),
-                ..
-            }) => failure.cause == Cause::Interrupted,
-            _ => false,
-        };
-        self.forgiven || (interrupted && !self.given_up && self.number < MOST_ATTEMPTS)
+    fn was_interrupted(&self) -> bool {
+        !self.given_up && self.failed_by(Cause::Interrupted)
+    }
+
+    /// The order came after its time, so its agent refused it: nothing was done. Agents go by the
+    /// controller's clock as they heard it, which is never ahead.
+    fn came_late(&self) -> bool {
+        let late = self
+            .result
+            .as_ref()
+            .is_some_and(|result| result.at > self.not_after);
+        !self.given_up && self.started.is_none() && late && self.failed_by(Cause::Refused)
+    }
+
+    fn failed_by(&self, cause: Cause) -> bool {
+        self.result.as_ref().is_some_and(
+            |result| matches!(&result.outcome, Outcome::Failed(failure) if failure.cause == cause),
+        )
+    }
+
+    /// Nobody has heard how it ended.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.result
+            .as_ref()
+            .is_some_and(|result| matches!(result.outcome, Outcome::Lost(_)))
     }
 
     /// Whether only a person can say what it did.
@@ -217,5 +249,22 @@ impl Attempt {
                     ..
                 })
             )
+    }
+}
+
+/// The number of the attempt that follows these; none if the last one stands as it is. One that
+/// was lost is asked for again by its own number: its agent knows what became of it (INV-1).
+pub(crate) fn next_attempt(attempts: &[Attempt]) -> Option<u16> {
+    let last = attempts.last()?;
+    let often = |what: fn(&Attempt) -> bool| {
+        let times = attempts.iter().filter(|attempt| what(attempt)).count();
+        what(last) && times < usize::from(MOST_ATTEMPTS)
+    };
+    if last.forgiven && last.is_lost() {
+        Some(last.number)
+    } else if last.forgiven || often(Attempt::was_interrupted) || often(Attempt::came_late) {
+        Some(last.number + 1)
+    } else {
+        None
     }
 }

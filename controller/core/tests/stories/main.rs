@@ -1,6 +1,6 @@
 //! Single decisions of the coordinator, told as stories over one small fleet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lockstep_core::{
@@ -20,7 +20,9 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::json;
 
 mod backward;
+mod ends;
 mod forward;
+mod levers;
 mod people;
 
 fn step(name: &str, args: serde_json::Value) -> Step {

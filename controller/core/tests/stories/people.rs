@@ -126,10 +126,10 @@ fn what_a_cancelled_rollout_leaves_shut_is_said() {
         fleet.call("olga", &[], cancel).unwrap();
         fleet.reason(1)
     };
-    assert!(!cancelled(0).contains("fence"), "{}", cancelled(0));
+    assert!(!cancelled(0).contains("behind"), "{}", cancelled(0));
     assert!(cancelled(1).contains("`d` (a) stays behind a fence"));
     assert!(cancelled(1).contains("left_by: ro_010101010101"));
-    assert!(!cancelled(2).contains("fence"), "{}", cancelled(2));
+    assert!(!cancelled(2).contains("behind"), "{}", cancelled(2));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use lockstep_proto::values::Period;
 
 use super::evidence::evidence;
-use super::status::{failures, held, host_names, inputs, said, state};
+use super::status::{failures, held, host_names, inputs, left, said, state};
 use super::words;
 use crate::cli::clean;
 use crate::cli::document::{Attempt, Document, Phase, Planned, Step};
@@ -295,10 +295,19 @@ fn hosts(document: &Document) -> Vec<Block> {
     if rows.is_empty() {
         return vec![];
     }
-    vec![Block::Table {
+    let mut blocks = vec![Block::Table {
         head: vec!["Host", "Outcome", "Quarantined", "Why"],
         rows,
-    }]
+    }];
+    let left: Vec<String> = left(document)
+        .into_iter()
+        .map(|line| line.text)
+        .filter(|text| !text.is_empty())
+        .collect();
+    if !left.is_empty() {
+        blocks.push(Block::Lines(left.join("\n")));
+    }
+    blocks
 }
 
 fn steps(document: &Document) -> Vec<Block> {

@@ -139,6 +139,7 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
     lines.extend(phases(document, now_ms));
     lines.push(Line::plain(""));
     lines.extend(hosts_of(document));
+    lines.extend(left(document));
     lines.extend(open_gates(document, now_ms));
     lines.extend(troubles(document));
     let next = next(document);
@@ -153,6 +154,11 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
 fn next(document: &Document) -> Vec<Line> {
     let id = &document.rollout;
     let commands = match document.state.as_str() {
+        "paused" if document.has_failures() => vec![
+            format!("lockstep resume {id} --failed  (those that failed try again)"),
+            format!("lockstep resume {id}  (what failed counts as failed)"),
+            format!("lockstep rollback {id} --reason TEXT"),
+        ],
         "paused" => vec![format!("lockstep resume {id}")],
         "halted" if document.closed.is_none() => vec![
             format!("lockstep resume {id}"),
@@ -322,6 +328,32 @@ fn hosts_of(document: &Document) -> Vec<Line> {
         })
         .collect();
     table(&["HOST", "OUTCOME", "WHY"], &rows)
+}
+
+/// What a rollout that has ended left running, or may have: nothing, where every host has said that
+/// it stopped; for one that was cancelled, that is said too.
+pub(crate) fn left(document: &Document) -> Vec<Line> {
+    let open: Vec<_> = document
+        .left
+        .iter()
+        .filter(|left| left.state != "stopped")
+        .collect();
+    let stopped = document.left.len() - open.len();
+    let mut lines = Vec::new();
+    if open.is_empty() && (document.state != "cancelled" || stopped == 0) {
+        return lines;
+    }
+    lines.push(Line::plain(""));
+    lines.push(Line::plain(format!(
+        "stopped on {} of {}",
+        stopped,
+        words::count(document.left.len(), "host")
+    )));
+    lines.extend(open.iter().map(|left| {
+        let text = format!("  {}: {}", left.host, clean::line(&left.message));
+        Line::new(Tone::Waiting, text)
+    }));
+    lines
 }
 
 fn open_gates(document: &Document, now_ms: u64) -> Vec<Line> {
