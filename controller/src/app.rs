@@ -19,6 +19,7 @@ use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
 use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
 use lockstep_proto::wire::{MAX_AGENT_MESSAGE, MAX_CONTROL_MESSAGE};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -26,6 +27,7 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::transport::server::Connected;
 
 use crate::api::Control;
 use crate::api::access::AccessLayer;
@@ -33,6 +35,7 @@ use crate::blobs::{BlobError, Blobs};
 use crate::config::{Config, ConfigError};
 use crate::driver::{Driver, DriverError, Handle, Parts, StartError};
 use crate::hub::Hub;
+use crate::identity::Peer;
 use crate::journal::OpenError;
 use crate::journal::sled::SledJournal;
 use crate::logs::Logs;
@@ -95,6 +98,8 @@ pub(crate) struct ServeOptions {
     pub(crate) ready_file: Option<PathBuf>,
     /// Begin a term above this one: after the state came back from a backup.
     pub(crate) epoch_above: u64,
+    /// Go on in the place of another controller, or from an older copy of the state.
+    pub(crate) take_over: bool,
 }
 
 /// Why the controller did not start, or did not go on.
@@ -165,8 +170,10 @@ impl ServeError {
             | Self::Driver(DriverError::Superseded { .. }) => 12,
             Self::Journal(OpenError::Quarantined { .. } | OpenError::Format { .. })
             | Self::JournalMissing(_)
-            | Self::Start(_) => 10,
+            | Self::Start(_)
+            | Self::Driver(DriverError::Outdated { .. }) => 10,
             Self::Driver(DriverError::Append(_)) => 11,
+            Self::Journal(error) if error.is_full_disk() => 11,
             _ => 4,
         }
     }
@@ -191,8 +198,11 @@ impl ServeError {
             ),
             Self::Journal(OpenError::Quarantined { .. }) => Some(
                 "`lockstep journal verify --dir STATE_DIR` names the first record that is not \
-                 whole; a state directory from a backup is started with `--epoch-above EPOCH`, and \
-                 docs/recovery.md says with which",
+                 whole; a state directory from a backup is started with `--take-over`: see \
+                 docs/recovery.md",
+            ),
+            Self::Journal(error) if error.is_full_disk() => Some(
+                "make room: a start copies the journal, to look at it before anything is changed",
             ),
             Self::Bind { .. } => Some(
                 "is something else listening on `listen`, and is it an address of this machine?",
@@ -213,7 +223,7 @@ pub(crate) fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
         .build()
         .map_err(io_error("start the runtime"))?;
     let result = runtime.block_on(async {
-        let app = App::build(config, options.epoch_above).await?;
+        let app = App::build(config, options).await?;
         let running = app.start()?;
         running.announce(options.ready_file.as_deref())?;
         running.run().await
@@ -240,7 +250,7 @@ pub(crate) struct App {
 
 impl App {
     /// Does everything that can fail: a controller that starts is one that works.
-    pub(crate) async fn build(config: Config, epoch_above: u64) -> Result<Self, ServeError> {
+    pub(crate) async fn build(config: Config, options: &ServeOptions) -> Result<Self, ServeError> {
         let signals = Signals::new()?;
         let tls = Settings::load(&config.tls, &config.domain)?;
         let state = &config.state_dir;
@@ -259,7 +269,8 @@ impl App {
             journal: Box::new(journal),
             hub: hub.clone(),
             notices: sender,
-            epoch_above,
+            epoch_above: options.epoch_above,
+            take_over: options.take_over,
         };
         let driver = Driver::recover(parts, |digest| {
             blobs.plan(digest).unwrap_or_else(|error| {
@@ -327,31 +338,7 @@ impl App {
         };
         let connections = spawn_accepting(listener, tls, stop_accepting.clone());
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
-        let serving = tonic::transport::Server::builder()
-            .layer(AccessLayer)
-            .http2_keepalive_interval(Some(PING_EVERY))
-            .http2_keepalive_timeout(Some(PING_TIMEOUT))
-            .max_concurrent_streams(STREAMS)
-            .concurrency_limit_per_connection(CALLS)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_frame_size(FRAME)
-            .http2_max_header_list_size(HEADERS)
-            .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS))
-            .http2_max_local_error_reset_streams(Some(PENDING_RESETS))
-            // Calls wait for the driver, which answers in milliseconds or is gone; a time limit
-            // here would also cut the agents' output streams, whose answer comes at their end.
-            .add_service(
-                AgentServiceServer::new(agents)
-                    .max_decoding_message_size(MAX_AGENT_MESSAGE)
-                    .max_encoding_message_size(MAX_TO_AGENT),
-            )
-            .add_service(
-                ControlServiceServer::new(control)
-                    .max_decoding_message_size(MAX_CONTROL_MESSAGE)
-                    .max_encoding_message_size(MAX_ANSWER),
-            )
-            .serve_with_incoming_shutdown(connections, stop_accepting.clone().cancelled_owned());
+        let serving = serve_on(connections, agents, control, stop_accepting.clone());
         let server = tokio::spawn(serving);
         tracing::info!(%address, domain = config.domain, "started");
         Ok(Running {
@@ -367,6 +354,44 @@ impl App {
             signals,
         })
     }
+}
+
+/// Serves both sides on these connections, until it is stopped and the last one is closed.
+pub(crate) async fn serve_on<C>(
+    connections: impl tokio_stream::Stream<Item = io::Result<C>>,
+    agents: Agents,
+    control: Control,
+    stop: CancellationToken,
+) -> Result<(), tonic::transport::Error>
+where
+    C: AsyncRead + AsyncWrite + Connected<ConnectInfo = Peer> + Unpin + Send + 'static,
+{
+    tonic::transport::Server::builder()
+        .layer(AccessLayer)
+        .http2_keepalive_interval(Some(PING_EVERY))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
+        .max_concurrent_streams(STREAMS)
+        .concurrency_limit_per_connection(CALLS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .http2_max_header_list_size(HEADERS)
+        .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS))
+        .http2_max_local_error_reset_streams(Some(PENDING_RESETS))
+        // Calls wait for the driver, which answers in milliseconds or is gone; a time limit
+        // here would also cut the agents' output streams, whose answer comes at their end.
+        .add_service(
+            AgentServiceServer::new(agents)
+                .max_decoding_message_size(MAX_AGENT_MESSAGE)
+                .max_encoding_message_size(MAX_TO_AGENT),
+        )
+        .add_service(
+            ControlServiceServer::new(control)
+                .max_decoding_message_size(MAX_CONTROL_MESSAGE)
+                .max_encoding_message_size(MAX_ANSWER),
+        )
+        .serve_with_incoming_shutdown(connections, stop.cancelled_owned())
+        .await
 }
 
 /// A controller that takes calls.
@@ -574,6 +599,7 @@ mod tests {
             config: file.clone(),
             ready_file: None,
             epoch_above: 0,
+            take_over: false,
         };
         let hint = || serve(&options).unwrap_err().hint().unwrap_or_default();
         assert!(hint().contains("--config"), "{}", hint());

@@ -42,8 +42,10 @@ use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
 use crate::session::registry::{self, Candidate, Registry, SessionNumber};
 use clock::{Alarm, Clock};
+pub(crate) use clock::wall_clock;
 pub(crate) use handle::{Handle, Stopping};
 use handle::{Input, Read};
+pub(crate) use term::taken_over;
 
 /// Inputs that wait for the driver. When it is full, sessions stop reading from their sockets,
 /// and HTTP/2's flow control holds the agents back: enough for every tenth of 10,000 agents.
@@ -172,7 +174,7 @@ impl Driver {
         let last_term = last_term(&entries).max(epoch_above);
         let epoch = Epoch {
             counter: if take_over {
-                term::taken_over(last_term, clock.now())
+                taken_over(last_term, clock.now())
             } else {
                 last_term.saturating_add(1)
             },
@@ -568,7 +570,7 @@ async fn sleep_until(deadline: Option<Instant>) {
 
 fn read_entries(journal: &dyn Journal) -> Result<Vec<Entry>, StartError> {
     let mut entries = Vec::new();
-    for (payload, number) in journal.payloads().zip(1..) {
+    for (payload, number) in journal.payloads().zip(journal.base().number + 1..) {
         let entry = serde_json::from_slice(&payload?);
         entries.push(entry.map_err(|source| StartError::Record { number, source })?);
     }

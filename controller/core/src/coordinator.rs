@@ -663,11 +663,9 @@ impl Coordinator {
         self.hosts.iter()
     }
 
-    /// The serial that a rollout has used up.
-    pub fn serial(&self, rollout: &RolloutId) -> Option<u64> {
-        let mut serials = self.serials.iter();
-        let found = serials.find(|(_, user)| *user == rollout);
-        found.map(|(serial, _)| *serial)
+    /// The serials that are used up, and by which rollout.
+    pub fn serials(&self) -> &BTreeMap<u64, RolloutId> {
+        &self.serials
     }
 
     /// The rollout that has a host's lock.

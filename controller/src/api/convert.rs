@@ -97,7 +97,7 @@ pub(crate) fn rollout(summary: Summary) -> wire::Rollout {
 /// Why an operator is refused, as a status.
 pub(crate) fn refused(refused: &Refused) -> Status {
     let code = match refused {
-        Refused::NotFound(_) => Code::NotFound,
+        Refused::NotFound(_) | Refused::Archived(_) => Code::NotFound,
         Refused::SerialUsed(..) => Code::AlreadyExists,
         Refused::Locked(_) | Refused::NotNow(_) => Code::FailedPrecondition,
         Refused::NotAllowed(_) => Code::PermissionDenied,

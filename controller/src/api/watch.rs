@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::sync::{broadcast, mpsc};
 use tonic::Status;
 
-use super::{Control, convert, not_found};
+use super::{Control, convert};
 
 /// When nothing else comes, this says that controller and connection are alive.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
@@ -78,7 +78,9 @@ async fn replay(
             Some((page, events.len() > PAGE, ended))
         };
         let found = control.driver.read(read).await?;
-        let (page, more, ended) = found.ok_or_else(|| not_found(rollout))?;
+        let Some((page, more, ended)) = found else {
+            return Err(control.not_found(rollout).await?);
+        };
         for event in page {
             *last = event.number;
             if sender.send(Ok(event)).await.is_err() {

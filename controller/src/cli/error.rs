@@ -14,6 +14,7 @@ use super::exit::Exit;
 use super::profile::ProfileError;
 use super::render::{Line, Tone};
 use crate::journal::OpenError;
+use crate::journal::compact::CompactError;
 use crate::journal::offline::{ExportError, ImportError};
 use crate::pki::PkiError;
 
@@ -52,6 +53,9 @@ pub(crate) enum CliError {
     /// Nothing was imported.
     #[error("nothing was imported")]
     Import(#[from] ImportError),
+    /// A journal that cannot be compacted.
+    #[error(transparent)]
+    Compact(CompactError),
     /// A file of the caller's cannot be read or written.
     #[error("{path} cannot be {verb}")]
     File {
@@ -66,6 +70,17 @@ pub(crate) enum CliError {
     /// The output cannot be written.
     #[error("the output cannot be written")]
     Output(#[from] io::Error),
+}
+
+impl From<CompactError> for CliError {
+    fn from(error: CompactError) -> Self {
+        match error {
+            CompactError::Open(error) | CompactError::Export(ExportError::Open(error)) => {
+                Self::Journal(error)
+            }
+            error => Self::Compact(error),
+        }
+    }
 }
 
 impl CliError {
@@ -113,7 +128,9 @@ impl CliError {
                 ImportError::NotEmpty { .. } | ImportError::NotAnExport { .. } => Exit::Usage,
                 _ => Exit::Internal,
             },
-            Self::Export(_) => Exit::State,
+            Self::Export(_) | Self::Compact(CompactError::Archive { .. }) => Exit::State,
+            Self::Compact(CompactError::Recover(_) | CompactError::Export(_)) => Exit::State,
+            Self::Compact(_) => Exit::Internal,
             // Whoever read it has heard enough: `lockstep history | head`.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
             Self::Document(_) | Self::File { .. } | Self::Output(_) => Exit::Internal,
@@ -162,6 +179,10 @@ impl CliError {
             Self::Import(ImportError::NotAnExport { .. }) => {
                 Some("`lockstep journal export` writes what is read here".into())
             }
+            Self::Compact(CompactError::Archive { .. }) => Some(
+                "the journal is as it was; move that file aside, and see where it came from".into(),
+            ),
+            Self::Compact(_) => Some("the journal is as it was".into()),
             Self::Import(ImportError::Broken { .. }) => Some(
                 "the file was cut or changed on its way: copy it again, or export again".into(),
             ),

@@ -4,6 +4,7 @@
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
+use lockstep_proto::values::Period;
 use serde_json::json;
 
 use super::error::CliError;
@@ -11,14 +12,17 @@ use super::exit::Exit;
 use super::printer::Printer;
 use super::render::{Line, Tone};
 use crate::journal::FORMAT;
+use crate::journal::archive::{ArchiveFound, ArchiveState};
+use crate::journal::compact::{self, Which};
 use crate::journal::offline::{self, ExportError, Imported, Inspection};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Journal {
     /// Say whether a journal is whole, and which record is the first that is not
     ///
-    /// Reads a copy, made beside the journal for the time being, and changes nothing. Ends with
-    /// 0 if the journal is whole, 10 if it is broken, 12 if a controller runs on it.
+    /// Reads a copy, made beside the journal for the time being, and changes nothing. Archives
+    /// that a compacted journal goes back to are verified too, those that are still beside it.
+    /// Ends with 0 if all is whole, 10 if something is broken, 12 if a controller runs on it.
     Verify {
         #[command(flatten)]
         state: State,
@@ -32,17 +36,32 @@ pub(crate) enum Journal {
         #[command(flatten)]
         state: State,
     },
+    /// Take rollouts that have ended out of a journal, into an archive beside it
+    ///
+    /// The archive is a file in STATE/archive, in the format of an export, with every record up to
+    /// now. The journal goes on from its last hash, and keeps what a controller still needs:
+    /// serials that are used up, hosts, and every rollout that goes on or waits for a person.
+    /// Nothing is deleted but what the archive has; a compaction that is ended in the middle has
+    /// changed nothing. Ends with 10 if the journal or the archive is broken, 12 if a controller
+    /// runs on it.
+    Compact {
+        #[command(flatten)]
+        state: State,
+        #[command(flatten)]
+        ended: Ended,
+    },
     /// Make a journal from an export on stdin
     ///
     /// The state directory must be empty, but for `blobs` and `logs` copied from the old one:
     /// without the compiled plans in `blobs` no controller starts on it. The chain is verified,
-    /// the journal keeps its id, and one record is added: a term above all exported ones. Agents
-    /// that have seen a controller of the new journal refuse the old one. Ends with 10 if a record
+    /// the journal keeps its id, and two records are added: a term that takes over, as with
+    /// `lockstep serve --take-over`. Agents that have seen a controller of the new journal refuse
+    /// the old one. Ends with 10 if a record
     /// of the export is missing or changed; then there is no journal.
     Import {
         #[command(flatten)]
         state: State,
-        /// Begin a term above this one: if controllers went on from the old journal since
+        /// Begin a term above this one: where the clock is not to be trusted
         #[arg(
             long,
             value_name = "EPOCH",
@@ -51,6 +70,18 @@ pub(crate) enum Journal {
         )]
         epoch_above: u64,
     },
+}
+
+/// Which rollouts go into the archive.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Ended {
+    /// Those that ended longer ago than this, such as `90d`
+    #[arg(long, value_name = "AGE")]
+    older_than: Option<Period>,
+    /// All but this many, the newest
+    #[arg(long, value_name = "COUNT")]
+    keep: Option<usize>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -65,6 +96,7 @@ pub(crate) fn run(command: &Journal, printer: Printer) -> Result<Exit, CliError>
     match command {
         Journal::Verify { state } => verify(&state.dir, printer),
         Journal::Export { state } => export(&state.dir, printer),
+        Journal::Compact { state, ended } => compact(&state.dir, ended, printer),
         Journal::Import { state, epoch_above } => import(&state.dir, *epoch_above, printer),
     }
 }
@@ -77,11 +109,18 @@ fn verify(state: &Path, printer: Printer) -> Result<Exit, CliError> {
         let lines: Vec<Line> = lines(&found).into_iter().map(Line::plain).collect();
         printer.lines(&lines)?;
     }
-    let Some(broken) = &found.broken else {
+    let archives = found.archives.iter();
+    let broken_archive = archives.filter_map(|archive| match &archive.state {
+        ArchiveState::Broken(why) => Some(format!("the archive {} is broken: {why}", archive.name)),
+        ArchiveState::Whole | ArchiveState::Elsewhere => None,
+    });
+    let broken = found.broken.iter();
+    let broken = broken.map(|broken| format!("the journal is broken: {broken}"));
+    let Some(broken) = broken.chain(broken_archive).next() else {
         return Ok(Exit::Done);
     };
     printer.talk(&[
-        Line::new(Tone::Bad, format!("error: the journal is broken: {broken}")),
+        Line::new(Tone::Bad, format!("error: {broken}")),
         Line::plain(
             "  hint: nothing was changed; keep a copy of the whole state directory, then see \
              docs/recovery.md",
@@ -98,12 +137,26 @@ fn document(found: &Inspection) -> serde_json::Value {
         "format": "lockstep.journal-check/1",
         "journal": found.id.map(|id| id.to_string()),
         "journal_format": FORMAT,
+        "begins_after": head(found.begins_after),
+        "archives": found.archives.iter().map(archive_document).collect::<Vec<_>>(),
         "records": found.last.map(|last| last.number),
         "last": head(found.last),
         "acknowledged": head(found.acknowledged),
         "whole": found.broken.is_none(),
         "first_broken": found.broken.as_ref().and_then(|broken| broken.record),
         "why": found.broken.as_ref().map(|broken| &broken.what),
+    })
+}
+
+fn archive_document(found: &ArchiveFound) -> serde_json::Value {
+    json!({
+        "name": found.name,
+        "last": {"number": found.last.number, "hash": found.last.hash},
+        "whole": match found.state {
+            ArchiveState::Whole => Some(true),
+            ArchiveState::Broken(_) => Some(false),
+            ArchiveState::Elsewhere => None,
+        },
     })
 }
 
@@ -128,6 +181,19 @@ fn lines(found: &Inspection) -> Vec<String> {
             or_unknown(found.acknowledged.map(|head| head.to_string()))
         ),
     ];
+    lines.extend(
+        found
+            .begins_after
+            .map(|head| format!("begins after {head}")),
+    );
+    lines.extend(found.archives.iter().map(|archive| {
+        let how = match &archive.state {
+            ArchiveState::Whole => "whole",
+            ArchiveState::Elsewhere => "not here",
+            ArchiveState::Broken(_) => "broken",
+        };
+        format!("archive      {} {how}", archive.name)
+    }));
     lines.push(match &found.broken {
         None => "whole        yes".to_owned(),
         Some(broken) => match broken.record {
@@ -150,6 +216,42 @@ fn export(state: &Path, printer: Printer) -> Result<Exit, CliError> {
         "  the plans that they name are in {}; copy them too",
         state.join("blobs").display()
     ));
+    Ok(Exit::Done)
+}
+
+fn compact(state: &Path, ended: &Ended, printer: Printer) -> Result<Exit, CliError> {
+    let which = Which {
+        older_than: ended.older_than,
+        keep: ended.keep,
+    };
+    let done = compact::compact(state, which)?;
+    if printer.is_json() {
+        printer.json(&json!({
+            "format": "lockstep.journal-compacted/1",
+            "archive": done.archive,
+            "archived": {"number": done.archived.number, "hash": done.archived.hash},
+            "rollouts": done.rollouts,
+            "records": done.records,
+            "bytes_before": done.bytes_before,
+            "bytes_after": done.bytes_after,
+        }))?;
+        return Ok(Exit::Done);
+    }
+    let Some(archive) = &done.archive else {
+        printer.say("nothing to compact: no rollout has ended that long ago");
+        return Ok(Exit::Done);
+    };
+    printer.lines(&[
+        Line::plain(format!("archive      {}", archive.display())),
+        Line::plain(format!("archived     {}", done.archived)),
+        Line::plain(format!("rollouts     {} went into it", done.rollouts.len())),
+        Line::plain(format!("records      {}", done.records)),
+        Line::plain(format!(
+            "bytes        {} before, {} now",
+            done.bytes_before, done.bytes_after
+        )),
+    ])?;
+    printer.say("  keep the archive: nothing else has these records; you may move it elsewhere");
     Ok(Exit::Done)
 }
 
@@ -198,8 +300,8 @@ fn import(state: &Path, epoch_above: u64, printer: Printer) -> Result<Exit, CliE
         printer.talk(&said);
     }
     printer.say(
-        "  never start a controller on the old journal again; if one has begun terms since the \
-         export, start this one with `lockstep serve --epoch-above` and the last of them",
+        "  never start a controller on the old journal again: this one has taken over, and what \
+         the old one recorded since the export is not in it",
     );
     Ok(Exit::Done)
 }

@@ -20,8 +20,21 @@ pub(crate) struct Serve {
     /// Write the bound address here once calls are taken
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
-    /// Begin a term above this one: after the state came back from a backup
-    #[arg(long, value_name = "EPOCH", default_value_t = 0)]
+    /// Take over: from a controller that may still be alive, or from a backup of its state
+    ///
+    /// Begins a term above every one that began before, whatever copy of the state began it.
+    /// Agents obey this controller from then on, and the other one ends with exit code 12 when it
+    /// meets one of them. Records that this state lacks are named. Give it for one start; the
+    /// journal remembers it.
+    #[arg(long)]
+    take_over: bool,
+    /// Begin a term above this one: where the clock is not to be trusted
+    #[arg(
+        long,
+        value_name = "EPOCH",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u64).range(..u64::MAX)
+    )]
     epoch_above: u64,
 }
 
@@ -45,11 +58,13 @@ pub(crate) fn serve(arguments: Serve) -> Exit {
     let Serve {
         config,
         ready_file,
+        take_over,
         epoch_above,
     } = arguments;
     match app::serve(&ServeOptions {
         config,
         ready_file,
+        take_over,
         epoch_above,
     }) {
         Ok(Drained) => Exit::Done,

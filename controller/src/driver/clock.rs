@@ -1,8 +1,9 @@
 //! The controller's time.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_proto::values::{Period, Timestamp};
+use tokio::time::Instant;
 
 /// The controller's time: it begins at the wall clock or the last persisted entry, whichever is
 /// later, goes on with the monotonic clock, and never goes back.
@@ -14,9 +15,7 @@ pub(super) struct Clock {
 
 impl Clock {
     pub(super) fn starting_at(last: Timestamp) -> Self {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
-        let wall = wall.unwrap_or_default().as_millis();
-        let wall = Timestamp(u64::try_from(wall).unwrap_or(u64::MAX));
+        let wall = wall_clock();
         let ahead = last.since(wall);
         if ahead > Period::seconds(60) {
             tracing::warn!(
@@ -44,6 +43,17 @@ impl Clock {
                 .to_std()
                 .min(self.since.elapsed() + LATEST)
     }
+}
+
+/// This machine's clock.
+pub(crate) fn wall_clock() -> Timestamp {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return Timestamp(world.wall_clock());
+    }
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH);
+    let wall = wall.unwrap_or_default().as_millis();
+    Timestamp(u64::try_from(wall).unwrap_or(u64::MAX))
 }
 
 /// After a tick that changed nothing although a deadline had come, the next one comes this much

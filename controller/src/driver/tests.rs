@@ -60,6 +60,7 @@ fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
         }),
         hub: Hub::default(),
         notices: mpsc::channel(1).0,
+        take_over: false,
         epoch_above: 0,
     }
 }
@@ -79,6 +80,7 @@ fn hello(host: &str) -> Hello {
         labels: BTreeMap::new(),
         agent_version: "0.1.0".into(),
         held_rollout: None,
+        acknowledged: 0,
     }
 }
 

@@ -21,6 +21,16 @@ impl Default for Memory {
 }
 
 impl Memory {
+    /// Another journal with the same records.
+    #[cfg(feature = "faults")]
+    pub(crate) fn copy(&self) -> Self {
+        let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        Self {
+            id: self.id,
+            records: Arc::new(Mutex::new(records.clone())),
+        }
+    }
+
     /// Opens the journal over what is there.
     pub(crate) fn open(&self) -> MemoryJournal {
         let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);

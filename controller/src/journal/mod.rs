@@ -6,22 +6,29 @@
 //! head   = (number, hash) of the newest record
 //! ```
 //!
+//! A compacted journal begins after the last record of an archive instead of the anchor: its first
+//! record names that one's number and hash, and is chained to it, so that the chain goes on.
+//!
 //! A journal keeps its head apart from its records. What does not reach its head has lost
 //! something that was acknowledged, and is quarantined: never repaired, never started over.
 
+pub(crate) mod archive;
+pub(crate) mod compact;
 #[cfg(test)]
 mod contract;
 mod disk;
 mod head;
-#[cfg(test)]
+#[cfg(any(test, feature = "faults"))]
 pub(crate) mod memory;
 pub(crate) mod offline;
+mod reserve;
 pub(crate) mod sled;
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use lockstep_core::{Entry, Record};
 use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
 
@@ -104,6 +111,11 @@ pub(crate) trait Journal: fmt::Debug + Send {
     /// The journal's id.
     fn id(&self) -> JournalId;
 
+    /// What its first record is chained to: the anchor, or the last record of an archive.
+    fn base(&self) -> Head {
+        self.id().anchor()
+    }
+
     /// The newest record that is durable.
     fn head(&self) -> Head;
 
@@ -111,6 +123,12 @@ pub(crate) trait Journal: fmt::Debug + Send {
     /// lost, and so is a head that reaches it. After an error nothing is known of the batch but
     /// that no part of it may be acknowledged: the process must end, and the next one finds out.
     fn append(&mut self, payloads: &[Vec<u8>]) -> Result<Head, AppendError>;
+
+    /// Whether there is room for what is new, beside what is set aside for what runs already.
+    /// Asked before each batch, so it is cheap.
+    fn has_room(&mut self) -> bool {
+        true
+    }
 
     /// All payloads, from the first on. The chain was verified when the journal was opened.
     fn payloads(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, OpenError>> + '_>;
@@ -179,6 +197,17 @@ pub(crate) enum OpenError {
     },
 }
 
+impl OpenError {
+    /// Whether there is no room on the disk, which says nothing about the journal.
+    pub(crate) fn is_full_disk(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(
+            self,
+            Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded)
+        )
+    }
+}
+
 /// A batch that may not be acknowledged.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AppendError {
@@ -190,6 +219,9 @@ pub(crate) enum AppendError {
         /// Its size.
         size: usize,
     },
+    /// The disk is full, and so is what was set aside on it; nothing of the batch was written.
+    #[error("the disk is full, and what the journal had set aside on it is used up")]
+    Full,
     /// The store refuses.
     #[error("the journal cannot {what}")]
     Store {
@@ -202,6 +234,20 @@ pub(crate) enum AppendError {
     /// An earlier append failed.
     #[error("the journal takes nothing more, because an earlier append failed")]
     Poisoned,
+}
+
+/// What the first record of a compacted journal is chained to, and the archive's file name; none
+/// for any other record.
+fn begins_after(payload: &[u8]) -> Option<(Head, String)> {
+    let entry: Entry = serde_json::from_slice(payload).ok()?;
+    match entry.record {
+        Record::Compacted {
+            number,
+            hash,
+            archive,
+        } => Some((Head { number, hash }, archive)),
+        _ => None,
+    }
 }
 
 /// Checks sizes and chains a batch to the head: the new heads, one for each payload.

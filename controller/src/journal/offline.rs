@@ -20,10 +20,12 @@ use lockstep_proto::ids::{Digest, Epoch, PlanDigest};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::archive::{self, ArchiveFound};
 use super::disk::io_error;
-use super::head::{HeadError, HeadFile};
+use super::head::{HeadError, HeadFile, Stored};
 use super::sled::{self, Copied, SledJournal, Unread};
-use super::{AppendError, Broken, FORMAT, Head, Journal as _, JournalId, OpenError};
+use super::{AppendError, Broken, FORMAT, Head, Journal as _, JournalId, OpenError, begins_after};
+use crate::driver::{taken_over, wall_clock};
 
 /// The version of the text.
 const EXPORT: &str = "lockstep.journal/1";
@@ -41,6 +43,10 @@ pub(crate) struct Inspection {
     pub(crate) id: Option<JournalId>,
     /// The head that was acknowledged; none if the head file is broken.
     pub(crate) acknowledged: Option<Head>,
+    /// What its first record is chained to, if that is the end of an archive.
+    pub(crate) begins_after: Option<Head>,
+    /// The archives that hold what is before it, the newest first.
+    pub(crate) archives: Vec<ArchiveFound>,
     /// The last record that is what was written, with all before it; none if nothing can be read.
     pub(crate) last: Option<Head>,
     /// What is wrong; none if the journal is whole.
@@ -128,6 +134,21 @@ struct Header {
     head: Digest,
     /// The last term that began; 0 if none has.
     term: u64,
+    /// What the first record is chained to, if the journal was compacted; else to the anchor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    after: Option<After>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct After {
+    number: u64,
+    hash: Digest,
+}
+
+impl From<Head> for After {
+    fn from(Head { number, hash }: Head) -> Self {
+        Self { number, hash }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -144,12 +165,21 @@ pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
     let mut inspection = Inspection {
         id: journal.stored.as_ref().ok().map(|stored| stored.id),
         acknowledged,
+        begins_after: None,
+        archives: vec![],
         last: None,
         broken: None,
     };
     match journal.look() {
-        Ok((_, followed)) => {
+        Ok((db, followed)) => {
             inspection.id = inspection.id.or(Some(followed.id));
+            let first = sled::payloads(&db).next().and_then(Result::ok);
+            if followed.base.number > 0
+                && let Some((base, name)) = first.and_then(|first| begins_after(&first))
+            {
+                inspection.begins_after = Some(base);
+                inspection.archives = archive::follow(state, followed.id, base, name);
+            }
             inspection.last = Some(followed.head);
             inspection.broken = followed.broken;
         }
@@ -169,58 +199,81 @@ pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
 
 /// Writes a whole journal as text, and changes nothing in it.
 pub(crate) fn export(state: &Path, out: &mut impl Write) -> Result<Head, ExportError> {
-    let journal = Offline::open(state)?;
-    let quarantined = |what: String| OpenError::Quarantined {
-        dir: journal.dir.clone(),
-        what,
-    };
-    let stored = journal.stored.as_ref();
-    let id = stored.map_err(|error| error.of(&journal.dir))?.id;
-    let looked = journal.look().and_then(sled::whole);
-    let (db, head) = looked.map_err(|unread| unread.of(&journal.dir))?;
-    let read = || {
-        let payloads = sled::payloads(&db).zip(1_u64..);
-        payloads.map(|(payload, number)| match payload {
-            Ok(payload) => Ok((number, payload)),
-            Err(error) => Err(quarantined(format!(
-                "record {number} cannot be read: {error}"
-            ))),
-        })
-    };
-    let mut term = 0;
-    for record in read() {
-        let (number, payload) = record?;
-        let entry: Entry = serde_json::from_slice(&payload)
-            .map_err(|source| ExportError::Record { number, source })?;
-        term = term_of(&entry).unwrap_or(term);
+    Offline::open(state)?.export(out)
+}
+
+impl Offline {
+    /// All records, in their order.
+    pub(super) fn read_all(&self) -> Result<(Head, Vec<Vec<u8>>), OpenError> {
+        let stored = self.stored.as_ref();
+        stored.map_err(|error| error.of(&self.dir))?;
+        let looked = self.look().and_then(sled::whole);
+        let (db, followed) = looked.map_err(|unread| unread.of(&self.dir))?;
+        let payloads = sled::payloads(&db).collect::<Result<_, _>>();
+        let payloads = payloads.map_err(|error| OpenError::Quarantined {
+            dir: self.dir.clone(),
+            what: format!("a record cannot be read: {error}"),
+        })?;
+        Ok((followed.head, payloads))
     }
-    let header = Header {
-        format: EXPORT.to_owned(),
-        journal: id.to_string(),
-        journal_format: FORMAT,
-        anchor: id.anchor().hash,
-        records: head.number,
-        head: head.hash,
-        term,
-    };
-    write_line(out, &header)?;
-    let mut at = id.anchor();
-    for record in read() {
-        let (number, payload) = record?;
-        at = at.next(&payload);
-        let payload = String::from_utf8(payload).expect("it was read as JSON above");
-        let hash = at.hash;
-        write_line(
-            out,
-            &ExportedRecord {
-                number,
-                hash,
-                payload,
-            },
-        )?;
+
+    /// Writes all of it as text.
+    pub(super) fn export(&self, out: &mut impl Write) -> Result<Head, ExportError> {
+        let journal = self;
+        let quarantined = |what: String| OpenError::Quarantined {
+            dir: journal.dir.clone(),
+            what,
+        };
+        let stored = journal.stored.as_ref();
+        let id = stored.map_err(|error| error.of(&journal.dir))?.id;
+        let looked = journal.look().and_then(sled::whole);
+        let (db, followed) = looked.map_err(|unread| unread.of(&journal.dir))?;
+        let sled::Followed { base, head, .. } = followed;
+        let read = || {
+            let payloads = sled::payloads(&db).zip(base.number + 1..);
+            payloads.map(|(payload, number)| match payload {
+                Ok(payload) => Ok((number, payload)),
+                Err(error) => Err(quarantined(format!(
+                    "record {number} cannot be read: {error}"
+                ))),
+            })
+        };
+        let mut term = 0;
+        for record in read() {
+            let (number, payload) = record?;
+            let entry: Entry = serde_json::from_slice(&payload)
+                .map_err(|source| ExportError::Record { number, source })?;
+            term = term_of(&entry).unwrap_or(term);
+        }
+        let header = Header {
+            format: EXPORT.to_owned(),
+            journal: id.to_string(),
+            journal_format: FORMAT,
+            anchor: id.anchor().hash,
+            records: head.number,
+            head: head.hash,
+            after: (base.number > 0).then(|| After::from(base)),
+            term,
+        };
+        write_line(out, &header)?;
+        let mut at = base;
+        for record in read() {
+            let (number, payload) = record?;
+            at = at.next(&payload);
+            let payload = String::from_utf8(payload).expect("it was read as JSON above");
+            let hash = at.hash;
+            write_line(
+                out,
+                &ExportedRecord {
+                    number,
+                    hash,
+                    payload,
+                },
+            )?;
+        }
+        out.flush()?;
+        Ok(head)
     }
-    out.flush()?;
-    Ok(head)
 }
 
 /// Makes a journal from an export, in a state directory that holds nothing but perhaps the plans
@@ -233,28 +286,15 @@ pub(crate) fn import(
 ) -> Result<Imported, ImportError> {
     check_empty(state)?;
     let mut lines = Lines { input, number: 0 };
-    let header: Header = lines.expect("it has no header")?;
-    let refused = |why: String| ImportError::NotAnExport { line: 1, why };
-    if header.format != EXPORT {
-        return Err(refused(format!("its format is {}", header.format)));
-    }
-    if header.journal_format != FORMAT {
-        let found = header.journal_format;
-        return Err(refused(format!(
-            "the journal has format {found}, this release reads format {FORMAT}"
-        )));
-    }
-    let id: [u8; 16] = hex::decode(&header.journal)
-        .ok()
-        .and_then(|id| id.try_into().ok())
-        .ok_or_else(|| refused("the journal's id is not one".to_owned()))?;
-    let id = JournalId(id);
-    if header.anchor != id.anchor().hash {
-        return Err(refused("the anchor is not that of the id".to_owned()));
-    }
-    let mut found = Found::new(id.anchor());
+    let (header, id, base) = read_header(&mut lines)?;
+    let mut found = Found::new(base);
     let mut term = Epoch::NONE;
-    SledJournal::make(state, id, |journal| {
+    let first = match base.number {
+        0 => None,
+        _ => Some(found.take_first(lines.next()?)?),
+    };
+    let first = first.as_deref().map(|payload| (base, payload));
+    SledJournal::make(state, id, first, |journal| {
         let mut batch = Vec::with_capacity(BATCH);
         while found.head.number < header.records {
             batch.push(found.take(lines.next()?)?);
@@ -269,15 +309,21 @@ pub(crate) fn import(
         if let Some(_more) = lines.next::<serde_json::Value>()? {
             return Err(found.broken_after("the export goes on after its last record"));
         }
+        // Whoever goes on from an import takes over (INV-4).
         term = Epoch {
-            counter: found.term.max(epoch_above).saturating_add(1),
+            counter: taken_over(found.term.max(epoch_above), found.at.max(wall_clock())),
             id: rand::random(),
         };
-        let began = Entry {
-            at: found.at,
-            record: Record::TermBegan { epoch: term },
-        };
-        batch.push(serde_json::to_vec(&began).expect("a term is numbers"));
+        for record in [
+            Record::TermBegan { epoch: term },
+            Record::TookOver { epoch: term },
+        ] {
+            let entry = Entry {
+                at: found.at,
+                record,
+            };
+            batch.push(serde_json::to_vec(&entry).expect("a term is numbers"));
+        }
         journal.append(&batch)?;
         Ok::<_, ImportError>(())
     })?;
@@ -293,16 +339,16 @@ pub(crate) fn import(
 
 /// A journal on which nobody runs.
 #[derive(Debug)]
-struct Offline {
+pub(super) struct Offline {
     dir: PathBuf,
-    stored: Result<super::head::Stored, HeadError>,
+    pub(super) stored: Result<Stored, HeadError>,
     /// None if there is no store to copy.
     copied: Option<Copied>,
-    _lock: fs::File,
+    pub(super) lock: fs::File,
 }
 
 impl Offline {
-    fn open(state: &Path) -> Result<Self, OpenError> {
+    pub(super) fn open(state: &Path) -> Result<Self, OpenError> {
         let dir = state.join("journal");
         if !dir.is_dir() {
             return Err(OpenError::None {
@@ -323,7 +369,7 @@ impl Offline {
                 dir,
                 stored,
                 copied: None,
-                _lock: lock,
+                lock,
             });
         }
         // Not where a controller puts its copy: what another user left there would be in its way.
@@ -332,7 +378,7 @@ impl Offline {
             dir,
             stored,
             copied: Some(copied),
-            _lock: lock,
+            lock,
         })
     }
 
@@ -341,6 +387,68 @@ impl Offline {
         let copied = self.copied.as_ref().ok_or_else(missing)?;
         copied.look(self.stored.as_ref().ok().copied())
     }
+}
+
+/// Verifies an export of this journal that ends with this record; answers with what is before it,
+/// if that is in an archive.
+pub(super) fn verify_export(
+    input: &mut impl BufRead,
+    id: JournalId,
+    last: Head,
+) -> Result<Option<(Head, String)>, ImportError> {
+    let mut lines = Lines { input, number: 0 };
+    let (header, found_id, base) = read_header(&mut lines)?;
+    let other = |why: String| ImportError::NotAnExport { line: 1, why };
+    if found_id != id {
+        return Err(other(format!("it is of the journal {found_id}")));
+    }
+    if header.records != last.number || header.head != last.hash {
+        let (number, hash) = (header.records, header.head);
+        return Err(other(format!(
+            "it ends with {number} {hash}, not with {last}"
+        )));
+    }
+    let mut found = Found::new(base);
+    let mut before = None;
+    if base.number > 0 {
+        before = begins_after(&found.take_first(lines.next()?)?);
+    }
+    while found.head.number < last.number {
+        found.take(lines.next()?)?;
+    }
+    if found.head != last {
+        return Err(found.broken("it is not the one that the journal goes on from"));
+    }
+    Ok(before)
+}
+
+/// Reads the first line: whose journal it is, and what its first record is chained to.
+fn read_header<R: BufRead>(
+    lines: &mut Lines<'_, R>,
+) -> Result<(Header, JournalId, Head), ImportError> {
+    let header: Header = lines.expect("it has no header")?;
+    let refused = |why: String| ImportError::NotAnExport { line: 1, why };
+    if header.format != EXPORT {
+        return Err(refused(format!("its format is {}", header.format)));
+    }
+    if header.journal_format != FORMAT {
+        let found = header.journal_format;
+        return Err(refused(format!(
+            "the journal has format {found}, this release reads format {FORMAT}"
+        )));
+    }
+    let id: [u8; 16] = hex::decode(&header.journal)
+        .ok()
+        .and_then(|id| id.try_into().ok())
+        .ok_or_else(|| refused("the journal's id is not one".to_owned()))?;
+    let id = JournalId(id);
+    if header.anchor != id.anchor().hash {
+        return Err(refused("the anchor is not that of the id".to_owned()));
+    }
+    let after = header
+        .after
+        .map(|After { number, hash }| Head { number, hash });
+    Ok((header, id, after.unwrap_or_else(|| id.anchor())))
 }
 
 /// What an export has said so far.
@@ -389,6 +497,16 @@ impl Found {
         Ok(payload)
     }
 
+    /// Takes the first record of a compacted journal: it names what it is chained to.
+    fn take_first(&mut self, record: Option<ExportedRecord>) -> Result<Vec<u8>, ImportError> {
+        let base = self.head;
+        let payload = self.take(record)?;
+        match begins_after(&payload) {
+            Some((after, _)) if after == base => Ok(payload),
+            _ => Err(self.broken("it does not say what was before it")),
+        }
+    }
+
     fn broken(&self, why: &str) -> ImportError {
         ImportError::Broken {
             record: self.head.number,
@@ -421,6 +539,7 @@ fn check_empty(state: &Path) -> Result<(), ImportError> {
     for entry in entries {
         let name = entry.map_err(io_error("read", state))?.file_name();
         let known = [
+            "archive",
             "blobs",
             "logs",
             "journal.new",

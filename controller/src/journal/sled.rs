@@ -24,12 +24,14 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::disk::{io_error, sync, sync_directory, sync_files};
 use super::head::{HeadError, HeadFile, Stored};
 use super::reserve::Reserve;
-use super::{AppendError, Broken, FORMAT, Head, Journal, JournalId, OpenError, chain};
+use super::{
+    AppendError, Broken, FORMAT, Head, Journal, JournalId, OpenError, begins_after, chain,
+};
 use crate::faults::reached;
 
 /// sled's page cache, in bytes. Recovery streams, and running only appends: a small one will do.
@@ -55,6 +57,7 @@ pub(crate) struct SledJournal {
     head_file: HeadFile,
     reserve: Reserve,
     id: JournalId,
+    base: Head,
     head: Head,
     /// An append has begun and not come to its end.
     poisoned: bool,
@@ -73,36 +76,58 @@ impl SledJournal {
             remove_all(leftover)?;
         }
         if !dir.exists() {
-            create(&new, JournalId::random())?;
+            create(&new, JournalId::random(), None)?;
             publish(&new, state)?;
         }
         Self::open_existing(dir, &check, lock)
     }
 
     /// Makes a journal of this id in a state directory that has none, with what `fill` appends:
-    /// all of it, or no journal at all.
+    /// all of it, or no journal at all. A compacted one begins with its first record, after
+    /// another head than the anchor.
     pub(super) fn make<E: From<OpenError>>(
         state: &Path,
         id: JournalId,
+        first: Option<(Head, &[u8])>,
         fill: impl FnOnce(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
         let lock = lock(state)?;
-        let io_failed = io_error("lock", state);
-        let held = lock.try_clone().map_err(io_failed)?;
+        Self::build(state, &lock, id, first, fill)?;
+        publish(&state.join("journal.new"), state)?;
+        Ok(())
+    }
+
+    /// Makes the whole of a journal as `journal.new`, durable but for its name.
+    pub(super) fn build<E: From<OpenError>>(
+        state: &Path,
+        lock: &File,
+        id: JournalId,
+        first: Option<(Head, &[u8])>,
+        fill: impl FnOnce(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let lock = lock.try_clone().map_err(io_error("lock", state))?;
         let new = state.join("journal.new");
         remove_all(&new)?;
-        create(&new, id)?;
+        create(&new, id, first)?;
         let filled = Self::open_existing(new.clone(), &state.join("journal.check"), lock)
             .map_err(E::from)
             .and_then(|mut journal| fill(&mut journal));
-        if let Err(error) = filled {
+        if filled.is_err() {
             // What is wrong matters more than what is left behind.
             let _ = remove_all(&new);
-            return Err(error);
         }
-        publish(&new, state)?;
-        drop(held);
-        Ok(())
+        filled
+    }
+
+    /// Puts `journal.new` in the place of the journal, in one step: whenever the power goes, one
+    /// of the two is there. The former one is removed.
+    pub(super) fn exchange(state: &Path, _lock: &File) -> Result<(), OpenError> {
+        let (dir, new) = (state.join("journal"), state.join("journal.new"));
+        sync_directory(state)?;
+        renameat_with(CWD, &new, CWD, &dir, RenameFlags::EXCHANGE)
+            .map_err(|error| io_error("exchange", &dir)(error.into()))?;
+        sync_directory(state)?;
+        remove_all(&new)
     }
 
     fn open_existing(dir: PathBuf, check: &Path, lock: File) -> Result<Self, OpenError> {
@@ -128,11 +153,11 @@ impl SledJournal {
 
         let refused = |unread: Unread| unread.of(&dir);
         let seen = copy_to_look(&store_dir, &store_path, check)?.look(Some(stored));
-        let seen = seen.and_then(whole).map_err(refused)?.1;
+        let seen = seen.and_then(whole).map_err(refused)?.1.head;
         // Whoever wrote it may have been killed before it was synced, and sled keeps an index of
         // what it finds now.
         sync(&store, &store_path).map_err(io_error("sync", &store_path))?;
-        let (db, head) = look(store_dir.clone(), Some(stored))
+        let (db, Followed { base, head, .. }) = look(store_dir.clone(), Some(stored))
             .and_then(whole)
             .map_err(refused)?;
         if head != seen {
@@ -157,6 +182,7 @@ impl SledJournal {
             head_file,
             reserve,
             id: stored.id,
+            base,
             head,
             poisoned: false,
             _lock: lock,
@@ -197,6 +223,10 @@ impl Journal for SledJournal {
 
     fn head(&self) -> Head {
         self.head
+    }
+
+    fn base(&self) -> Head {
+        self.base
     }
 
     fn append(&mut self, payloads: &[Vec<u8>]) -> Result<Head, AppendError> {
@@ -267,8 +297,8 @@ fn settings(dir: &Path) -> sled::Config {
         .flush_every_ms(None)
 }
 
-/// Makes a journal without records, durable but for its name.
-fn create(dir: &Path, id: JournalId) -> Result<(), OpenError> {
+/// Makes a journal with one record, if it has a first one, durable but for its name.
+fn create(dir: &Path, id: JournalId, first: Option<(Head, &[u8])>) -> Result<(), OpenError> {
     let store_dir = dir.join("store");
     make_directory(&store_dir)?;
     let failed = |error: sled::Error| OpenError::Io {
@@ -280,15 +310,18 @@ fn create(dir: &Path, id: JournalId) -> Result<(), OpenError> {
     let mut meta = FORMAT.to_be_bytes().to_vec();
     meta.extend_from_slice(&id.0);
     db.insert(META, meta).map_err(failed)?;
+    let mut head = id.anchor();
+    if let Some((base, payload)) = first {
+        head = base.next(payload);
+        let value = [&head.hash.0, payload].concat();
+        db.insert(record_key(head.number), value).map_err(failed)?;
+    }
     db.flush().map_err(failed)?;
     drop(db);
     sync_files(&store_dir)?;
 
     let head_path = dir.join("head");
-    let stored = Stored {
-        id,
-        head: id.anchor(),
-    };
+    let stored = Stored { id, head };
     HeadFile::create(&head_path, stored).map_err(io_error("make", &head_path))?;
     sync_directory(dir)
 }
@@ -344,16 +377,18 @@ impl Drop for Copied {
 #[derive(Debug)]
 pub(super) struct Followed {
     pub(super) id: JournalId,
+    /// What the first record is chained to: the anchor, or the end of an archive.
+    pub(super) base: Head,
     /// The last record that is what was written.
     pub(super) head: Head,
     /// Why it is the last one, if it should not be.
     pub(super) broken: Option<Broken>,
 }
 
-/// The head of a chain that holds to its end.
-pub(super) fn whole((db, followed): (sled::Db, Followed)) -> Result<(sled::Db, Head), Unread> {
+/// A chain that holds to its end.
+pub(super) fn whole((db, followed): (sled::Db, Followed)) -> Result<(sled::Db, Followed), Unread> {
     match followed.broken {
-        None => Ok((db, followed.head)),
+        None => Ok((db, followed)),
         Some(broken) => Err(Unread::Broken(broken)),
     }
 }
@@ -427,7 +462,14 @@ fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
         let what = "its store and its head file are not of the same journal";
         return Err(unreadable(what.to_owned()));
     }
-    let mut head = id.anchor();
+    let base = match db.scan_prefix([RECORD]).next() {
+        None => id.anchor(),
+        Some(first) => {
+            let (key, value) = first.map_err(unread)?;
+            compacted_base(&key, &value).unwrap_or_else(|| id.anchor())
+        }
+    };
+    let mut head = base;
     let mut broken = None;
     for record in db.scan_prefix([RECORD]) {
         let (key, value) = record.map_err(unread)?;
@@ -450,7 +492,18 @@ fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
             ),
         });
     }
-    Ok(Followed { id, head, broken })
+    Ok(Followed {
+        id,
+        base,
+        head,
+        broken,
+    })
+}
+
+/// What a compacted journal's first record is chained to; none if it is no such record.
+fn compacted_base(key: &[u8], value: &[u8]) -> Option<Head> {
+    let (base, _) = begins_after(value.get(32..)?)?;
+    (*key == record_key(base.number + 1)).then_some(base)
 }
 
 /// The head after one more record, or what is wrong with that.

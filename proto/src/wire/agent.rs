@@ -61,6 +61,7 @@ pub struct Hello {
     pub labels: BTreeMap<String, String>,
     pub agent_version: String,
     pub held_rollout: Option<RolloutId>,
+    pub acknowledged: u64,
 }
 
 /// The controller's answer; see the `.proto` file for each field.
@@ -110,6 +111,7 @@ impl From<Hello> for wire::Hello {
             labels,
             agent_version,
             held_rollout,
+            acknowledged,
         } = hello;
         Self {
             min_version: versions.min,
@@ -122,6 +124,7 @@ impl From<Hello> for wire::Hello {
             labels: labels.into_iter().collect(),
             agent_version,
             held_rollout: held_rollout.map(Into::into).unwrap_or_default(),
+            acknowledged,
         }
     }
 }
@@ -140,6 +143,7 @@ impl TryFrom<wire::Hello> for Hello {
             labels,
             agent_version,
             held_rollout,
+            acknowledged,
         } = hello;
         // Both are journalled, in one record of at most 32 KiB.
         let label_bytes: usize = labels
@@ -168,6 +172,7 @@ impl TryFrom<wire::Hello> for Hello {
                 "" => None,
                 id => Some(id.parse()?),
             },
+            acknowledged,
         })
     }
 }

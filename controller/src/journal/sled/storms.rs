@@ -131,7 +131,7 @@ fn an_older_head_costs_nothing_and_older_files_are_refused() {
     drop(journal);
     // The same journal at an earlier time: made by cutting off what came later.
     let earlier = tempfile::tempdir().unwrap();
-    SledJournal::make(earlier.path(), id, |journal| {
+    SledJournal::make(earlier.path(), id, None, |journal| {
         journal.append(&records[..120]).unwrap();
         Ok::<_, OpenError>(())
     })

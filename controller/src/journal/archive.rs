@@ -1,0 +1,76 @@
+//! Archives: exports of a journal's former records, kept beside it when it is compacted.
+//!
+//! ```text
+//! STATE/archive/journal-1-1482.jsonl      records 1 to 1482, in the format of an export
+//! STATE/archive/journal-1483-2900.jsonl   the next ones: its first record names the former's last
+//! ```
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use super::offline::{ImportError, verify_export};
+use super::{Head, JournalId};
+
+/// Archives that one journal goes back to: more than a journal that is compacted daily has in a
+/// hundred years, so that files that name each other end somewhere.
+const MOST: usize = 40_000;
+
+/// What is found of an archive.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct ArchiveFound {
+    /// Its file name.
+    pub(crate) name: String,
+    /// The last record that it should have.
+    pub(crate) last: Head,
+    /// How it is.
+    pub(crate) state: ArchiveState,
+}
+
+/// How an archive is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum ArchiveState {
+    /// Every record is what was written, to the one that its successor names.
+    Whole,
+    /// It is not there; it may have been moved elsewhere.
+    Elsewhere,
+    /// It is not what was written.
+    Broken(String),
+}
+
+/// The directory of a state directory's archives.
+pub(super) fn directory(state: &Path) -> PathBuf {
+    state.join("archive")
+}
+
+/// Follows archives back from what a compacted journal begins after.
+pub(super) fn follow(state: &Path, id: JournalId, last: Head, name: String) -> Vec<ArchiveFound> {
+    let mut found = vec![];
+    let mut next = Some((last, name));
+    while let Some((last, name)) = next.take()
+        && found.len() < MOST
+    {
+        let state = match check(&directory(state).join(&name), id, last) {
+            Ok(before) => {
+                next = before;
+                ArchiveState::Whole
+            }
+            Err(ImportError::Input(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+                ArchiveState::Elsewhere
+            }
+            Err(error) => ArchiveState::Broken(error.to_string()),
+        };
+        found.push(ArchiveFound { name, last, state });
+    }
+    found
+}
+
+/// Verifies an archive; answers with what is before it, if that is another one.
+pub(super) fn check(
+    path: &Path,
+    id: JournalId,
+    last: Head,
+) -> Result<Option<(Head, String)>, ImportError> {
+    let mut file = BufReader::new(File::open(path)?);
+    verify_export(&mut file, id, last)
+}
