@@ -59,7 +59,7 @@ demo: build ## a whole rollout before your eyes: v1.0.0 goes out, v1.1.0 comes b
 	@$(NOFILE)
 	target/debug/demo
 
-fleet: release ## the same on real systemd hosts; needs root
+fleet: release ## the same on real systemd hosts, and faults of such hosts; needs root
 	@$(NOFILE)
 	# The tests that need a systemd of their own run on the fleet's hosts.
 	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --lib --no-run --message-format json |

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Real systemd hosts on one machine: each host is a container that runs Debian's own init, journald and D-Bus.
 #
-#   hosts.sh prepare                 docker, a running dockerd, the base image
+#   hosts.sh docker                  docker and a running dockerd; 69 and the reason where that cannot be
+#   hosts.sh prepare                 the same, and the base image
 #   hosts.sh up NAME...              one network, one host per name; prints `NAME IP` when systemd is up
 #   hosts.sh exec NAME ARGV...       run a command on a host (stdin is passed on)
 #   hosts.sh put NAME SRC DST        a file or a directory becomes DST on a host, owned by root
@@ -30,6 +31,13 @@ bundle=/etc/ssl/certs/ca-certificates.crt
 
 say() { printf 'hosts: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
+# For what this machine does not give, rather than what went wrong.
+unavailable() { say "$*"; exit 69; }
+
+install_packages() {
+  say "installing $*"
+  apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "$@" >&2
+}
 
 # --- the base image -------------------------------------------------------------------------------------------------
 
@@ -91,6 +99,8 @@ prepare_image() {
   if [ ! -s "$tarball" ]; then
     mkdir -p "$cache"
     local work
+    command -v debootstrap >/dev/null || install_packages debootstrap || die "debootstrap cannot be installed"
+    [ -f "$bundle" ] || install_packages ca-certificates || die "ca-certificates cannot be installed"
     work=$(mktemp -d "$cache/build.XXXXXX")
     say "building the base image, log in $cache/build.log"
     # A process of its own: bash ignores `set -e` within a condition.
@@ -144,22 +154,20 @@ prepare_dockerd() {
   PATH=$state/legacy:$PATH try_dockerd && return
   PATH=$state/legacy:$PATH try_dockerd --storage-driver=vfs && return
   tail -20 "$state/dockerd.log" >&2
-  die "dockerd does not start, log in $state/dockerd.log"
+  unavailable "dockerd does not start, log in $state/dockerd.log"
+}
+
+prepare_docker() {
+  [ "$(id -u)" = 0 ] || unavailable "systemd hosts need root"
+  if ! { command -v dockerd && command -v docker && command -v iptables; } >/dev/null; then
+    command -v apt-get >/dev/null || unavailable "docker is not installed, nor apt-get to install it with"
+    install_packages docker.io iptables || unavailable "docker cannot be installed"
+  fi
+  prepare_dockerd
 }
 
 prepare() {
-  [ "$(id -u)" = 0 ] || die "run as root"
-  local missing=()
-  command -v dockerd >/dev/null && command -v docker >/dev/null && command -v iptables >/dev/null ||
-    missing+=(docker.io iptables)
-  command -v debootstrap >/dev/null || missing+=(debootstrap)
-  [ -f "$bundle" ] || missing+=(ca-certificates)
-  if [ ${#missing[@]} -gt 0 ]; then
-    say "installing ${missing[*]}"
-    apt-get update -qq >&2
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "${missing[@]}" >&2
-  fi
-  prepare_dockerd
+  prepare_docker
   prepare_image
 }
 
@@ -328,6 +336,7 @@ need() { [ "$1" -ge "$2" ] || usage; }
 command=${1:-}
 shift || usage
 case $command in
+  docker) prepare_docker ;;
   prepare) prepare ;;
   up) need $# 1; up "$@" ;;
   down) down ;;
