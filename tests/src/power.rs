@@ -101,6 +101,13 @@ impl Watch {
         });
     }
 
+    /// The moments since the beginning, or since they were taken last.
+    pub fn take(&mut self) -> Vec<Moment> {
+        let mut moments = vec![];
+        with(|state| moments = std::mem::take(&mut state.moments));
+        moments
+    }
+
     /// Every moment from the beginning to now.
     pub fn end(self) -> Vec<Moment> {
         with(|state| _ = state.take_moment());
@@ -113,8 +120,72 @@ fn with(then: impl FnOnce(&mut State)) {
     WATCH.with_borrow_mut(|state| state.as_mut().map(then));
 }
 
+/// A directory whose power goes now and then, on the thread that made it.
+#[derive(Debug)]
+pub struct Disk {
+    root: PathBuf,
+}
+
+thread_local! {
+    static DISKS: RefCell<BTreeMap<PathBuf, Tree>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+impl Disk {
+    /// A disk that begins with what is in a directory.
+    pub fn new(root: &Path) -> Self {
+        let durable = Tree::read(root);
+        DISKS.with_borrow_mut(|disks| disks.insert(root.to_owned(), durable));
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
+    /// The power goes, and comes back: the directory holds one of the states that are possible.
+    pub fn lose_power(&mut self, random: &mut StdRng) {
+        let durable = DISKS.with_borrow_mut(|disks| disks.remove(&self.root));
+        let moment = Moment {
+            root: node(&self.root),
+            durable: durable.expect("the disk is there as long as this"),
+            current: Tree::read(&self.root),
+            acknowledged: 0,
+        };
+        fs::remove_dir_all(&self.root).expect("a directory can be removed");
+        fs::create_dir(&self.root).expect("a directory can be made");
+        moment.cut(random, &self.root);
+        let durable = Tree::read(&self.root);
+        DISKS.with_borrow_mut(|disks| disks.insert(self.root.clone(), durable));
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        DISKS.with_borrow_mut(|disks| disks.remove(&self.root));
+    }
+}
+
+fn sync_on_disk(path: &Path) {
+    DISKS.with_borrow_mut(|disks| {
+        let mut disks = disks.iter_mut();
+        let Some((_, durable)) = disks.find(|(root, _)| path.starts_with(root)) else {
+            return;
+        };
+        let node = node(path);
+        if path.is_dir() {
+            let entries = fs::read_dir(path)
+                .expect("a directory can be read")
+                .flatten();
+            let names = entries.map(|entry| (entry.file_name(), self::node(&entry.path())));
+            durable.directories.insert(node, Arc::new(names.collect()));
+        } else {
+            let bytes = fs::read(path).expect("a file can be read");
+            durable.files.insert(node, Arc::new(bytes));
+        }
+    });
+}
+
 /// A file or directory is about to be synced. Does nothing on threads that watch nothing.
 pub fn before_sync(path: &Path) {
+    sync_on_disk(path);
     with(|state| {
         if !path.starts_with(&state.root) {
             return;

@@ -1,0 +1,240 @@
+//! The recorded run: the controller stops at each of its points, and what is on its disk and on its
+//! agents' disks at that instant is kept.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lockstep_tests::power::Watch;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use tokio::sync::watch;
+
+use super::check::{self, Violation};
+use super::fleet::{Delivery, Fleet};
+use super::place::Place;
+use super::script::{Variant, play};
+use super::simulated::World;
+
+/// A recorded run takes longer than others: it stops for each copy.
+const WITHIN: Duration = Duration::from_mins(4);
+
+/// What was sent before the point has this long to arrive: what was promised too early shows.
+const ARRIVES: Duration = Duration::from_millis(4);
+
+/// What there is if the controller is killed at a point.
+#[derive(Debug)]
+pub struct Copy {
+    /// Which way the rollout went.
+    pub variant: Variant,
+    /// The number of the point, from 1.
+    pub point: usize,
+    /// Its name; for a power cut, that too.
+    pub name: String,
+    /// The controller's state directory.
+    pub state: PathBuf,
+    /// The fleet and its ledger.
+    pub world: World,
+}
+
+/// A run from its beginning to its end.
+#[derive(Debug)]
+pub struct Recording {
+    /// Which way.
+    pub variant: Variant,
+    /// One copy for each point, and one more where unsynced bytes could be lost.
+    pub copies: Vec<Copy>,
+    /// How many points the run came to.
+    pub points: usize,
+    /// What was wrong with the run itself.
+    pub violations: Vec<Violation>,
+}
+
+/// Runs the reference rollout once, and keeps a copy at every `nth` point.
+pub fn record(place: &Place, variant: Variant, nth: usize) -> Result<Recording> {
+    let station = place.station(&format!("{}-recorded", variant.name()))?;
+    let socket = station.dir.join("points");
+    let listener = UnixListener::bind(&socket)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let (address, agents_dial) = watch::channel(None);
+        let fleet = Fleet::start(variant.world(), &place.agents, agents_dial, Delivery::Plain);
+        let fleet = Arc::new(fleet);
+        let keeper = Keeper {
+            variant,
+            nth,
+            state: station.state(),
+            copies: place.root.join(format!("{}-copies", variant.name())),
+            fleet: fleet.clone(),
+            kept: Arc::default(),
+            power: None,
+            random: StdRng::seed_from_u64(1),
+        };
+        let kept = keeper.kept.clone();
+        fs::create_dir_all(&keeper.copies)?;
+        let mut controller = station.start(Some(&format!("ask:{}", socket.display())), &[])?;
+        thread::spawn(move || {
+            if let Ok((stream, _)) = listener.accept()
+                && let Err(error) = keeper.keep(&stream)
+            {
+                tracing::error!("no more copies: {error:#}");
+            }
+        });
+        let at = station.address(&mut controller).await?;
+        address.send_replace(Some(at));
+        let mut people = place.people(&station, at).await?;
+        let played = play(variant, &mut people, &fleet, WITHIN).await?;
+        controller.kill();
+        let world = fleet.world();
+        let records = check::records(&station.export()?)?;
+        let state = &played.rollout.state;
+        ensure!(
+            state == variant.end(),
+            "the recorded run ended as {state}: {}",
+            played.rollout.reason
+        );
+        let plan = plan_of(&station.state(), &played.rollout.plan_digest)?;
+        let violations = check::violations(&world, &records, plan.plan());
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = kept.error.take() {
+            return Err(error);
+        }
+        Ok(Recording {
+            variant,
+            points: kept.points,
+            copies: std::mem::take(&mut kept.copies),
+            violations,
+        })
+    })
+}
+
+/// The compiled plan that a controller keeps.
+pub(super) fn plan_of(state: &Path, digest: &str) -> Result<lockstep_proto::seal::SealedPlan> {
+    let name = digest.rsplit(':').next().unwrap_or(digest);
+    let path = state.join("blobs").join(name);
+    let bytes = fs::read(&path).with_context(|| format!("no plan at {}", path.display()))?;
+    Ok(lockstep_proto::seal::open(&bytes)?)
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    points: usize,
+    copies: Vec<Copy>,
+    error: Option<anyhow::Error>,
+}
+
+/// Keeps copies while the controller waits.
+struct Keeper {
+    variant: Variant,
+    nth: usize,
+    state: PathBuf,
+    copies: PathBuf,
+    fleet: Arc<Fleet>,
+    kept: Arc<Mutex<Kept>>,
+    power: Option<Watch>,
+    random: StdRng,
+}
+
+impl Keeper {
+    fn keep(mut self, stream: &UnixStream) -> Result<()> {
+        let (mut point, mut points) = (String::new(), 0);
+        let mut lines = BufReader::new(stream);
+        loop {
+            point.clear();
+            if lines.read_line(&mut point)? == 0 {
+                return Ok(());
+            }
+            points += 1;
+            let taken = self.take(points, point.trim());
+            {
+                let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.points = points;
+                match taken {
+                    Ok(copies) => kept.copies.extend(copies),
+                    Err(error) => kept.error = Some(error),
+                }
+            }
+            let mut answer = stream;
+            answer.write_all(b"\n")?;
+        }
+    }
+
+    /// Everything that is there at a point.
+    fn take(&mut self, number: usize, point: &str) -> Result<Vec<Copy>> {
+        let journal = self.state.join("journal");
+        if self.power.is_none() && point == "append: begins" {
+            self.power = Some(Watch::begin(&journal));
+        }
+        // The next thing that the controller does is to sync this file.
+        let unsynced = match point {
+            "append: flushed" => Some(journal.join("store/db")),
+            "head: written" => Some(journal.join("head")),
+            _ => None,
+        };
+        let moment = self.power.as_mut().zip(unsynced).and_then(|(power, path)| {
+            lockstep_tests::power::before_sync(&path);
+            power.take().pop()
+        });
+        if number % self.nth != 0 {
+            return Ok(vec![]);
+        }
+        let state = self.copies.join(format!("{number}"));
+        copy(&self.state, &state, None)?;
+        let cut = moment.map(|moment| {
+            let cut = self.copies.join(format!("{number}-cut"));
+            copy(&self.state, &cut, Some("journal"))?;
+            fs::create_dir(cut.join("journal"))?;
+            moment.cut(&mut self.random, &cut.join("journal"));
+            anyhow::Ok(cut)
+        });
+        thread::sleep(ARRIVES);
+        let world = self.fleet.world();
+        let copy = |name: String, state| Copy {
+            variant: self.variant,
+            point: number,
+            name,
+            state,
+            world: world.clone(),
+        };
+        let mut copies = vec![copy(point.to_owned(), state)];
+        if let Some(cut) = cut {
+            copies.push(copy(format!("{point}; power cut"), cut?));
+        }
+        Ok(copies)
+    }
+}
+
+/// Copies a directory, but for one name in it.
+pub(super) fn copy(from: &Path, to: &Path, but: Option<&str>) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if but.is_some_and(|but| name == but) {
+            continue;
+        }
+        let (path, target) = (entry.path(), to.join(&name));
+        // What is removed meanwhile was never needed: logs and looks at copies come and go.
+        let copied = if path.is_dir() {
+            copy(&path, &target, None)
+        } else {
+            fs::copy(&path, &target).map(drop).map_err(Into::into)
+        };
+        if copied.is_err() && path.exists() {
+            copied.with_context(|| format!("cannot copy {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// How long something took, in milliseconds.
+pub(super) fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,187 @@
+//! Copies are resumed: a real controller on each, with its clone of the fleet. Nobody repairs
+//! anything; the rollout must come to the end that the recorded run came to.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use tokio::sync::watch;
+
+use super::check::{self, Kind, Violation};
+use super::fleet::{Delivery, Fleet};
+use super::place::Place;
+use super::record::{Copy, plan_of};
+use super::script::{Variant, play};
+
+/// A resumed rollout that has not ended by then is stuck: its steps and pauses take 3 s, and what
+/// is lost is given up after 20 s.
+const WITHIN: Duration = Duration::from_secs(45);
+
+/// One copy, resumed.
+#[derive(Debug)]
+pub struct Resumed {
+    /// Which way the rollout went.
+    pub variant: Variant,
+    /// The number of the point, from 1.
+    pub point: usize,
+    /// Its name.
+    pub name: String,
+    /// From the start of the process to the first session that it welcomed, in milliseconds: by
+    /// then it has folded its journal, its term is on the disk, and the rollout goes on.
+    pub resume_ms: Option<u64>,
+    /// Commands that people typed: those that the recorded run had not got an answer to.
+    pub typed: u32,
+    /// What was wrong.
+    pub violations: Vec<Violation>,
+    /// Where the state and the log of a copy with violations are left.
+    pub left: Option<PathBuf>,
+}
+
+/// Resumes all copies, `parallel` at a time.
+pub fn resume_all(
+    place: &Place,
+    copies: Vec<Copy>,
+    parallel: usize,
+    tell: impl Fn(&Resumed) + Sync,
+) -> Vec<Resumed> {
+    let queue = Mutex::new(VecDeque::from(copies));
+    let done = Mutex::new(vec![]);
+    thread::scope(|scope| {
+        for _ in 0..parallel {
+            scope.spawn(|| {
+                loop {
+                    let next = queue
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .pop_front();
+                    let Some(copy) = next else {
+                        return;
+                    };
+                    let resumed = resume(place, copy);
+                    tell(&resumed);
+                    done.lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(resumed);
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|resumed| (resumed.variant, resumed.point));
+    done
+}
+
+fn resume(place: &Place, copy: Copy) -> Resumed {
+    let (variant, point, name) = (copy.variant, copy.point, copy.name.clone());
+    let label = copy.state.file_name().map_or_else(String::new, |name| {
+        format!("{}-{}", variant.name(), name.to_string_lossy())
+    });
+    let mut resumed = Resumed {
+        variant,
+        point,
+        name,
+        resume_ms: None,
+        typed: 0,
+        violations: vec![],
+        left: None,
+    };
+    let dir = place.root.join(&label);
+    let run = AssertUnwindSafe(|| run(place, copy, &label, &mut resumed));
+    match catch_unwind(run) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            let stuck = Violation::new(Kind::Stuck, format!("{error:#}"));
+            resumed.violations.push(stuck);
+        }
+        Err(_) => {
+            let broken = Violation::new(Kind::Broken, "the harness panicked; see above");
+            resumed.violations.push(broken);
+        }
+    }
+    if resumed.violations.is_empty() {
+        // What is left is in the way of nothing.
+        let _ = fs::remove_dir_all(&dir);
+    } else {
+        resumed.left = Some(dir);
+    }
+    resumed
+}
+
+fn run(place: &Place, copy: Copy, label: &str, resumed: &mut Resumed) -> Result<()> {
+    let station = place.station(label)?;
+    fs::remove_dir(station.state())?;
+    fs::rename(&copy.state, station.state())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let (address, agents_dial) = watch::channel(None);
+        let begun = Instant::now();
+        let mut controller = station.start(None, &[])?;
+        let fleet = Fleet::start(copy.world, &place.agents, agents_dial, Delivery::Plain);
+        let at = match station.address(&mut controller).await {
+            Ok(at) => at,
+            Err(error) => {
+                let broken = Violation::new(Kind::Broken, format!("{error:#}"));
+                resumed.violations.push(broken);
+                return Ok(());
+            }
+        };
+        address.send_replace(Some(at));
+        let mut people = place.people(&station, at).await?;
+        let played = play(copy.variant, &mut people, &fleet, WITHIN).await;
+        resumed.resume_ms = fleet.first_welcome().map(|welcome| {
+            let took = welcome.duration_since(begun).as_millis();
+            u64::try_from(took).unwrap_or(u64::MAX)
+        });
+        if let Err(why) = controller.check() {
+            resumed.violations.push(Violation::new(Kind::Broken, why));
+        }
+        controller.kill();
+        let world = fleet.world();
+        drop(fleet);
+        let records = match station.export() {
+            Ok(export) => check::records(&export)?,
+            Err(error) => {
+                let broken = Violation::new(Kind::Broken, format!("{error:#}"));
+                resumed.violations.push(broken);
+                return Ok(());
+            }
+        };
+        let played = match played {
+            Ok(played) => played,
+            Err(error) => {
+                let lost = world
+                    .lost
+                    .iter()
+                    .map(|what| Violation::new(Kind::Lost, what));
+                resumed.violations.extend(lost);
+                return Err(error);
+            }
+        };
+        resumed.typed = played.typed;
+        let rollout = &played.rollout;
+        if rollout.state != copy.variant.end() {
+            let what = format!(
+                "it ended as {}, not as {}: {}",
+                rollout.state,
+                copy.variant.end(),
+                rollout.reason
+            );
+            resumed.violations.push(Violation::new(Kind::Stuck, what));
+        }
+        let plan = plan_of(&station.state(), &rollout.plan_digest)?;
+        let found = check::violations(&world, &records, plan.plan());
+        resumed.violations.extend(found);
+        if copy.variant == Variant::Rollback {
+            let found = check::back(&copy.variant.world(), &world);
+            resumed.violations.extend(found);
+        }
+        Ok(())
+    })
+}
