@@ -15,8 +15,8 @@
 //! whole; afterwards, the new one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write as _};
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, BufWriter};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -26,7 +26,7 @@ use lockstep_proto::values::{Period, Timestamp};
 
 use super::archive;
 use super::disk::{io_error, sync, sync_directory};
-use super::offline::{ExportError, ImportError, Offline};
+use super::offline::{ExportError, ImportError, Offline, Records, read_entries};
 use super::sled::SledJournal;
 use super::{AppendError, Head, Journal as _, MAX_PAYLOAD, OpenError};
 use crate::blobs::{BlobError, Blobs};
@@ -96,14 +96,18 @@ pub(crate) struct Compacted {
 /// Takes rollouts out of a journal on which no controller runs.
 pub(crate) fn compact(state: &Path, which: Which) -> Result<Compacted, CompactError> {
     let journal = Offline::open(state)?;
-    let id = journal.stored.as_ref().map(|stored| stored.id);
-    let id = id.map_err(|error| error.of(&state.join("journal")))?;
-    let (head, payloads) = journal.read_all()?;
-    let base = head.number - payloads.len() as u64;
-    let entries = read_entries(&payloads, base)?;
+    let records = journal.read_all()?;
+    let lock = journal.into_lock();
+    let Records {
+        id,
+        base,
+        head,
+        ref payloads,
+        ref entries,
+    } = records;
     let blobs = Blobs::open(state.join("blobs"))?;
-    let before = fold(&entries, &blobs)?;
-    let goes_out = choose(&before, &entries, which);
+    let before = fold(entries, &blobs)?;
+    let goes_out = choose(&before, entries, which);
     let mut compacted = Compacted {
         archive: None,
         archived: head,
@@ -116,38 +120,30 @@ pub(crate) fn compact(state: &Path, which: Which) -> Result<Compacted, CompactEr
         return Ok(compacted);
     }
 
-    let name = format!("journal-{}-{}.jsonl", base + 1, head.number);
-    let kept = keep(&before, &entries, &payloads, &goes_out, head, &name);
+    let name = format!("journal-{}-{}.jsonl", base.number + 1, head.number);
+    let kept = keep(&before, &records, &goes_out, &name);
     let folded = fold(&read_entries(&kept, head.number)?, &blobs)?;
     compare(&before, &folded, &goes_out)?;
 
     let path = archive::directory(state).join(&name);
-    write_archive(&journal, &path)?;
+    write_archive(&records, &path)?;
     archive::check(&path, id, head).map_err(|source| CompactError::Archive {
         path: path.clone(),
         source,
     })?;
     let (first, rest) = kept.split_first().expect("its first record says so");
     let first = Some((head, first.as_slice()));
-    SledJournal::build(state, &journal.lock, id, first, |new| {
+    SledJournal::build(state, &lock, id, first, |new| {
         for batch in rest.chunks(BATCH) {
             new.append(batch)?;
         }
         Ok::<_, CompactError>(())
     })?;
-    SledJournal::exchange(state, &journal.lock)?;
+    SledJournal::exchange(state, &lock)?;
     compacted.archive = Some(path);
     compacted.records = kept.len() as u64;
     compacted.bytes_after = size(&state.join("journal"));
     Ok(compacted)
-}
-
-fn read_entries(payloads: &[Vec<u8>], base: u64) -> Result<Vec<Entry>, ExportError> {
-    let numbered = payloads.iter().zip(base + 1..);
-    let read = numbered.map(|(payload, number)| {
-        serde_json::from_slice(payload).map_err(|source| ExportError::Record { number, source })
-    });
-    read.collect()
 }
 
 fn fold(entries: &[Entry], blobs: &Blobs) -> Result<Coordinator, CompactError> {
@@ -207,12 +203,16 @@ fn unsent(entries: &[Entry]) -> BTreeSet<RolloutId> {
 /// The records of the new journal.
 fn keep(
     folded: &Coordinator,
-    entries: &[Entry],
-    payloads: &[Vec<u8>],
+    records: &Records,
     goes_out: &[RolloutId],
-    head: Head,
     archive: &str,
 ) -> Vec<Vec<u8>> {
+    let Records {
+        head,
+        payloads,
+        entries,
+        ..
+    } = records;
     let goes_out: BTreeSet<&RolloutId> = goes_out.iter().collect();
     // Times never go back, so what is said first has the time of the first record.
     let at = entries.first().map_or(Timestamp(0), |entry| entry.at);
@@ -348,7 +348,7 @@ fn compare(
 
 /// Writes the archive, durable under its name. One that a compaction left that was ended is the
 /// same, or is found not to be when it is verified.
-fn write_archive(journal: &Offline, path: &Path) -> Result<(), CompactError> {
+fn write_archive(records: &Records, path: &Path) -> Result<(), CompactError> {
     if path.exists() {
         return Ok(());
     }
@@ -359,24 +359,17 @@ fn write_archive(journal: &Offline, path: &Path) -> Result<(), CompactError> {
     let mut options = OpenOptions::new();
     let options = options.write(true).create(true).truncate(true).mode(0o600);
     let file = options.open(&part).map_err(io_error("make", &part))?;
-    let written = export_to(journal, &file);
+    let written = records.write(&mut BufWriter::new(&file));
     if written.is_err() {
         let _ = fs::remove_file(&part);
     }
-    written?;
+    written.map_err(io_error("write", &part))?;
     sync(&file, &part).map_err(io_error("sync", &part))?;
     fs::rename(&part, path).map_err(io_error("make", path))?;
     sync_directory(dir)?;
     if let Some(state) = dir.parent() {
         sync_directory(state)?;
     }
-    Ok(())
-}
-
-fn export_to(journal: &Offline, file: &File) -> Result<(), ExportError> {
-    let mut out = BufWriter::new(file);
-    journal.export(&mut out)?;
-    out.flush()?;
     Ok(())
 }
 

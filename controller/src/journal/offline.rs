@@ -199,52 +199,26 @@ pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
 
 /// Writes a whole journal as text, and changes nothing in it.
 pub(crate) fn export(state: &Path, out: &mut impl Write) -> Result<Head, ExportError> {
-    Offline::open(state)?.export(out)
+    let records = Offline::open(state)?.read_all()?;
+    records.write(out)?;
+    Ok(records.head)
 }
 
-impl Offline {
-    /// All records, in their order.
-    pub(super) fn read_all(&self) -> Result<(Head, Vec<Vec<u8>>), OpenError> {
-        let stored = self.stored.as_ref();
-        stored.map_err(|error| error.of(&self.dir))?;
-        let looked = self.look().and_then(sled::whole);
-        let (db, followed) = looked.map_err(|unread| unread.of(&self.dir))?;
-        let payloads = sled::payloads(&db).collect::<Result<_, _>>();
-        let payloads = payloads.map_err(|error| OpenError::Quarantined {
-            dir: self.dir.clone(),
-            what: format!("a record cannot be read: {error}"),
-        })?;
-        Ok((followed.head, payloads))
-    }
+/// All records of a whole journal: what a controller reads at its start.
+#[derive(Debug)]
+pub(super) struct Records {
+    pub(super) id: JournalId,
+    /// What the first one is chained to.
+    pub(super) base: Head,
+    pub(super) head: Head,
+    pub(super) payloads: Vec<Vec<u8>>,
+    pub(super) entries: Vec<Entry>,
+}
 
-    /// Writes all of it as text.
-    pub(super) fn export(&self, out: &mut impl Write) -> Result<Head, ExportError> {
-        let journal = self;
-        let quarantined = |what: String| OpenError::Quarantined {
-            dir: journal.dir.clone(),
-            what,
-        };
-        let stored = journal.stored.as_ref();
-        let id = stored.map_err(|error| error.of(&journal.dir))?.id;
-        let looked = journal.look().and_then(sled::whole);
-        let (db, followed) = looked.map_err(|unread| unread.of(&journal.dir))?;
-        let sled::Followed { base, head, .. } = followed;
-        let read = || {
-            let payloads = sled::payloads(&db).zip(base.number + 1..);
-            payloads.map(|(payload, number)| match payload {
-                Ok(payload) => Ok((number, payload)),
-                Err(error) => Err(quarantined(format!(
-                    "record {number} cannot be read: {error}"
-                ))),
-            })
-        };
-        let mut term = 0;
-        for record in read() {
-            let (number, payload) = record?;
-            let entry: Entry = serde_json::from_slice(&payload)
-                .map_err(|source| ExportError::Record { number, source })?;
-            term = term_of(&entry).unwrap_or(term);
-        }
+impl Records {
+    /// Writes them as text.
+    pub(super) fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let Self { id, base, head, .. } = *self;
         let header = Header {
             format: EXPORT.to_owned(),
             journal: id.to_string(),
@@ -252,16 +226,16 @@ impl Offline {
             anchor: id.anchor().hash,
             records: head.number,
             head: head.hash,
+            term: self.entries.iter().rev().find_map(term_of).unwrap_or(0),
             after: (base.number > 0).then(|| After::from(base)),
-            term,
         };
         write_line(out, &header)?;
         let mut at = base;
-        for record in read() {
-            let (number, payload) = record?;
-            at = at.next(&payload);
-            let payload = String::from_utf8(payload).expect("it was read as JSON above");
-            let hash = at.hash;
+        for payload in &self.payloads {
+            at = at.next(payload);
+            let Head { number, hash } = at;
+            let payload = std::str::from_utf8(payload).expect("it was read as JSON");
+            let payload = payload.to_owned();
             write_line(
                 out,
                 &ExportedRecord {
@@ -271,9 +245,17 @@ impl Offline {
                 },
             )?;
         }
-        out.flush()?;
-        Ok(head)
+        out.flush()
     }
+}
+
+/// Reads payloads as the records that they are; `base` is the number before the first one's.
+pub(super) fn read_entries(payloads: &[Vec<u8>], base: u64) -> Result<Vec<Entry>, ExportError> {
+    let numbered = payloads.iter().zip(base + 1..);
+    let read = numbered.map(|(payload, number)| {
+        serde_json::from_slice(payload).map_err(|source| ExportError::Record { number, source })
+    });
+    read.collect()
 }
 
 /// Makes a journal from an export, in a state directory that holds nothing but perhaps the plans
@@ -341,10 +323,10 @@ pub(crate) fn import(
 #[derive(Debug)]
 pub(super) struct Offline {
     dir: PathBuf,
-    pub(super) stored: Result<Stored, HeadError>,
+    stored: Result<Stored, HeadError>,
     /// None if there is no store to copy.
     copied: Option<Copied>,
-    pub(super) lock: fs::File,
+    lock: fs::File,
 }
 
 impl Offline {
@@ -380,6 +362,31 @@ impl Offline {
             copied: Some(copied),
             lock,
         })
+    }
+
+    /// All records of a whole journal.
+    pub(super) fn read_all(&self) -> Result<Records, ExportError> {
+        self.stored.as_ref().map_err(|error| error.of(&self.dir))?;
+        let looked = self.look().and_then(sled::whole);
+        let (db, followed) = looked.map_err(|unread| unread.of(&self.dir))?;
+        let payloads = sled::payloads(&db).collect::<Result<Vec<_>, _>>();
+        let payloads = payloads.map_err(|error| OpenError::Quarantined {
+            dir: self.dir.clone(),
+            what: format!("a record cannot be read: {error}"),
+        })?;
+        let sled::Followed { id, base, head, .. } = followed;
+        Ok(Records {
+            id,
+            base,
+            head,
+            entries: read_entries(&payloads, base.number)?,
+            payloads,
+        })
+    }
+
+    /// Gives up the copy, and keeps the state directory for this process alone.
+    pub(super) fn into_lock(self) -> fs::File {
+        self.lock
     }
 
     fn look(&self) -> Result<(::sled::Db, sled::Followed), Unread> {

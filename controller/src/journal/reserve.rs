@@ -85,6 +85,12 @@ impl Reserve {
         file.set_len(file.metadata()?.len())
     }
 
+    /// Looks at another file, which can set nothing aside: the write itself finds out.
+    #[cfg(test)]
+    pub(super) fn fail(&mut self, file: File) {
+        (self.file, self.whole) = (file, false);
+    }
+
     /// Sets aside what sled has taken since.
     fn ensure(&mut self) -> io::Result<()> {
         let length = self.file.metadata()?.len();

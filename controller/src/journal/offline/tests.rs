@@ -75,25 +75,29 @@ fn an_import_is_the_exported_journal_and_a_term_above_it() {
     let imported = import_text(new.path(), &text).unwrap();
     let (before, after) = (payloads(old.path()), payloads(new.path()));
     assert_eq!(after[..before.len()], before);
-    assert_eq!(after.len(), before.len() + 1);
-    let last: Entry = serde_json::from_slice(after.last().unwrap()).unwrap();
+    assert_eq!(after.len(), before.len() + 2);
+    let last: Entry = serde_json::from_slice(&after[before.len()]).unwrap();
     let Record::TermBegan { epoch } = last.record else {
         panic!("{last:?}");
     };
     assert_eq!(last.at, Timestamp(900), "time does not go back");
     assert_eq!(epoch, imported.term);
-    assert_eq!(epoch.counter, 6);
+    let took_over: Entry = serde_json::from_slice(after.last().unwrap()).unwrap();
+    assert_eq!(took_over.record, Record::TookOver { epoch });
     let old_journal = SledJournal::open(old.path()).unwrap();
     assert_eq!(imported.id, old_journal.id());
     assert_eq!(imported.exported, old_journal.head());
     // Whatever the old controller goes on with, the next one here is above its term.
-    let restarted = Epoch { counter: 6, id: 9 };
+    let restarted = Epoch {
+        counter: 1_000_000,
+        id: 9,
+    };
     assert!(!restarted.is_current(epoch), "INV-4");
 
     // An import may be exported again.
     let third = tempfile::tempdir().unwrap();
     import_text(third.path(), &exported(new.path())).unwrap();
-    assert_eq!(payloads(third.path()).len(), after.len() + 1);
+    assert_eq!(payloads(third.path()).len(), after.len() + 2);
 }
 
 #[test]
@@ -101,8 +105,9 @@ fn an_import_begins_above_the_term_that_it_is_told() {
     let old = filled();
     let new = tempfile::tempdir().unwrap();
     let text = exported(old.path());
-    let imported = import(new.path(), &mut text.as_bytes(), 41).unwrap();
-    assert_eq!(imported.term.counter, 42);
+    let above = u64::MAX / 2;
+    let imported = import(new.path(), &mut text.as_bytes(), above).unwrap();
+    assert_eq!(imported.term.counter, above + 1);
 }
 
 #[test]

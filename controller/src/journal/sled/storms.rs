@@ -404,6 +404,9 @@ fn a_full_disk_costs_nothing_that_was_acknowledged() {
         let mut journal = SledJournal::open(&state).unwrap();
         let mut acknowledged = payloads(0..50);
         journal.append(&acknowledged).unwrap();
+        // Without what is set aside, sled itself meets the end of the disk.
+        Reserve::give_back(&state.join("journal/store/db")).unwrap();
+        journal.reserve.fail(failing("/dev/null"));
         disk.fill(leaving);
         let batch = vec![vec![b'z'; 30_000]; 20];
         let failed = loop {
@@ -428,15 +431,72 @@ fn a_full_disk_costs_nothing_that_was_acknowledged() {
         fs::remove_dir_all(&state).unwrap();
     }
     assert_eq!(refused, 8);
+}
 
+/// What is set aside is there when the disk is full: reports of running steps are still recorded,
+/// a controller starts on what it left, and only then nothing more is taken.
+#[test]
+fn a_full_disk_leaves_room_for_what_is_running() {
+    let place = tempfile::tempdir().unwrap();
+    let Some(disk) = SmallDisk::mount(place.path().join("disk"), 96) else {
+        return;
+    };
+    let state = disk.path().join("state");
+    let mut journal = SledJournal::open(&state).unwrap();
+    assert!(journal.has_room());
+    let mut acknowledged = payloads(0..50);
+    journal.append(&acknowledged).unwrap();
+    disk.fill(0);
+    assert!(!journal.has_room(), "nothing new may begin");
+    let report = vec![b'r'; 900];
+    for _ in 0..1000 {
+        journal.append(std::slice::from_ref(&report)).unwrap();
+        acknowledged.push(report.clone());
+    }
+    assert!(!journal.has_room());
+    drop(journal);
+
+    // A start looks at a copy first: what is set aside makes room for that, too.
+    let mut journal = SledJournal::open(&state).unwrap();
+    assert_eq!(contents(&journal), acknowledged);
+    assert!(!journal.has_room());
+    let batch = vec![vec![b'z'; 30_000]; 20];
+    let mut more = 0;
+    let failed = loop {
+        match journal.append(&batch) {
+            Ok(_) => acknowledged.extend(batch.iter().cloned()),
+            Err(error) => break error,
+        }
+        more += 1;
+        assert!(more < 1000, "the disk has an end");
+    };
+    assert!(matches!(failed, AppendError::Full), "{failed:?}");
+    assert!(more > 10, "{more} batches from the reserve");
+
+    // Nothing was begun that could not be ended: with room it goes on.
+    disk.free();
+    assert!(journal.has_room());
+    journal.append(&batch).unwrap();
+    acknowledged.extend(batch);
+    drop(journal);
+    assert_eq!(read_all(&state).unwrap(), acknowledged);
+}
+
+#[test]
+fn a_start_without_room_for_its_look_says_so() {
+    let place = tempfile::tempdir().unwrap();
+    let Some(disk) = SmallDisk::mount(place.path().join("disk"), 64) else {
+        return;
+    };
     let state = disk.path().join("state");
     let mut journal = SledJournal::open(&state).unwrap();
     journal.append(&payloads(0..50)).unwrap();
     drop(journal);
+    Reserve::give_back(&state.join("journal/store/db")).unwrap();
     disk.fill(0);
     let error = SledJournal::open(&state).unwrap_err();
     assert!(
-        matches!(error, OpenError::Io { what: "copy", .. }),
+        matches!(error, OpenError::Io { what: "copy", .. }) && error.is_full_disk(),
         "{error:?}"
     );
     disk.free();
