@@ -21,6 +21,11 @@ impl Binaries {
             Some(directory) => PathBuf::from(directory),
             None => directory()?,
         };
+        Self::in_directory(&directory)
+    }
+
+    /// Those of a directory.
+    pub fn in_directory(directory: &Path) -> Result<Self> {
         let binary = |name: &str| {
             let path = directory.join(name);
             if !path.is_file() {

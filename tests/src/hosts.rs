@@ -139,6 +139,11 @@ impl Host {
         self.root.join("log/agent.log")
     }
 
+    /// Another release of the agent; it is that from the next start on.
+    pub fn install(&mut self, binary: &Path) {
+        binary.clone_into(&mut self.binary);
+    }
+
     /// Starts the agent.
     pub fn start_agent(&mut self) -> Result<()> {
         let argv = vec![

@@ -58,6 +58,7 @@ pub struct Builder {
     secrets: BTreeMap<String, String>,
     backup_dir: Option<PathBuf>,
     agent_path: Option<String>,
+    binaries: Option<Binaries>,
 }
 
 /// A running installation.
@@ -71,6 +72,8 @@ pub struct Cluster {
     /// The values of the secrets, by name: what must be found nowhere.
     pub secrets: BTreeMap<String, String>,
     binaries: Binaries,
+    /// What the controller is started from.
+    controller_binary: PathBuf,
     address: String,
     root: tempfile::TempDir,
     _reaper: Reaper,
@@ -120,9 +123,19 @@ impl Builder {
         self
     }
 
+    /// Everything from these binaries, such as those of another release.
+    #[must_use]
+    pub fn binaries(mut self, binaries: &Binaries) -> Self {
+        self.binaries = Some(binaries.clone());
+        self
+    }
+
     /// Starts everything, and waits until the controller knows every host.
     pub fn start(self) -> Result<Cluster> {
-        let binaries = Binaries::find()?;
+        let binaries = match &self.binaries {
+            Some(binaries) => binaries.clone(),
+            None => Binaries::find()?,
+        };
         let root = tempfile::Builder::new().prefix("lockstep-").tempdir()?;
         // PostgreSQL runs as another user and must get through to its part.
         fs::set_permissions(root.path(), Permissions::from_mode(0o755))?;
@@ -132,6 +145,7 @@ impl Builder {
             postgres: None,
             mailbox: Mailbox::open()?,
             secrets: BTreeMap::new(),
+            controller_binary: binaries.lockstep.clone(),
             binaries,
             address: String::new(),
             _reaper: Reaper::of_cluster(root.path())?,
@@ -164,6 +178,7 @@ impl Cluster {
             secrets: BTreeMap::new(),
             backup_dir: None,
             agent_path: None,
+            binaries: None,
         }
     }
 
@@ -172,7 +187,7 @@ impl Cluster {
         self.root.path()
     }
 
-    /// The binaries that it runs.
+    /// The binaries that it was started with.
     pub fn binaries(&self) -> &Binaries {
         &self.binaries
     }
@@ -346,13 +361,23 @@ impl Cluster {
         words
     }
 
+    /// Another release of the controller; it is that from the next start on. People keep theirs.
+    pub fn install_controller(&mut self, binary: &Path) {
+        binary.clone_into(&mut self.controller_binary);
+    }
+
+    /// Another release of the command line, for everybody.
+    pub fn install_cli(&mut self, binary: &Path) {
+        binary.clone_into(&mut self.binaries.lockstep);
+    }
+
     /// Starts the controller, where it was if it ran before.
     pub fn start_controller(&mut self) -> Result<()> {
         let directory = self.root().join("controller");
         let ready = directory.join("ready");
         let _ = fs::remove_file(&ready);
         let argv = vec![
-            self.binaries.lockstep.clone().into_os_string(),
+            self.controller_binary.clone().into_os_string(),
             "serve".into(),
             "--config".into(),
             directory.join("controller.toml").into_os_string(),
