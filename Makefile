@@ -7,12 +7,12 @@ SHELL := /bin/bash
 
 CARGO := cargo
 LOCKED := --locked
-# The product, without the package that plants faults in it.
-PRODUCT := --workspace --exclude lockstep-faults
+# The product, without the packages that plant faults in it.
+PRODUCT := --workspace --exclude lockstep-faults --exclude lockstep-sim
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet ci
+.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet skew ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -65,5 +65,9 @@ fleet: release ## the same on real systemd hosts, and faults of such hosts; need
 	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --lib --no-run --message-format json |
 		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
 	LOCKSTEP_AGENT_TESTS=$$tests target/release/fleet
+
+skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)
+	@$(NOFILE)
+	target/debug/skew
 
 ci: fmt clippy doc test deny demo fleet ## everything
