@@ -110,6 +110,15 @@ fn make_boot_file(run_dir: &Path, path: &Path) -> Result<Vec<u8>, IdentityError>
     std::fs::read(path).map_err(io_error("read", path))
 }
 
+/// Removes what was left of boot files by a process that was killed while it made one.
+pub(crate) fn remove_left_over(run_dir: &Path) {
+    for entry in std::fs::read_dir(run_dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("boot.") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Writes a whole new file and makes its content durable, but not its name.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     reached("file: to be written");

@@ -455,7 +455,11 @@ impl Act for Render {
 
     /// Without another copy: the one that was made is what an undo needs.
     async fn is_as_before(&self, cx: &Context, before: &Value) -> Result<bool, Failure> {
-        let now = find(checked_path(&self.path)?)?;
+        let path = checked_path(&self.path)?;
+        if files::has_left_over(path) {
+            return Ok(false);
+        }
+        let now = find(path)?;
         let now = now.map(|found| found.digest(cx)).transpose()?;
         Ok(match parse_before(before)? {
             Before::Absent => now.is_none(),
@@ -466,6 +470,7 @@ impl Act for Render {
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let path = checked_path(&self.path)?;
         let wanted = Wanted::of(cx, self)?;
+        files::remove_left_over(path).or_failed(|| format!("tidy up beside {}", self.path))?;
         if find(path)?.is_some_and(|found| wanted.is(&found)) {
             return Ok(Done {
                 summary: format!("{} was as it should be", self.path),
@@ -502,6 +507,7 @@ impl Act for Render {
 
     async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
         let path = checked_path(&self.path)?;
+        files::remove_left_over(path).or_failed(|| format!("tidy up beside {}", self.path))?;
         match parse_before(before)? {
             Before::Absent => {
                 let changed = find(path)?.is_some();

@@ -43,6 +43,7 @@ pub(crate) fn write(
     mode: u32,
     owner: Option<Owner>,
 ) -> io::Result<()> {
+    remove_left_over(path)?;
     let temporary = beside(path)?;
     reached("file: to be written");
     let result = write_new(&temporary, content, mode, owner)
@@ -77,6 +78,7 @@ fn write_new(path: &Path, content: &[u8], mode: u32, owner: Option<Owner>) -> io
 
 /// Points a symbolic link at a target, in one step.
 pub(crate) fn link(target: &Path, link: &Path) -> io::Result<()> {
+    remove_left_over(link)?;
     let temporary = beside(link)?;
     reached("link: to be made");
     let result = std::os::unix::fs::symlink(target, &temporary)
@@ -93,6 +95,7 @@ pub(crate) fn link(target: &Path, link: &Path) -> io::Result<()> {
 
 /// Removes a file or link for good; that it is gone already is fine.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    remove_left_over(path)?;
     reached("file: to be removed");
     match fs::remove_file(path) {
         Ok(()) => {
@@ -143,11 +146,42 @@ pub(crate) fn parent(path: &Path) -> &Path {
 
 /// A free name in the same directory, so that a rename stays within one file system.
 fn beside(path: &Path) -> io::Result<PathBuf> {
-    let name = path
-        .file_name()
-        .ok_or(ErrorKind::InvalidFilename)?
-        .to_string_lossy();
-    Ok(path.with_file_name(format!(".{name}.lockstep-{:016x}", rand::random::<u64>())))
+    let name = format!("{}{:016x}", beside_prefix(path)?, rand::random::<u64>());
+    Ok(path.with_file_name(name))
+}
+
+fn beside_prefix(path: &Path) -> io::Result<String> {
+    let name = path.file_name().ok_or(ErrorKind::InvalidFilename)?;
+    Ok(format!(".{}.lockstep-", name.to_string_lossy()))
+}
+
+/// What attempts that were killed left beside a file or link on its way into place. A host takes
+/// one step at a time, so that nobody else is writing there.
+fn left_over(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let prefix = beside_prefix(path)?;
+    let is_ours = |name: &str| {
+        let tail = name.strip_prefix(&prefix);
+        tail.is_some_and(|tail| tail.len() == 16 && tail.bytes().all(|b| b.is_ascii_hexdigit()))
+    };
+    let entries = match fs::read_dir(parent(path)) {
+        Ok(entries) => entries,
+        // Whoever writes there says so.
+        Err(_) => return Ok(vec![]),
+    };
+    let ours = entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_ours));
+    Ok(ours.map(|entry| entry.path()).collect())
+}
+
+/// Whether an attempt that was killed left something beside a file or link.
+pub(crate) fn has_left_over(path: &Path) -> bool {
+    left_over(path).is_ok_and(|left| !left.is_empty())
+}
+
+/// Removes what attempts that were killed left beside a file or link: it may hold secrets.
+pub(crate) fn remove_left_over(path: &Path) -> io::Result<()> {
+    left_over(path)?.iter().try_for_each(fs::remove_file)
 }
 
 /// The failure of a file operation: `cannot <what>: <error>`.
@@ -207,6 +241,31 @@ mod tests {
             0o600
         );
         assert_eq!(names(dir.path()), ["env"]);
+    }
+
+    #[test]
+    fn what_a_killed_attempt_left_beside_a_file_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("env");
+        let others = [".env.lockstep-mine", ".env2.lockstep-0123456789abcdef"];
+        for name in others {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let left = || {
+            fs::write(beside(&path).unwrap(), "SECRET=1").unwrap();
+            assert!(has_left_over(&path));
+        };
+        left();
+        write(&path, b"one", 0o600, None).unwrap();
+        assert!(!has_left_over(&path));
+        left();
+        link(Path::new("elsewhere"), &path).unwrap();
+        assert!(!has_left_over(&path));
+        left();
+        remove(&path).unwrap();
+        let mut names = names(dir.path());
+        names.sort();
+        assert_eq!(names, others);
     }
 
     #[test]

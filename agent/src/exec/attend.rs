@@ -129,13 +129,17 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
     let child = match met {
         Met::New => match host.runner.start(key, dir).await {
             Ok(child) => child,
-            Err(error) => return cannot_start(host, key, dir, &error.to_string()).await,
+            Err(error) => {
+                let why = failure(Cause::Host, error.to_string());
+                return cannot_start(host, key, dir, why).await;
+            }
         },
         Met::Found { boot, at } => {
             let claimed = dir.claim().exists();
             let fresh = boot == host.boot && wall_clock() <= at.plus(START_LATE);
             if !claimed && !fresh {
                 let why = "the agent was stopped before the step began, too long ago to begin it";
+                let why = failure(Cause::Interrupted, why);
                 return cannot_start(host, key, dir, why).await;
             }
             // Claiming decides: if a process that was started before is still on its way, one of
@@ -156,7 +160,8 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
         Waited::Outcome(ended) => ended,
         Waited::Gone => settle(host, key, dir).await,
         Waited::NeverClaimed => {
-            cannot_start(host, key, dir, "the step process did not begin").await
+            let never = failure(Cause::Interrupted, "the step process ended before it began");
+            cannot_start(host, key, dir, never).await
         }
     }
 }
@@ -218,8 +223,9 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
     }
 }
 
-/// Claims an attempt that nobody has claimed, so that it can never be carried out.
-async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: &str) -> Ended {
+/// Claims an attempt that nobody has claimed, so that it can never be carried out. Another one is
+/// safe: what was interrupted the controller orders again by itself, a few times.
+async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: Failure) -> Ended {
     let claimed = Claim::own(host.boot.clone()).and_then(|claim| claim.take(dir));
     match claimed {
         Ok(Claimed::Now) => {
@@ -233,7 +239,7 @@ async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: &str) -> E
                         .into(),
                 ),
                 last_lines,
-                ..failure(Cause::Host, why)
+                ..why
             })
         }
         Ok(Claimed::Before) => match wait(&host.boot, dir, None).await {
@@ -241,8 +247,9 @@ async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: &str) -> E
             _ => settle(host, key, dir).await,
         },
         Err(error) => unknown(format!(
-            "the step process could not be started ({why}), and that it never will be cannot be \
-             recorded: {error}"
+            "the step process could not be started ({}), and that it never will be cannot be \
+             recorded: {error}",
+            why.message
         )),
     }
 }

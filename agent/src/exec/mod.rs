@@ -213,6 +213,11 @@ impl Exec {
                 .ok()
         });
         let (answers, events) = mpsc::channel(EVENTS);
+        // A rollout that has ended leaves nothing, even if its end was cut short.
+        let held_for = memory.hold.as_ref().map(|hold| &hold.rollout);
+        orders::remove_steps(state, |of| Some(of) != held_for);
+        plans::remove_left_over(state, held_for);
+        crate::identity::remove_left_over(&config.run_dir);
         tracing::info!(
             host = %config.host,
             %instance,

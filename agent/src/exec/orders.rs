@@ -280,7 +280,7 @@ impl Exec {
         tracing::info!(%rollout, "released");
         let state_dir = &self.host.config.state_dir;
         HeldPlan::forget(state_dir, &rollout);
-        remove_steps(state_dir, &rollout);
+        remove_steps(state_dir, |of| *of == rollout);
         Ok(())
     }
 
@@ -408,13 +408,15 @@ fn no_room(error: &dyn std::error::Error) -> Failure {
     }
 }
 
-fn remove_steps(state_dir: &std::path::Path, rollout: &RolloutId) {
+/// Removes the directories of the attempts of some rollouts.
+pub(super) fn remove_steps(state_dir: &std::path::Path, which: impl Fn(&RolloutId) -> bool) {
     let Ok(entries) = std::fs::read_dir(StepDir::parent(state_dir)) else {
         return;
     };
-    let prefix = format!("{rollout}.");
     for entry in entries.flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(&prefix) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let key = name.parse::<StepKey>();
+        if !key.is_ok_and(|key| which(&key.rollout)) {
             continue;
         }
         reached("step directory: to be removed");

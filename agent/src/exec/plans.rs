@@ -113,3 +113,21 @@ impl HeldPlan {
         reached("held steps: removed");
     }
 }
+
+/// Removes what an agent that was killed left half written, or was about to forget: all that was
+/// kept for rollouts but the one that the host holds itself for.
+pub(crate) fn remove_left_over(state_dir: &Path, held_for: Option<&RolloutId>) {
+    let kept = held_for.map(|rollout| held(state_dir, rollout));
+    for entry in std::fs::read_dir(dir(state_dir))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let (name, path) = (entry.file_name(), entry.path());
+        let name = name.to_string_lossy();
+        let stale = name.ends_with(".steps.json") && Some(&path) != kept.as_ref();
+        if stale || name.ends_with(".new") {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}

@@ -44,6 +44,11 @@ impl Act for Activate {
         }))
     }
 
+    async fn is_as_before(&self, cx: &Context, before: &Value) -> Result<bool, Failure> {
+        let current = App::open(cx, &self.app)?.current();
+        Ok(!files::has_left_over(&current) && self.before(cx).await? == *before)
+    }
+
     async fn apply(&self, cx: &Context, before_state: &Value) -> Result<Done, Failure> {
         let app = App::open(cx, &self.app)?;
         let note = app.fetched(&self.release)?;
@@ -97,6 +102,8 @@ impl Act for Activate {
     async fn undo(&self, cx: &Context, before_state: &Value) -> Result<Done, Failure> {
         let app = App::open(cx, &self.app)?;
         let old: Option<PathBuf> = before(before_state)?;
+        files::remove_left_over(&app.current())
+            .or_failed(|| format!("tidy up beside {}", app.current().display()))?;
         let changed = app.target()? != old;
         let Some(old) = old else {
             files::remove(&app.current())

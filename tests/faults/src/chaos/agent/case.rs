@@ -74,6 +74,7 @@ pub(super) struct Stage<'a> {
 pub(super) struct Run {
     pub(super) done: Ended,
     pub(super) undone: Option<Ended>,
+    pub(super) before: World,
     pub(super) after_do: World,
     pub(super) end: World,
     /// What was there when an attempt had ended without an outcome, or the agent had been killed.
@@ -114,6 +115,7 @@ pub(super) async fn play(lab: &mut Lab, stage: &Stage<'_>, case: Option<Case>) -
             _ => None,
         }
     };
+    let before = World::look(lab)?;
     let mut play = Play::begin(lab, &stage.plan, stage.bindings.clone())?;
     play.consent().await?;
     let mut between = vec![];
@@ -158,6 +160,7 @@ pub(super) async fn play(lab: &mut Lab, stage: &Stage<'_>, case: Option<Case>) -
     Ok(Run {
         done: ended.next().context("it was done")?,
         undone: ended.next(),
+        before,
         after_do: after_do.context("it was looked at")?,
         end,
         between,
@@ -183,7 +186,12 @@ async fn disturb(
         Some(Case::Reboot(of, _)) if of == direction => {
             play.order_until(&key, |lab| held(lab) == 1).await?;
             play.lab.plan_points("step", None)?;
-            play.reboot().await
+            play.reboot().await?;
+            // What only looks finds what the host's own init starts again.
+            if stage.kind.service && stage.action.info().class == Class::Observing {
+                play.lab.start_service()?;
+            }
+            Ok(())
         }
         Some(Case::Race) if direction == Direction::Do => {
             play.order_until(&key, |lab| held(lab) == 1).await?;
@@ -230,7 +238,8 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
                         let fact = serde_json::to_value(fact).unwrap_or_default();
                         fact["kind"].as_str().unwrap_or("?").to_owned()
                     });
-                    kinds.collect()
+                    // Notes are for people: who finds a thing done has less to tell.
+                    kinds.filter(|kind| kind != "note").collect()
                 };
                 let (is, was) = (facts(ended.expect("it is there")), facts(should));
                 if is != was && !is_bare(stage, &is) {
@@ -246,8 +255,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
                     verdict.wrong.push(what);
                 }
             }
-            (None, None) => {}
-            (None, Some(_)) => {}
+            (None, _) => {}
             (other, _) => verdict
                 .wrong
                 .push(format!("{direction}: it ended with {other:?}")),
@@ -260,7 +268,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
             .map(|what| format!("left over: {what}")),
     );
     let reboot = matches!(case, Case::Reboot(..));
-    if verdict.unknown {
+    if verdict.unknown || verdict.wrong.iter().any(|line| line.contains("it ended with")) {
         // It was done or not, and never twice.
         verdict.double.extend(too_often(stage, run, recorded, 0));
         return verdict;
@@ -281,11 +289,11 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         let more = u64::from(attempts) + 1;
         verdict.double.extend(too_often(stage, run, recorded, more));
         for (direction, then) in &run.between {
-            let (later, should) = match direction {
-                Direction::Undo => (&run.end, &recorded.end),
-                _ => (&run.after_do, &recorded.after_do),
+            let (before, later) = match direction {
+                Direction::Undo => (&run.after_do, &run.end),
+                _ => (&run.before, &run.after_do),
             };
-            verdict.double.extend(later.made_again(then, should));
+            verdict.double.extend(later.made_again(before, then));
         }
     }
     verdict

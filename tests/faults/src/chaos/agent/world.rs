@@ -121,11 +121,21 @@ impl World {
 
     /// What the agent keeps to itself while something runs.
     fn private(&mut self, lab: &Lab) {
-        for dir in ["run/private", "state/steps"] {
+        let any: fn(&str) -> bool = |_| true;
+        let halves: fn(&str) -> bool = |name| is_temporary(name) || name.ends_with(".steps.json");
+        let boots: fn(&str) -> bool = |name| name.starts_with("boot.");
+        let places = [
+            ("run/private", any),
+            ("state/steps", any),
+            ("state/plans", halves),
+            ("run", boots),
+        ];
+        for (dir, is_left) in places {
             let entries = fs::read_dir(lab.path(dir)).into_iter().flatten().flatten();
             let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            let left = names.filter(|name| is_left(name));
             self.left_over
-                .extend(names.map(|name| format!("{dir}/{name}")));
+                .extend(left.map(|name| format!("{dir}/{name}")));
         }
     }
 
@@ -191,14 +201,14 @@ impl World {
         lines
     }
 
-    /// What is there now and was already there then, but was made anew in between.
-    pub(super) fn made_again(&self, then: &Self, end: &Self) -> Vec<String> {
+    /// What an attempt had made already, and a later one made anew: `before` is the host before
+    /// both, `then` between them.
+    pub(super) fn made_again(&self, before: &Self, then: &Self) -> Vec<String> {
         let mut lines = vec![];
         for (name, was) in &then.identity {
-            let same_state = then.state.get(name) == end.state.get(name);
-            if let Some(is) = self.identity.get(name)
+            if before.identity.get(name) != Some(was)
+                && let Some(is) = self.identity.get(name)
                 && is != was
-                && same_state
             {
                 lines.push(format!("{name} was made again ({was}, then {is})"));
             }
