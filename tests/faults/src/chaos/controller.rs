@@ -38,7 +38,7 @@ impl Default for Options {
             nth: 1,
             point: None,
             scenarios: Scenario::ALL.to_vec(),
-            parallel: 3,
+            parallel: 6,
         }
     }
 }
@@ -48,8 +48,6 @@ impl Default for Options {
 pub struct Outcome {
     /// Figures.
     pub half: Half,
-    /// 99 of 100 copies were resumed within this, in milliseconds.
-    pub resume_p99_ms: u64,
     /// Each violation, with how to run it again.
     pub failures: Vec<String>,
 }
@@ -61,6 +59,7 @@ pub fn run(options: &Options, tell: &(dyn Fn(&str) + Sync)) -> Result<Outcome> {
     let place = Place::make(root.path(), &Variant::Forward.world())?;
     let mut outcome = Collected::default();
     for variant in &options.variants {
+        let since = Instant::now();
         let nth = if options.point.is_some() {
             1
         } else {
@@ -76,10 +75,11 @@ pub fn run(options: &Options, tell: &(dyn Fn(&str) + Sync)) -> Result<Outcome> {
         }
         outcome.points.insert(variant.name(), recording.points);
         tell(&format!(
-            "{}: {} points, {} copies",
+            "{}: {} points, {} copies, {} ms",
             variant.name(),
             recording.points,
-            recording.copies.len()
+            recording.copies.len(),
+            millis(since)
         ));
         outcome.resume(&place, recording, options.parallel, tell);
     }
@@ -120,7 +120,7 @@ impl Collected {
         let (variant, all) = (recording.variant, recording.copies.len());
         for violation in recording.violations {
             let name = variant.name();
-            let again = format!("chaos controller --variant {name}");
+            let again = format!("chaos --variant {name}");
             self.failures
                 .push(format!("{name}, recorded: {violation}; again: {again}"));
             self.violations.push(violation);
@@ -148,7 +148,7 @@ impl Collected {
         let name = scenario.name();
         self.scenarios.insert(name, seen.to_owned());
         for violation in violations {
-            let again = format!("chaos controller --scenario {name}");
+            let again = format!("chaos --scenario {name}");
             self.failures
                 .push(format!("{name}: {violation}; again: {again}"));
             self.violations.push(violation);
@@ -163,8 +163,8 @@ impl Collected {
                 .filter(|violation| kinds.contains(&violation.kind));
             mine.count() as u64
         };
-        let resumed = self.resumed.len() as u64;
-        let ok = self
+        let copies = self.resumed.len() as u64;
+        let resumed = self
             .resumed
             .iter()
             .filter(|one| one.violations.is_empty())
@@ -198,16 +198,16 @@ impl Collected {
         ]);
         Outcome {
             half: Half {
-                points: resumed,
-                ok,
+                points: copies,
+                resumed,
                 double_effects: of(&[Kind::Double]),
                 lost_results: of(&[Kind::Lost]),
                 unknown: of(&[Kind::Unknown]),
                 stuck: of(&[Kind::Stuck]),
                 other_violations: of(&[Kind::Barrier, Kind::Fenced, Kind::Undo, Kind::Broken]),
+                resume_p99_ms: percentile(&times, 99),
                 more,
             },
-            resume_p99_ms: percentile(&times, 99),
             failures: self.failures,
         }
     }
@@ -226,7 +226,7 @@ fn failure(resumed: &Resumed, violation: &Violation) -> String {
         .as_ref()
         .map_or_else(PathBuf::new, Clone::clone);
     format!(
-        "{variant}, point {point} ({name}): {violation}; state and log: {}; again: chaos controller \
+        "{variant}, point {point} ({name}): {violation}; state and log: {}; again: chaos \
          --variant {variant} --point {point}",
         left.display()
     )

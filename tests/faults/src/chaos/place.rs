@@ -189,12 +189,20 @@ impl Station {
             {
                 return Ok(address);
             }
-            controller.check().map_err(anyhow::Error::msg)?;
+            alive(controller)?;
             if begun.elapsed() > START_WITHIN {
                 bail!("the controller takes no calls:\n{}", controller.tail(15));
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+    }
+
+    /// What `lockstep serve --help` says.
+    pub fn help(&self) -> Result<String> {
+        let output = Command::new(&self.binary)
+            .args(["serve", "--help"])
+            .output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// The journal of a controller that has ended, as its own tool exports it: verified, record by
@@ -208,6 +216,19 @@ impl Station {
         ensure!(output.status.success(), "the journal is not whole: {said}");
         Ok(String::from_utf8(output.stdout)?)
     }
+}
+
+/// Says how a controller ended, if it has, and its own word for why.
+pub fn alive(controller: &mut Daemon) -> Result<()> {
+    let Some(status) = controller.ended() else {
+        return Ok(());
+    };
+    let tail = controller.tail(50);
+    let why = tail.lines().rfind(|line| line.contains("ERROR"));
+    bail!(
+        "the controller ended with {status}: {}",
+        why.unwrap_or("it did not say why")
+    );
 }
 
 /// People at their command lines, and a look at rollouts that costs little.

@@ -9,15 +9,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use lockstep_tests::power::Watch;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use tokio::sync::watch;
 
-use super::check::{self, Violation};
+use super::check::Violation;
 use super::fleet::{Delivery, Fleet};
 use super::place::Place;
+use super::resume::judge;
 use super::script::{Variant, play};
 use super::simulated::World;
 
@@ -93,15 +94,7 @@ pub fn record(place: &Place, variant: Variant, nth: usize) -> Result<Recording> 
         let played = play(variant, &mut people, &fleet, WITHIN).await?;
         controller.kill();
         let world = fleet.world();
-        let records = check::records(&station.export()?)?;
-        let state = &played.rollout.state;
-        ensure!(
-            state == variant.end(),
-            "the recorded run ended as {state}: {}",
-            played.rollout.reason
-        );
-        let plan = plan_of(&station.state(), &played.rollout.plan_digest)?;
-        let violations = check::violations(&world, &records, plan.plan());
+        let violations = judge(variant, &station, &world, &played)?;
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = kept.error.take() {
             return Err(error);
@@ -182,7 +175,8 @@ impl Keeper {
             lockstep_tests::power::before_sync(&path);
             power.take().pop()
         });
-        if number % self.nth != 0 {
+        // An append has six points: a sample is to hold each of them.
+        if !(number + number / 6).is_multiple_of(self.nth) {
             return Ok(vec![]);
         }
         let state = self.copies.join(format!("{number}"));

@@ -14,9 +14,10 @@ use tokio::sync::watch;
 
 use super::check::{self, Kind, Violation};
 use super::fleet::{Delivery, Fleet};
-use super::place::Place;
+use super::place::{Place, Station, alive};
 use super::record::{Copy, plan_of};
-use super::script::{Variant, play};
+use super::script::{Played, Variant, play};
+use super::simulated::World;
 
 /// A resumed rollout that has not ended by then is stuck: its steps and pauses take 3 s, and what
 /// is lost is given up after 20 s.
@@ -139,49 +140,53 @@ fn run(place: &Place, copy: Copy, label: &str, resumed: &mut Resumed) -> Result<
             let took = welcome.duration_since(begun).as_millis();
             u64::try_from(took).unwrap_or(u64::MAX)
         });
-        if let Err(why) = controller.check() {
+        if let Err(why) = alive(&mut controller) {
             resumed.violations.push(Violation::new(Kind::Broken, why));
         }
         controller.kill();
         let world = fleet.world();
         drop(fleet);
-        let records = match station.export() {
-            Ok(export) => check::records(&export)?,
-            Err(error) => {
-                let broken = Violation::new(Kind::Broken, format!("{error:#}"));
-                resumed.violations.push(broken);
-                return Ok(());
-            }
-        };
         let played = match played {
             Ok(played) => played,
             Err(error) => {
-                let lost = world
-                    .lost
-                    .iter()
-                    .map(|what| Violation::new(Kind::Lost, what));
+                let lost = world.lost.iter();
+                let lost = lost.map(|what| Violation::new(Kind::Lost, what));
                 resumed.violations.extend(lost);
                 return Err(error);
             }
         };
         resumed.typed = played.typed;
-        let rollout = &played.rollout;
-        if rollout.state != copy.variant.end() {
-            let what = format!(
-                "it ended as {}, not as {}: {}",
-                rollout.state,
-                copy.variant.end(),
-                rollout.reason
-            );
-            resumed.violations.push(Violation::new(Kind::Stuck, what));
-        }
-        let plan = plan_of(&station.state(), &rollout.plan_digest)?;
-        let found = check::violations(&world, &records, plan.plan());
+        let found = judge(copy.variant, &station, &world, &played)?;
         resumed.violations.extend(found);
-        if copy.variant == Variant::Rollback {
-            let found = check::back(&copy.variant.world(), &world);
-            resumed.violations.extend(found);
-        }
         Ok(())
     })
+}
+
+/// What is wrong with a rollout that has ended, on a controller that was killed since.
+pub(super) fn judge(
+    variant: Variant,
+    station: &Station,
+    world: &World,
+    played: &Played,
+) -> Result<Vec<Violation>> {
+    let rollout = &played.rollout;
+    let mut found = vec![];
+    if rollout.state != variant.end() {
+        let (state, end, reason) = (&rollout.state, variant.end(), &rollout.reason);
+        let what = format!("it ended as {state}, not as {end}: {reason}");
+        found.push(Violation::new(Kind::Stuck, what));
+    }
+    let records = match station.export() {
+        Ok(export) => check::records(&export)?,
+        Err(error) => {
+            found.push(Violation::new(Kind::Broken, format!("{error:#}")));
+            return Ok(found);
+        }
+    };
+    let plan = plan_of(&station.state(), &rollout.plan_digest)?;
+    found.extend(check::violations(world, &records, plan.plan()));
+    if variant == Variant::Rollback {
+        found.extend(check::back(&variant.world(), world));
+    }
+    Ok(found)
 }

@@ -117,14 +117,14 @@ pub async fn play(
                 if variant == Variant::Pause && paused.is_none() {
                     paused = Some(people.happened(&at, "paused").await?);
                 }
-                let word = match variant {
-                    Variant::Pause if paused == Some(false) && reached(fleet, 2) => "pause",
-                    Variant::Cancel if reached(fleet, 3) => "cancel",
-                    _ => "",
+                let words: &[&str] = match variant {
+                    Variant::Pause if paused == Some(false) && reached(fleet, 2) => &["pause", &at],
+                    Variant::Cancel if reached(fleet, 3) => &["cancel", &at, "--reason", "chaos"],
+                    _ => &[],
                 };
-                if !word.is_empty() {
+                if !words.is_empty() {
                     paused = Some(true);
-                    people.say(&[word, &at]).await?;
+                    people.say(words).await?;
                     typed += 1;
                     continue;
                 }
@@ -139,7 +139,7 @@ pub async fn play(
 }
 
 /// Whether something of a phase was done.
-fn reached(fleet: &Fleet, phase: u16) -> bool {
+pub fn reached(fleet: &Fleet, phase: u16) -> bool {
     let of = |world: &World| {
         let mut effects = world.ledger.iter().map(|effect| &effect.key);
         effects.any(|key| key.at.phase == phase && key.direction == Direction::Do)
