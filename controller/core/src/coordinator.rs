@@ -322,8 +322,19 @@ impl Coordinator {
         effects
     }
 
-    /// Orders that nobody has begun are given again, with a later end.
+    /// Orders that nobody has begun are given again, with a later end: after what follows from
+    /// failures, for a rollout that goes back gives no order forward new life.
     fn say_again(&mut self, now: Timestamp, id: &RolloutId, effects: &mut Effects) {
+        loop {
+            let up = |host: &HostId| self.is_up(host);
+            let due = self.rollouts[id].due_failures(now, self.floor, &up);
+            if due.is_empty() {
+                break;
+            }
+            for record in due {
+                self.commit(now, record, effects);
+            }
+        }
         let rollout = &self.rollouts[id];
         let unstarted = rollout.outstanding().filter(|(at, direction, _, attempt)| {
             attempt.started.is_none() && rollout.may_say(*at, *direction)

@@ -273,12 +273,42 @@ impl Rollout {
         if !notices.is_empty() {
             return notices;
         }
+        self.advance_mode(now, floor, up)
+    }
+
+    fn advance_mode(
+        &self,
+        now: Timestamp,
+        floor: Timestamp,
+        up: &dyn Fn(&HostId) -> bool,
+    ) -> Vec<Record> {
         match &self.mode {
             Mode::Consenting => self.advance_consent(now, floor, up),
             _ if self.paused => vec![],
             Mode::Forward(cursor) => self.advance_forward(cursor, now, up),
             Mode::Backward(backward) => self.advance_backward(backward, now, floor, up),
         }
+    }
+
+    /// What follows at once from failures that nothing has followed from yet, because the rollout
+    /// was paused or the controller was not there: a host stays behind, or the rollout goes back.
+    pub(crate) fn due_failures(
+        &self,
+        now: Timestamp,
+        floor: Timestamp,
+        up: &dyn Fn(&HostId) -> bool,
+    ) -> Vec<Record> {
+        if self.ended.is_some() || now >= self.deadline() {
+            return vec![];
+        }
+        let mut due = self.advance_mode(now, floor, up);
+        due.retain(|record| {
+            matches!(
+                record,
+                Record::Quarantined { .. } | Record::RollbackStarted { .. }
+            )
+        });
+        due
     }
 
     /// When something may become due without an event; none if only events matter.

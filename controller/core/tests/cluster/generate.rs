@@ -25,6 +25,16 @@ fn action(name: &str, args: serde_json::Value) -> Action {
         .expect("valid arguments")
 }
 
+fn check() -> Step {
+    Step {
+        name: None,
+        action: action("check.disk", serde_json::json!({"path": "/", "free": "1B"})),
+        timeout: Period::seconds(30),
+        undo: Undo::Auto,
+        line: 1,
+    }
+}
+
 fn step(dice: &mut Dice) -> Step {
     let action = match dice.roll(7) {
         0 => action("check.disk", serde_json::json!({"path": "/", "free": "1B"})),
@@ -103,7 +113,16 @@ pub(super) fn plan(dice: &mut Dice) -> CompiledPlan {
             ("db".into(), selector("db")),
         ]),
         phases,
-        after_rollback: None,
+        after_rollback: dice.percent(25).then(|| Phase {
+            name: "after_rollback".into(),
+            stages: vec![Stage {
+                target: Target::Groups(vec!["app".into()]),
+                strategy: Strategy::All,
+                steps: vec![check()],
+            }],
+            deadline: None,
+            planned: None,
+        }),
         max_failures: dice
             .percent(30)
             .then(|| u32::try_from(dice.roll(3)).unwrap()),
