@@ -57,6 +57,7 @@ impl Act for Backup {
         for directory in &self.copies {
             copy(cx, &store, &made, Path::new(directory)).await?;
         }
+        store.supersede(cx, &made, &self.copies);
         store.retain(cx, self.keep);
         Ok(done(made, began))
     }

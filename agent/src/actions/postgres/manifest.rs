@@ -158,22 +158,47 @@ impl Store {
             if proven == Some(manifest) || manifest.key.rollout == cx.key.rollout {
                 continue;
             }
-            // Under a name that says so: a crash leaves no backup without its archive.
-            let gone = self.path(&format!("{}{PARTIAL}", manifest.id));
-            let removed =
-                fs::rename(self.path(&manifest.id), &gone).and_then(|()| fs::remove_dir_all(&gone));
-            match removed {
-                Ok(()) => cx
-                    .log
-                    .line(&format!("removed the old backup {}", manifest.id)),
-                Err(error) => {
-                    cx.log.line(&format!(
-                        "cannot remove the backup {}: {error}",
-                        manifest.id
-                    ));
+            remove(cx, &self.directory, &manifest.id);
+        }
+    }
+
+    /// Removes what earlier attempts at the same step have made, from here and from where it was
+    /// copied to: a step makes one backup, and nobody was told of the others. One that was
+    /// verified stays.
+    pub(super) fn supersede(&self, cx: &Context, newest: &Manifest, copies: &[String]) {
+        let place = |of: &StepKey| (of.rollout.clone(), of.host.clone(), of.at);
+        for old in self.all() {
+            let same_step = place(&old.key) == place(&newest.key);
+            if old.id == newest.id || !same_step || self.verified(&old).is_some() {
+                continue;
+            }
+            for directory in copies {
+                let directory = Path::new(directory);
+                // Half a copy is none; there is hardly ever one.
+                let _ = fs::remove_dir_all(directory.join(format!("{}{PARTIAL}", old.id)));
+                if directory.join(&old.id).is_dir() {
+                    remove(cx, directory, &old.id);
                 }
             }
+            remove(cx, &self.directory, &old.id);
         }
+    }
+}
+
+/// Removes a backup from a directory: under a name that says so, for a crash leaves no backup
+/// without its archive.
+fn remove(cx: &Context, directory: &Path, id: &str) {
+    let gone = directory.join(format!("{id}{PARTIAL}"));
+    reached("backup: to be removed");
+    let removed = fs::rename(directory.join(id), &gone)
+        .inspect(|()| reached("backup: put aside"))
+        .and_then(|()| fs::remove_dir_all(&gone));
+    reached("backup: removed");
+    match removed {
+        Ok(()) => cx.log.line(&format!("removed the old backup {id}")),
+        Err(error) => cx
+            .log
+            .line(&format!("cannot remove the backup {id}: {error}")),
     }
 }
 

@@ -6,6 +6,7 @@ use lockstep_proto::action::service::Restart;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::Failure;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::{
     Phase, Service, State, all_answer, describe_up, from_value, state_fact, to_value, until,
@@ -18,17 +19,48 @@ use crate::step::{Context, StepDir};
 /// The receipt of a restart: which run it ended, written before it is ended.
 const RECEIPT: &str = "restarted-run";
 
+/// The same of the restart that undoes it.
+const UNDO_RECEIPT: &str = "restarted-back-run";
+
 /// The runs that this attempt has ended or was about to, and those of earlier attempts that were
 /// killed meanwhile. One that failed by itself has an outcome: then another restart is asked for.
-fn ended_runs(cx: &Context) -> Vec<String> {
+fn ended_runs(cx: &Context, receipt: &str) -> Vec<String> {
     let has_outcome = |dir: &PathBuf| {
         let attempt = StepDir::at(files::parent(dir).to_owned());
         *dir != cx.dir && attempt.outcome().exists()
     };
     let dirs = files::attempts(cx).into_iter();
     let dirs = dirs.filter(|dir| !has_outcome(dir));
-    dirs.filter_map(|dir| std::fs::read_to_string(dir.join(RECEIPT)).ok())
+    dirs.filter_map(|dir| std::fs::read_to_string(dir.join(receipt)).ok())
         .collect()
+}
+
+/// Forgets the receipts of the other direction: an attempt after this one is to restart it again.
+fn forget(cx: &Context, receipt: &str) -> Result<(), Failure> {
+    for dir in files::attempts(cx) {
+        files::remove(&dir.join(receipt)).or_failed(|| "remove a restart's receipt")?;
+    }
+    Ok(())
+}
+
+/// Ends this run and begins another one, unless an attempt that was killed has begun one: that
+/// one is only waited for. Nothing is restarted twice.
+async fn restart_once(
+    cx: &Context,
+    service: &Service<'_>,
+    receipt: &str,
+    until: Instant,
+) -> Result<(), Failure> {
+    let State { phase, run, .. } = service.state(cx).await?;
+    let ended = ended_runs(cx, receipt);
+    let anew = run.as_ref().is_some_and(|run| !ended.contains(run));
+    if ended.is_empty() || !anew || !phase.is_up() {
+        let run = run.unwrap_or_default();
+        files::write(&cx.dir.join(receipt), run.as_bytes(), 0o600, None)
+            .or_failed(|| "note which run is ended")?;
+        service.restart(cx, until).await?;
+    }
+    Ok(())
 }
 
 impl Act for Restart {
@@ -38,7 +70,7 @@ impl Act for Restart {
             phase, words, run, ..
         } = service.state(cx).await?;
         let name = &self.service;
-        let ended = ended_runs(cx);
+        let ended = ended_runs(cx, RECEIPT);
         if ended.is_empty() {
             return Ok(Probe::Absent(format!("restarts {name}, which is {words}")));
         }
@@ -67,16 +99,8 @@ impl Act for Restart {
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let service = Service::open(cx, &self.service, self.driver).await?;
         let until = until(cx, self.within);
-        let State { phase, run, .. } = service.state(cx).await?;
-        let ended = ended_runs(cx);
-        let anew = run.as_ref().is_some_and(|run| !ended.contains(run));
-        // What an attempt began that was killed is only waited for: nothing is restarted twice.
-        if ended.is_empty() || !anew || !phase.is_up() {
-            let run = run.unwrap_or_default();
-            files::write(&cx.dir.join(RECEIPT), run.as_bytes(), 0o600, None)
-                .or_failed(|| "note which run is ended")?;
-            service.restart(cx, until).await?;
-        }
+        forget(cx, UNDO_RECEIPT)?;
+        restart_once(cx, &service, RECEIPT, until).await?;
         service
             .await_running(cx, &self.service, &self.listens, until)
             .await?;
@@ -92,12 +116,9 @@ impl Act for Restart {
         let before: State = from_value(before)?;
         let service = Service::open(cx, &self.service, self.driver).await?;
         let until = until(cx, self.within);
-        // An attempt after this one is to restart it again.
-        for dir in files::attempts(cx) {
-            files::remove(&dir.join(RECEIPT)).or_failed(|| "remove a restart's receipt")?;
-        }
+        forget(cx, RECEIPT)?;
         let summary = if before.phase.is_up() {
-            service.restart(cx, until).await?;
+            restart_once(cx, &service, UNDO_RECEIPT, until).await?;
             service
                 .await_running(cx, &self.service, &self.listens, until)
                 .await?;

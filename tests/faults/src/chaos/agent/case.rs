@@ -17,6 +17,9 @@ use super::lab::Lab;
 use super::play::{Ended, Play};
 use super::world::World;
 
+/// The last point of a step process before it claims its attempt.
+pub(super) const BEFORE_CLAIM: u64 = 3;
+
 /// Which process comes to an end, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Case {
@@ -89,6 +92,7 @@ pub(super) struct Run {
 /// Plays a run.
 pub(super) async fn play(lab: &mut Lab, stage: &Stage<'_>, case: Option<Case>) -> Result<Run> {
     lab.restore()?;
+    lab.is_planted = case.is_some();
     if stage.kind.service {
         lab.start_service()?;
     }
@@ -183,12 +187,13 @@ async fn disturb(
         text.map_or(0, |text| text.lines().count())
     };
     match case {
-        Some(Case::Reboot(of, _)) if of == direction => {
+        Some(Case::Reboot(of, point)) if of == direction => {
             play.order_until(&key, |lab| held(lab) == 1).await?;
             play.lab.plan_points("step", None)?;
             play.reboot().await?;
-            // What only looks finds what the host's own init starts again.
-            if stage.kind.service && stage.action.info().class == Class::Observing {
+            // The host's own init starts it again, where the step has not begun to change that.
+            let begun = stage.action.info().class != Class::Observing && point > BEFORE_CLAIM;
+            if stage.kind.service && !begun {
                 play.lab.start_service()?;
             }
             Ok(())
@@ -268,7 +273,12 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
             .map(|what| format!("left over: {what}")),
     );
     let reboot = matches!(case, Case::Reboot(..));
-    if verdict.unknown || verdict.wrong.iter().any(|line| line.contains("it ended with")) {
+    if verdict.unknown
+        || verdict
+            .wrong
+            .iter()
+            .any(|line| line.contains("it ended with"))
+    {
         // It was done or not, and never twice.
         verdict.double.extend(too_often(stage, run, recorded, 0));
         return verdict;

@@ -46,6 +46,8 @@ pub(super) struct Lab {
     worker: usize,
     agent_program: PathBuf,
     planted: Option<String>,
+    /// Whether the fault is planted now.
+    pub(super) is_planted: bool,
     postgres: Option<Arc<Postgres>>,
     /// The controller that the test plays.
     pub(super) server: Server,
@@ -78,6 +80,7 @@ impl Lab {
             worker: parts.worker,
             agent_program: parts.agent.to_owned(),
             planted: parts.planted,
+            is_planted: false,
             postgres: parts.postgres,
             server: Server::start().await?,
             things: Things::serve(&root.join("ledger.requests"))?,
@@ -264,13 +267,15 @@ impl Lab {
              WHERE datname LIKE 'lockstep_verify_{rollout}%';\n\
              SELECT 'left|session|' || application_name || ' ' || left(query, 60) FROM \
              pg_stat_activity WHERE application_name LIKE 'lockstep:{rollout}:%';\n\
-             \\connect {live}\n\
+             SELECT count(*) > 0 AS open FROM pg_database WHERE datname = '{live}' AND \
+             datallowconn \\gset\n\\if :open\n\\connect {live}\n\
              SELECT 'state|columns|' || md5(string_agg(table_name || '.' || column_name || ' ' || \
              data_type, ',' ORDER BY table_name, ordinal_position)) FROM \
              information_schema.columns WHERE table_schema = 'public';\n\
              SELECT 'state|revision|' || version_num FROM public.alembic_version;\n\
              SELECT 'state|employees|' || count(*) || ' ' || sum(id) FROM public.employees;\n\
-             SELECT 'count|ddl ' || tag || '|' || count(*) FROM chaos.ledger GROUP BY tag;\n"
+             SELECT 'count|ddl ' || tag || '|' || count(*) FROM chaos.ledger GROUP BY tag;\n\
+             \\endif\n"
         );
         self.query("postgres", &sql)
     }
@@ -349,7 +354,7 @@ impl Lab {
             .stdin(Stdio::null())
             .stderr(log)
             .kill_on_drop(true);
-        if let Some(fault) = &self.planted {
+        if let Some(fault) = self.planted.as_ref().filter(|_| self.is_planted) {
             command.env("LOCKSTEP_PLANTED", fault);
         }
         self.agent = Some(command.spawn()?);

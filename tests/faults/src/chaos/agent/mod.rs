@@ -41,13 +41,14 @@ pub struct Options {
     pub agent: PathBuf,
     /// Only these kinds; all if it is empty.
     pub kinds: Vec<String>,
-    /// Only this case, such as `agent:12`, `do:3`, `undo:4`, `reboot-do:5`, `race`.
+    /// Only this case, such as `agent:12`, `do:3`, `undo:4`, `reboot-do:5`, `race`; or all cases at
+    /// points of a name, such as `do:claim: made`.
     pub point: Option<String>,
     /// Every n-th point only.
     pub every: usize,
     /// How many hosts at a time.
     pub workers: usize,
-    /// A fault that is planted in the agent, by name.
+    /// A fault that is planted in the agent, by name; the recorded run is without it.
     pub planted: Option<String>,
     /// Whether each case is said.
     pub verbose: bool,
@@ -250,7 +251,7 @@ async fn one_kind(
     }
     let [agent, done, undone] = &recorded.points;
     let cases = match &options.point {
-        Some(point) => vec![point.parse()?],
+        Some(point) => chosen(point, &recorded.points)?,
         None => cases([agent.len(), done.len(), undone.len()], options.every),
     };
     let count = cases.len();
@@ -305,6 +306,30 @@ fn point(recorded: &case::Run, case: Case) -> &str {
     list.get(at.wrapping_sub(1)).map_or("", String::as_str)
 }
 
+/// The case that is named, or those at the points that are.
+fn chosen(text: &str, [agent, done, undone]: &[Vec<String>; 3]) -> Result<Vec<Case>> {
+    let refused = match text.parse() {
+        Ok(case) => return Ok(vec![case]),
+        Err(refused) => refused,
+    };
+    let (who, name) = text.split_once(':').unwrap_or((text, ""));
+    let points = match who {
+        "agent" => agent,
+        "do" => done,
+        "undo" => undone,
+        _ => return Err(refused),
+    };
+    let named = (1..).zip(points).filter(|(_, point)| *point == name);
+    let cases: Vec<_> = named
+        .map(|(at, _)| format!("{who}:{at}").parse())
+        .collect::<Result<_>>()?;
+    ensure!(
+        !cases.is_empty(),
+        "there is no point `{name}` in {points:?}"
+    );
+    Ok(cases)
+}
+
 /// All cases of a kind with that many points.
 fn cases([agent, done, undone]: [usize; 3], every: usize) -> Vec<Case> {
     let number = |at: usize| u64::try_from(at).expect("few points");
@@ -322,7 +347,7 @@ fn cases([agent, done, undone]: [usize; 3], every: usize) -> Vec<Case> {
         }
     }
     // Before the claim is there.
-    cases.push(Case::Reboot(Direction::Do, 3));
+    cases.push(Case::Reboot(Direction::Do, case::BEFORE_CLAIM));
     cases.push(Case::Race);
     cases
 }

@@ -145,7 +145,10 @@ impl World {
         let count = runs.iter().filter(service).count();
         self.state.insert("service".into(), format!("runs {count}"));
         let note = fs::read_to_string(lab.path("run/services/web.json")).unwrap_or_default();
-        self.identity.insert("service".into(), note);
+        // Where none runs, none was made.
+        if !note.is_empty() {
+            self.identity.insert("service".into(), note);
+        }
         let others = runs.iter().filter(|line| !service(line));
         self.left_over.extend(others.cloned());
         Ok(())
