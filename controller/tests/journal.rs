@@ -77,7 +77,7 @@ async fn a_journal_moves_to_another_directory_and_the_old_controller_is_refused(
     let found: Value = serde_json::from_str(&found.out).unwrap();
     assert_eq!(found["journal"], verified["journal"]);
     let records = |of: &Value| of["records"].as_u64().unwrap();
-    assert_eq!(records(&found), records(&verified) + 1);
+    assert_eq!(records(&found), records(&verified) + 2);
 
     // An agent has seen the new controller; then somebody starts the old one again (INV-4).
     let controller = place.start();
@@ -143,4 +143,97 @@ fn a_cut_export_makes_no_journal() {
     assert_eq!(imported.code, 10, "{}", imported.err);
     assert!(imported.err.contains("the export ends before it"));
     assert!(!new.join("journal").exists());
+}
+
+/// Ends at whatever moment: the journal is whole, and says what it said or what is left of it.
+#[test]
+fn a_compaction_that_is_killed_leaves_a_whole_journal() {
+    let fixtures = lockstep_tests::repository().join("tests/fixtures/journals/controller-1");
+    let mut done = 0;
+    for turn in 0..12_u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        copy(&fixtures, &state);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+            .args(["journal", "compact", "--keep", "0", "--dir"])
+            .arg(&state)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(turn * 25));
+        let _ = child.kill();
+        child.wait().unwrap();
+        let found = journal(&["verify", "--output", "json"], &state, None);
+        assert_eq!(found.code, 0, "turn {turn}: {}", found.err);
+        let found: Value = serde_json::from_str(&found.out).unwrap();
+        if found["begins_after"].is_null() {
+            assert_eq!(found["records"], 696, "turn {turn}");
+        } else {
+            assert_eq!(found["archives"][0]["whole"], true, "turn {turn}");
+            done += 1;
+        }
+        let again = journal(
+            &["compact", "--keep", "0", "--output", "json"],
+            &state,
+            None,
+        );
+        assert_eq!(again.code, 0, "turn {turn}: {}", again.err);
+    }
+    println!("{done} of 12 were done before they were killed");
+}
+
+#[tokio::test]
+async fn a_compacted_rollout_is_said_to_be_in_its_archive() {
+    use lockstep_proto::wire::control_v1 as control;
+
+    let place = Place::new();
+    let state = place.path().join("state");
+    let fixtures = lockstep_tests::repository().join("tests/fixtures/journals/controller-1");
+    copy(&fixtures, &state);
+    let compacted = journal(
+        &["compact", "--keep", "1", "--output", "json"],
+        &state,
+        None,
+    );
+    assert_eq!(compacted.code, 0, "{}", compacted.err);
+    let compacted: Value = serde_json::from_str(&compacted.out).unwrap();
+    println!("{compacted:#}");
+    let size = |when: &str| compacted[when].as_u64().unwrap();
+    assert!(size("bytes_after") <= size("bytes_before"));
+    let rollouts = compacted["rollouts"].as_array().unwrap();
+    assert_eq!(rollouts.len(), 2);
+    let nothing = journal(&["compact", "--keep", "1"], &state, None);
+    assert!(
+        nothing.err.contains("nothing to compact"),
+        "{}",
+        nothing.err
+    );
+
+    let controller = place.start();
+    let mut client = controller.control(&place.operator("olga", &[])).await;
+    let rollout = rollouts[0].as_str().unwrap().to_owned();
+    let request = control::GetRolloutRequest {
+        rollout: rollout.clone(),
+    };
+    let refused = client.get_rollout(request).await.unwrap_err();
+    let archive = "archive/journal-1-696.jsonl";
+    assert!(refused.message().contains(archive), "{refused:?}");
+    assert!(refused.message().contains(&rollout), "{refused:?}");
+    assert!(state.join(archive).exists());
+    let refused = journal(&["compact", "--keep", "0"], &state, None);
+    assert_eq!(refused.code, 12, "{}", refused.err);
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
 }

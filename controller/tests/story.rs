@@ -2,173 +2,29 @@
 //! orders, reports, output, a restart in the middle, and what operators see of it.
 
 #[allow(dead_code, reason = "other tests of this crate use the rest of it")]
+#[path = "support/agent.rs"]
+mod agent;
+#[allow(dead_code, reason = "other tests of this crate use the rest of it")]
 mod support;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent::{Agent, fetch, plan};
 use lockstep_proto::action::Action;
-use lockstep_proto::action::check::Port;
 use lockstep_proto::action::gate::{Approval, OnTimeout};
-use lockstep_proto::ids::{Direction, HostId, StepKey, StepRef};
-use lockstep_proto::plan::{
-    CompiledPlan, FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
-};
-use lockstep_proto::report::{Report, ReportBody, StepOutcome};
-use lockstep_proto::seal::{self, SealedPlan};
-use lockstep_proto::values::{Period, Timestamp};
-use lockstep_proto::wire::agent_v1::{self as agent, Up, down, up};
+use lockstep_proto::ids::{Direction, StepRef};
+use lockstep_proto::plan::{Step, Target, Undo};
+use lockstep_proto::report::ReportBody;
+use lockstep_proto::seal;
+use lockstep_proto::values::Period;
+use lockstep_proto::wire::agent_v1::{LogChunk, down};
 use lockstep_proto::wire::control_v1::{self as control, EventKind};
-use support::{Controller, Identity, Place, SOON, Session, hello};
+use support::{Place, SOON, hello};
 use tonic::{Code, Streaming};
 
 const LINES: &[u8] = b"\x1b[31mfirst\x1b[0m line\nsecond line\nlast";
-
-fn plan(serial: u64) -> SealedPlan {
-    let step = |line| Step {
-        name: None,
-        action: Action::CheckPort(Port {
-            port: 8000,
-            expect: lockstep_proto::action::check::PortState::default(),
-        }),
-        timeout: Period::seconds(30),
-        undo: Undo::Auto,
-        line,
-    };
-    let label = BTreeMap::from([("role".to_owned(), "app".to_owned())]);
-    seal::seal(CompiledPlan {
-        format: FORMAT,
-        plan: "ports".into(),
-        serial,
-        not_before: Timestamp(0),
-        expires: Timestamp(u64::MAX / 2),
-        deadline: Period::seconds(600),
-        inputs: BTreeMap::new(),
-        fleet: BTreeMap::from([("app".to_owned(), Selector { labels: label })]),
-        phases: vec![Phase {
-            name: "look".into(),
-            stages: vec![Stage {
-                target: Target::Groups(vec!["app".into()]),
-                strategy: Strategy::All,
-                steps: vec![step(1), step(2)],
-            }],
-            deadline: None,
-            planned: None,
-        }],
-        after_rollback: None,
-        max_failures: None,
-        notices: vec![],
-        slo: Slo::default(),
-        signoff: vec![],
-    })
-    .unwrap()
-}
-
-/// An agent that says what it is told to say.
-struct Agent {
-    host: HostId,
-    identity: Identity,
-    session: Session,
-    reported: u64,
-}
-
-impl Agent {
-    async fn connect(controller: &Controller, identity: Identity, reported: u64) -> Self {
-        let mut hello = hello("app-1");
-        hello.labels.insert("role".to_owned(), "app".to_owned());
-        hello.last_report = reported;
-        let session = controller.session(&identity, hello).await.unwrap();
-        Self {
-            host: "app-1".parse().unwrap(),
-            identity,
-            session,
-            reported,
-        }
-    }
-
-    /// The next message that is no acknowledgement.
-    async fn next(&mut self) -> down::Message {
-        loop {
-            match self.session.next().await.unwrap().message.unwrap() {
-                down::Message::Acknowledged(_) => {}
-                message => return message,
-            }
-        }
-    }
-
-    /// Reports, and waits until that is durable.
-    async fn report(&mut self, body: ReportBody) {
-        self.reported += 1;
-        let report = Report {
-            number: self.reported,
-            body,
-        };
-        let message = Some(up::Message::Report(report.into()));
-        self.session.up.send(Up { message }).await.unwrap();
-        loop {
-            match self.session.next().await.unwrap().message.unwrap() {
-                down::Message::Acknowledged(number) if number == self.reported => return,
-                down::Message::Acknowledged(_) => {}
-                other => panic!("{other:?} instead of an acknowledgement"),
-            }
-        }
-    }
-
-    async fn consent(&mut self, controller: &Controller, plan: &SealedPlan) {
-        let down::Message::Offer(offer) = self.next().await else {
-            panic!("no offer");
-        };
-        let (rollout, digest, ..) = offer.into_parts().unwrap();
-        assert_eq!(digest, plan.digest());
-        assert_eq!(
-            fetch(controller, &self.identity, plan).await.unwrap(),
-            plan.bytes()
-        );
-        self.report(ReportBody::Consented {
-            rollout,
-            plan: digest,
-            state: vec![],
-        })
-        .await;
-    }
-
-    async fn order(&mut self) -> StepKey {
-        let down::Message::Order(order) = self.next().await else {
-            panic!("no order");
-        };
-        order.into_order(self.host.clone()).unwrap().key
-    }
-
-    async fn finish(&mut self, key: StepKey) {
-        self.report(ReportBody::Finished {
-            key,
-            outcome: StepOutcome::Ok {
-                changed: false,
-                summary: "port 8000 is open".into(),
-            },
-            facts: vec![],
-            took: Period(12),
-        })
-        .await;
-    }
-}
-
-async fn fetch(
-    controller: &Controller,
-    identity: &Identity,
-    plan: &SealedPlan,
-) -> Result<Vec<u8>, Code> {
-    let digest = plan.digest().0.to_vec().into();
-    let mut client = controller.agents(identity).await;
-    let chunks = client.fetch_blob(agent::FetchBlobRequest { digest }).await;
-    let mut chunks = chunks.map_err(|status| status.code())?.into_inner();
-    let mut bytes = Vec::new();
-    while let Some(chunk) = chunks.message().await.unwrap() {
-        bytes.extend_from_slice(&chunk.data);
-    }
-    Ok(bytes)
-}
 
 async fn next(events: &mut Streaming<control::RolloutEvent>) -> control::RolloutEvent {
     let event = tokio::time::timeout(SOON, events.message()).await;
@@ -244,14 +100,14 @@ async fn a_rollout_survives_the_controllers_death() {
     assert_eq!(next(&mut events).await.kind(), EventKind::Submitted);
 
     // Output and progress come while the step runs; progress is never kept.
-    let chunk = agent::LogChunk {
+    let chunk = LogChunk {
         key: first.to_string(),
         offset: 0,
         data: LINES.to_vec().into(),
         progress_permille: Some(500),
         progress_text: "half\u{1b}[2J way".into(),
     };
-    let elsewhere = agent::LogChunk {
+    let elsewhere = LogChunk {
         key: first.to_string().replace("app-1", "app-2"),
         ..chunk.clone()
     };

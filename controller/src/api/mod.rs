@@ -95,7 +95,11 @@ impl ControlService for Control {
                 error = &error as &dyn std::error::Error,
                 "a plan cannot be stored"
             );
-            Status::unavailable(format!("the plan cannot be stored: {error}"))
+            let cause = std::error::Error::source(&error);
+            let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+            Status::unavailable(format!(
+                "the plan cannot be stored on the controller's disk: {error}{cause}"
+            ))
         })?;
         let rollout = self.unused_id().await?;
         let plan_digest = plan.digest().to_string();
