@@ -233,7 +233,9 @@ impl World {
 }
 
 fn is_temporary(name: &str) -> bool {
-    name.contains(".lockstep-")
+    let random = |tail: &str| tail.len() == 16 && tail.bytes().all(|b| b.is_ascii_hexdigit());
+    name.rsplit_once(".lockstep-")
+        .is_some_and(|(_, tail)| random(tail))
         || name.starts_with(".partial-")
         || name.starts_with(".removed-")
         || name.ends_with(".partial")
