@@ -269,19 +269,21 @@ impl Fault {
         ensure!(state == "succeeded", "{state}: {}", document["reason"]);
         for host in [STRUCK, WITNESS] {
             let cut_off = self.end == End::Repeated && host == STRUCK;
-            let work: &[&str] = match cut_off {
+            let work: &[&str] = if cut_off {
                 // What the first attempt began died with the host; the second one was made only
                 // after the host had been asked.
-                true => &["begin", "begin", "done"],
-                false => &["begin", "done"],
+                &["begin", "begin", "done"]
+            } else {
+                &["begin", "done"]
             };
             self.expect_noted(fleet, host, "before", &["begin", "done"])?;
             self.expect_noted(fleet, host, "work", work)?;
             self.expect_noted(fleet, host, "after", &["begin", "done"])?;
-            let outcomes = self.outcomes(document, host);
-            let expected: &[&str] = match cut_off {
-                true => &["failed interrupted", "ok "],
-                false => &["ok "],
+            let outcomes = outcomes(document, host);
+            let expected: &[&str] = if cut_off {
+                &["failed interrupted", "ok "]
+            } else {
+                &["ok "]
             };
             ensure!(outcomes == expected, "{host}: attempts {outcomes:?}");
         }
@@ -303,24 +305,15 @@ impl Fault {
             self.expect_noted(fleet, host, "work", &["begin", "done"])?;
             self.expect_noted(fleet, host, "after", &["begin", "done"])?;
             self.expect_noted(fleet, host, "undo", undo)?;
-            let outcomes = self.outcomes(document, host);
-            let expected: &[&str] = match cut_off {
-                true => &["ok ", "failed interrupted", "ok "],
-                false => &["ok ", "ok "],
+            let outcomes = outcomes(document, host);
+            let expected: &[&str] = if cut_off {
+                &["ok ", "failed interrupted", "ok "]
+            } else {
+                &["ok ", "ok "]
             };
             ensure!(outcomes == expected, "{host}: attempts {outcomes:?}");
         }
         self.expect_stopped(fleet)
-    }
-
-    /// How the attempts at `work` on a host ended, with their causes.
-    fn outcomes(&self, document: &Value, host: &str) -> Vec<String> {
-        steps(document)
-            .filter(|(phase, _)| phase["name"] == "work")
-            .flat_map(|(_, step)| list(&step["attempts"]))
-            .filter(|attempt| attempt["host"] == host)
-            .map(|attempt| format!("{} {}", text(&attempt["outcome"]), text(&attempt["cause"])))
-            .collect()
     }
 
     /// INV-3, by the hosts' own clocks, which are one.
@@ -346,22 +339,12 @@ impl Fault {
         let (state, reason) = (text(&document["state"]), text(&document["reason"]));
         ensure!(state == "halted", "{state}: {reason}");
         let rollout = text(&document["rollout"]);
-        let at = self.struck_attempt(document)?;
+        let at = struck_attempt(document)?;
         let next = format!("lockstep resolve {rollout} {STRUCK} {at}");
         for words in [STRUCK, "exec.run", "unknown", &next] {
             ensure!(reason.contains(words), "`{words}` is not in: {reason}");
         }
         self.expect_cut_off(fleet)
-    }
-
-    /// The step of the attempt whose outcome is unknown.
-    fn struck_attempt(&self, document: &Value) -> Result<String> {
-        let mut steps = steps(document).filter(|(_, step)| {
-            list(&step["attempts"])
-                .any(|attempt| attempt["host"] == STRUCK && attempt["outcome"] == "unknown")
-        });
-        let (_, step) = steps.next().context("no attempt has an unknown outcome")?;
-        Ok(text(&step["at"]).to_owned())
     }
 
     fn expect_cut_off(&self, fleet: &Fleet) -> Result<()> {
@@ -385,7 +368,7 @@ impl Fault {
         say(&["resume", rollout])?;
         let document = requester.wait(rollout, ENDS_WITHIN)?;
         self.check_unknown(fleet, &document)?;
-        let at = self.struck_attempt(&document)?;
+        let at = struck_attempt(&document)?;
         let reason = ["--not-done", "--reason", "the record on the host says so"];
         say(&[&["resolve", rollout, STRUCK, &at][..], &reason].concat())?;
         say(&["resume", rollout])?;
@@ -415,6 +398,26 @@ impl Fault {
         }
         Ok(())
     }
+}
+
+/// How the attempts at `work` on a host ended, with their causes.
+fn outcomes(document: &Value, host: &str) -> Vec<String> {
+    steps(document)
+        .filter(|(phase, _)| phase["name"] == "work")
+        .flat_map(|(_, step)| list(&step["attempts"]))
+        .filter(|attempt| attempt["host"] == host)
+        .map(|attempt| format!("{} {}", text(&attempt["outcome"]), text(&attempt["cause"])))
+        .collect()
+}
+
+/// The step of the attempt whose outcome is unknown.
+fn struck_attempt(document: &Value) -> Result<String> {
+    let mut steps = steps(document).filter(|(_, step)| {
+        list(&step["attempts"])
+            .any(|attempt| attempt["host"] == STRUCK && attempt["outcome"] == "unknown")
+    });
+    let (_, step) = steps.next().context("no attempt has an unknown outcome")?;
+    Ok(text(&step["at"]).to_owned())
 }
 
 /// No step and no effect goes on behind a rollout that has ended.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
+use std::time::SystemTime;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -184,17 +185,17 @@ impl Fleet {
 
     /// Kills the main process of a unit, and sees in the journal that it was killed and what of.
     pub fn kill(&self, host: &str, unit: &str) -> Result<()> {
-        let killed = "Main process exited, code=killed, status=9/KILL";
-        let journal = ["journalctl", "--no-pager", "-o", "cat", "-u", unit];
-        let deaths = || Ok::<_, anyhow::Error>(self.on(host, &journal)?.matches(killed).count());
-        let before = deaths()?;
+        // At once: the next thing that a step does may be its end. The hosts' clock is this one's.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let since = format!("--since=@{}", now.as_secs());
         let kill = ["systemctl", "kill", "--kill-whom=main", "--signal=KILL"];
         self.on(host, &[&kill[..], &["--", unit]].concat())?;
+        let journal = ["journalctl", "--no-pager", "-o", "cat", &since, "-u", unit];
         wait::until(&format!("{unit} on {host} to die"), wait::SOON, || {
-            let now = deaths().map_err(|error| format!("{error:#}"))?;
-            let died = now > before;
-            died.then_some(())
-                .ok_or_else(|| format!("{now} deaths in its journal"))
+            let said = self.on(host, &journal);
+            let said = said.map_err(|error| format!("{error:#}"))?;
+            let died = said.contains("Main process exited, code=killed, status=9/KILL");
+            died.then_some(()).ok_or(said)
         })
     }
 

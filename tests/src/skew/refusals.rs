@@ -32,8 +32,9 @@ pub(super) const ALL: [Story; 2] = [
 /// A record that no release writes.
 const UNKNOWN: &[u8] = br#"{"of_tomorrow":{"number":1}}"#;
 
-/// The words of a refusal: what it is that this release does not know or cannot read.
-const REFUSALS: [&str; 2] = ["this release", "format"];
+/// The words of a refusal: what it is that this release does not know or cannot read, or that it
+/// takes the journal for broken and leaves it alone.
+const REFUSALS: [&str; 3] = ["this release", "format", "quarantined"];
 
 /// Starts the old controller on what the new one has written, and then on what the new one has
 /// compacted.
@@ -105,7 +106,8 @@ fn old_controller_on(cluster: &mut Cluster, releases: &Releases) -> Result<Strin
                 "it refuses, and has changed files: {said}"
             );
             let last = said.lines().last().unwrap_or_default();
-            format!("refuses and changes nothing: {last}")
+            let why = last.split_once("error=").map_or(last, |(_, why)| why);
+            format!("refuses and changes nothing: {why}")
         }
     };
     cluster.install_controller(&releases.new.lockstep);

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::{Releases, Story, nothing, out_and_back};
+use super::{Releases, Story, out_and_back};
 use crate::cluster::Cluster;
 use crate::operator::{Operator, text};
 use crate::story::under_way;
@@ -42,7 +42,7 @@ fn controller_first(releases: &Releases) -> Result<Vec<String>> {
         cluster.install_cli(&releases.new.lockstep);
         Ok(())
     };
-    out_and_back(&mut cluster, releases, upgrade, people, nothing)?;
+    out_and_back(&mut cluster, releases, upgrade, people, None)?;
     runs(&cluster, "the controller", &releases.new.lockstep)?;
     super::refusals::controller_goes_back(&mut cluster, releases)
 }
@@ -74,7 +74,7 @@ fn agents_first(releases: &Releases) -> Result<Vec<String>> {
         cluster.install_cli(&releases.new.lockstep);
         Ok(())
     };
-    out_and_back(&mut cluster, releases, upgrade, people, nothing)?;
+    out_and_back(&mut cluster, releases, upgrade, people, None)?;
     runs(&cluster, "the controller", &releases.old.binaries.lockstep)?;
     super::refusals::agent_goes_back(&mut cluster, releases)
 }
@@ -108,7 +108,7 @@ fn mixed(releases: &Releases) -> Result<Vec<String>> {
         host.install(&releases.new.agent);
         host.start_agent()
     };
-    out_and_back(&mut cluster, releases, upgrade, |_, _| Ok(()), back)?;
+    out_and_back(&mut cluster, releases, upgrade, |_, _| Ok(()), Some(back))?;
     runs(&cluster, "the controller", &releases.new.lockstep)?;
     Ok(vec![])
 }
