@@ -12,7 +12,7 @@ PRODUCT := --workspace --exclude lockstep-faults --exclude lockstep-sim
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet skew ci
+.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet skew chaos ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -69,5 +69,10 @@ fleet: release ## the same on real systemd hosts, and faults of such hosts; need
 skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)
 	@$(NOFILE)
 	target/debug/skew
+
+chaos: prepare ## kills at every write of both sides: target/reports/chaos.json; up to an hour
+	@$(NOFILE)
+	$(CARGO) build $(LOCKED) -p lockstep-faults --bins
+	target/debug/chaos
 
 ci: fmt clippy doc test deny demo fleet ## everything

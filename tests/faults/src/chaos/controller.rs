@@ -29,6 +29,8 @@ pub struct Options {
     pub scenarios: Vec<Scenario>,
     /// Copies that are resumed at a time.
     pub parallel: usize,
+    /// A fault that is planted in every controller, by name.
+    pub planted: Option<String>,
 }
 
 impl Default for Options {
@@ -39,6 +41,7 @@ impl Default for Options {
             point: None,
             scenarios: Scenario::ALL.to_vec(),
             parallel: 6,
+            planted: std::env::var("LOCKSTEP_PLANTED").ok(),
         }
     }
 }
@@ -56,7 +59,11 @@ pub struct Outcome {
 pub fn run(options: &Options, tell: &(dyn Fn(&str) + Sync)) -> Result<Outcome> {
     let begun = Instant::now();
     let root = tempfile::Builder::new().prefix("chaos").tempdir()?;
-    let place = Place::make(root.path(), &Variant::Forward.world())?;
+    let place = Place::make(
+        root.path(),
+        &Variant::Forward.world(),
+        options.planted.clone(),
+    )?;
     let mut outcome = Collected::default();
     for variant in &options.variants {
         let since = Instant::now();

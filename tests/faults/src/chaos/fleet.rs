@@ -149,7 +149,7 @@ impl Shared {
 
 /// How long a step takes: hosts differ, so that reports come one by one.
 fn pace(index: usize) -> Duration {
-    Duration::from_millis(3 + 4 * (index as u64 * 7 % 20))
+    Duration::from_millis(3 + 6 * (index as u64 * 7 % 20))
 }
 
 async fn keep_session(shared: &Arc<Shared>, index: usize, identity: &Identity) {
@@ -257,7 +257,6 @@ impl Session {
                 .as_ref()
                 .map(|hold| hold.rollout.to_string())
                 .unwrap_or_default(),
-            ..wire::Hello::default()
         }
     }
 
@@ -315,7 +314,7 @@ impl Session {
                 }
             }
             down::Message::Drain(_) => bail!("the controller is about to stop"),
-            other => self.late(other)?,
+            other => self.late(&other)?,
         };
         self.shared.news[self.index].send_replace(());
         match then {
@@ -327,8 +326,8 @@ impl Session {
     }
 
     /// Messages about the end of a rollout.
-    fn late(&self, message: down::Message) -> Result<Then> {
-        let (rollout, epoch) = match &message {
+    fn late(&self, message: &down::Message) -> Result<Then> {
+        let (rollout, epoch) = match message {
             down::Message::Release(release) => release.clone().into_parts()?,
             down::Message::Cancel(cancel) => cancel.clone().into_parts()?,
             down::Message::Survey(survey) => survey.clone().into_parts()?,
@@ -428,7 +427,7 @@ impl Session {
                     };
                     self.ordered(&order, clock)
                 }
-                Some(other) => self.late(other).unwrap_or(Then::Nothing),
+                Some(other) => self.late(&other).unwrap_or(Then::Nothing),
             };
             if then == Then::Work {
                 self.shared.work(self.index);

@@ -32,11 +32,13 @@ pub struct Place {
     /// The agents', by index.
     pub agents: Vec<Identity>,
     watcher: Identity,
+    planted: Option<String>,
 }
 
 impl Place {
-    /// Makes issuers and certificates for the hosts of a world in an empty directory.
-    pub fn make(root: &Path, world: &World) -> Result<Self> {
+    /// Makes issuers and certificates for the hosts of a world in an empty directory. Controllers
+    /// get the fault `planted`.
+    pub fn make(root: &Path, world: &World, planted: Option<String>) -> Result<Self> {
         let pki = root.join("pki");
         let binary = root.join("lockstep");
         let built = lockstep_tests::binaries::directory()?.join("faulty-lockstep");
@@ -81,6 +83,7 @@ impl Place {
             binary,
             agents,
             watcher: of("operator-rita")?,
+            planted,
         })
     }
 
@@ -102,6 +105,7 @@ impl Place {
         Ok(Station {
             dir,
             binary: self.binary.clone(),
+            planted: self.planted.clone(),
         })
     }
 
@@ -142,6 +146,7 @@ pub struct Station {
     /// Configuration, log, and `state`.
     pub dir: PathBuf,
     binary: PathBuf,
+    planted: Option<String>,
 }
 
 impl Station {
@@ -166,8 +171,8 @@ impl Station {
         if let Some(points) = points {
             env.push(("LOCKSTEP_POINTS".to_owned(), points.into()));
         }
-        if let Some(fault) = std::env::var_os("LOCKSTEP_PLANTED") {
-            env.push(("LOCKSTEP_PLANTED".to_owned(), fault));
+        if let Some(fault) = &self.planted {
+            env.push(("LOCKSTEP_PLANTED".to_owned(), fault.into()));
         }
         Daemon::spawn(Launch {
             name: "the controller",

@@ -30,11 +30,19 @@ pub enum Scenario {
     Partition,
     /// Orders and reports are repeated and reordered, across sessions and terms.
     Disorder,
+    /// A controller is killed again and again while it starts, each time one write later.
+    Restarts,
 }
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Woken, Self::Twins, Self::Partition, Self::Disorder];
+    pub const ALL: [Self; 5] = [
+        Self::Woken,
+        Self::Twins,
+        Self::Partition,
+        Self::Disorder,
+        Self::Restarts,
+    ];
 
     /// The name on command lines.
     pub fn name(self) -> &'static str {
@@ -43,6 +51,7 @@ impl Scenario {
             Self::Twins => "twins",
             Self::Partition => "partition",
             Self::Disorder => "disorder",
+            Self::Restarts => "restarts",
         }
     }
 
@@ -77,6 +86,7 @@ pub fn run(place: &Place, scenario: Scenario) -> (String, Vec<Violation>) {
                     Scenario::Twins => twins(place, &mut found).await,
                     Scenario::Partition => partition(place, &mut found).await,
                     Scenario::Disorder => disorder(place, &mut found).await,
+                    Scenario::Restarts => restarts(place, &mut found).await,
                 }
             })
         });
@@ -332,7 +342,7 @@ async fn partition(place: &Place, found: &mut Vec<Violation>) -> Result<String> 
                 proxy.set(Weather::Fine);
                 weathers += 1;
             }
-            std::future::pending().await
+            std::future::pending::<()>().await;
         };
         tokio::select! {
             concluded = up.conclude(variant, &fleet, found) => concluded?,
@@ -372,5 +382,43 @@ async fn disorder(place: &Place, found: &mut Vec<Violation>) -> Result<String> {
     ensure!(repeated > 0 && stale > 0, "nothing was repeated");
     Ok(format!(
         "{repeated} orders repeated, {stale} of them from an ended term"
+    ))
+}
+
+/// Points of a start: what was written beyond the head, the record of the new term, and the first
+/// reports of hosts that come back.
+const RESTARTS: u32 = 20;
+
+async fn restarts(place: &Place, found: &mut Vec<Violation>) -> Result<String> {
+    let variant = Variant::Rollback;
+    let mut up = Up::start(place, "restarts", &[]).await?;
+    let (address, dial) = watch::channel(Some(up.address));
+    let fleet = Fleet::start(variant.world(), &place.agents, dial, Delivery::Plain);
+    up.play_until(variant, &fleet, |world| done(world, 3) >= 1)
+        .await?;
+    up.daemon.kill();
+    let station = up.station.clone();
+    for point in 1..=RESTARTS {
+        let mut daemon = station.start(Some(&format!("kill:{point}")), &[])?;
+        let begun = Instant::now();
+        while daemon.ended().is_none() {
+            // Hosts find it as soon as it listens; what they report brings it to later points.
+            let ready = fs::read_to_string(station.dir.join("ready")).unwrap_or_default();
+            if let Ok(at) = ready.trim().parse() {
+                address.send_replace(Some(at));
+            }
+            if begun.elapsed() > ENDS_WITHIN {
+                // The rollout waits for nobody, and so it writes nothing.
+                daemon.kill();
+            }
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+    let mut up = Up::start(place, "restarts", &[]).await?;
+    address.send_replace(Some(up.address));
+    up.conclude(variant, &fleet, found).await?;
+    let terms = fleet.look(|world| world.agents[0].epoch.counter);
+    Ok(format!(
+        "{RESTARTS} starts killed, each one write later; term {terms} in the end"
     ))
 }

@@ -315,30 +315,27 @@ impl Agent {
         };
         let begun = |a: &&Attempt| a.direction == Direction::Do;
         let mine = hold.attempts.iter().filter(begun);
-        let before = match key.direction {
-            Direction::Do => {
-                if mine.clone().any(|a| a.at > key.at && !undone(a.at)) {
-                    return Err(refused("a later step was taken already"));
-                }
-                if mine
-                    .clone()
-                    .any(|a| a.at == key.at && a.ok && !undone(a.at))
-                {
-                    return Err(refused("the step is done, and not undone"));
-                }
-                self.state.clone()
-            }
-            _ => {
-                let done = mine.clone().rfind(|a| a.at == key.at);
-                match done.filter(|a| a.changed && !undone(a.at)) {
-                    Some(done) if placed.step.action.info().undo => done.before.clone(),
-                    _ => {
-                        let key = key.clone();
-                        self.report_end(key, ok(false, "there is nothing to undo"), vec![]);
-                        return Ok(Then::Nothing);
-                    }
+        let before = if key.direction == Direction::Undo {
+            let done = mine.clone().rfind(|a| a.at == key.at);
+            match done.filter(|a| a.changed && !undone(a.at)) {
+                Some(done) if placed.step.action.info().undo => done.before.clone(),
+                _ => {
+                    let key = key.clone();
+                    self.report_end(key, ok(false, "there is nothing to undo"), vec![]);
+                    return Ok(Then::Nothing);
                 }
             }
+        } else {
+            if mine.clone().any(|a| a.at > key.at && !undone(a.at)) {
+                return Err(refused("a later step was taken already"));
+            }
+            if mine
+                .clone()
+                .any(|a| a.at == key.at && a.ok && !undone(a.at))
+            {
+                return Err(refused("the step is done, and not undone"));
+            }
+            self.state.clone()
         };
         let attempt = Attempt {
             at: key.at,
