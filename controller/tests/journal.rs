@@ -198,9 +198,8 @@ async fn a_compacted_rollout_is_said_to_be_in_its_archive() {
     );
     assert_eq!(compacted.code, 0, "{}", compacted.err);
     let compacted: Value = serde_json::from_str(&compacted.out).unwrap();
-    println!("{compacted:#}");
-    let size = |when: &str| compacted[when].as_u64().unwrap();
-    assert!(size("bytes_after") <= size("bytes_before"));
+    assert!(compacted["records"].as_u64().unwrap() < 696 / 2);
+    assert!(compacted["bytes_after"].as_u64() > Some(0), "{compacted}");
     let rollouts = compacted["rollouts"].as_array().unwrap();
     assert_eq!(rollouts.len(), 2);
     let nothing = journal(&["compact", "--keep", "1"], &state, None);

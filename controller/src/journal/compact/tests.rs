@@ -253,7 +253,6 @@ fn a_compacted_journal_says_the_same_and_the_archive_has_the_rest() {
     let done = compact(state, keep_newest(2)).unwrap();
     assert_eq!(done.rollouts.len(), 10);
     assert_eq!(Some(done.archived), before.last);
-    assert!(done.bytes_after <= done.bytes_before, "{done:?}");
 
     let after = inspect(state).unwrap();
     assert_eq!(after.broken, None);
