@@ -9,7 +9,7 @@ use lockstep_proto::ids::{BootId, Digest};
 use rustix::fs::FlockOperation;
 
 use crate::faults::reached;
-use crate::journal::sync_dir;
+use crate::journal::{sync_all, sync_dir};
 
 /// An identity that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +131,7 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     reached("file: opened");
     file.write_all(bytes)?;
     reached("file: written");
-    file.sync_all()?;
+    sync_all(&file, path)?;
     reached("file: synchronised");
     Ok(())
 }

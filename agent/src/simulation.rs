@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{HostId, RolloutId, StepKey};
+use lockstep_proto::ids::{Epoch, HostId, RolloutId, StepKey};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Failure, ReportBody};
 use serde_json::Value;
@@ -59,10 +59,12 @@ pub enum Seen {
 /// A message of the controller that has arrived.
 #[derive(Debug)]
 pub enum Arrived<'a> {
+    /// A controller's answer to the agent's introduction.
+    Welcome(Epoch),
     /// An order.
     Order(&'a Order),
-    /// Anything else that may be repeated, by its name.
-    Other(&'static str),
+    /// Anything else.
+    Other,
 }
 
 /// Everything that is simulated. What asks is the process that the world has running now.
@@ -85,6 +87,8 @@ pub trait World {
     fn dial(&self, host: &HostId) -> Local<io::Result<Stream>>;
     /// After how long a message is handed on: once for each.
     fn deliver(&self, host: &HostId, message: &Arrived<'_>) -> Vec<Duration>;
+    /// A message is handed to exec now.
+    fn handing(&self, host: &HostId, message: &Arrived<'_>);
     /// What an undo must know.
     fn before(&self, key: &StepKey, action: &Action) -> Result<Value, Failure>;
     /// Whether the effect is there.
@@ -230,34 +234,47 @@ pub struct Account {
 /// Hands messages on, some of them late, or again.
 async fn relay(host: HostId, mut from: mpsc::Receiver<Inbound>, to: mpsc::Sender<Inbound>) {
     while let Some(message) = from.recv().await {
-        let Some(copy) = copy(&message) else {
-            if to.send(message).await.is_err() {
+        let world = world().expect("a relay has a world");
+        let Some(arrived) = copy(&message)
+            .as_ref()
+            .map(|message| world.deliver(&host, &name(message)))
+        else {
+            if hand(&host, message, &to).await.is_err() {
                 return;
             }
             continue;
         };
-        let arrived = match &copy {
-            Inbound::Order(order) => Arrived::Order(order),
-            Inbound::Offer(_) => Arrived::Other("offer"),
-            Inbound::Release(..) => Arrived::Other("release"),
-            Inbound::Cancel(..) => Arrived::Other("cancel"),
-            _ => Arrived::Other("acknowledgement"),
-        };
-        let world = world().expect("a relay has a world");
-        for delay in world.deliver(&host, &arrived) {
-            let message = self::copy(&copy).expect("copied before");
+        for delay in arrived {
+            let message = copy(&message).expect("copied before");
             if delay.is_zero() {
-                if to.send(message).await.is_err() {
+                if hand(&host, message, &to).await.is_err() {
                     return;
                 }
             } else {
-                let to = to.clone();
+                let (host, to) = (host.clone(), to.clone());
                 tokio::task::spawn_local(async move {
                     tokio::time::sleep(delay).await;
-                    let _ = to.send(message).await;
+                    let _ = hand(&host, message, &to).await;
                 });
             }
         }
+    }
+}
+
+async fn hand(host: &HostId, message: Inbound, to: &mpsc::Sender<Inbound>) -> Result<(), ()> {
+    // Room first: what is handed over counts from the moment at which exec has it.
+    let room = to.reserve().await.map_err(|_| ())?;
+    let world = world().expect("a relay has a world");
+    world.handing(host, &name(&message));
+    room.send(message);
+    Ok(())
+}
+
+fn name(message: &Inbound) -> Arrived<'_> {
+    match message {
+        Inbound::Connected { welcome, .. } => Arrived::Welcome(welcome.epoch),
+        Inbound::Order(order) => Arrived::Order(order),
+        _ => Arrived::Other,
     }
 }
 

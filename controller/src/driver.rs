@@ -41,8 +41,8 @@ use crate::faults::planted;
 use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
 use crate::session::registry::{self, Candidate, Registry, SessionNumber};
-use clock::{Alarm, Clock};
 pub(crate) use clock::wall_clock;
+use clock::{Alarm, Clock};
 pub(crate) use handle::{Handle, Stopping};
 use handle::{Input, Read};
 pub(crate) use term::taken_over;
@@ -178,7 +178,7 @@ impl Driver {
             } else {
                 last_term.saturating_add(1)
             },
-            id: rand::random(),
+            id: any_number(),
         };
         let head = journal.head().number;
         let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
@@ -568,11 +568,23 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
+/// A number that nobody can foretell.
+fn any_number() -> u64 {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world.random();
+    }
+    rand::random()
+}
+
 fn read_entries(journal: &dyn Journal) -> Result<Vec<Entry>, StartError> {
     let mut entries = Vec::new();
     for (payload, number) in journal.payloads().zip(journal.base().number + 1..) {
         let entry = serde_json::from_slice(&payload?);
         entries.push(entry.map_err(|source| StartError::Record { number, source })?);
+    }
+    if planted!(ForgetLastRecord) {
+        entries.pop();
     }
     Ok(entries)
 }

@@ -105,6 +105,16 @@ impl Peer {
         })))
     }
 
+    /// An agent without a certificate, on a simulated network.
+    #[cfg(feature = "faults")]
+    pub(crate) fn simulated(host: HostId, not_after: SystemTime) -> Self {
+        Self(Arc::new(Inner {
+            identity: Identity::Agent(host),
+            address: SocketAddr::from(([127, 0, 0, 1], 1)),
+            not_after,
+        }))
+    }
+
     /// Who it is.
     pub(crate) fn identity(&self) -> &Identity {
         &self.0.identity

@@ -23,7 +23,7 @@ pub enum Fault {
     OpenPhaseEarly,
     /// INV-5: a host that cannot be reached counts as ok.
     UnreachableIsOk,
-    /// INV-1: another attempt goes out under the key of the one before.
+    /// INV-1: an order that was carried out is carried out again under its own key.
     ReuseStepKey,
     /// INV-1: a step process acts although the attempt was claimed before.
     ExecuteClaimed,
@@ -35,7 +35,7 @@ pub enum Fault {
     IntentAfterStart,
     /// INV-1: an outcome that is there is not read; the attempt counts as interrupted.
     ForgetOutcome,
-    /// INV-1: a host that was restarted takes an old claim for a live one or the boot for the same.
+    /// INV-1: a process of this boot counts as the one that claimed in the boot before.
     IgnoreBoot,
     /// An order past its not-after time is carried out.
     IgnoreNotAfter,
@@ -45,8 +45,8 @@ pub enum Fault {
     ForgetLastRecord,
     /// INV-8: deadlines are not looked at.
     IgnoreDeadlines,
-    /// INV-7: `one_of` elects again although an order was sent.
-    ElectAgain,
+    /// INV-5: more hosts are left behind than the plan allows.
+    IgnoreBudget,
 }
 
 impl Fault {
@@ -71,7 +71,7 @@ impl Fault {
         Self::SkipAnUndo,
         Self::ForgetLastRecord,
         Self::IgnoreDeadlines,
-        Self::ElectAgain,
+        Self::IgnoreBudget,
     ];
 
     /// Its name on command lines, as in the source.

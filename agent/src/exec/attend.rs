@@ -456,6 +456,25 @@ mod tests {
         assert_eq!(std::fs::read_to_string(copy).unwrap(), "A=1\n");
     }
 
+    #[tokio::test]
+    async fn a_step_process_that_ends_before_it_begins_is_interrupted_and_never_begins() {
+        let of = testing::Host::new();
+        let action = Action::deserialize_args("check.port", serde_json::json!({"port": 1}));
+        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
+        // What is started is this test's own program, which claims nothing.
+        let dir = host.dir(&key);
+        let ended = outcome(&host, &key, &dir, Met::New).await;
+        let StepOutcome::Failed(failure) = ended.outcome else {
+            panic!("{ended:?}");
+        };
+        assert_eq!(
+            (failure.cause, failure.changed),
+            (Cause::Interrupted, false)
+        );
+        let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
+        assert_eq!(late, Claimed::Before, "INV-1");
+    }
+
     #[test]
     fn who_waits_for_another_process_than_its_child_lets_others_run() {
         let root = tempfile::tempdir().unwrap();

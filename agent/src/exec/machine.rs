@@ -19,6 +19,7 @@ use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
 use super::consent::HeldStep;
+use crate::faults::planted;
 use crate::journal::{Position, Record};
 use crate::step::{LogMark, failure};
 
@@ -254,7 +255,7 @@ impl Memory {
     /// Whether a controller of this term may be obeyed (INV-4).
     pub(crate) fn check_epoch(&self, epoch: Epoch) -> Result<(), String> {
         let highest = self.epoch.unwrap_or(Epoch::NONE);
-        if epoch.is_current(highest) {
+        if epoch.is_current(highest) || planted!(AgentIgnoresEpoch) {
             return Ok(());
         }
         let why = if epoch.counter == highest.counter {
@@ -290,6 +291,7 @@ impl Memory {
         };
         if let Some(attempt) = hold.attempt(key) {
             return match &attempt.ended {
+                Some(_) if planted!(ReuseStepKey) => Decision::Begin(Begin { before: None }),
                 Some((recorded, _)) => Decision::Repeat(*recorded),
                 None => Decision::Running,
             };
@@ -338,7 +340,7 @@ impl Memory {
 }
 
 fn check_freshness(order: &Order, now: Now<'_>) -> Result<(), Failure> {
-    if now.controller > order.not_after {
+    if now.controller > order.not_after && !planted!(IgnoreNotAfter) {
         let late = now.controller.since(order.not_after);
         return Err(refused(
             format!("the order came {} ms too late", late.0),

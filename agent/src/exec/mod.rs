@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::faults::planted;
 use crate::identity::{IdentityError, boot_id, private_dir};
 use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record};
 use crate::sql::remove_left_over;
@@ -88,6 +89,15 @@ pub(crate) enum ExecError {
     /// The operating system refused.
     #[error("cannot find out how to start step processes")]
     Runner(#[source] std::io::Error),
+}
+
+/// Bytes that nobody can foretell.
+fn any_bytes() -> [u8; 8] {
+    #[cfg(feature = "faults")]
+    if let Some(world) = crate::simulation::world() {
+        return world.random(u64::MAX).to_be_bytes();
+    }
+    rand::random()
 }
 
 /// What a task has found out.
@@ -180,7 +190,7 @@ impl Exec {
             let opened = Record::Opened {
                 format: FORMAT,
                 domain: domain.to_owned(),
-                instance: InstanceId::from_random(rand::random()),
+                instance: InstanceId::from_random(any_bytes()),
             };
             let positions = journal.append(std::slice::from_ref(&opened), Need::Opens)?;
             memory.apply(positions[0], &opened);
@@ -204,6 +214,11 @@ impl Exec {
         });
         // Nobody awaits what an earlier daemon was probing for a dry run.
         remove_left_over(&config.run_dir, |of| of.direction == Direction::Probe);
+        // A rollout that has ended leaves nothing, even if its end was cut short.
+        let held_for = memory.hold.as_ref().map(|hold| &hold.rollout);
+        orders::remove_steps(state, |of| Some(of) != held_for);
+        plans::remove_left_over(state, held_for);
+        crate::identity::remove_left_over(&config.run_dir);
         let held = memory.hold.as_ref().and_then(|hold| {
             HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps)
                 .inspect_err(|error| {
@@ -213,11 +228,6 @@ impl Exec {
                 .ok()
         });
         let (answers, events) = mpsc::channel(EVENTS);
-        // A rollout that has ended leaves nothing, even if its end was cut short.
-        let held_for = memory.hold.as_ref().map(|hold| &hold.rollout);
-        orders::remove_steps(state, |of| Some(of) != held_for);
-        plans::remove_left_over(state, held_for);
-        crate::identity::remove_left_over(&config.run_dir);
         tracing::info!(
             host = %config.host,
             %instance,
@@ -381,6 +391,9 @@ impl Exec {
             sent: welcome.acknowledged,
             first: VecDeque::new(),
         });
+        if planted!(DropLastReport) {
+            self.memory.outstanding.pop_back();
+        }
         if welcome.acknowledged > self.memory.last_report {
             // INV-2: a loss is detected, never silent.
             self.refuse_session(format!(

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Direction, Epoch, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::order::Fact;
-use lockstep_proto::report::{Failure, Refusal, ReportBody};
+use lockstep_proto::report::{Failure, HOLDS_NOT, Refusal, ReportBody};
 use lockstep_proto::seal::SealedPlan;
 use serde_json::Value;
 
@@ -248,7 +248,7 @@ impl Exec {
                 Ok(())
             }
             None => self.report(ReportBody::Surveyed {
-                state: vec![not_surveyed("this host does not hold for the rollout")],
+                state: vec![not_surveyed(HOLDS_NOT)],
                 rollout,
             }),
         }

@@ -16,7 +16,7 @@ use super::policy::Policy;
 use super::runner::Runner;
 use super::{Event, Exec, ExecError, Preparing};
 use crate::actions;
-use crate::faults::reached;
+use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
 use crate::step::{Ended, Job, StepDir, failure};
 
@@ -67,6 +67,9 @@ impl Exec {
             log_offsets: hold.log_offsets.clone(),
         };
         let dir = self.host.dir(&order.key);
+        if planted!(ReuseStepKey) {
+            let _ = std::fs::remove_dir_all(dir.path());
+        }
         if let Err(error) = dir.make() {
             return self.finish(order.key, failed(no_room(&error)));
         }
@@ -151,7 +154,7 @@ impl Exec {
             return self.ended_without_intent(key, no_room(&error));
         }
         #[cfg(feature = "faults")]
-        if crate::faults::planted!(IntentAfterStart) {
+        if planted!(IntentAfterStart) {
             self.host.runner.start_early(&key);
         }
         let intent = Record::Intent(Intent {

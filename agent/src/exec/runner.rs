@@ -97,6 +97,10 @@ impl Runner {
     /// The planted fault: an attempt begins before anything of it is recorded.
     #[cfg(feature = "faults")]
     pub(crate) fn start_early(&self, key: &StepKey) {
+        if let Some(world) = crate::simulation::world() {
+            let _ = world.spawn(key);
+            return;
+        }
         let mut command = std::process::Command::new(&self.program);
         command.args(self.arguments(key)).env_clear();
         command.envs(environment()).current_dir("/");

@@ -306,8 +306,20 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     opened.sync_all()
 }
 
+/// Makes a new file's content durable.
+pub(crate) fn sync_all(file: &File, path: &Path) -> io::Result<()> {
+    #[cfg(any(test, feature = "faults"))]
+    lockstep_tests::power::before_sync(path);
+    #[cfg(not(any(test, feature = "faults")))]
+    let _ = path;
+    file.sync_all()
+}
+
 /// Makes a file's content durable. Tests cut the power between any two of these.
 fn sync(file: &File, path: &Path) -> io::Result<()> {
+    if crate::faults::planted!(AgentSkipsSync) {
+        return Ok(());
+    }
     #[cfg(any(test, feature = "faults"))]
     lockstep_tests::power::before_sync(path);
     #[cfg(not(any(test, feature = "faults")))]

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::LogMark;
 use crate::faults::reached;
 use crate::identity::{private_dir, replace_file};
-use crate::journal::sync_dir;
+use crate::journal::{sync_all, sync_dir};
 
 /// What a step process is to do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -155,7 +155,7 @@ impl StepDir {
         reached("outcome: written");
         file.set_len(text.len() as u64)?;
         reached("outcome: cut");
-        file.sync_all()?;
+        sync_all(&file, &path)?;
         reached("outcome: synchronised");
         std::fs::rename(path, self.outcome())?;
         reached("outcome: renamed");

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lockstep_proto::ids::{Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepRef};
-use lockstep_proto::report::Report;
+use lockstep_proto::report::{Report, ReportBody};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
 use crate::event::{Answer, Effects, Event, Message, Notify, RolloutEvent};
+use crate::faults::planted;
 use crate::record::{Archived, End, Entry, Record};
 use crate::rollout::{HELD_BACK_BY, Left, Mode, Rollout, order_life};
 
@@ -423,12 +424,34 @@ impl Coordinator {
                 number: report.number,
                 body: report.body,
             };
+            self.may_ask_again(&host, &record);
             self.commit(now, record, effects);
         }
         let acknowledged = self.hosts[&host].acknowledged;
         effects
             .send
             .push((host, Message::Acknowledged(acknowledged)));
+    }
+
+    /// A host that has said its state may be asked for it again, after a resume; one whose step has
+    /// ended after the rollout, so that it lets go only now, too.
+    fn may_ask_again(&mut self, host: &HostId, record: &Record) {
+        let Record::Reported { body, .. } = record else {
+            return;
+        };
+        let Some(id) = record.rollout() else { return };
+        let ended = self
+            .rollouts
+            .get(id)
+            .is_some_and(|rollout| rollout.ended.is_some());
+        let again = match body {
+            ReportBody::Surveyed { .. } => !ended,
+            ReportBody::Finished { .. } => ended,
+            _ => false,
+        };
+        if again {
+            self.surveyed.remove(&(id.clone(), host.clone()));
+        }
     }
 
     pub(crate) fn is_up(&self, host: &HostId) -> bool {
@@ -658,6 +681,9 @@ impl Coordinator {
 
     /// When [`Event::Tick`] is due at the latest; none if nothing waits for time.
     pub fn next_deadline(&self) -> Option<Timestamp> {
+        if planted!(IgnoreDeadlines) {
+            return None;
+        }
         self.rollouts
             .values()
             .filter_map(|rollout| rollout.next_deadline(self.now, self.floor))

@@ -14,6 +14,7 @@
 pub mod compile;
 pub mod coordinator;
 pub mod event;
+mod faults;
 pub mod plan;
 pub mod record;
 pub mod rollout;

@@ -128,10 +128,8 @@ impl AgentService for Agents {
         if !self.driver.read(may_read).await? {
             return Err(not_found());
         }
-        let blobs = Arc::clone(&self.blobs);
-        let bytes = tokio::task::spawn_blocking(move || blobs.plan_bytes(digest)).await;
-        let bytes = bytes.map_err(|_| Status::internal("reading the plan has failed"))?;
-        let bytes = bytes.map_err(|error| {
+        // In memory: the coordinator has the plan of every rollout that it knows.
+        let bytes = self.blobs.plan_bytes(digest).map_err(|error| {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "a plan cannot be read"
@@ -199,6 +197,7 @@ impl Reader {
         tokio::pin!(expired);
         let why = loop {
             tokio::select! {
+                biased;
                 () = self.ending.token().cancelled() => break "ended by the controller".to_owned(),
                 () = &mut expired => {
                     let why = "the agent's certificate has ended";

@@ -54,3 +54,52 @@ async fn a_cancel_that_was_recorded_and_not_carried_out_is_carried_out_later() {
     exec.handle_cancel(&key.rollout, epoch).unwrap();
     assert!(dir.cancel().exists(), "when it is asked for again");
 }
+
+#[tokio::test]
+async fn what_a_killed_agent_had_still_to_remove_goes_at_its_next_start() {
+    let host = testing::Host::new();
+    let config = Arc::new(host.config.clone());
+    let open = || {
+        let logs = mpsc::channel(1).0;
+        Exec::open(&config, "/agent.toml".as_ref(), "example.org", logs).unwrap()
+    };
+    let key = |byte| StepKey {
+        rollout: RolloutId::from_random([byte; 6]),
+        host: config.host.clone(),
+        at: StepRef { phase: 0, step: 0 },
+        direction: Direction::Do,
+        attempt: 1,
+    };
+    let (held, ended) = (key(1), key(2));
+    let plan = HeldPlan {
+        expires: Timestamp(0),
+        steps: vec![],
+    };
+    let mut exec = open();
+    let record = Record::Held(Held {
+        rollout: held.rollout.clone(),
+        plan: Digest::of(b"plan"),
+        steps: plan.write(&config.state_dir, &held.rollout).unwrap(),
+        log_offsets: BTreeMap::new(),
+    });
+    exec.commit(vec![record], Need::Opens).unwrap();
+    plan.write(&config.state_dir, &ended.rollout).unwrap();
+    let dirs = [&held, &ended].map(|key| exec.host.dir(key));
+    for dir in &dirs {
+        dir.make().unwrap();
+    }
+    let plans = plans::dir(&config.state_dir);
+    let boot = config.run_dir.join("boot.1");
+    for half in [&plans.join("half.new"), &boot] {
+        std::fs::write(half, "").unwrap();
+    }
+    drop(exec);
+    let exec = open();
+    assert!(dirs[0].path().exists() && !dirs[1].path().exists());
+    let names: Vec<_> = std::fs::read_dir(plans)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(names, [format!("{}.steps.json", held.rollout)]);
+    assert!(exec.held.is_some() && !boot.exists());
+}

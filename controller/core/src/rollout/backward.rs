@@ -12,6 +12,7 @@ use lockstep_proto::values::Timestamp;
 
 use super::cause::Class as CauseClass;
 use super::{Attempt, Backward, Mode, Outcome, Rollout, SURVEY_WITHIN, next_attempt, order_life};
+use crate::faults::planted;
 use crate::record::{End, Lost, Record};
 
 /// When hosts are asked for their state at the end of a rollback.
@@ -195,7 +196,7 @@ impl Rollout {
                 chains.entry(host).or_default().push(*at);
             }
         }
-        for (host, chain) in chains {
+        for (host, chain) in chains.into_iter().skip(usize::from(planted!(SkipAnUndo))) {
             if !standing.blocked.contains_key(host) {
                 self.standing_of_host(host, &chain, standing);
             }
@@ -243,6 +244,10 @@ impl Rollout {
                 Some(attempt) => match &attempt.result {
                     None => {
                         standing.waiting = true;
+                        return;
+                    }
+                    Some(_) if attempt.is_ok() && planted!(UndoTwice) && attempt.number == 1 => {
+                        standing.due.push((at, 2, host.clone()));
                         return;
                     }
                     Some(_) if attempt.is_ok() => {}

@@ -9,6 +9,7 @@ use lockstep_proto::values::Timestamp;
 
 use super::cause::say_cause;
 use super::{AttemptResult, Cursor, Mode, Outcome, Rollout, next_attempt, order_life};
+use crate::faults::planted;
 use crate::record::{End, Lost, MAX_HOSTS_PER_RECORD, Record};
 
 /// Where a host stands in a stage.
@@ -167,7 +168,7 @@ impl Rollout {
         for host in hosts.filter(|host| self.members[*host].quarantined.is_none()) {
             match self.progress(cursor.phase, first, stage, host) {
                 Progress::Done => {}
-                Progress::Waiting => open = true,
+                Progress::Waiting => open = !planted!(OpenPhaseEarly),
                 Progress::Next(at, direction, attempt) => {
                     let key = (at, direction, attempt);
                     due.entry(key).or_default().push(host.clone());
@@ -246,6 +247,7 @@ impl Rollout {
             };
             match &result.outcome {
                 Outcome::Ok { .. } if !attempt.given_up => {}
+                Outcome::Lost(_) if planted!(UnreachableIsOk) => {}
                 // A dry run goes on: it says all that would happen.
                 _ if self.dry_run => {}
                 _ => {
@@ -323,6 +325,7 @@ impl Rollout {
             .max_failures
             .map_or(usize::MAX, |most| most as usize);
         let reason = format!("{host} failed in phase `{}`: {why}", phase.name);
+        let budget = budget + if planted!(IgnoreBudget) { 1000 } else { 0 };
         if failed_in_stage <= budget && failed.len() <= fleet_budget && !self.is_verifying() {
             Record::Quarantined {
                 rollout: self.id.clone(),

@@ -11,6 +11,7 @@ use lockstep_proto::values::{Period, Timestamp};
 
 use super::{MOST_ATTEMPTS, REPORT_GRACE};
 use crate::event::RolloutEvent;
+use crate::faults::planted;
 use crate::record::{End, Lost, NoticeRef};
 
 /// A rollout.
@@ -55,8 +56,8 @@ pub(crate) struct Member {
     /// The same after a rollback.
     pub(crate) after: BTreeMap<String, (Digest, String)>,
     pub(crate) surveyed: bool,
-    /// It answered after the rollout had been cancelled: what it had not begun by then, it never
-    /// begins.
+    /// It said, after the rollout had been cancelled, that it holds for it no more: what it had not
+    /// begun by then, it never begins.
     pub(crate) answered: bool,
     /// Its agent was installed anew since: it knows nothing of what the one before it ran.
     pub(crate) anew: bool,
@@ -262,7 +263,15 @@ pub(crate) fn next_attempt(attempts: &[Attempt]) -> Option<u16> {
     };
     if last.forgiven && last.is_lost() {
         Some(last.number)
-    } else if last.forgiven || often(Attempt::was_interrupted) || often(Attempt::came_late) {
+    } else if last.forgiven
+        || often(Attempt::was_interrupted)
+        || often(Attempt::came_late)
+        || (planted!(RetryUnknown)
+            && often(|it| {
+                let outcome = it.result.as_ref().map(|result| &result.outcome);
+                matches!(outcome, Some(Outcome::Unknown { .. }))
+            }))
+    {
         Some(last.number + 1)
     } else {
         None

@@ -228,6 +228,38 @@ async fn behind_the_same_fence_an_earlier_attempts_backup_serves() {
 }
 
 #[tokio::test]
+async fn a_step_keeps_one_backup_and_one_copy_of_it() {
+    let bench = Bench::with_rows().await;
+    let copies = bench.host.path().join("copies");
+    fs::create_dir(&copies).unwrap();
+    let act = Backup {
+        copies: vec![copies.display().to_string()],
+        ..backup()
+    };
+    // The first one was killed before it could say so: rows may have come since.
+    act.apply(&bench.cx(2, vec![]), &NULL).await.unwrap();
+    let first = made(&bench).pop().unwrap();
+    fs::create_dir(copies.join(format!("{}.partial", first.id))).unwrap();
+    act.apply(&bench.cx(2, vec![]), &NULL).await.unwrap();
+    let second = made(&bench);
+    assert_eq!(second.len(), 1);
+    assert_ne!(second[0].id, first.id);
+    assert_eq!(names(&copies), [second[0].id.clone()]);
+    // Those of other steps stay, and what was proven.
+    act.apply(&bench.cx(3, vec![]), &NULL).await.unwrap();
+    let cx = bench.cx(2, vec![]);
+    let store = Store::of(&cx, &Database::find(&cx, "staff").unwrap());
+    let verified = manifest::Verified {
+        key: cx.key.clone(),
+        digest: second[0].digest,
+        compared: vec![],
+    };
+    store.mark_verified(&second[0].id, &verified).unwrap();
+    act.apply(&cx, &NULL).await.unwrap();
+    assert_eq!(made(&bench).len(), 3);
+}
+
+#[tokio::test]
 async fn old_backups_go_but_never_the_newest_that_was_verified() {
     let bench = Bench::with_rows().await;
     let cx = bench.cx(1, vec![]);

@@ -228,6 +228,36 @@ async fn a_restart_leaves_a_receipt() {
 }
 
 #[tokio::test]
+async fn an_undo_that_was_killed_does_not_restart_again_what_it_restarted() {
+    let web = Web::new();
+    let started = web.host.context();
+    web.start().apply(&started, &Value::Null).await.unwrap();
+    let restart = Restart {
+        service: "web".into(),
+        driver: Driver::Process,
+        listens: web.address(),
+        within: Period::seconds(20),
+    };
+    let cx = web.host.context();
+    let running = restart.before(&cx).await.unwrap();
+    restart.apply(&cx, &Value::Null).await.unwrap();
+    let pid = web.note().unwrap().pid;
+    restart.undo(&web.host.context(), &running).await.unwrap();
+    let undone = web.note().unwrap().pid;
+    assert_ne!(undone, pid, "it finds what was there before");
+    restart.undo(&web.host.context(), &running).await.unwrap();
+    assert_eq!(web.note().unwrap().pid, undone, "INV-1: only once");
+    // After another restart there is another one to be undone.
+    restart
+        .apply(&web.host.context(), &Value::Null)
+        .await
+        .unwrap();
+    let pid = web.note().unwrap().pid;
+    restart.undo(&web.host.context(), &running).await.unwrap();
+    assert!(![pid, undone].contains(&web.note().unwrap().pid));
+}
+
+#[tokio::test]
 async fn a_service_that_crashes_fails_at_once_with_its_last_words() {
     let argv = [
         "python3",
