@@ -118,6 +118,7 @@ impl Lab {
     pub(super) fn neutral(&self, text: &str) -> String {
         let mut text = text.to_owned();
         for attempt in 1..5 {
+            text = text.replace(&format!("\"attempt\": {attempt}"), "\"attempt\": N");
             for direction in ["do", "undo"] {
                 let from = format!(".{direction}.{attempt}@");
                 text = text.replace(&from, &format!(".{direction}.N@"));

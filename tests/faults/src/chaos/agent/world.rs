@@ -145,8 +145,8 @@ impl World {
         let count = runs.iter().filter(service).count();
         self.state.insert("service".into(), format!("runs {count}"));
         let note = fs::read_to_string(lab.path("run/services/web.json")).unwrap_or_default();
-        // Where none runs, none was made.
-        if !note.is_empty() {
+        // One that was ended on its way, with its step process, was not made.
+        if count > 0 {
             self.identity.insert("service".into(), note);
         }
         let others = runs.iter().filter(|line| !service(line));
