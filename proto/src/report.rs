@@ -66,6 +66,10 @@ pub enum ReportBody {
     },
 }
 
+/// What an agent notes instead of its state when it is asked for it and holds for another rollout, or
+/// for none: nothing of the rollout runs there, and no order of it is obeyed any more.
+pub const HOLDS_NOT: &str = "this host does not hold for the rollout";
+
 /// Why an agent refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {

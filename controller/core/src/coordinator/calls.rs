@@ -110,6 +110,8 @@ impl Coordinator {
                 let up = |host: &HostId| self.is_up(host);
                 let (left, shut) = (state.say_left(&up), state.left_shut());
                 let reason = format!("cancelled by {operator}: {reason}{left}{shut}");
+                // Whoever was asked for its state before is asked once more.
+                self.surveyed.retain(|(asked, _)| *asked != rollout);
                 Record::Ended {
                     rollout,
                     end: End::Cancelled,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lockstep_proto::action::Class;
 use lockstep_proto::ids::{Digest, Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
-use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
+use lockstep_proto::report::{Cause, Failure, HOLDS_NOT, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
 use super::retry::Retry;
@@ -407,7 +407,7 @@ impl Rollout {
                 };
                 keep_states(&mut member.after, state);
                 member.surveyed = true;
-                member.answered |= ended;
+                member.answered |= ended && state.iter().any(says_it_let_go);
             }
         }
     }
@@ -512,6 +512,11 @@ impl Rollout {
             Mode::Backward(backward) => Some(&mut backward.checks),
         }
     }
+}
+
+/// Whether a host says that it holds for the rollout no more.
+fn says_it_let_go(fact: &Fact) -> bool {
+    matches!(fact, Fact::Note { value, .. } if value == HOLDS_NOT)
 }
 
 fn keep_states(states: &mut BTreeMap<String, (Digest, String)>, facts: &[Fact]) {

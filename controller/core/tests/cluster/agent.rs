@@ -68,10 +68,12 @@ impl Agent {
             }
             Message::Order(order) => self.order(now, order, acknowledged, dice),
             Message::Survey { rollout, .. } => {
-                self.reports.push(ReportBody::Surveyed {
-                    rollout,
-                    state: vec![],
-                });
+                let let_go = Fact::Note {
+                    name: "not surveyed".into(),
+                    value: HOLDS_NOT.into(),
+                };
+                let state = if self.holds { vec![] } else { vec![let_go] };
+                self.reports.push(ReportBody::Surveyed { rollout, state });
             }
             Message::Cancel { .. } => {
                 if let Some((end, _)) = &mut self.running {

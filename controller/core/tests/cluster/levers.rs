@@ -172,6 +172,11 @@ impl World {
         for _ in 0..400 {
             self.second(calm);
             self.check_left();
+            let open = self.coordinator.left(&self.rollout);
+            let stopped = open.iter().all(|left| left.state == LeftState::Stopped);
+            if stopped && self.agents.values().all(|agent| !agent.holds) {
+                break;
+            }
         }
         for (host, agent) in &self.agents {
             assert!(!agent.holds, "nothing stays locked: {host}");

@@ -17,11 +17,11 @@ use std::sync::Arc;
 use lockstep_core::{Call, Config, Coordinator, Effects, Entry, Event, Message, Record};
 use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, Epoch, HostId, InstanceId, RolloutId, StepKey, StepRef};
-use lockstep_proto::order::Order;
+use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::plan::{
     Batch, CompiledPlan, Phase, Placed, Selector, Slo, Stage, Step, Strategy, Target, Undo,
 };
-use lockstep_proto::report::{Cause, Failure, Report, ReportBody, StepOutcome};
+use lockstep_proto::report::{Cause, Failure, HOLDS_NOT, Report, ReportBody, StepOutcome};
 use lockstep_proto::seal::{SealedPlan, seal};
 use lockstep_proto::values::{Period, Timestamp};
 use proptest::prelude::*;

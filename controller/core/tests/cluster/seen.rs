@@ -20,6 +20,8 @@ pub(super) struct Seen {
     pub(super) quarantined: BTreeSet<HostId>,
     /// Hosts whose newest attempt forward failed, by the step.
     failed: BTreeMap<HostId, StepRef>,
+    /// The step that each host was last ordered forward.
+    last: BTreeMap<HostId, StepRef>,
     paused: bool,
     rolling_back: bool,
     /// The stage whose wave was opened last.
@@ -63,6 +65,9 @@ impl World {
                     let seen = &mut self.seen;
                     seen.not_after.insert(key.clone(), not_after.0);
                     seen.failed.remove(host);
+                    if *direction == Direction::Do {
+                        seen.last.insert(host.clone(), *at);
+                    }
                     seen.newest
                         .insert((host.clone(), *at, *direction), *attempt);
                 }
@@ -156,7 +161,7 @@ impl World {
         let plan = self.plan.plan();
         let seen = &mut self.seen;
         for host in seen.quarantined.difference(quarantined) {
-            let at = seen.failed.get(host).copied();
+            let at = seen.last.get(host).copied();
             let stage = at.map(|at| (at.phase, plan.step(at).unwrap().stage));
             assert_eq!(stage, seen.open, "INV-3: {host} is back behind a barrier");
         }

@@ -118,9 +118,6 @@ impl World {
                 "INV-2: the journal would refuse {size} bytes"
             );
             self.see(&entry.record, &back);
-            if std::env::var_os("DBG").is_some() {
-                eprintln!("{} {}", entry.at.0, serde_json::to_string(&entry.record).unwrap().chars().take(260).collect::<String>());
-            }
             self.journal.push(entry);
         }
         for (host, message) in effects.send {

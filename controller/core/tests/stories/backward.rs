@@ -229,3 +229,27 @@ fn a_rollback_after_a_halt_has_time_for_what_was_not_begun() {
     fleet.call("olga", &[], back).unwrap();
     assert_eq!(fleet.state(1), "rolling_back", "{}", fleet.reason(1));
 }
+
+#[test]
+fn hosts_are_asked_for_their_state_again_after_a_resume() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    fleet.consent(1, "a", vec![state("up")]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("a", ok(), vec![]);
+    let surveys = |fleet: &Fleet| {
+        let sent = fleet.sent.iter();
+        sent.filter(|(_, message)| matches!(message, Message::Survey { .. }))
+            .count()
+    };
+    assert_eq!(surveys(&fleet), 1);
+    fleet.surveyed("a", vec![state("down")]);
+    assert_eq!(fleet.state(1), "halted");
+    // Somebody has mended it by hand.
+    fleet.resume();
+    assert_eq!(surveys(&fleet), 2, "in the same session too");
+    fleet.surveyed("a", vec![state("up")]);
+    assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
+}

@@ -2,6 +2,7 @@
 
 use lockstep_core::LeftState;
 use lockstep_proto::plan::Batch;
+use lockstep_proto::report::HOLDS_NOT;
 
 use super::*;
 
@@ -405,6 +406,12 @@ fn cancel(fleet: &mut Fleet) {
         .unwrap();
 }
 
+fn let_go() -> Vec<Fact> {
+    let name = "not surveyed".into();
+    let value = HOLDS_NOT.into();
+    vec![Fact::Note { name, value }]
+}
+
 fn left(fleet: &Fleet) -> Vec<(String, LeftState, String)> {
     let left = fleet.coordinator.left(&rollout(1)).into_iter();
     left.map(|left| (left.host.to_string(), left.state, left.message))
@@ -492,6 +499,8 @@ fn cancel_ends_at_once_with_every_agent_offline_and_hears_of_them_later() {
     assert_eq!(sent, ["cancel", "release", "survey"]);
     assert_eq!(left(&fleet)[1].1, LeftState::Unknown);
     fleet.surveyed("b", vec![]);
+    assert_eq!(left(&fleet)[1].1, LeftState::Unknown, "it still holds");
+    fleet.surveyed("b", let_go());
     assert_eq!(left(&fleet)[1].1, LeftState::Stopped);
     assert_eq!(
         back(&mut fleet, "b", None),
@@ -563,7 +572,7 @@ fn an_agent_that_was_installed_anew_proves_nothing_of_the_one_before_it() {
         held: None,
     });
     fleet.reports.clear();
-    fleet.surveyed("a", vec![]);
+    fleet.surveyed("a", let_go());
     assert_eq!(left(&fleet)[0].1, LeftState::Unknown);
 }
 

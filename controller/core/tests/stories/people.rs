@@ -517,3 +517,17 @@ fn clocks_may_differ_a_little_and_groups_without_a_step_do_not_matter() {
     let refused = fleet.submit(2, too_early).unwrap_err().to_string();
     assert!(refused.contains("clock"), "{refused}");
 }
+
+#[test]
+fn resume_gives_no_order_new_life_where_a_failure_sends_the_rollout_back() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    fleet.pause();
+    fleet.finish("a", failed(), vec![]);
+    let before = fleet.orders.len();
+    fleet.resume();
+    assert_eq!(fleet.state(1), "rolling_back");
+    let given = fleet.orders[before..].iter();
+    let forward = given.filter(|order| order.key.direction == Direction::Do);
+    assert_eq!(forward.count(), 0, "INV-5: b is not asked once more");
+}
