@@ -75,7 +75,8 @@ pub(super) struct Stage<'a> {
 
 /// How a run went.
 pub(super) struct Run {
-    pub(super) done: Ended,
+    /// None if the agent was killed before the first order, and nothing was ordered.
+    pub(super) done: Option<Ended>,
     pub(super) undone: Option<Ended>,
     pub(super) before: World,
     pub(super) after_do: World,
@@ -85,12 +86,19 @@ pub(super) struct Run {
     pub(super) lost: Vec<String>,
     /// The points that were passed: the agent's, and of the step processes.
     pub(super) points: [Vec<String>; 3],
+    /// How many of the agent's points come before the first order.
+    pub(super) until_consent: u64,
     /// Whether a process was killed, where one should have been.
     pub(super) reached: bool,
 }
 
-/// Plays a run.
-pub(super) async fn play(lab: &mut Lab, stage: &Stage<'_>, case: Option<Case>) -> Result<Run> {
+/// Plays a run; only as far as the consent if `orders` is false.
+pub(super) async fn play(
+    lab: &mut Lab,
+    stage: &Stage<'_>,
+    case: Option<Case>,
+    orders: bool,
+) -> Result<Run> {
     lab.restore()?;
     lab.is_planted = case.is_some();
     if stage.kind.service {
@@ -122,11 +130,15 @@ pub(super) async fn play(lab: &mut Lab, stage: &Stage<'_>, case: Option<Case>) -
     let before = World::look(lab)?;
     let mut play = Play::begin(lab, &stage.plan, stage.bindings.clone())?;
     play.consent().await?;
+    let passed = fs::read_to_string(&files[0]).unwrap_or_default();
+    let until_consent = u64::try_from(passed.lines().count())?;
     let mut between = vec![];
-    let mut directions = vec![Direction::Do];
-    if stage.action.info().undo {
-        directions.push(Direction::Undo);
-    }
+    let mut directions = vec![Direction::Do, Direction::Undo];
+    directions.truncate(match (orders, stage.action.info().undo) {
+        (false, _) => 0,
+        (true, false) => 1,
+        (true, true) => 2,
+    });
     let (mut ended, mut after_do) = (vec![], None);
     for direction in directions {
         let plan = step_plan(play.lab, direction);
@@ -162,14 +174,15 @@ pub(super) async fn play(lab: &mut Lab, stage: &Stage<'_>, case: Option<Case>) -
     });
     let mut ended = ended.into_iter();
     Ok(Run {
-        done: ended.next().context("it was done")?,
+        done: ended.next(),
         undone: ended.next(),
+        after_do: after_do.unwrap_or_else(|| before.clone()),
         before,
-        after_do: after_do.context("it was looked at")?,
         end,
         between,
         lost,
         points,
+        until_consent,
         reached,
     })
 }
@@ -227,7 +240,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
     };
     let blind = stage.action.info().class == Class::Blind;
     let pairs = [
-        (Direction::Do, Some(&run.done), Some(&recorded.done)),
+        (Direction::Do, run.done.as_ref(), recorded.done.as_ref()),
         (
             Direction::Undo,
             run.undone.as_ref(),
@@ -283,6 +296,12 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         verdict.double.extend(too_often(stage, run, recorded, 0));
         return verdict;
     }
+    if run.done.is_none() {
+        // Nothing was ordered: the host is as it was.
+        let changes = run.end.differences(&run.before);
+        verdict.wrong.extend(changes);
+        return verdict;
+    }
     let differs = |what: &str, is: &World, should: &World| -> Vec<String> {
         let lines = is.differences(should).into_iter();
         lines.map(|line| format!("{what}: {line}")).collect()
@@ -295,8 +314,8 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         .extend(differs("end", &run.end, &recorded.end));
     // A restarted host starts its services anew.
     if !(reboot && stage.kind.action().starts_with("service.")) {
-        let attempts = run.done.attempts + run.undone.as_ref().map_or(0, |undone| undone.attempts);
-        let more = u64::from(attempts) + 1;
+        let ended = run.done.iter().chain(&run.undone);
+        let more = 1 + u64::from(ended.map(|ended| ended.attempts).sum::<u16>());
         verdict.double.extend(too_often(stage, run, recorded, more));
         for (direction, then) in &run.between {
             let (before, later) = match direction {

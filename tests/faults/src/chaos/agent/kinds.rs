@@ -33,6 +33,11 @@ pub(super) struct Kind {
 }
 
 impl Kind {
+    /// Whether a run takes seconds.
+    pub(super) fn takes_long(&self) -> bool {
+        self.base != Base::None || self.action().starts_with("service.")
+    }
+
     /// The action's name.
     pub(super) fn action(&self) -> &'static str {
         self.name.split(':').next().expect("a name")

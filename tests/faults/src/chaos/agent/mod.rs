@@ -237,7 +237,7 @@ async fn one_kind(
 ) -> Result<()> {
     let began = Instant::now();
     let stage = stage::make(lab, kind, base).await?;
-    let recorded = case::play(lab, &stage, None)
+    let recorded = case::play(lab, &stage, None, true)
         .await
         .context("without a kill")?;
     if options.verbose {
@@ -257,7 +257,11 @@ async fn one_kind(
     let count = cases.len();
     for case in cases {
         let began = Instant::now();
-        let played = case::play(lab, &stage, Some(case)).await;
+        // What is killed before the first order knows nothing of the action: where the step takes
+        // long, its host only has to come to the consent.
+        let early = matches!(case, Case::Agent(at) if at <= recorded.until_consent);
+        let orders = !(early && kind.takes_long());
+        let played = case::play(lab, &stage, Some(case), orders).await;
         let ended = match played {
             Ok(run) if !run.reached => Ok(None),
             Ok(run) => Ok(Some(case::judge(&stage, case, &run, &recorded))),
