@@ -197,23 +197,31 @@ fn deploy(
     Ok(document)
 }
 
+/// Prints the units of a pattern.
+const LIST: &str = "systemctl list-units --plain --no-legend \"$0\"";
+
+/// The same, and stops their processes where they are, a moment after they began: a step may take
+/// no longer than the next look at it.
+const FREEZE: &str = "units=$(systemctl list-units --plain --no-legend \"$0\")
+    [ -z \"$units\" ] || { sleep 0.3; systemctl kill --kill-whom=all --signal=STOP -- \"$0\"; }
+    echo \"$units\"";
+
 /// Waits until systemd runs the first attempt at an action; where, and its unit.
-fn under_way(fleet: &Fleet, rollout: &str, action: &str) -> Result<(&'static str, String)> {
+fn under_way(
+    fleet: &Fleet,
+    rollout: &str,
+    action: &str,
+    look: &str,
+) -> Result<(&'static str, String)> {
     let document = fleet.operator(cluster::REQUESTER).rollout(rollout)?;
     let step = steps(&document).find(|(_, step)| text(&step["action"]) == action);
     let (_, step) = step.context("the plan has this action")?;
     let pattern = format!("lockstep-step-{rollout}.{}.do.1*", text(&step["at"]));
-    let list = [
-        "systemctl",
-        "list-units",
-        "--plain",
-        "--no-legend",
-        &pattern,
-    ];
+    let look = ["sh", "-c", look, &pattern];
     wait::until(&format!("a unit {pattern}"), wait::ROLLOUT, || {
         // All at once: some steps take no longer than a second.
         thread::scope(|scope| {
-            let asked = HOSTS.map(|(host, _)| (host, scope.spawn(move || fleet.on(host, &list))));
+            let asked = HOSTS.map(|(host, _)| (host, scope.spawn(move || fleet.on(host, &look))));
             for (host, units) in asked {
                 let units = units.join().expect("nobody who asks panics");
                 let units = units.map_err(|error| format!("{error:#}"))?;
@@ -229,7 +237,17 @@ fn under_way(fleet: &Fleet, rollout: &str, action: &str) -> Result<(&'static str
 /// Kills a step in the middle of it; systemd ends what its main process has started. Its unit shows
 /// no secret.
 fn kill_step(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
-    let (host, unit) = under_way(fleet, rollout, action)?;
+    let (host, unit) = under_way(fleet, rollout, action, FREEZE)?;
+    for (other, _) in HOSTS.iter().filter(|(other, _)| *other != host) {
+        let go_on = [
+            "systemctl",
+            "kill",
+            "--kill-whom=all",
+            "--signal=CONT",
+            "--",
+        ];
+        fleet.on(other, &[&go_on[..], &["lockstep-step-*"]].concat())?;
+    }
     let properties = fleet.on(host, &["systemctl", "show", "--no-pager", "--", &unit])?;
     ensure!(properties.contains(&unit), "{properties}");
     fleet.holds_no_secret(&unit, &properties)?;
@@ -247,7 +265,7 @@ fn kill_controller(fleet: &Fleet, rollout: &str) -> Result<()> {
 
 /// Kills the daemon of the host that does an action; systemd starts it again.
 fn kill_agent(fleet: &Fleet, rollout: &str, action: &str) -> Result<()> {
-    let (host, _) = under_way(fleet, rollout, action)?;
+    let (host, _) = under_way(fleet, rollout, action, LIST)?;
     kill(fleet, host, "lockstep-agent.service")
 }
 
