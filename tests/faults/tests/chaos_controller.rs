@@ -68,7 +68,7 @@ fn messages_may_come_again_and_out_of_order() {
 fn what_is_sent_before_it_is_durable_is_found() {
     let outcome = play(&Options {
         variants: vec![Variant::Forward],
-        nth: 37,
+        nth: 11,
         planted: Some(Fault::SendBeforePersist.name()),
         ..nothing()
     });

@@ -75,10 +75,12 @@ pub fn violations(world: &World, records: &[Record], plan: &CompiledPlan) -> Vec
     found.extend(broken.map(|what| Violation::new(Kind::Double, what)));
     let lost = world.lost.iter().cloned();
     found.extend(lost.map(|what| Violation::new(Kind::Lost, what)));
+    let fenced = world.fenced.iter().cloned();
+    found.extend(fenced.map(|what| Violation::new(Kind::Fenced, what)));
     once(&world.ledger, &mut found);
     reports(world, records, &mut found);
     barriers(world, plan, &mut found);
-    fenced(&world.ledger, &mut found);
+    obeyed(&world.ledger, &mut found);
     found
 }
 
@@ -241,7 +243,7 @@ fn hosts<'a>(world: &'a World, plan: &CompiledPlan, target: &Target) -> Vec<&'a 
 }
 
 /// INV-4: what was obeyed was the highest term that the agent had seen.
-fn fenced(ledger: &[Effect], found: &mut Vec<Violation>) {
+fn obeyed(ledger: &[Effect], found: &mut Vec<Violation>) {
     for effect in ledger
         .iter()
         .filter(|effect| effect.epoch != effect.highest)

@@ -367,10 +367,17 @@ impl Session {
     fn ordered(&self, order: &Order, clock: Clock) -> Then {
         let mut world = self.shared.world();
         let agent = &mut world.agents[self.index];
+        let highest = agent.epoch;
         if let Err(why) = agent.admit(order.epoch) {
             world.stale += 1;
             return Then::End(why);
         }
+        if !order.epoch.is_current(highest) {
+            let (key, epoch) = (&order.key, order.epoch);
+            let what = format!("{key} was obeyed under {epoch}, after {highest} had been seen");
+            world.fenced.insert(what);
+        }
+        let agent = &mut world.agents[self.index];
         match agent.order(order, clock.now()) {
             Ok(then) => then,
             Err(failure) => {

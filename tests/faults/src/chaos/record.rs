@@ -26,7 +26,7 @@ use super::simulated::World;
 const WITHIN: Duration = Duration::from_mins(4);
 
 /// What was sent before the point has this long to arrive: what was promised too early shows.
-const ARRIVES: Duration = Duration::from_millis(4);
+const ARRIVES: Duration = Duration::from_millis(8);
 
 /// What there is if the controller is killed at a point.
 #[derive(Debug)]

@@ -41,6 +41,8 @@ pub struct World {
     pub ledger: Vec<Effect>,
     /// What breaks a promise, seen from the agents' side.
     pub broken: BTreeSet<String>,
+    /// Orders that were obeyed although their term had ended.
+    pub fenced: BTreeSet<String>,
     /// Reports that were called durable, and are not.
     pub lost: BTreeSet<String>,
     /// Orders that were refused because their term has ended.
