@@ -4,10 +4,10 @@ use lockstep_proto::ids::{HostId, RolloutId};
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
-use super::{Session, clean};
 use super::error::CliError;
 use super::exit::Exit;
 use super::render::{self, Line};
+use super::{Session, clean};
 
 /// A rollout, and why.
 #[derive(Debug, clap::Args)]
