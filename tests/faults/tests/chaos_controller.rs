@@ -70,6 +70,7 @@ fn what_is_sent_before_it_is_durable_is_found() {
         variants: vec![Variant::Forward],
         nth: 11,
         planted: Some(Fault::SendBeforePersist.name()),
+        keep: false,
         ..nothing()
     });
     assert!(
@@ -83,6 +84,7 @@ fn agents_that_obey_an_ended_term_are_found() {
     plant(Some(Fault::AgentIgnoresEpoch));
     let outcome = play(&Options {
         scenarios: vec![Scenario::Woken],
+        keep: false,
         ..nothing()
     });
     plant(None);

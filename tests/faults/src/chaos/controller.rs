@@ -31,6 +31,8 @@ pub struct Options {
     pub parallel: usize,
     /// A fault that is planted in every controller, by name.
     pub planted: Option<String>,
+    /// Whether the state and the logs of what failed are left.
+    pub keep: bool,
 }
 
 impl Default for Options {
@@ -42,6 +44,7 @@ impl Default for Options {
             scenarios: Scenario::ALL.to_vec(),
             parallel: 6,
             planted: std::env::var("LOCKSTEP_PLANTED").ok(),
+            keep: true,
         }
     }
 }
@@ -100,7 +103,7 @@ pub fn run(options: &Options, tell: &(dyn Fn(&str) + Sync)) -> Result<Outcome> {
         ));
         outcome.scenario(*scenario, &seen, violations);
     }
-    if !outcome.failures.is_empty() {
+    if options.keep && !outcome.failures.is_empty() {
         let kept = root.keep();
         tell(&format!("what failed is left in {}", kept.display()));
     }
