@@ -470,8 +470,10 @@ impl Rollout {
 
     /// The hosts that failed get another attempt.
     fn fold_retry(&mut self, retry: &Retry) {
+        // A host whose undo is tried again has failed all the same.
+        let forward = matches!(self.mode, Mode::Forward(_));
         for again in &retry.again {
-            if let Some(member) = self.members.get_mut(&again.host) {
+            if let Some(member) = self.members.get_mut(&again.host).filter(|_| forward) {
                 member.quarantined = None;
             }
             let key = (again.at, again.direction);

@@ -82,7 +82,8 @@ proptest! {
     }
 }
 
-/// `LOCKSTEP_SEEDS=FROM..TO` runs that range in place of a small one, and `FROM..=FROM` one again.
+/// `LOCKSTEP_SEEDS=FROM..TO` runs that range in place of a small one, and `FROM..=FROM` one again;
+/// with `LOCKSTEP_TRACE=1` every record of the journal is printed.
 #[test]
 #[allow(clippy::print_stderr, reason = "it says how to see a failure again")]
 fn promises_hold_over_a_range_of_seeds() {

@@ -73,7 +73,7 @@ impl World {
                 }
                 // Checked together: they were ordered together.
                 if *direction == Direction::Do {
-                    self.check_budget();
+                    self.check_budget(&self.seen.failed);
                 }
             }
             Record::Reported { host, body, .. } => seen.see_report(host, body, self.now),
@@ -313,43 +313,39 @@ impl World {
     }
 
     /// INV-5: nothing goes forward with more failed hosts than the plan allows.
-    fn check_budget(&self) {
+    fn check_budget(&self, failed: &BTreeMap<HostId, StepRef>) {
         if self.seen.rolling_back {
             return;
         }
         let plan = self.plan.plan();
-        let all = self.seen.failed.len();
+        let all = failed.len();
         let fleet = plan.max_failures.map_or(usize::MAX, |most| most as usize);
         assert!(
             all <= fleet,
             "INV-5: {all} failed, the fleet may have {fleet}"
         );
-        for at in self.seen.failed.values() {
-            let failed = self.failed_like(*at);
-            let most = budget(plan.step(*at).unwrap());
+        let stage = |at: StepRef| (at.phase, plan.step(at).unwrap().stage);
+        for at in failed.values() {
+            let same = failed.values().filter(|other| stage(**other) == stage(*at));
+            let (count, most) = (same.count(), budget(plan.step(*at).unwrap()));
             assert!(
-                failed <= most,
-                "INV-5: {failed} failed at {at}, it may have {most}"
+                count <= most,
+                "INV-5: {count} failed at {at}, it may have {most}"
             );
         }
     }
 
+    /// A host stays behind only within the budget, and only if it failed. Others that failed in the
+    /// same moment have their turn after it.
     fn check_quarantine(&self, host: &HostId) {
-        let at = self.seen.failed.get(host);
-        let at = at.unwrap_or_else(|| panic!("INV-5: {host} has not failed"));
+        let seen = &self.seen;
         assert!(
-            budget(self.plan.plan().step(*at).unwrap()) > 0,
-            "INV-5: {at}"
+            seen.failed.contains_key(host),
+            "INV-5: {host} has not failed"
         );
-        self.check_budget();
-    }
-
-    /// How many hosts failed in the stage of a step.
-    fn failed_like(&self, at: StepRef) -> usize {
-        let plan = self.plan.plan();
-        let stage = |at: StepRef| (at.phase, plan.step(at).unwrap().stage);
-        let same = |other: &&StepRef| stage(**other) == stage(at);
-        self.seen.failed.values().filter(same).count()
+        let mut behind = seen.failed.clone();
+        behind.retain(|host, _| seen.quarantined.contains(host));
+        self.check_budget(&behind);
     }
 
     /// What an order that is sent must be: one that was written down; and none forward in a

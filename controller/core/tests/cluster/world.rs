@@ -28,6 +28,8 @@ pub(super) struct World {
     pub(super) ledger: Vec<Deed>,
     pub(super) seen: Seen,
     term: u64,
+    /// Every record is printed, to walk through a failing seed.
+    trace: bool,
     /// INV-8: it has ended by then.
     pub(super) ends_by: u64,
     pub(super) calls: u32,
@@ -64,6 +66,7 @@ impl World {
             ledger: vec![],
             seen: Seen::default(),
             term: 1,
+            trace: std::env::var_os("LOCKSTEP_TRACE").is_some(),
             calls: 0,
             stopped_at: BTreeMap::new(),
         };
@@ -101,6 +104,7 @@ impl World {
         self.take(effects);
     }
 
+    #[allow(clippy::print_stderr, reason = "it walks through a failing seed")]
     pub(super) fn take(&mut self, effects: Effects) {
         let retried = effects
             .persist
@@ -117,6 +121,11 @@ impl World {
                 size < 32_000,
                 "INV-2: the journal would refuse {size} bytes"
             );
+            if self.trace {
+                let record = serde_json::to_string(&entry.record).unwrap();
+                let short: String = record.chars().take(300).collect();
+                eprintln!("{:6}  {short}", entry.at.0 / 1000 - 1000);
+            }
             self.see(&entry.record, &back);
             self.journal.push(entry);
         }

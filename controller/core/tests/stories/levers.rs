@@ -592,3 +592,48 @@ fn what_cannot_be_cancelled_says_what_to_do_instead() {
         "{refused}"
     );
 }
+
+#[test]
+fn a_consent_that_comes_after_the_end_is_told_to_let_go() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    let call = Call::Cancel {
+        rollout: rollout(1),
+        reason: "not today".into(),
+    };
+    fleet.call("olga", &[], call).unwrap();
+    let before = fleet.sent.len();
+    fleet.consent(1, "a", vec![]);
+    let released = fleet.sent[before..].iter().any(|(to, message)| {
+        let release = |it: &RolloutId| *to == host("a") && *it == rollout(1);
+        matches!(message, Message::Release { rollout, .. } if release(rollout))
+    });
+    assert!(released, "a would hold itself for ever");
+}
+
+#[test]
+fn a_host_left_behind_stays_so_when_its_undo_is_tried_again() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let rolling = Strategy::Rolling {
+        batch: Batch::Hosts(2),
+        max_failures: 1,
+        pause: Period(0),
+    };
+    let first = Stage {
+        strategy: rolling,
+        ..on("app", vec![stop()])
+    };
+    fleet.start(vec![first, on("app", vec![start_service()])]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    fleet.finish("b", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    assert_eq!(fleet.state(1), "halted", "{}", fleet.reason(1));
+    resume_failed(&mut fleet).unwrap();
+    let document = fleet.coordinator.document(&rollout(1)).unwrap();
+    assert_eq!(document["hosts"][0]["quarantined"], true, "INV-5");
+}
