@@ -9,13 +9,17 @@ CARGO := cargo
 LOCKED := --locked
 # The product, without the packages that plant faults in it.
 PRODUCT := --workspace --exclude lockstep-faults --exclude lockstep-sim
+FAULTY := -p lockstep-faults -p lockstep-sim
+# How many seeds `make sim` runs, through the shells and on the pure core.
+SEEDS := 2000
+CORE_SEEDS := 2000
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet skew chaos ci
+.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet skew chaos sim sim-replay ci
 
 help: ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 prepare: ## install, or name, what tests and demo need
 	@tests/prepare.sh
@@ -25,7 +29,7 @@ fmt: ## the format is rustfmt's
 
 clippy: ## no warnings
 	$(CARGO) clippy $(LOCKED) $(PRODUCT) --all-targets -- -D warnings
-	$(CARGO) clippy $(LOCKED) -p lockstep -p lockstep-agent -p lockstep-faults --all-targets -- -D warnings
+	$(CARGO) clippy $(LOCKED) -p lockstep -p lockstep-agent $(FAULTY) --all-targets -- -D warnings
 
 doc: ## the documentation builds, without broken links
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(LOCKED) --workspace --no-deps --document-private-items
@@ -47,6 +51,13 @@ test: build ## unit, property, golden and whole-process tests, and the documenta
 		$(CARGO) test $(LOCKED) $(PRODUCT) --lib --bins --tests -- --test-threads=2
 	fi
 	$(CARGO) test $(LOCKED) $(PRODUCT) --doc
+	# Samples of what `make sim` and `make chaos` do in full; built apart, for the faults in them.
+	$(CARGO) build $(LOCKED) $(FAULTY) --bins
+	if $(CARGO) nextest --version >/dev/null 2>&1; then
+		$(CARGO) nextest run $(LOCKED) $(FAULTY)
+	else
+		$(CARGO) test $(LOCKED) $(FAULTY) -- --test-threads=2
+	fi
 
 deny: ## licences, sources, advisories and banned crates
 	@if $(CARGO) deny --version >/dev/null 2>&1; then
@@ -74,5 +85,14 @@ chaos: prepare ## kills at every write of both sides: target/reports/chaos.json;
 	@$(NOFILE)
 	$(CARGO) build $(LOCKED) -p lockstep-faults --bins
 	target/debug/chaos
+
+sim: ## seeds of everything in one thread, under faults; planted ones are found: target/reports/sim.json
+	@LOCKSTEP_SEEDS=0..$(CORE_SEEDS) $(CARGO) test $(LOCKED) --profile sim -p lockstep-core --test cluster -- range_of_seeds
+	$(CARGO) build $(LOCKED) --profile sim -p lockstep-sim
+	target/sim/sim run --seeds $(SEEDS) --core-seeds $(CORE_SEEDS) --report target/reports/sim.json
+
+sim-replay: ## one seed again, event by event: SEED=7 [WITHOUT=1,2] [PLANTED=UndoTwice]
+	@$(CARGO) build $(LOCKED) --profile sim -p lockstep-sim
+	target/sim/sim replay $(SEED) $(if $(WITHOUT),--without $(WITHOUT)) $(if $(PLANTED),--planted $(PLANTED)) $(if $(STEP),--step)
 
 ci: fmt clippy doc test deny demo fleet ## everything

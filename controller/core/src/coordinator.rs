@@ -391,18 +391,23 @@ impl Coordinator {
             }
         }
         if let Some(rollout) = held {
-            let locking = self.rollouts.get(&rollout).is_some_and(Rollout::is_locking);
-            if !locking {
-                let cancel = Message::Cancel {
-                    rollout: rollout.clone(),
-                    epoch,
-                };
-                effects.send.push((host.clone(), cancel));
-                effects
-                    .send
-                    .push((host, Message::Release { rollout, epoch }));
-            }
+            self.send_release(host, rollout, effects);
         }
+    }
+
+    /// Tells a host that holds itself for a rollout to let go, if that has ended.
+    fn send_release(&self, host: HostId, rollout: RolloutId, effects: &mut Effects) {
+        if self.rollouts.get(&rollout).is_some_and(Rollout::is_locking) {
+            return;
+        }
+        let epoch = self.config.epoch;
+        let cancel = Message::Cancel {
+            rollout: rollout.clone(),
+            epoch,
+        };
+        effects.send.push((host.clone(), cancel));
+        let release = Message::Release { rollout, epoch };
+        effects.send.push((host, release));
     }
 
     /// Reports come in order and without gaps. One that is known is acknowledged again; one with
@@ -424,8 +429,24 @@ impl Coordinator {
                 number: report.number,
                 body: report.body,
             };
+            let consented = match &record {
+                Record::Reported {
+                    body: ReportBody::Consented { rollout, .. },
+                    ..
+                } => Some(rollout.clone()),
+                _ => None,
+            };
             self.may_ask_again(&host, &record);
             self.commit(now, record, effects);
+            // A consent that was under way when its rollout ended, and has come since.
+            let ended = |rollout: &RolloutId| {
+                self.rollouts
+                    .get(rollout)
+                    .is_some_and(|it| it.ended.is_some())
+            };
+            if let Some(rollout) = consented.filter(ended) {
+                self.send_release(host.clone(), rollout, effects);
+            }
         }
         let acknowledged = self.hosts[&host].acknowledged;
         effects
