@@ -18,7 +18,11 @@ use crate::operator::{list, text};
 use crate::story::run_plan;
 use crate::wait;
 
-pub(super) const ALL: [Story; 2] = [
+pub(super) const ALL: [Story; 3] = [
+    Story {
+        name: "quick: a controller that goes back, after a rollout and after a compaction",
+        run: small_goes_back,
+    },
     Story {
         name: "an agent's journal with a record of a kind that is not known yet",
         run: unknown_to_agents,
@@ -61,6 +65,17 @@ pub(super) fn controller_goes_back(
         format!("the old controller on what the new one wrote: {written}"),
         format!("the old controller on what the new one compacted: {compacted}"),
     ])
+}
+
+fn small_goes_back(releases: &Releases) -> Result<Vec<String>> {
+    let mut cluster = small(&releases.old.binaries)?;
+    cluster.stop_controller();
+    cluster.install_controller(&releases.new.lockstep);
+    cluster.install_cli(&releases.new.lockstep);
+    cluster.start_controller()?;
+    all_connected(&mut cluster)?;
+    do_something(&cluster)?;
+    controller_goes_back(&mut cluster, releases)
 }
 
 /// The rollouts that a controller knows, with their states.
@@ -233,13 +248,18 @@ fn small(binaries: &Binaries) -> Result<Cluster> {
         .policy("app-1", Some(policy))
         .binaries(binaries)
         .start()?;
+    do_something(&cluster)?;
+    Ok(cluster)
+}
+
+fn do_something(cluster: &Cluster) -> Result<()> {
     let plan = "version: 1\nplan: small\nfleet: {app: {labels: {role: app}}}\nphases:\n  \
                 - name: work\n    on: app\n    steps:\n      \
                 - exec.run: {name: work, argv: [\"true\"]}\n";
-    let document = run_plan(&cluster, plan);
+    let document = run_plan(cluster, plan);
     let state = text(&document["state"]);
     ensure!(state == "succeeded", "{}", cluster.explain(&document));
-    Ok(cluster)
+    Ok(())
 }
 
 fn both(releases: &Releases) -> [(&'static str, &Binaries); 2] {

@@ -1,15 +1,22 @@
 //! Both releases at work together, in the middle of an upgrade.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 
 use super::{Releases, Story, out_and_back};
 use crate::cluster::Cluster;
+use crate::example::ledger;
 use crate::operator::{Operator, text};
 use crate::story::under_way;
 use crate::wait;
 
-/// They take some minutes each, with builds and migrations in them.
-pub(super) const ALL: [Story; 3] = [
+/// The last three take minutes each, with builds and migrations in them.
+pub(super) const ALL: [Story; 4] = [
+    Story {
+        name: "quick: an agent killed and upgraded in the middle of a step that is never repeated",
+        run: blind_step,
+    },
     Story {
         name: "old agents, new controller: upgraded in good order in the middle of a build",
         run: controller_first,
@@ -113,12 +120,61 @@ fn mixed(releases: &Releases) -> Result<Vec<String>> {
     Ok(vec![])
 }
 
+/// The new agent finds the old one's step, waits for it, and reads what it left.
+fn blind_step(releases: &Releases) -> Result<Vec<String>> {
+    const WORK: &str = "import sys, time\nnote = open(sys.argv[1], 'a')\n\
+        print('begin', 1, file=note, flush=True)\ntime.sleep(4)\n\
+        print('done', 1, file=note, flush=True)\n";
+    let policy = "[[allow]]\naction = \"exec.run\"\nwhere = { argv = [[\"python3\", \"**\"]] }\n";
+    let mut cluster = Cluster::builder()
+        .without_database()
+        .hosts(&[("app-1", "app")])
+        .policy("app-1", Some(policy))
+        .binaries(&releases.old.binaries)
+        .start()?;
+    let effects = cluster.host("app-1").effects();
+    let (work, plan) = (
+        cluster.root().join("work.py"),
+        cluster.root().join("plan.yaml"),
+    );
+    fs::write(&work, WORK)?;
+    let argv = format!("[python3, {}, {}]", work.display(), effects.display());
+    let text_of_plan = format!(
+        "version: 1\nplan: blind\nfleet: {{app: {{labels: {{role: app}}}}}}\nphases:\n  \
+         - name: work\n    on: app\n    steps:\n      - exec.run: {{name: work, argv: {argv}}}\n"
+    );
+    fs::write(&plan, text_of_plan)?;
+    let watcher = cluster.requester();
+    let rollout = watcher.submit(&plan, &[])?;
+    wait::until_true("the work to begin", wait::SOON, || {
+        !ledger(&effects).is_empty()
+    })?;
+    let host = cluster.host_mut("app-1");
+    host.kill_agent();
+    host.install(&releases.new.agent);
+    host.start_agent()?;
+    let noted = ledger(&effects);
+    ensure!(
+        noted == ["begin 1"],
+        "the step was over too soon: {noted:?}"
+    );
+    let document = watcher.wait(&rollout, wait::SOON)?;
+    let state = text(&document["state"]);
+    ensure!(state == "succeeded", "{}", cluster.explain(&document));
+    let noted = ledger(&effects);
+    ensure!(
+        noted == ["begin 1", "done 1"],
+        "the host's record: {noted:?}"
+    );
+    Ok(vec![])
+}
+
 /// The process is of that release: a story that forgot to upgrade would show nothing.
 fn runs(cluster: &Cluster, what: &str, binary: &std::path::Path) -> Result<()> {
     let pid = cluster
         .controller_pid()
         .map_or(0, |pid| pid.as_raw_nonzero().get());
-    let runs = std::fs::read_link(format!("/proc/{pid}/exe"))?;
+    let runs = fs::read_link(format!("/proc/{pid}/exe"))?;
     ensure!(
         runs == binary.canonicalize()?,
         "{what} is {}",
