@@ -104,6 +104,11 @@ impl<'a> App<'a> {
         Ok(self.releases().join(checked("a release", name)?))
     }
 
+    /// The application's own copy of its repository.
+    fn mirror(&self) -> PathBuf {
+        self.config.root.join(".mirror")
+    }
+
     fn current(&self) -> PathBuf {
         self.config.root.join("current")
     }
@@ -207,16 +212,18 @@ impl<'a> App<'a> {
 
     /// Removes what interrupted attempts left: never a release.
     fn sweep(&self) -> Result<(), Failure> {
-        let releases = self.releases();
-        let Ok(entries) = fs::read_dir(&releases) else {
-            return Ok(());
-        };
-        for entry in entries.filter_map(Result::ok) {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(PARTIAL) || name.starts_with(REMOVED) {
-                remove_all(&entry.path())
-                    .or_failed(|| format!("remove {}", entry.path().display()))?;
+        let places = [
+            (self.releases(), &[PARTIAL, REMOVED][..]),
+            (self.mirror(), &[INDEX][..]),
+        ];
+        for (place, beginnings) in places {
+            for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                if beginnings.iter().any(|begins| name.starts_with(begins)) {
+                    remove_all(&entry.path())
+                        .or_failed(|| format!("remove {}", entry.path().display()))?;
+                }
             }
         }
         Ok(())
@@ -233,6 +240,9 @@ fn read_note(path: &Path) -> std::io::Result<Vec<u8>> {
 /// Directories on their way in and out begin with these; no release can.
 const PARTIAL: &str = ".partial-";
 const REMOVED: &str = ".removed-";
+
+/// The index of a release on its way, in the mirror, begins with this.
+const INDEX: &str = "index-";
 
 fn remove_all(path: &Path) -> std::io::Result<()> {
     if fs::symlink_metadata(path)?.is_dir() {

@@ -9,7 +9,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::{App, NOTE, Note, PARTIAL, REMOVED, before, explained, remove_all};
+use super::{App, INDEX, NOTE, Note, PARTIAL, REMOVED, before, explained, remove_all};
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::{Act, Done, Probe};
 use crate::faults::reached;
@@ -58,9 +58,6 @@ fn is_hex(text: &str) -> bool {
     text.bytes()
         .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
-
-/// The index of a release on its way begins with this.
-const INDEX: &str = "index-";
 
 /// What git says of a mirror that a killed git left unusable.
 const SPOILT: [&str; 4] = [
@@ -268,7 +265,7 @@ impl Act for Fetch {
         app.sweep()?;
         let git = Git {
             app: &app,
-            dir: app.config.root.join(".mirror"),
+            dir: app.mirror(),
         };
         let commit = git.fetch(cx, &self.git.url, &self.git.tag).await?;
         if let Some(wanted) = self

@@ -200,11 +200,14 @@ async fn leavings_of_a_killed_attempt_are_swept_and_a_spoilt_mirror_is_made_anew
     fs::create_dir(releases.join(".partial-old")).unwrap();
     fs::create_dir(releases.join(".removed-old")).unwrap();
     fs::write(site.root().join(".mirror/refs/lockstep/v2.lock"), "").unwrap();
+    let index = site.root().join(".mirror/index-old");
+    fs::write(&index, "").unwrap();
     site.fetch("v2")
         .apply(&site.host.context(), &Value::Null)
         .await
         .unwrap();
     assert_eq!(site.names(), ["v1", "v2"]);
+    assert!(!index.exists());
 }
 
 #[tokio::test]
