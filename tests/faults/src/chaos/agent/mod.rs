@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use lockstep_proto::ids::Direction;
+use lockstep_tests::reaper::Reaper;
 use serde::Serialize;
 
 mod base;
@@ -171,6 +172,11 @@ pub fn run(options: &Options) -> Result<AgentFigures> {
     let root = tempfile::Builder::new()
         .prefix("lockstep-chaos-")
         .tempdir()?;
+    // Whoever ends this process ends what it has started, too.
+    let reaper = Reaper::of_cluster(root.path());
+    if let Err(error) = &reaper {
+        say(&format!("without a reaper: {error:#}"));
+    }
     let base = base::Base::make(root.path(), kinds.iter().copied())?;
     let (queue, figures) = (Mutex::new(kinds), Mutex::new(AgentFigures::default()));
     std::thread::scope(|scope| {

@@ -2,6 +2,7 @@
 //! it orders again what is not answered, gives another attempt where the report says that one is
 //! safe, and takes every report once, in the order of its number.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -174,10 +175,11 @@ impl<'a> Play<'a> {
     pub(super) async fn release(&mut self) -> Result<()> {
         self.expect(Pending::Release).await?;
         let steps = self.lab.path("state/steps");
+        let plans = self.lab.path("state/plans");
         let mut free = false;
         let mut looks = 0;
         loop {
-            let gone = std::fs::read_dir(&steps).is_ok_and(|dir| dir.count() == 0);
+            let gone = !has_entries(&steps, "") && !has_entries(&plans, ".steps.json");
             if gone || looks > 100 {
                 // What is left is a matter of the comparison.
                 return Ok(());
@@ -379,6 +381,13 @@ impl<'a> Play<'a> {
             Ok(event) => self.handle(event).await.map(|()| None),
         }
     }
+}
+
+/// Whether a directory has entries whose names end so.
+fn has_entries(dir: &Path, ending: &str) -> bool {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names = entries.map(|entry| entry.file_name());
+    names.any(|name| name.to_string_lossy().ends_with(ending))
 }
 
 /// What can happen while a report is awaited.
