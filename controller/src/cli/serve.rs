@@ -64,8 +64,8 @@ pub(crate) fn serve(arguments: Serve) -> Exit {
     match app::serve(&ServeOptions {
         config,
         ready_file,
-        take_over,
         epoch_above,
+        take_over,
     }) {
         Ok(Drained) => Exit::Done,
         Err(error) => {
