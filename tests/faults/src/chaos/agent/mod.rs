@@ -73,7 +73,7 @@ impl Options {
     pub fn sample(agent: PathBuf) -> Self {
         Self {
             kinds: SAMPLE.iter().map(|&name| name.to_owned()).collect(),
-            every: 7,
+            every: 9,
             workers: 2,
             ..Self::whole(agent)
         }
