@@ -71,7 +71,7 @@ pub(super) fn leaves_something(attempt: &Attempt) -> bool {
     let unchanged = attempt.result.as_ref().is_some_and(
         |result| matches!(&result.outcome, Outcome::Failed(failure) if !failure.changed),
     );
-    attempt.given_up || !unchanged
+    !unchanged || (attempt.given_up && attempt.resolved.is_none())
 }
 
 /// Where the undoing of a rollout stands.

@@ -382,6 +382,11 @@ impl Rollout {
                 if !matches!(known, None | Some(Outcome::Lost(_))) {
                     return;
                 }
+                // Somebody wanted to hear of it again, and this is its word (INV-1).
+                if attempt.forgiven {
+                    attempt.forgiven = false;
+                    attempt.given_up = false;
+                }
                 attempt.result = Some(AttemptResult {
                     at: now,
                     took: *took,

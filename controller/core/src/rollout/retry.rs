@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_proto::action::Class;
+use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 
 use super::backward::{Need, leaves_something, need};
@@ -172,7 +172,11 @@ impl Rollout {
         };
         let observing = step.action.info().class == Class::Observing;
         let live = self.live_attempts(at, host);
+        // A restart finds what is there now. Undone here, it would not be once more at the end of a
+        // rollback, when what it reads has gone back.
+        let restart = matches!(step.action, Action::ServiceRestart(_));
         let undo_first = direction == Direction::Do
+            && !restart
             && !last.is_lost()
             && need(step, live) == Need::Undo
             && live.iter().any(leaves_something);

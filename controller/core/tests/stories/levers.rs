@@ -637,3 +637,64 @@ fn a_host_left_behind_stays_so_when_its_undo_is_tried_again() {
     let document = fleet.coordinator.document(&rollout(1)).unwrap();
     assert_eq!(document["hosts"][0]["quarantined"], true, "INV-5");
 }
+
+#[test]
+fn a_report_that_comes_before_the_order_is_given_again_is_the_attempt_s_word() {
+    // The undo of `a` is to be asked for again once `b` has gone back; it reports before that.
+    for late in [ok(), unknown()] {
+        let mut fleet = Fleet::new(&["a", "b"]);
+        fleet.start(vec![
+            on("app", vec![stop()]),
+            on("app", vec![start_service()]),
+        ]);
+        for name in ["a", "b", "b"] {
+            fleet.finish(name, ok(), vec![]);
+        }
+        fleet.finish("a", failed(), vec![]);
+        fleet.finish("a", ok(), vec![]);
+        fleet.finish("b", failed(), vec![]);
+        let lost = fleet.newest("a");
+        assert_eq!((lost.direction, lost.at.phase), (Direction::Undo, 0));
+        fleet.event(Event::HostDown { host: host("a") });
+        fleet.later(60);
+        assert_eq!(fleet.state(1), "halted", "{}", fleet.reason(1));
+        resume_failed(&mut fleet).unwrap();
+        assert_eq!(fleet.newest("b").attempt, 2);
+        assert_eq!(fleet.newest("a"), lost, "not yet");
+        fleet.report(
+            "a",
+            ReportBody::Finished {
+                key: lost.clone(),
+                outcome: late,
+                facts: vec![],
+                took: Period(5),
+            },
+        );
+        fleet.up("a");
+        for _ in 0..2 {
+            fleet.finish("b", ok(), vec![]);
+        }
+        assert_eq!(fleet.newest("a"), lost, "INV-1: it has told what it did");
+    }
+}
+
+#[test]
+fn a_restart_that_failed_is_made_again_and_undone_only_at_the_end_of_a_rollback() {
+    let activate = step("release.activate", json!({"app": "a", "release": "r"}));
+    let restart = step("service.restart", json!({"service": "web"}));
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![activate, restart])]);
+    fleet.finish("a", ok(), vec![]);
+    fleet.pause();
+    fleet.finish("a", failed(), vec![]);
+    let before = fleet.orders.len();
+    resume_failed(&mut fleet).unwrap();
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("a", ok(), vec![]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(
+        orders_since(&fleet, before),
+        ["a do 0.1 #2", "a undo 0.0 #1", "a undo 0.1 #1"],
+        "INV-6: the service runs what has gone back"
+    );
+}
