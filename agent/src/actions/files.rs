@@ -163,10 +163,9 @@ fn left_over(path: &Path) -> io::Result<Vec<PathBuf>> {
         let tail = name.strip_prefix(&prefix);
         tail.is_some_and(|tail| tail.len() == 16 && tail.bytes().all(|b| b.is_ascii_hexdigit()))
     };
-    let entries = match fs::read_dir(parent(path)) {
-        Ok(entries) => entries,
+    let Ok(entries) = fs::read_dir(parent(path)) else {
         // Whoever writes there says so.
-        Err(_) => return Ok(vec![]),
+        return Ok(vec![]);
     };
     let ours = entries
         .flatten()
