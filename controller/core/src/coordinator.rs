@@ -11,7 +11,7 @@ use lockstep_proto::values::Timestamp;
 use crate::event::{Answer, Effects, Event, Message, Notify, RolloutEvent};
 use crate::faults::planted;
 use crate::record::{Archived, End, Entry, Record};
-use crate::rollout::{HELD_BACK_BY, Left, Mode, Rollout, order_life};
+use crate::rollout::{HELD_BACK_BY, Left, Rollout, order_life};
 
 mod calls;
 
@@ -58,6 +58,8 @@ pub struct HostInfo {
     pub agent_version: String,
     /// The newest durable report of this installation.
     pub acknowledged: u64,
+    /// When its session began, if one is up.
+    since: Timestamp,
     /// Plans mean it no more, until it is seen again. Its reports go on where they were.
     forgotten: bool,
 }
@@ -372,6 +374,7 @@ impl Coordinator {
         }
         let info = self.hosts.get_mut(&host).expect("it was just seen");
         info.connected = true;
+        info.since = now;
         info.last_seen = now;
         self.surveyed.retain(|(_, other)| *other != host);
         let epoch = self.config.epoch;
@@ -475,6 +478,12 @@ impl Coordinator {
         }
     }
 
+    /// Since when a host is connected; none if it is not.
+    fn since(&self, host: &HostId) -> Option<Timestamp> {
+        let info = self.hosts.get(host);
+        info.filter(|info| info.connected).map(|info| info.since)
+    }
+
     pub(crate) fn is_up(&self, host: &HostId) -> bool {
         self.hosts.get(host).is_some_and(|info| info.connected)
     }
@@ -485,8 +494,8 @@ impl Coordinator {
         for id in ids {
             loop {
                 let rollout = &self.rollouts[&id];
-                let up = |host: &HostId| self.is_up(host);
-                let due = rollout.advance(now, self.floor, &up);
+                let since = |host: &HostId| self.since(host);
+                let due = rollout.advance(now, self.floor, &since);
                 if due.is_empty() {
                     break;
                 }
@@ -650,6 +659,7 @@ impl Coordinator {
                 }
                 let info = HostInfo {
                     connected: self.hosts.get(host).is_some_and(|info| info.connected),
+                    since: entry.at,
                     last_seen: entry.at,
                     instance: instance.clone(),
                     labels: labels.clone(),
@@ -705,9 +715,10 @@ impl Coordinator {
         if planted!(IgnoreDeadlines) {
             return None;
         }
+        let since = |host: &HostId| self.since(host);
         self.rollouts
             .values()
-            .filter_map(|rollout| rollout.next_deadline(self.now, self.floor))
+            .filter_map(|rollout| rollout.next_deadline(self.now, self.floor, &since))
             .min()
     }
 
@@ -815,9 +826,7 @@ impl Rollout {
     /// Whether an order that nobody has begun may still be given: nothing while paused, and no
     /// step forward once the rollout goes back.
     fn may_say(&self, at: StepRef, direction: Direction) -> bool {
-        let forward =
-            direction == Direction::Do && at.phase != self.compiled().after_rollback_index();
-        self.ended.is_none() && !self.paused && !(forward && matches!(self.mode, Mode::Backward(_)))
+        self.ended.is_none() && !self.paused && !self.is_of_the_past(at, direction)
     }
 
     fn offer(&self, epoch: Epoch) -> Message {

@@ -61,6 +61,10 @@ pub fn order_life(direction: Direction) -> Period {
 /// How much longer than its timeout an attempt may take until its report is here.
 pub const REPORT_GRACE: Period = Period::seconds(20);
 
+/// A host that is connected so long, and has not begun what it was ordered before, never will: its
+/// agent heard the order first, looks at the host for 30 s at most, and answers pings within 10.
+const BEGINS_WITHIN: Period = Period::seconds(40);
+
 /// A step whose process dies this often is not ordered again: something on the host kills it.
 pub const MOST_ATTEMPTS: u16 = 3;
 
@@ -69,6 +73,9 @@ pub const SURVEY_WITHIN: Period = Period::seconds(60);
 
 /// Who pauses rollouts when it is not a person; no operator's name has spaces.
 pub(crate) const HELD_BACK_BY: &str = "the controller: ";
+
+/// Since when a host is connected; none if it is not.
+pub(crate) type Since<'a> = &'a dyn Fn(&HostId) -> Option<Timestamp>;
 
 /// A record that does not fit the state that it is applied to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -247,11 +254,12 @@ impl Rollout {
         &self,
         now: Timestamp,
         floor: Timestamp,
-        up: &dyn Fn(&HostId) -> bool,
+        since: Since<'_>,
     ) -> Vec<Record> {
         if self.ended.is_some() {
             return self.due_notices(now);
         }
+        let up = &|host: &HostId| since(host).is_some();
         if now >= self.deadline() {
             let blocked = self.what_blocks(up);
             let reason = format!(
@@ -265,7 +273,7 @@ impl Rollout {
             };
             return vec![self.end(end, reason)];
         }
-        let given_up = self.due_give_ups(now, floor, up);
+        let given_up = self.due_give_ups(now, floor, since);
         if !given_up.is_empty() {
             return given_up;
         }
@@ -312,15 +320,17 @@ impl Rollout {
     }
 
     /// When something may become due without an event; none if only events matter.
-    pub(crate) fn next_deadline(&self, now: Timestamp, floor: Timestamp) -> Option<Timestamp> {
+    pub(crate) fn next_deadline(
+        &self,
+        now: Timestamp,
+        floor: Timestamp,
+        since: Since<'_>,
+    ) -> Option<Timestamp> {
         if self.ended.is_some() {
             return None;
         }
-        let give_ups = self.outstanding().map(|(at, _, _, attempt)| {
-            attempt
-                .give_up_at(self.placed(at).step.timeout)
-                .max(floor.plus(REPORT_GRACE))
-        });
+        let give_ups = self.outstanding();
+        let give_ups = give_ups.map(|outstanding| self.give_up_at(outstanding, floor, since));
         let mode = match &self.mode {
             Mode::Consenting => Some(self.consent_until(floor)),
             // Nothing becomes due while paused.
@@ -348,24 +358,40 @@ impl Rollout {
         self.deadline_from.plus(self.compiled().deadline)
     }
 
-    fn due_give_ups(
+    /// Whether an order led forward, and the rollout goes back.
+    pub(crate) fn is_of_the_past(&self, at: StepRef, direction: Direction) -> bool {
+        let forward =
+            direction == Direction::Do && at.phase != self.compiled().after_rollback_index();
+        forward && matches!(self.mode, Mode::Backward(_))
+    }
+
+    /// The controller waits no longer than this for what is outstanding. A rollback does not wait
+    /// for the end of a forward order that a connected host has never begun, and that is not said
+    /// again.
+    fn give_up_at(
         &self,
-        now: Timestamp,
+        (at, direction, host, attempt): (StepRef, Direction, &HostId, &Attempt),
         floor: Timestamp,
-        up: &dyn Fn(&HostId) -> bool,
-    ) -> Vec<Record> {
-        let floor = floor.plus(REPORT_GRACE);
+        since: Since<'_>,
+    ) -> Timestamp {
+        let latest = attempt.give_up_at(self.placed(at).step.timeout);
+        let never = since(host)
+            .filter(|_| attempt.started.is_none() && self.is_of_the_past(at, direction))
+            .map(|since| since.max(attempt.ordered()).plus(BEGINS_WITHIN));
+        let until = never.map_or(latest, |never| never.min(latest));
+        until.max(floor.plus(REPORT_GRACE))
+    }
+
+    fn due_give_ups(&self, now: Timestamp, floor: Timestamp, since: Since<'_>) -> Vec<Record> {
         self.outstanding()
-            .filter(|(at, _, _, attempt)| {
-                now >= attempt.give_up_at(self.placed(*at).step.timeout).max(floor)
-            })
+            .filter(|outstanding| now >= self.give_up_at(*outstanding, floor, since))
             .map(|(at, direction, host, attempt)| Record::GivenUp {
                 rollout: self.id.clone(),
                 at,
                 direction,
                 attempt: attempt.number,
                 host: host.clone(),
-                why: if up(host) {
+                why: if since(host).is_some() {
                     Lost::TimedOut
                 } else {
                     Lost::Unreachable

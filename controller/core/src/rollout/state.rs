@@ -9,7 +9,7 @@ use lockstep_proto::report::{Cause, Failure, Refusal};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::{Period, Timestamp};
 
-use super::{MOST_ATTEMPTS, REPORT_GRACE};
+use super::{MOST_ATTEMPTS, REPORT_GRACE, order_life};
 use crate::event::RolloutEvent;
 use crate::faults::planted;
 use crate::record::{End, Lost, NoticeRef};
@@ -203,6 +203,11 @@ impl Attempt {
             }
             None => self.not_after.plus(REPORT_GRACE),
         }
+    }
+
+    /// When the order was given last.
+    pub(crate) fn ordered(&self) -> Timestamp {
+        Timestamp(self.not_after.0.saturating_sub(order_life(Direction::Do).0))
     }
 
     /// The attempt was cut off, and its host has proven what is there: another one is no blind

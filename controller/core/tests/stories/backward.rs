@@ -253,3 +253,23 @@ fn hosts_are_asked_for_their_state_again_after_a_resume() {
     fleet.surveyed("a", vec![state("up")]);
     assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
 }
+
+#[test]
+fn a_rollback_waits_no_longer_than_needed_for_orders_that_were_never_begun() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    // The order for b is lost with the controller, and a fails before b is back.
+    fleet.restart();
+    fleet.up("a");
+    fleet.finish("a", failed(), vec![]);
+    assert_eq!(fleet.state(1), "rolling_back");
+    fleet.up("b");
+    fleet.later(39);
+    let undos = |fleet: &Fleet| {
+        let mut orders = fleet.orders.iter();
+        orders.any(|order| order.key.direction == Direction::Undo && order.key.host == host("b"))
+    };
+    assert!(!undos(&fleet), "b may still be looking at what it heard");
+    fleet.later(1);
+    assert!(undos(&fleet), "b has not begun, and nobody tells it to");
+}
