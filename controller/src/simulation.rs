@@ -200,7 +200,7 @@ pub struct Controller {
 pub fn start(
     disk: &Disk,
     dir: &Path,
-    epoch_above: u64,
+    take_over: bool,
     connections: mpsc::Receiver<Dialled>,
 ) -> Result<(Controller, impl Future<Output = Result<(), String>> + use<>), String> {
     let blobs = Arc::new(Blobs::open(dir.join("blobs")).map_err(|error| error.to_string())?);
@@ -214,8 +214,8 @@ pub fn start(
         journal: Box::new(Watched(disk.journal.open())),
         hub: hub.clone(),
         notices: mpsc::channel(1).0,
-        epoch_above,
-        take_over: false,
+        epoch_above: 0,
+        take_over,
     };
     let find = |digest| blobs.plan(digest).ok().flatten();
     let driver = Driver::recover(parts, find).map_err(|error| error.to_string())?;

@@ -229,7 +229,7 @@ impl Run {
     }
 
     async fn go(mut self) -> Outcome {
-        self.start_controller(0).await;
+        self.start_controller(0, false).await;
         for index in 0..self.world.hosts.len() {
             self.world.start_daemon(index);
         }
@@ -267,7 +267,7 @@ impl Run {
         {
             match entry.remove() {
                 Later::StartAgent(host) => self.world.start_daemon(host),
-                Later::StartController => self.start_controller(self.disks.len() - 1).await,
+                Later::StartController => self.start_controller(self.disks.len() - 1, false).await,
                 Later::Detour(host) => self.detour(host),
             }
         }
@@ -293,16 +293,18 @@ impl Run {
         if dead && !self.later.values().any(planned) {
             let why = control.and_then(|it| it.process.ended.take());
             self.world.say(&format!("the controller is gone: {why:?}"));
-            if let Some(why) = why.filter(|why| why.contains("superseded")) {
-                // Nobody is beside the newest one.
-                self.world
-                    .violated(format!("INV-4: the newest controller ends: {why}"));
+            // Whoever is killed has no last words, and nobody is beside the newest one.
+            if let Some(why) = why {
+                let what = format!("INV-2: the newest controller ends: {why}");
+                self.world.violated(what);
+                self.faults.clear();
+                self.operator.give_up();
             }
             self.at(self.down, Later::StartController);
         }
     }
 
-    async fn start_controller(&mut self, disk: usize) {
+    async fn start_controller(&mut self, disk: usize, take_over: bool) {
         self.starts += 1;
         let what = format!("controller {}", self.starts);
         self.world.say(&format!("{what} starts"));
@@ -317,7 +319,7 @@ impl Run {
             self.dir.join("controller"),
         );
         local.spawn_local(async move {
-            let why = match controller::start(&kept, &dir, 0, accepted) {
+            let why = match controller::start(&kept, &dir, take_over, accepted) {
                 Ok((handle, ended)) => {
                     let _ = ready.send(handle);
                     ended.await
@@ -454,7 +456,7 @@ impl Run {
         self.disks.push(copy);
         self.world.indexes.borrow_mut().push(index);
         self.asleep = Some(old);
-        self.start_controller(self.disks.len() - 1).await;
+        self.start_controller(self.disks.len() - 1, true).await;
         for index in 0..self.world.hosts.len() {
             self.world.hosts[index].way.cut();
             self.at(sleeps + 2_000 * (index as u64 + 1), Later::Detour(index));
