@@ -1,5 +1,7 @@
 //! What is known of each host of a rollout that has ended: whether anything still runs there.
 
+use std::fmt::Write as _;
+
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 use serde::Serialize;
 
@@ -60,10 +62,11 @@ impl Rollout {
         let mut said: String = open.iter().take(MOST).map(say).collect();
         if open.len() > MOST {
             let more = open.len() - MOST;
-            said.push_str(&format!(
+            let _ = write!(
+                said,
                 "; {more} more hosts: see `lockstep status {}`",
                 self.id
-            ));
+            );
         }
         said
     }

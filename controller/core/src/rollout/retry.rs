@@ -93,7 +93,7 @@ impl Rollout {
         let Mode::Forward(cursor) = &self.mode else {
             return vec![];
         };
-        let newest = cursor.wave.or(cursor.closed.map(|(wave, _)| wave));
+        let newest = cursor.wave.or_else(|| cursor.closed.map(|(wave, _)| wave));
         let begun = newest.map_or(0, |wave| wave + 1);
         cursor.waves.iter().take(begun).flatten().cloned().collect()
     }

@@ -45,7 +45,7 @@ const ROWS: &[Row] = &[
                 ReportBody::Started {
                     key: fleet.newest("a"),
                 },
-            )
+            );
         },
         "halted",
         &[
