@@ -8,12 +8,15 @@ use lockstep_proto::report::{Report, ReportBody};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
-use crate::event::{Answer, Effects, Event, Message, Notify, RolloutEvent};
-use crate::faults::planted;
+use crate::event::{Answer, Effects, Event, Message, Notify};
 use crate::record::{Archived, End, Entry, Record};
-use crate::rollout::{HELD_BACK_BY, Left, Rollout, order_life};
+use crate::rollout::{HELD_BACK_BY, Rollout, order_life};
 
 mod calls;
+mod fold;
+mod read;
+
+pub use read::Summary;
 
 /// What the coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -604,222 +607,6 @@ impl Coordinator {
             _ => {}
         }
     }
-
-    /// A rollout begins: its serial is used up.
-    fn begin(&mut self, entry: &Entry, plan: Arc<SealedPlan>) {
-        let Record::Submitted {
-            rollout,
-            requester,
-            dry_run,
-            ..
-        } = &entry.record
-        else {
-            unreachable!("only submissions begin a rollout");
-        };
-        self.serials.insert(plan.plan().serial, rollout.clone());
-        self.order.push(rollout.clone());
-        let state = Rollout::new(rollout.clone(), plan, requester.clone(), *dry_run, entry.at);
-        self.rollouts.insert(rollout.clone(), state);
-    }
-
-    /// The fold: the running path and recovery both go through here.
-    fn apply(&mut self, entry: &Entry) -> Result<(), String> {
-        match &entry.record {
-            Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
-            Record::TookOver { epoch } => self.took_over = Some(*epoch),
-            Record::Compacted { .. } => {}
-            Record::Archived(archived) => {
-                self.serials
-                    .insert(archived.serial, archived.rollout.clone());
-                self.archived
-                    .insert(archived.rollout.clone(), archived.clone());
-            }
-            Record::ReportsLost { host, through, .. }
-            | Record::ReportsArchived { host, through } => {
-                let info = self.hosts.get_mut(host);
-                let info = info.ok_or("reports of a host that was never seen")?;
-                info.acknowledged = *through;
-                info.last_seen = entry.at;
-            }
-            Record::HostSeen {
-                host,
-                instance,
-                labels,
-                agent_version,
-            } => {
-                let before = self
-                    .hosts
-                    .get(host)
-                    .filter(|info| info.instance == *instance);
-                if before.is_none() {
-                    let rollouts = self.rollouts.values_mut();
-                    for member in rollouts.filter_map(|state| state.members.get_mut(host)) {
-                        member.anew = true;
-                    }
-                }
-                let info = HostInfo {
-                    connected: self.hosts.get(host).is_some_and(|info| info.connected),
-                    since: entry.at,
-                    last_seen: entry.at,
-                    instance: instance.clone(),
-                    labels: labels.clone(),
-                    agent_version: agent_version.clone(),
-                    acknowledged: before.map_or(0, |info| info.acknowledged),
-                    forgotten: false,
-                };
-                self.hosts.insert(host.clone(), info);
-            }
-            Record::HostForgotten { host, .. } => {
-                let info = self.hosts.get_mut(host);
-                info.ok_or("a host was forgotten that was never seen")?
-                    .forgotten = true;
-            }
-            Record::Matched { rollout, hosts } => {
-                let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
-                for host in hosts {
-                    let info = self
-                        .hosts
-                        .get(host)
-                        .ok_or("a matched host was never seen")?;
-                    state.add_member(host, &info.labels);
-                }
-                if state.events.is_empty() {
-                    state.narrate_submitted(entry.at);
-                }
-            }
-            record => {
-                if let Record::Reported { host, number, .. } = record {
-                    let info = self
-                        .hosts
-                        .get_mut(host)
-                        .ok_or("a host reported that was never seen")?;
-                    info.acknowledged = *number;
-                    info.last_seen = entry.at;
-                }
-                let id = record.rollout().ok_or("a record without a rollout")?;
-                match self.rollouts.get_mut(id) {
-                    Some(state) => state
-                        .apply(entry.at, record)
-                        .map_err(|illegal| illegal.to_string())?,
-                    // An agent may report on a rollout of a controller before this one.
-                    None if matches!(record, Record::Reported { .. }) => {}
-                    None => return Err(format!("there is no rollout {id}")),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// When [`Event::Tick`] is due at the latest; none if nothing waits for time.
-    pub fn next_deadline(&self) -> Option<Timestamp> {
-        if planted!(IgnoreDeadlines) {
-            return None;
-        }
-        let since = |host: &HostId| self.since(host);
-        self.rollouts
-            .values()
-            .filter_map(|rollout| rollout.next_deadline(self.now, self.floor, &since))
-            .min()
-    }
-
-    /// The hosts that are known.
-    pub fn hosts(&self) -> impl Iterator<Item = (&HostId, &HostInfo)> {
-        self.hosts.iter().filter(|(_, info)| !info.forgotten)
-    }
-
-    /// The hosts that were ever seen, forgotten ones too.
-    pub fn all_hosts(&self) -> impl Iterator<Item = (&HostId, &HostInfo)> {
-        self.hosts.iter()
-    }
-
-    /// The serials that are used up, and by which rollout.
-    pub fn serials(&self) -> &BTreeMap<u64, RolloutId> {
-        &self.serials
-    }
-
-    /// The rollout that has a host's lock.
-    pub fn locked_by(&self, host: &HostId) -> Option<&RolloutId> {
-        let holds = |rollout: &&Rollout| rollout.is_locking() && rollout.members.contains_key(host);
-        self.rollouts
-            .values()
-            .find(holds)
-            .map(|rollout| &rollout.id)
-    }
-
-    /// The newest durable report of an agent's installation: what `Welcome` says. 0 for one that
-    /// is not known.
-    pub fn acknowledged(&self, host: &HostId, instance: &InstanceId) -> u64 {
-        let known = self
-            .hosts
-            .get(host)
-            .filter(|info| info.instance == *instance);
-        known.map_or(0, |info| info.acknowledged)
-    }
-
-    /// The ids of all rollouts, oldest first.
-    pub fn rollouts(&self) -> impl Iterator<Item = &RolloutId> {
-        self.order.iter()
-    }
-
-    /// A rollout as a document (`lockstep.rollout/1`).
-    pub fn document(&self, rollout: &RolloutId) -> Option<serde_json::Value> {
-        self.rollouts.get(rollout).map(Rollout::document)
-    }
-
-    /// A rollout in short.
-    pub fn summary(&self, rollout: &RolloutId) -> Option<Summary> {
-        let state = self.rollouts.get(rollout)?;
-        Some(Summary {
-            rollout: rollout.clone(),
-            plan: state.compiled().plan.clone(),
-            digest: state.plan.digest(),
-            state: state.state(),
-            ended: state.ended.is_some(),
-            open: state.ended.is_none() || state.is_locking(),
-            reason: state
-                .ended
-                .as_ref()
-                .map(|ending| ending.reason.clone())
-                .unwrap_or_default(),
-            requester: state.requester.clone(),
-            dry_run: state.dry_run,
-            waits_for: state.waits_for(),
-            submitted: state.submitted,
-            ended_at: state.ended.as_ref().map(|ending| ending.at),
-        })
-    }
-
-    /// What a rollout that has ended left on each of its hosts; empty while it goes on. What hosts
-    /// say later counts.
-    pub fn left(&self, rollout: &RolloutId) -> Vec<Left> {
-        let state = self.rollouts.get(rollout);
-        let up = |host: &HostId| self.is_up(host);
-        state.map(|state| state.left(&up)).unwrap_or_default()
-    }
-
-    /// The hosts that a rollout waits for, and whose agents are not connected.
-    pub fn absent(&self, rollout: &RolloutId) -> Vec<&HostId> {
-        let state = self.rollouts.get(rollout);
-        let awaited = state.map(Rollout::awaited).unwrap_or_default();
-        awaited
-            .into_iter()
-            .filter(|host| !self.is_up(host))
-            .collect()
-    }
-
-    /// A rollout's events after a number.
-    pub fn events(&self, rollout: &RolloutId, after: u64) -> Option<&[RolloutEvent]> {
-        let events = &self.rollouts.get(rollout)?.events;
-        let from = events.partition_point(|event| event.number <= after);
-        events.get(from..)
-    }
-
-    /// Whether a host may read a compiled plan: only those that the plan was offered to.
-    pub fn may_read(&self, host: &HostId, plan: PlanDigest) -> bool {
-        self.rollouts
-            .values()
-            .any(|rollout| rollout.plan.digest() == plan && rollout.members.contains_key(host))
-    }
 }
 
 impl Rollout {
@@ -837,33 +624,4 @@ impl Rollout {
             dry_run: self.dry_run,
         }
     }
-}
-
-/// A rollout in short.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Summary {
-    /// Its id.
-    pub rollout: RolloutId,
-    /// The plan's name.
-    pub plan: String,
-    /// The plan's digest.
-    pub digest: PlanDigest,
-    /// `running`, `paused`, `rolling_back`, or how it ended.
-    pub state: &'static str,
-    /// Whether it has ended; a halted one has.
-    pub ended: bool,
-    /// Whether it goes on, or waits for a person: halted, and not closed.
-    pub open: bool,
-    /// Why, if it did not succeed.
-    pub reason: String,
-    /// Who submitted it.
-    pub requester: String,
-    /// Whether it only probes.
-    pub dry_run: bool,
-    /// What people have to bring before it goes on; empty if it waits for nobody.
-    pub waits_for: String,
-    /// When it was submitted.
-    pub submitted: Timestamp,
-    /// When it ended.
-    pub ended_at: Option<Timestamp>,
 }
