@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::actions::{Done, Probe};
 use crate::config::{App, Config, StepRunner, Tls};
 use crate::exec::{Exec, Inbound};
-use crate::journal::{Journal, Record};
+use crate::journal::{self, Journal, Record};
 use crate::link::Link;
 use crate::step;
 
@@ -75,8 +75,8 @@ pub trait World {
     fn random(&self, below: u64) -> u64;
     /// The process that asks.
     fn process(&self) -> i32;
-    /// Whether a process is alive.
-    fn is_alive(&self, pid: i32) -> bool;
+    /// When a process that is alive began, in ticks since the boot.
+    fn started(&self, pid: i32) -> Option<u64>;
     /// Asks a process to end, or ends it.
     fn kill(&self, pid: i32, at_once: bool);
     /// Starts a step process on the host that asks.
@@ -199,6 +199,15 @@ impl Agent {
         let terminated = world().expect("a step process has a world").terminated();
         let config = Config::clone(&self.config);
         step::perform(config, key, terminated).await.map(|_| ())
+    }
+
+    /// Whether the journal has the intent of an attempt.
+    pub fn intends(&self, key: &StepKey) -> bool {
+        let mut found = false;
+        let looked = journal::look(&self.config.state_dir, |record| {
+            found |= matches!(record, Record::Intent(intent) if intent.key == *key);
+        });
+        looked.is_ok() && found
     }
 
     /// What the journal holds; an error if it would be quarantined. No agent may be running.

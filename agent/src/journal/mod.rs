@@ -30,6 +30,8 @@ mod verify;
 use head::{Head, Known};
 pub(crate) use record::{FORMAT, Held, Intent, Record};
 use reserve::Reserve;
+#[cfg(feature = "faults")]
+pub(crate) use verify::look;
 pub(crate) use verify::verify;
 
 /// The largest payload, in bytes.

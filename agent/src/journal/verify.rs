@@ -64,6 +64,15 @@ pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
     })
 }
 
+/// Every record that is whole, while an agent may be running.
+#[cfg(feature = "faults")]
+pub(crate) fn look(dir: &Path, mut visit: impl FnMut(Record)) -> io::Result<()> {
+    let file = File::open(dir.join("journal"))?;
+    let scan = Scan::run(&file, None, &mut |_, record| visit(record));
+    scan.map(|_| ())
+        .map_err(|_| io::Error::other("the journal cannot be read"))
+}
+
 /// There is a head, and nothing else.
 fn lost(head: Known) -> Verified {
     Verified {

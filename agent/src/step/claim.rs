@@ -91,8 +91,8 @@ impl Claim {
         }
         #[cfg(feature = "faults")]
         if let Some(world) = crate::simulation::world() {
-            let own = world.is_alive(self.pid).then(|| Pid::from_raw(self.pid));
-            return own.flatten().into_iter().collect();
+            let own = world.started(self.pid).and(Pid::from_raw(self.pid));
+            return own.into_iter().collect();
         }
         let Ok(entries) = std::fs::read_dir("/proc") else {
             return vec![];
@@ -136,7 +136,7 @@ fn own_pid() -> i32 {
 fn start_time(pid: i32) -> Option<u64> {
     #[cfg(feature = "faults")]
     if let Some(world) = crate::simulation::world() {
-        return world.is_alive(pid).then_some(1);
+        return world.started(pid);
     }
     stat(pid)
         .filter(|stat| !stat.zombie)

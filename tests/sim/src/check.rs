@@ -16,7 +16,7 @@ use lockstep_proto::seal::SealedPlan;
 
 /// How much later than it is worth an order may begin, in milliseconds: a host learns the
 /// controller's time from a message that may have stood still on its way.
-const LATE: u64 = 120_000;
+const LATE: u64 = 35_000;
 
 /// What is durable at one controller.
 #[derive(Debug, Clone, Default)]

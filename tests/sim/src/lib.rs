@@ -435,7 +435,9 @@ impl Run {
         for process in self.world.processes.alive_on(index) {
             process.kill();
         }
-        self.world.processes.booted(index);
+        let services = self.world.net.roll(4);
+        let services = i32::try_from(services).expect("few");
+        self.world.processes.booted(index, services);
         // Nobody hears of it: the other side finds out.
         let time = Duration::from_millis(down + 500);
         host.way.stall(Direction::Up, time);

@@ -213,7 +213,12 @@ fn find(fault: Fault) -> Option<u64> {
             planted: Some(fault),
             ..Options::default()
         };
-        !run(&options).violations.is_empty()
+        // What is broken without it is no proof.
+        let bare = Options {
+            planted: None,
+            ..options.clone()
+        };
+        !run(&options).violations.is_empty() && run(&bare).violations.is_empty()
     })
 }
 

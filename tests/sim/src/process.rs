@@ -22,6 +22,8 @@ struct Killed;
 #[derive(Debug)]
 pub struct Process {
     pub pid: i32,
+    /// When it began, in ticks since the boot.
+    pub started: u64,
     /// The host it runs on; none for controllers.
     pub host: Option<usize>,
     pub what: String,
@@ -104,6 +106,7 @@ impl Processes {
         *number += 1;
         let place = host.map_or(0, |host| host + 1);
         let process = Rc::new(Process {
+            started: u64::try_from(*number).expect("from 1"),
             pid: i32::try_from(place).expect("few hosts") * 10_000 + *number,
             host,
             what,
@@ -124,9 +127,9 @@ impl Processes {
         all.iter().rev().find(|process| process.pid == pid).cloned()
     }
 
-    /// A host starts again: its process ids do too.
-    pub fn booted(&self, host: usize) {
-        self.since_boot.borrow_mut().remove(&Some(host));
+    /// A host starts again: its process ids do too, after those of its own services.
+    pub fn booted(&self, host: usize, by_then: i32) {
+        self.since_boot.borrow_mut().insert(Some(host), by_then);
     }
 
     /// The one that runs now.

@@ -231,8 +231,13 @@ impl World {
             .iter()
             .map(|host| (host.name.clone(), host.role))
             .collect();
-        let broken = self.ledger.effect(key, &indexes, &labels);
+        let mut broken = self.ledger.effect(key, &indexes, &labels);
         drop(indexes);
+        if !self.host(&key.host).1.agent.intends(key) {
+            broken.push(format!(
+                "INV-2: {key} acts, and its host has not written the intent"
+            ));
+        }
         for what in broken {
             self.violated(what);
         }
@@ -287,11 +292,10 @@ impl agent::World for Shared {
         self.0.here().1.pid
     }
 
-    fn is_alive(&self, pid: i32) -> bool {
-        self.0
-            .processes
-            .find(pid)
-            .is_some_and(|process| process.is_alive())
+    fn started(&self, pid: i32) -> Option<u64> {
+        let process = self.0.processes.find(pid);
+        let process = process.filter(|process| process.is_alive());
+        process.map(|process| process.started)
     }
 
     fn kill(&self, pid: i32, at_once: bool) {
@@ -368,10 +372,10 @@ impl agent::World for Shared {
         if let Arrived::Order(order) = message
             && host.too_late.replace(false)
         {
-            // Orders are worth minutes at most.
+            // Orders are worth two minutes, and the controller waits twenty seconds more.
             self.0
                 .say(&format!("{} is under way for too long", order.key));
-            return vec![Duration::from_secs(self.0.net.between(700, 900))];
+            return vec![Duration::from_secs(self.0.net.between(156, 162))];
         }
         let Some(left) = host.disorder.get().checked_sub(1) else {
             return vec![now];

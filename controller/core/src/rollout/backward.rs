@@ -220,6 +220,11 @@ impl Rollout {
 
     fn standing_of_host(&self, host: &HostId, chain: &[StepRef], standing: &mut Standing) {
         for &at in chain {
+            let undo = self.current_undo(at, host);
+            if planted!(UndoTwice) && undo.is_some_and(|it| it.is_ok() && it.number == 1) {
+                standing.due.push((at, 2, host.clone()));
+                return;
+            }
             let step = self.placed(at).step;
             match need(step, self.live_attempts(at, host)) {
                 Need::Nothing => continue,
@@ -235,7 +240,7 @@ impl Rollout {
                     return;
                 }
             }
-            match self.current_undo(at, host) {
+            match undo {
                 None => {
                     let number = self.next_undo(at, host);
                     standing.due.push((at, number, host.clone()));
@@ -244,10 +249,6 @@ impl Rollout {
                 Some(attempt) => match &attempt.result {
                     None => {
                         standing.waiting = true;
-                        return;
-                    }
-                    Some(_) if attempt.is_ok() && planted!(UndoTwice) && attempt.number == 1 => {
-                        standing.due.push((at, 2, host.clone()));
                         return;
                     }
                     Some(_) if attempt.is_ok() => {}
