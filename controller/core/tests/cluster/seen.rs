@@ -16,7 +16,8 @@ pub(super) struct Seen {
     done: BTreeSet<(HostId, StepRef)>,
     /// Attempts that a person has settled: whether they were done.
     resolved: BTreeMap<StepKey, bool>,
-    elected: BTreeMap<Vec<String>, HostId>,
+    /// The hosts elected for groups, the newest last.
+    elected: BTreeMap<Vec<String>, Vec<HostId>>,
     pub(super) quarantined: BTreeSet<HostId>,
     /// Hosts whose newest attempt forward failed, by the step.
     failed: BTreeMap<HostId, StepRef>,
@@ -116,11 +117,14 @@ impl World {
                 seen.undoing = None;
             }
             Record::Elected { groups, host, .. } => {
-                let before = seen.elected.insert(groups.clone(), host.clone());
+                let elected = seen.elected.entry(groups.clone()).or_default();
                 assert!(
-                    before.is_none_or(|before| seen.quarantined.contains(&before)),
+                    elected
+                        .last()
+                        .is_none_or(|before| seen.quarantined.contains(before)),
                     "INV-7: one_of elects once"
                 );
+                elected.push(host.clone());
             }
             Record::Quarantined { host, .. } => {
                 seen.quarantined.insert(host.clone());
@@ -259,7 +263,7 @@ impl World {
             .steps()
             .filter(|placed| (placed.at.phase, placed.stage) < (key.at.phase, mine.stage));
         for placed in earlier {
-            for host in self.required(placed.target) {
+            for host in self.required(placed) {
                 assert!(
                     seen.done.contains(&(host.clone(), placed.at))
                         || seen.quarantined.contains(&host),
@@ -369,11 +373,19 @@ impl World {
         }
     }
 
-    pub(super) fn required(&self, target: &Target) -> Vec<HostId> {
-        match target {
+    /// The hosts on which a step has to be done. For `one_of`, the one that did it: another is
+    /// elected later only if that one stays behind and changed nothing.
+    fn required(&self, placed: Placed<'_>) -> Vec<HostId> {
+        let seen = &self.seen;
+        match placed.target {
             Target::Controller => vec![],
-            Target::OneOf(groups) => self.seen.elected.get(groups).cloned().into_iter().collect(),
-            Target::Groups(_) => {
+            Target::OneOf(groups) => {
+                let elected = seen.elected.get(groups).map_or(&[][..], Vec::as_slice);
+                let did = |host: &&HostId| seen.done.contains(&((*host).clone(), placed.at));
+                let one = elected.iter().find(did).or_else(|| elected.last());
+                one.cloned().into_iter().collect()
+            }
+            target @ Target::Groups(_) => {
                 let means = |host: &&HostId| self.plan.plan().targets(target, &labels(host));
                 self.agents.keys().filter(means).cloned().collect()
             }
@@ -395,7 +407,7 @@ impl World {
                 let checks = self.plan.plan().after_rollback_index();
                 let steps = self.plan.plan().steps();
                 for placed in steps.filter(|placed| placed.at.phase < checks) {
-                    for host in self.required(placed.target) {
+                    for host in self.required(placed) {
                         let done = self.seen.done.contains(&(host.clone(), placed.at));
                         assert!(done, "INV-5: {host} {}", placed.at);
                     }
