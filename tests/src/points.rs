@@ -5,8 +5,8 @@
 //! LOCKSTEP_POINTS=list:FILE      each point is a line of the file
 //! LOCKSTEP_POINTS=kill:N         SIGKILL at the N-th point, from 1
 //! LOCKSTEP_POINTS=ask:SOCKET     says the point, and goes on once it is answered
-//! LOCKSTEP_POINTS=hold:FILE      at the first point it adds its pid to the file, and goes on once
-//!                                there is FILE with the ending `go`
+//! LOCKSTEP_POINTS=hold:N:FILE    at the N-th point it adds its pid to the file, and goes on once
+//!                                there is a file of that name with the ending `go`
 //! LOCKSTEP_POINTS=@FILE          one of these, read from the file when the process comes to its
 //!                                first point; none if there is no file. Who is killed removes it
 //!                                first, so that the next process goes on.
@@ -33,7 +33,11 @@ enum Plan {
         consumed: Option<PathBuf>,
     },
     Ask(BufReader<UnixStream>),
-    Hold(Option<PathBuf>),
+    Hold {
+        at: u64,
+        passed: u64,
+        file: PathBuf,
+    },
 }
 
 static PLAN: OnceLock<Option<Mutex<Plan>>> = OnceLock::new();
@@ -74,7 +78,14 @@ fn plan() -> Option<Plan> {
             passed: 0,
             consumed: file,
         },
-        "hold" => Plan::Hold(Some(argument.into())),
+        "hold" => {
+            let (at, file) = argument.split_once(':').expect("a number and a file");
+            Plan::Hold {
+                at: at.parse().expect("a number"),
+                passed: 0,
+                file: file.into(),
+            }
+        }
         "ask" => {
             let stream = UnixStream::connect(argument).expect("the test listens");
             Plan::Ask(BufReader::new(stream))
@@ -102,10 +113,11 @@ pub fn reached(point: &str) {
     };
     match &mut *plan.lock().expect("no point panics") {
         Plan::List(path) => add(path, point),
-        Plan::Hold(path) => {
-            if let Some(path) = path.take() {
-                add(&path, &std::process::id().to_string());
-                let go = path.with_extension("go");
+        Plan::Hold { at, passed, file } => {
+            *passed += 1;
+            if at == passed {
+                add(file, &std::process::id().to_string());
+                let go = file.with_extension("go");
                 while !go.exists() {
                     std::thread::sleep(Duration::from_millis(5));
                 }
