@@ -4,10 +4,13 @@
 //! first request (again, until it is met) -> then ... -> cleanup
 //!                  |                         |             |
 //!                  +------- captures, durable before the next request
+//!   mark, durable before a request whose captures the clean-up needs is sent
 //! ```
 //!
 //! What an answer told is on the disk before the next request is sent. So an attempt that was
-//! killed leaves a file that says what it created, and the next attempt removes that first.
+//! killed leaves a file that says what it created, and the next attempt removes that first. What
+//! was killed before the answer was on the disk leaves a mark: nobody can say what was created, so
+//! the outcome is unknown, and a person looks (INV-1).
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -29,6 +32,7 @@ use crate::step::{Context, failure};
 
 mod captures;
 mod client;
+mod mark;
 
 /// Between two tries of the first request.
 const PAUSE: Duration = Duration::from_millis(300);
@@ -119,7 +123,7 @@ impl<'a> Chain<'a> {
                 .saturating_duration_since(Instant::now())
                 .max(Duration::from_secs(1));
             let left = left.min(end.saturating_duration_since(Instant::now()));
-            let (failure, again) = match self.ask(&first, left).await {
+            let (failure, again) = match self.ask(0, &first, left).await {
                 Ok(()) => break,
                 Err(Unmet::Unreached(failure)) => (failure, true),
                 // What was asked for may have been done.
@@ -147,14 +151,14 @@ impl<'a> Chain<'a> {
             sleep(PAUSE).await;
         }
         self.begun = true;
-        for request in &self.check.then {
+        for (index, request) in (1..).zip(&self.check.then) {
             self.go_on()?;
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let message = "the step's time is over before the chain has ended";
                 return Err(failure(Cause::TimedOut, message));
             }
-            self.ask(request, left).await?;
+            self.ask(index, request, left).await?;
         }
         Ok(())
     }
@@ -168,8 +172,20 @@ impl<'a> Chain<'a> {
         Ok(())
     }
 
+    /// Sends a request of the chain, by its place. One whose answer a clean-up needs is marked
+    /// until that is on the disk.
+    async fn ask(&mut self, index: usize, request: &Request, left: Duration) -> Result<(), Unmet> {
+        let mark = mark::is_needed(self.check, request).then_some(index);
+        self.exchange(request, left, mark).await
+    }
+
     /// Sends one request, holds the answer against what is expected, and keeps what it told.
-    async fn ask(&mut self, request: &Request, left: Duration) -> Result<(), Unmet> {
+    async fn exchange(
+        &mut self,
+        request: &Request,
+        left: Duration,
+        mark: Option<usize>,
+    ) -> Result<(), Unmet> {
         let prepared = Prepared::of(self.cx, request, &self.captures, &mut self.secrets)?;
         let label = prepared.label.clone();
         let limit = self.check.timeout.to_std().min(left);
@@ -180,13 +196,17 @@ impl<'a> Chain<'a> {
             Ok(connection) => connection,
             Err(error) => return Err(Unmet::Unreached(self.failure(&label, &error, None))),
         };
-        let left = limit.saturating_sub(began.elapsed());
+        let connecting = began.elapsed();
+        if let Some(index) = mark {
+            self.captures.mark(index).map_err(Unmet::Unfit)?;
+        }
+        let left = limit.saturating_sub(connecting);
         let answer = timeout(left, client::send(prepared, connection)).await;
         let mut answer = match answer.unwrap_or_else(|_| Err(too_late())) {
             Ok(answer) => answer,
             Err(error) => return Err(self.unmet(&label, &error, None)),
         };
-        answer.took = began.elapsed();
+        answer.took += connecting;
         self.cx.log.line(&format!(
             "{label}: status {}, {:?}",
             answer.status, answer.took
@@ -195,6 +215,9 @@ impl<'a> Chain<'a> {
             .push(format!("{label} {} ms", answer.took.as_millis()));
         let body = serde_json::from_slice::<Value>(&answer.body).ok();
         let (told, missing) = find_captures(request, body.as_ref()).map_err(Unmet::Unfit)?;
+        if mark.is_some() && mark::is_settled(self.check, request, answer.status, &told) {
+            self.captures.settle();
+        }
         // Also what an unexpected answer told is a secret, and must be known to be removed.
         self.captures.add(told);
         self.secrets.extend(self.captures.tokens(TOKEN));
@@ -273,7 +296,7 @@ impl<'a> Chain<'a> {
             let left = end
                 .saturating_duration_since(Instant::now())
                 .max(Duration::from_secs(1));
-            match self.ask(request, left).await {
+            match self.exchange(request, left, None).await {
                 Err(Unmet::NotCaptured(_)) => continue,
                 Err(Unmet::Answer(status, failure)) if !is_gone(request, status) => {
                     first.get_or_insert_with(|| self.unclean(failure));
@@ -293,6 +316,19 @@ impl<'a> Chain<'a> {
             self.captures.set_cleaned(index)?;
         }
         Ok(())
+    }
+
+    /// Adds what may have been created to why the chain was not met.
+    fn with_open(&self, why: Failure) -> Failure {
+        let Some(index) = self.captures.open() else {
+            return why;
+        };
+        let words = mark::words(self.check, index, &self.cx.key);
+        Failure {
+            hint: Some(words),
+            changed: true,
+            ..why
+        }
     }
 
     fn unclean(&self, failure: Failure) -> Failure {
@@ -408,7 +444,10 @@ fn leftovers(cx: &Context) -> Vec<PathBuf> {
 async fn clean_leftovers(cx: &Context, check: &Http, end: Instant) -> Result<usize, Failure> {
     let mut cleaned = 0;
     for file in leftovers(cx) {
-        let mut chain = Chain::new(cx, check, Captures::load(file.clone())?);
+        let mut captures = Captures::load(file.clone())?;
+        // Another attempt was ordered, so a person knows of it.
+        captures.settle();
+        let mut chain = Chain::new(cx, check, captures);
         cleaned += chain.clean_up(end).await.map_err(|failure| Failure {
             message: format!(
                 "what an earlier attempt created is still there: {}",
@@ -423,8 +462,14 @@ async fn clean_leftovers(cx: &Context, check: &Http, end: Instant) -> Result<usi
 
 impl Act for Http {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let left = leftovers(cx).len();
         if !cx.dry_run {
+            if let Some(index) = Captures::open_in(cx)? {
+                return Ok(Probe::NoProof(format!(
+                    "{}; `--not-done` lets the check be tried again",
+                    mark::words(self, index, &cx.key)
+                )));
+            }
+            let left = leftovers(cx).len();
             return Ok(Probe::Absent(match left {
                 0 => format!("asks {}", self.url),
                 _ => format!(
@@ -455,7 +500,7 @@ impl Act for Http {
         let mut chain = Chain::new(cx, &first, Captures::none());
         Ok(
             match chain
-                .ask(&first.first(), cx.deadline - Instant::now())
+                .ask(0, &first.first(), cx.deadline - Instant::now())
                 .await
             {
                 Ok(()) => Probe::Present(format!("{} is as expected{follow}", self.url)),
@@ -488,6 +533,7 @@ impl Act for Http {
             last = last.min(Instant::now() + LAST_CLEANUP);
         }
         let cleaned = chain.clean_up(last).await;
+        let ran = ran.map_err(|failure| chain.with_open(failure));
         match (ran, cleaned) {
             (Ok(()), Ok(cleaned)) => {
                 let times = chain.times.join(", ");

@@ -31,6 +31,10 @@ struct Kept {
     /// Those of tries that were not met: what they created is there all the same.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     earlier: Vec<Set>,
+    /// The mark: a request of the chain, by its place, that may have had its effect, while what a
+    /// clean-up needs of its answer is not here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    open: Option<usize>,
 }
 
 /// What the answers to one try told.
@@ -64,6 +68,35 @@ impl Captures {
             kept,
             turn: None,
         })
+    }
+
+    /// The request whose mark stands open in what an attempt left.
+    pub(super) fn open_in(cx: &Context) -> Result<Option<usize>, Failure> {
+        let file = cx.dir.join(FILE);
+        let there = file
+            .try_exists()
+            .or_failed(|| format!("look for {}", file.display()))?;
+        if !there {
+            return Ok(None);
+        }
+        Ok(Self::load(file)?.open())
+    }
+
+    /// The request whose mark stands open.
+    pub(super) fn open(&self) -> Option<usize> {
+        self.kept.open
+    }
+
+    /// Marks a request that is about to be sent. Returns when the mark is on the disk; a request
+    /// whose mark fails must not be sent.
+    pub(super) fn mark(&mut self, request: usize) -> Result<(), Failure> {
+        self.kept.open = Some(request);
+        self.save().inspect_err(|_| self.kept.open = None)
+    }
+
+    /// Settles the mark; on the disk with the next [`Self::save`].
+    pub(super) fn settle(&mut self) {
+        self.kept.open = None;
     }
 
     /// Adds what an answer told.
@@ -141,8 +174,16 @@ impl Captures {
         }
     }
 
-    /// Forgets them on the disk: there is nothing left to remove.
-    pub(super) fn remove(&self) -> Result<(), Failure> {
+    /// Forgets them on the disk: there is nothing left to remove. A mark that stands open stays.
+    pub(super) fn remove(&mut self) -> Result<(), Failure> {
+        if let Some(request) = self.kept.open {
+            self.turn = None;
+            self.kept = Kept {
+                open: Some(request),
+                ..Kept::default()
+            };
+            return self.save();
+        }
         let Some(file) = &self.file else {
             return Ok(());
         };

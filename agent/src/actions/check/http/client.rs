@@ -21,7 +21,7 @@ use crate::step::Context;
 const MAX_BODY: usize = 1 << 20;
 
 /// Which attempt a request belongs to: so what it created can be told from what people made.
-const STEP: &str = "x-lockstep-step";
+pub(super) const STEP: &str = "x-lockstep-step";
 
 /// A request that is ready to be sent.
 pub(super) struct Prepared {
@@ -57,7 +57,7 @@ impl Prepared {
             json,
             ..
         } = request;
-        let label = format!("{} {url}", word(*method));
+        let label = label(request);
         let mut secret = |text: &str| -> Result<Option<String>, Failure> {
             if !text.starts_with("secret://") {
                 return Ok(None);
@@ -131,6 +131,11 @@ impl Prepared {
             body: body.into(),
         })
     }
+}
+
+/// The method and the URL as the plan has it.
+pub(super) fn label(request: &Request) -> String {
+    format!("{} {}", word(request.method), request.url)
 }
 
 fn header_value(name: &str, text: &str) -> Result<HeaderValue, Unmet> {

@@ -22,6 +22,8 @@ struct State {
     sick: AtomicUsize,
     /// Answers 500 to so many creations, after it has created.
     hiccups: AtomicUsize,
+    /// Does what it is asked to, and then gives no answer.
+    mute: std::sync::atomic::AtomicBool,
     /// Answers 500 to reads.
     broken: std::sync::atomic::AtomicBool,
 }
@@ -93,6 +95,9 @@ async fn serve(state: Arc<State>, request: http::Request<Incoming>) -> http::Res
                 .lock()
                 .unwrap()
                 .insert(id, header("x-lockstep-step"));
+            if state.mute.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
             let hiccup = count_down(&state.hiccups);
             (
                 if hiccup { 500 } else { 201 },
@@ -294,8 +299,9 @@ async fn what_a_killed_attempt_created_is_removed_by_the_next_one() {
     {
         // Killed in the middle: dropped between creating and reading.
         let mut chain = Chain::new(&killed, &check, Captures::new(&killed));
-        for request in &check.then[..2] {
-            assert!(chain.ask(request, Duration::from_secs(5)).await.is_ok());
+        for (index, request) in (1..).zip(&check.then[..2]) {
+            let asked = chain.ask(index, request, Duration::from_secs(5));
+            assert!(asked.await.is_ok());
         }
     }
     assert_eq!(app.items(), 1);
@@ -324,6 +330,91 @@ async fn what_a_killed_attempt_created_is_removed_by_the_next_one() {
         "before anything else: {seen:?}"
     );
     assert!(!killed.dir.join(FILE).exists());
+}
+
+#[tokio::test]
+async fn what_was_created_and_not_recorded_is_unknown_and_blocks_no_later_attempt() {
+    let (app, host) = (App::start().await, host());
+    let check = app.chain();
+    let killed = host.context();
+    app.state.mute.store(true, Ordering::SeqCst);
+    {
+        // Killed between sending and capturing: dropped once the application has created.
+        let chain = apply(&check, &killed);
+        tokio::select! {
+            ended = chain => panic!("{ended:?}"),
+            () = async {
+                while app.items() == 0 {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            } => {}
+        }
+    }
+    let Probe::NoProof(text) = check.probe(&killed).await.unwrap() else {
+        panic!("INV-1: nothing says what was created");
+    };
+    let wanted = format!("POST {}/items may have created something", app.base);
+    assert!(text.starts_with(&wanted), "{text}");
+    let carries = format!("x-lockstep-step: {}", killed.key);
+    assert!(text.contains("`id`") && text.contains(&carries), "{text}");
+
+    // A person has looked, removed it, and said so: what was captured before is still used.
+    app.state.mute.store(false, Ordering::SeqCst);
+    app.state.items.lock().unwrap().clear();
+    let cx = host.context();
+    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    apply(&check, &cx).await.unwrap();
+    assert_eq!(app.items(), 0);
+    assert!(!killed.dir.join(FILE).exists());
+}
+
+#[tokio::test]
+async fn a_mark_is_there_before_the_request_is_and_goes_with_the_answer() {
+    let (app, host) = (App::start().await, host());
+    let check = app.chain();
+    let cx = host.context();
+    let mut chain = Chain::new(&cx, &check, Captures::new(&cx));
+    let open = || Captures::open_in(&cx).unwrap();
+    let long = Duration::from_secs(5);
+    assert!(chain.ask(0, &check.first(), long).await.is_ok());
+    assert!(!cx.dir.join(FILE).exists(), "what only asks has no mark");
+    assert!(chain.ask(1, &check.then[0], long).await.is_ok());
+    assert_eq!(open(), None);
+    assert!(chain.ask(2, &check.then[1], long).await.is_ok());
+    assert_eq!((open(), app.items()), (None, 1));
+    // One that is refused has created nothing.
+    let mut refused = check.then[1].clone();
+    refused.headers.clear();
+    assert!(chain.ask(2, &refused, long).await.is_err());
+    assert_eq!((open(), app.items()), (None, 1));
+    // Nothing listens there: nothing was sent.
+    let nowhere = Request {
+        url: "http://127.0.0.1:1/items".into(),
+        ..check.then[1].clone()
+    };
+    assert!(chain.ask(2, &nowhere, long).await.is_err());
+    assert_eq!(open(), None);
+    // A mark that cannot be written keeps the request back.
+    std::fs::remove_dir_all(&cx.dir).unwrap();
+    assert!(chain.ask(2, &check.then[1], long).await.is_err());
+    assert_eq!((chain.captures.open(), app.items()), (None, 1));
+}
+
+#[tokio::test]
+async fn a_creation_without_an_answer_says_what_to_look_for_and_stays_marked() {
+    let (app, host) = (App::start().await, host());
+    app.state.mute.store(true, Ordering::SeqCst);
+    let mut check = app.chain();
+    check.timeout = lockstep_proto::values::Period(300);
+    let cx = host.context();
+    let failed = apply(&check, &cx).await.unwrap_err();
+    assert!(failed.message.contains("no answer within"), "{failed:?}");
+    assert!(failed.changed, "{failed:?}");
+    assert!(failed.hint.unwrap().contains("/items may have created"));
+    // Killed before its outcome was written, it would be unknown; no token is kept for that.
+    assert!(matches!(check.probe(&cx).await.unwrap(), Probe::NoProof(_)));
+    let kept = std::fs::read_to_string(cx.dir.join(FILE)).unwrap();
+    assert!(!kept.contains(TOKEN), "{kept}");
 }
 
 #[tokio::test]
