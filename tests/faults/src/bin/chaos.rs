@@ -18,7 +18,7 @@ use lockstep_faults::chaos::report::{self, Half};
 use lockstep_faults::chaos::scenarios::Scenario;
 use lockstep_faults::chaos::script::Variant;
 
-/// The most actions of the agent whose outcome may be unknown: blind ones.
+/// The most actions of the agent whose outcome may be unknown: `exec.run` and `check.http`.
 const UNKNOWN_KINDS: usize = 2;
 
 /// What a killed controller may take until its rollout goes on, in milliseconds.
@@ -125,7 +125,7 @@ fn run() -> Result<bool> {
         if second.unknown.len() > UNKNOWN_KINDS {
             let kinds: Vec<&String> = second.unknown.keys().collect();
             failures.push(format!(
-                "outcomes are unknown of more than blind actions: {kinds:?}"
+                "outcomes are unknown of more than `exec.run` and `check.http`: {kinds:?}"
             ));
         }
         say(&serde_json::to_string_pretty(&second)?);

@@ -238,7 +238,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         lost: run.lost.clone(),
         ..Verdict::default()
     };
-    let blind = stage.action.info().class == Class::Blind;
+    let may = may_be_unknown(&stage.action);
     let pairs = [
         (Direction::Do, run.done.as_ref(), recorded.done.as_ref()),
         (
@@ -249,7 +249,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
     ];
     for (direction, ended, should) in pairs {
         match (ended.map(|ended| &ended.outcome), should) {
-            (Some(StepOutcome::Unknown { .. }), _) if blind => verdict.unknown = true,
+            (Some(StepOutcome::Unknown { .. }), _) if may => verdict.unknown = true,
             (Some(StepOutcome::Ok { changed, .. }), Some(should)) => {
                 let facts = |ended: &Ended| -> Vec<String> {
                     let kinds = ended.facts.iter().map(|fact| {
@@ -326,6 +326,12 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         }
     }
     verdict
+}
+
+/// Whether an attempt without an outcome may be unknown: nothing can prove what a blind action did,
+/// nor what a server created whose answer was not recorded.
+fn may_be_unknown(action: &Action) -> bool {
+    action.info().class == Class::Blind || matches!(action, Action::CheckHttp(_))
 }
 
 /// A restart that was settled by what the host shows proves nothing more.

@@ -49,7 +49,10 @@ impl Things {
 fn answer(stream: TcpStream, there: &Mutex<BTreeSet<u64>>, ledger: &PathBuf) -> Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
-    reader.read_line(&mut line)?;
+    if reader.read_line(&mut line)? == 0 {
+        // Killed before anything was sent: a connection asks for nothing.
+        return Ok(());
+    }
     let mut length = 0;
     loop {
         let mut header = String::new();
