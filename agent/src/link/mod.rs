@@ -378,7 +378,8 @@ fn jitter(failures: i32) -> Duration {
     let bound = bound.min(LONGEST_PAUSE.as_secs_f64());
     #[cfg(feature = "faults")]
     if let Some(world) = crate::simulation::world() {
-        return Duration::from_secs_f64(bound).mul_f64(world.random(1000) as f64 / 1000.0);
+        let part = u32::try_from(world.random(1000)).expect("below 1000");
+        return Duration::from_secs_f64(bound) * part / 1000;
     }
     Duration::from_secs_f64(rand::random_range(0.0..=bound))
 }

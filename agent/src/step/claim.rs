@@ -91,7 +91,8 @@ impl Claim {
         }
         #[cfg(feature = "faults")]
         if let Some(world) = crate::simulation::world() {
-            let own = world.started(self.pid).and(Pid::from_raw(self.pid));
+            let own = world.started(self.pid);
+            let own = own.and_then(|_| Pid::from_raw(self.pid));
             return own.into_iter().collect();
         }
         let Ok(entries) = std::fs::read_dir("/proc") else {

@@ -128,12 +128,15 @@ impl CliError {
                 ImportError::NotEmpty { .. } | ImportError::NotAnExport { .. } => Exit::Usage,
                 _ => Exit::Internal,
             },
-            Self::Export(_) | Self::Compact(CompactError::Archive { .. }) => Exit::State,
-            Self::Compact(CompactError::Recover(_) | CompactError::Export(_)) => Exit::State,
-            Self::Compact(_) => Exit::Internal,
+            Self::Export(_)
+            | Self::Compact(
+                CompactError::Archive { .. } | CompactError::Recover(_) | CompactError::Export(_),
+            ) => Exit::State,
             // Whoever read it has heard enough: `lockstep history | head`.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
-            Self::Document(_) | Self::File { .. } | Self::Output(_) => Exit::Internal,
+            Self::Compact(_) | Self::Document(_) | Self::File { .. } | Self::Output(_) => {
+                Exit::Internal
+            }
         }
     }
 

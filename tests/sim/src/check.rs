@@ -20,14 +20,15 @@ const LATE: u64 = 35_000;
 
 /// What is durable at one controller.
 #[derive(Debug, Clone, Default)]
-pub struct Index {
+pub(crate) struct Index {
     plans: BTreeMap<RolloutId, Arc<SealedPlan>>,
     /// Reports by host, as they were journalled.
-    pub reports: BTreeMap<HostId, BTreeMap<u64, ReportBody>>,
+    pub(crate) reports: BTreeMap<HostId, BTreeMap<u64, ReportBody>>,
     outcomes: BTreeMap<StepKey, StepOutcome>,
     /// Attempts that were ordered, and until when they are worth anything, in world time.
     ordered: BTreeMap<StepKey, u64>,
-    given_up: BTreeSet<StepKey>,
+    /// The same in the order in which they were first ordered.
+    order: Vec<StepKey>,
     resolved: BTreeMap<StepKey, bool>,
     quarantined: BTreeSet<(RolloutId, HostId)>,
     elected: BTreeMap<(RolloutId, Vec<String>), HostId>,
@@ -39,12 +40,12 @@ pub struct Index {
 
 impl Index {
     /// Knows the plan of a rollout that is about to be submitted.
-    pub fn plan(&mut self, rollout: &RolloutId, plan: Arc<SealedPlan>) {
+    pub(crate) fn plan(&mut self, rollout: &RolloutId, plan: Arc<SealedPlan>) {
         self.plans.insert(rollout.clone(), plan);
     }
 
     /// Adds a durable record; answers with what it breaks.
-    pub fn add(&mut self, entry: &Entry, now: u64) -> Vec<String> {
+    pub(crate) fn add(&mut self, entry: &Entry, now: u64) -> Vec<String> {
         let mut broken = vec![];
         match &entry.record {
             Record::Reported { host, number, body } => {
@@ -76,24 +77,10 @@ impl Index {
                     };
                     broken.extend(self.check_dispatch(&key));
                     let until = now + not_after.since(entry.at).0;
-                    self.ordered.insert(key, until);
+                    if self.ordered.insert(key.clone(), until).is_none() {
+                        self.order.push(key);
+                    }
                 }
-            }
-            Record::GivenUp {
-                rollout,
-                at,
-                direction,
-                attempt,
-                host,
-                ..
-            } => {
-                self.given_up.insert(StepKey {
-                    rollout: rollout.clone(),
-                    host: host.clone(),
-                    at: *at,
-                    direction: *direction,
-                    attempt: *attempt,
-                });
             }
             Record::Resolved {
                 rollout,
@@ -160,7 +147,7 @@ impl Index {
             };
             let resolved = self.resolved.contains_key(&before);
             match self.outcomes.get(&before) {
-                Some(StepOutcome::Ok { .. }) if !resolved => {
+                Some(StepOutcome::Ok { .. }) if !resolved && !self.is_turned(&before) => {
                     broken.push(format!("INV-1: {key} follows an attempt that is done"));
                 }
                 Some(StepOutcome::Unknown { .. }) if !resolved => {
@@ -194,6 +181,15 @@ impl Index {
         let allowed = (most as usize) * plan.phases.iter().map(|it| it.stages.len()).sum::<usize>();
         (forward && left > allowed)
             .then(|| format!("INV-5: {left} hosts of {rollout} are left behind"))
+    }
+
+    /// Whether the step went the other way after this attempt.
+    fn is_turned(&self, key: &StepKey) -> bool {
+        let mut later = self.order.iter().rev().take_while(|other| *other != key);
+        later.any(|other| {
+            (&other.rollout, &other.host, other.at) == (&key.rollout, &key.host, key.at)
+                && other.direction != key.direction
+        })
     }
 
     fn is_done(&self, rollout: &RolloutId, host: &HostId, at: StepRef) -> bool {
@@ -246,7 +242,7 @@ impl Index {
     }
 
     /// What the end of a rollout must have left (INV-5, INV-6).
-    pub fn check_end(
+    pub(crate) fn check_end(
         &self,
         rollout: &RolloutId,
         state: &str,
@@ -288,7 +284,7 @@ impl Index {
     }
 
     /// INV-2: whether an agent's reports are here, each once, as it wrote them.
-    pub fn check_reports(&self, host: &HostId, account: &Account) -> Vec<String> {
+    pub(crate) fn check_reports(&self, host: &HostId, account: &Account) -> Vec<String> {
         let nothing = BTreeMap::new();
         let here = self.reports.get(host).unwrap_or(&nothing);
         let mut broken = vec![];
@@ -315,7 +311,7 @@ impl Index {
     }
 
     /// The actions whose outcome was unknown.
-    pub fn unknown(&self) -> Vec<(StepKey, &'static str, Class)> {
+    pub(crate) fn unknown(&self) -> Vec<(StepKey, &'static str, Class)> {
         let unknown = self.outcomes.iter();
         let unknown = unknown.filter(|(_, outcome)| matches!(outcome, StepOutcome::Unknown { .. }));
         let named = unknown.filter_map(|(key, _)| {
@@ -330,16 +326,16 @@ impl Index {
 type Hosts = Vec<(HostId, &'static str)>;
 
 /// A host at the end of a rollout.
-pub struct HostState<'a> {
-    pub host: &'a HostId,
-    pub role: &'static str,
-    pub before: BTreeMap<String, String>,
-    pub now: BTreeMap<String, String>,
+pub(crate) struct HostState<'a> {
+    pub(crate) host: &'a HostId,
+    pub(crate) role: &'static str,
+    pub(crate) before: BTreeMap<String, String>,
+    pub(crate) now: BTreeMap<String, String>,
 }
 
 /// What really happened, and what hosts were told.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     effects: RefCell<BTreeMap<StepKey, u32>>,
     /// The newest term that each host was welcomed with.
     terms: RefCell<BTreeMap<HostId, Epoch>>,
@@ -350,12 +346,12 @@ pub struct Ledger {
     /// When each attempt was last ordered, in world time.
     orders: RefCell<BTreeMap<StepKey, u64>>,
     /// What was found to be broken.
-    pub violations: RefCell<Vec<String>>,
+    pub(crate) violations: RefCell<Vec<String>>,
 }
 
 impl Ledger {
     /// A host is welcomed.
-    pub fn welcome(&self, host: &HostId, epoch: Epoch) {
+    pub(crate) fn welcome(&self, host: &HostId, epoch: Epoch) {
         let mut terms = self.terms.borrow_mut();
         let newest = terms.entry(host.clone()).or_insert(epoch);
         if epoch.counter > newest.counter {
@@ -364,20 +360,20 @@ impl Ledger {
     }
 
     /// The counter of the newest term that a host was welcomed with; 0 before.
-    pub fn newest(&self, host: &HostId) -> u64 {
+    pub(crate) fn newest(&self, host: &HostId) -> u64 {
         let terms = self.terms.borrow();
         terms.get(host).map_or(0, |epoch| epoch.counter)
     }
 
     /// A controller's term begins.
-    pub fn term_began(&self, controller: i32, epoch: Epoch) {
+    pub(crate) fn term_began(&self, controller: i32, epoch: Epoch) {
         self.controllers
             .borrow_mut()
             .insert(controller, epoch.counter);
     }
 
     /// The counter of a controller's term.
-    pub fn term_of(&self, controller: i32) -> u64 {
+    pub(crate) fn term_of(&self, controller: i32) -> u64 {
         self.controllers
             .borrow()
             .get(&controller)
@@ -386,7 +382,7 @@ impl Ledger {
     }
 
     /// An order is handed to a host.
-    pub fn order(&self, order: &Order, now: u64) -> Option<String> {
+    pub(crate) fn order(&self, order: &Order, now: u64) -> Option<String> {
         let terms = self.terms.borrow();
         let newest = terms.get(&order.key.host);
         let mut orders = self.orders.borrow_mut();
@@ -400,7 +396,7 @@ impl Ledger {
     }
 
     /// An effect is made; answers with what it breaks.
-    pub fn effect(&self, key: &StepKey, indexes: &[Index], labels: &Hosts) -> Vec<String> {
+    pub(crate) fn effect(&self, key: &StepKey, indexes: &[Index], labels: &Hosts) -> Vec<String> {
         let mut broken = vec![];
         let mut effects = self.effects.borrow_mut();
         let count = effects.entry(key.clone()).or_default();
@@ -439,7 +435,7 @@ impl Ledger {
     }
 
     /// A blind action may have one effect for all its attempts, unless people said otherwise.
-    pub fn check_blind(&self, index: &Index) -> Vec<String> {
+    pub(crate) fn check_blind(&self, index: &Index) -> Vec<String> {
         let effects = self.effects.borrow();
         let mut by_step: BTreeMap<(RolloutId, HostId, StepRef), u32> = BTreeMap::new();
         for (key, count) in effects.iter() {

@@ -4,11 +4,11 @@ use std::cell::Cell;
 
 /// A small generator: the same seed, the same numbers, whatever library is used elsewhere.
 #[derive(Debug)]
-pub struct Dice(Cell<u64>);
+pub(crate) struct Dice(Cell<u64>);
 
 impl Dice {
     /// A stream of its own for each purpose, so that one more roll here changes nothing there.
-    pub fn new(seed: u64, purpose: u64) -> Self {
+    pub(crate) fn new(seed: u64, purpose: u64) -> Self {
         let dice = Self(Cell::new(
             seed ^ purpose.wrapping_mul(0xD6E8_FEB8_6659_FD93),
         ));
@@ -26,22 +26,22 @@ impl Dice {
     }
 
     /// A number below `sides`.
-    pub fn roll(&self, sides: u64) -> u64 {
+    pub(crate) fn roll(&self, sides: u64) -> u64 {
         self.next() % sides.max(1)
     }
 
     /// A number between two, both included.
-    pub fn between(&self, from: u64, to: u64) -> u64 {
+    pub(crate) fn between(&self, from: u64, to: u64) -> u64 {
         from + self.roll(to - from + 1)
     }
 
     /// Whether something of that probability happens.
-    pub fn percent(&self, percent: u64) -> bool {
+    pub(crate) fn percent(&self, percent: u64) -> bool {
         self.roll(100) < percent
     }
 
     /// One of several.
-    pub fn pick<'a, T>(&self, of: &'a [T]) -> &'a T {
+    pub(crate) fn pick<'a, T>(&self, of: &'a [T]) -> &'a T {
         let index = self.roll(of.len() as u64);
         &of[usize::try_from(index).expect("below the length")]
     }

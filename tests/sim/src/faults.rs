@@ -5,7 +5,7 @@ use crate::dice::Dice;
 
 /// One thing that goes wrong. Hosts by number; times in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// The agent's daemon is killed after so many more writes.
     KillAgent { host: usize, writes: u64 },
     /// A step process, if one runs, is killed after so many more writes.
@@ -41,14 +41,14 @@ pub enum Kind {
 
 /// A fault and when it comes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// So many events after the one before: faults come while something happens.
-    pub after: usize,
-    pub kind: Kind,
+    pub(crate) after: usize,
+    pub(crate) kind: Kind,
 }
 
 /// The faults of a seed.
-pub fn schedule(seed: u64, hosts: usize, count: usize) -> Vec<Fault> {
+pub(crate) fn schedule(seed: u64, hosts: usize, count: usize) -> Vec<Fault> {
     (0..count)
         .map(|index| {
             let dice = Dice::new(seed, 1000 + index as u64);

@@ -17,7 +17,7 @@ const ROOM: usize = 64 << 10;
 
 /// The way between one host and whoever has the controller's address.
 #[derive(Debug, Default)]
-pub struct Way {
+pub(crate) struct Way {
     up_until: Cell<Option<Instant>>,
     down_until: Cell<Option<Instant>>,
     connections: RefCell<Vec<CancellationToken>>,
@@ -25,7 +25,7 @@ pub struct Way {
 
 /// Which direction stands still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
+pub(crate) enum Direction {
     /// From the host to the controller.
     Up,
     /// From the controller to the host.
@@ -34,12 +34,12 @@ pub enum Direction {
 
 impl Way {
     /// Nothing passes in a direction for a time; nobody is told.
-    pub fn stall(&self, direction: Direction, time: Duration) {
+    pub(crate) fn stall(&self, direction: Direction, time: Duration) {
         self.until(direction).set(Some(Instant::now() + time));
     }
 
     /// Everything passes again.
-    pub fn heal(&self) {
+    pub(crate) fn heal(&self) {
         self.up_until.set(None);
         self.down_until.set(None);
     }
@@ -51,13 +51,13 @@ impl Way {
         }
     }
 
-    pub fn is_stalled(&self, direction: Direction) -> bool {
+    pub(crate) fn is_stalled(&self, direction: Direction) -> bool {
         let until = self.until(direction).get();
         until.is_some_and(|until| until > Instant::now())
     }
 
     /// Ends every connection; what was under way is lost.
-    pub fn cut(&self) {
+    pub(crate) fn cut(&self) {
         for connection in self.connections.borrow_mut().drain(..) {
             connection.cancel();
         }
@@ -65,7 +65,7 @@ impl Way {
 }
 
 /// Joins two ends over a way, until it is cut or both sides are gone. Returns the ends.
-pub fn join(
+pub(crate) fn join(
     way: &Rc<Way>,
     dice: &Rc<Dice>,
     stands: Rc<dyn Fn() -> bool>,

@@ -34,7 +34,7 @@ struct Watched {
 }
 
 /// People at the command line.
-pub struct Operator {
+pub(crate) struct Operator {
     dice: Dice,
     watched: Option<Watched>,
     serial: u64,
@@ -43,11 +43,11 @@ pub struct Operator {
     answers_since: Option<u64>,
     given_up: bool,
     /// How rollouts ended.
-    pub ends: BTreeMap<String, u64>,
+    pub(crate) ends: BTreeMap<String, u64>,
 }
 
 impl Operator {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self {
             dice: Dice::new(seed, 4),
             watched: None,
@@ -60,16 +60,16 @@ impl Operator {
     }
 
     /// Whether nothing is waited for.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.given_up || (self.watched.is_none() && self.serial > 0)
     }
 
-    pub fn give_up(&mut self) {
+    pub(crate) fn give_up(&mut self) {
         self.given_up = true;
     }
 
     /// What people do now; `more`: whether they begin another rollout.
-    pub async fn act(&mut self, world: &Rc<World>, disks: &mut [Disk], more: bool) {
+    pub(crate) async fn act(&mut self, world: &Rc<World>, disks: &mut [Disk], more: bool) {
         let now = world.millis();
         if now < self.next_look || self.given_up {
             return;

@@ -71,7 +71,7 @@ fn stage(dice: &Dice, serial: u64, waves: bool) -> Stage {
 }
 
 /// The plan of a serial.
-pub fn plan(dice: &Dice, serial: u64) -> CompiledPlan {
+pub(crate) fn plan(dice: &Dice, serial: u64) -> CompiledPlan {
     let mut phases: Vec<Phase> = (0..dice.between(2, 4))
         .map(|index| {
             let waves = dice.percent(40);

@@ -20,46 +20,46 @@ struct Killed;
 
 /// What is known of a process, by whoever looks.
 #[derive(Debug)]
-pub struct Process {
-    pub pid: i32,
+pub(crate) struct Process {
+    pub(crate) pid: i32,
     /// When it began, in ticks since the boot.
-    pub started: u64,
+    pub(crate) started: u64,
     /// The host it runs on; none for controllers.
-    pub host: Option<usize>,
-    pub what: String,
+    pub(crate) host: Option<usize>,
+    pub(crate) what: String,
     alive: Cell<bool>,
     thaws: Cell<Option<Instant>>,
     waker: RefCell<Option<Waker>>,
     /// Writes that are left before it is killed.
     kill_in: Cell<Option<u64>>,
     /// It was asked to end.
-    pub terminated: Arc<Notify>,
+    pub(crate) terminated: Arc<Notify>,
     /// Why it ended, in its own words.
-    pub ended: RefCell<Option<String>>,
+    pub(crate) ended: RefCell<Option<String>>,
 }
 
 impl Process {
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.alive.get()
     }
 
     /// Ends it: no task of it runs again.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.alive.set(false);
         self.wake();
     }
 
     /// Ends it when it has come to so many more points.
-    pub fn kill_in(&self, points: u64) {
+    pub(crate) fn kill_in(&self, points: u64) {
         self.kill_in.set(Some(points));
     }
 
     /// Stops it for a time, as SIGSTOP or a slow disk does.
-    pub fn freeze(&self, time: Duration) {
+    pub(crate) fn freeze(&self, time: Duration) {
         self.thaws.set(Some(Instant::now() + time));
     }
 
-    pub fn is_frozen(&self) -> bool {
+    pub(crate) fn is_frozen(&self) -> bool {
         self.thaws.get().is_some_and(|thaws| thaws > Instant::now())
     }
 
@@ -70,7 +70,7 @@ impl Process {
     }
 
     /// It has come to a point; does not return if it is killed there.
-    pub fn reached(&self, killed: impl FnOnce()) {
+    pub(crate) fn reached(&self, killed: impl FnOnce()) {
         if self.alive.get() {
             match self.kill_in.get() {
                 Some(0) => {
@@ -91,7 +91,7 @@ impl Process {
 
 /// All processes, and which of them runs now.
 #[derive(Debug, Default)]
-pub struct Processes {
+pub(crate) struct Processes {
     all: RefCell<Vec<Rc<Process>>>,
     /// Processes of each host since its boot: process ids begin again with it.
     since_boot: RefCell<BTreeMap<Option<usize>, i32>>,
@@ -100,7 +100,7 @@ pub struct Processes {
 
 impl Processes {
     /// Makes a process whose tasks are put into `local`.
-    pub fn make(&self, host: Option<usize>, what: String) -> Rc<Process> {
+    pub(crate) fn make(&self, host: Option<usize>, what: String) -> Rc<Process> {
         let mut since_boot = self.since_boot.borrow_mut();
         let number = since_boot.entry(host).or_default();
         *number += 1;
@@ -122,23 +122,23 @@ impl Processes {
     }
 
     /// The process of an id.
-    pub fn find(&self, pid: i32) -> Option<Rc<Process>> {
+    pub(crate) fn find(&self, pid: i32) -> Option<Rc<Process>> {
         let all = self.all.borrow();
         all.iter().rev().find(|process| process.pid == pid).cloned()
     }
 
     /// A host starts again: its process ids do too, after those of its own services.
-    pub fn booted(&self, host: usize, by_then: i32) {
+    pub(crate) fn booted(&self, host: usize, by_then: i32) {
         self.since_boot.borrow_mut().insert(Some(host), by_then);
     }
 
     /// The one that runs now.
-    pub fn current(&self) -> Option<Rc<Process>> {
+    pub(crate) fn current(&self) -> Option<Rc<Process>> {
         self.find(self.current.get())
     }
 
     /// Those of a host that are alive.
-    pub fn alive_on(&self, host: usize) -> Vec<Rc<Process>> {
+    pub(crate) fn alive_on(&self, host: usize) -> Vec<Rc<Process>> {
         let all = self.all.borrow();
         let there = all
             .iter()
@@ -148,11 +148,11 @@ impl Processes {
 }
 
 /// Runs a process until it ends, by itself or not.
-pub struct Running {
-    pub processes: Rc<Processes>,
-    pub process: Rc<Process>,
-    pub local: LocalSet,
-    pub timer: Option<Pin<Box<tokio::time::Sleep>>>,
+pub(crate) struct Running {
+    pub(crate) processes: Rc<Processes>,
+    pub(crate) process: Rc<Process>,
+    pub(crate) local: LocalSet,
+    pub(crate) timer: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 impl Future for Running {

@@ -30,34 +30,40 @@ use crate::process::{Process, Processes, Running};
 const BEGAN: u64 = 1_790_000_000_000;
 
 /// A host and what is on it.
-pub struct Host {
-    pub name: HostId,
-    pub role: &'static str,
-    pub agent: Agent,
-    pub dir: PathBuf,
-    pub disk: RefCell<Disk>,
-    pub daemon: RefCell<Option<Rc<Process>>>,
-    pub way: Rc<Way>,
+pub(crate) struct Host {
+    pub(crate) name: HostId,
+    pub(crate) role: &'static str,
+    pub(crate) agent: Agent,
+    pub(crate) dir: PathBuf,
+    pub(crate) disk: RefCell<Disk>,
+    pub(crate) daemon: RefCell<Option<Rc<Process>>>,
+    pub(crate) way: Rc<Way>,
     /// What its effects have made: services, links, marks.
-    pub state: RefCell<BTreeMap<String, String>>,
+    pub(crate) state: RefCell<BTreeMap<String, String>>,
     /// The state when the current rollout was submitted.
-    pub before: RefCell<BTreeMap<String, String>>,
+    pub(crate) before: RefCell<BTreeMap<String, String>>,
     /// Restarts that were made, by attempt.
     receipts: RefCell<BTreeSet<StepKey>>,
     /// How far its wall clock is off, in milliseconds.
-    pub clock: Cell<i64>,
+    pub(crate) clock: Cell<i64>,
     /// Messages that are handed on late or again.
-    pub disorder: Cell<u32>,
+    pub(crate) disorder: Cell<u32>,
     /// The next order is handed on after it is worth anything.
-    pub too_late: Cell<bool>,
+    pub(crate) too_late: Cell<bool>,
     /// A controller that it dials once, wherever the address leads.
-    pub detour: RefCell<Option<Rc<Control>>>,
+    pub(crate) detour: RefCell<Option<Rc<Control>>>,
     /// The next step process is killed after so many writes.
-    pub next_step_dies: Cell<Option<u64>>,
+    pub(crate) next_step_dies: Cell<Option<u64>>,
 }
 
 impl Host {
-    pub fn new(name: HostId, role: &'static str, agent: Agent, dir: PathBuf, disk: Disk) -> Self {
+    pub(crate) fn new(
+        name: HostId,
+        role: &'static str,
+        agent: Agent,
+        dir: PathBuf,
+        disk: Disk,
+    ) -> Self {
         Self {
             name,
             role,
@@ -79,33 +85,33 @@ impl Host {
 }
 
 /// Whoever has the controller's address.
-pub struct Control {
-    pub process: Rc<Process>,
-    pub connections: mpsc::Sender<controller::Dialled>,
-    pub handle: controller::Controller,
+pub(crate) struct Control {
+    pub(crate) process: Rc<Process>,
+    pub(crate) connections: mpsc::Sender<controller::Dialled>,
+    pub(crate) handle: controller::Controller,
 }
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Everything.
-pub struct World {
-    pub hosts: Vec<Host>,
-    pub processes: Rc<Processes>,
-    pub control: RefCell<Option<Rc<Control>>>,
+pub(crate) struct World {
+    pub(crate) hosts: Vec<Host>,
+    pub(crate) processes: Rc<Processes>,
+    pub(crate) control: RefCell<Option<Rc<Control>>>,
     /// What is durable at each controller's disk.
-    pub indexes: RefCell<Vec<Index>>,
+    pub(crate) indexes: RefCell<Vec<Index>>,
     /// The disk of each controller process.
-    pub disks: RefCell<BTreeMap<i32, usize>>,
-    pub ledger: Ledger,
-    pub net: Rc<Dice>,
-    pub effects: Dice,
+    pub(crate) disks: RefCell<BTreeMap<i32, usize>>,
+    pub(crate) ledger: Ledger,
+    pub(crate) net: Rc<Dice>,
+    pub(crate) effects: Dice,
     began: Instant,
     tasks: mpsc::UnboundedSender<Task>,
     log: RefCell<Vec<String>>,
 }
 
 impl World {
-    pub fn new(hosts: Vec<Host>, seed: u64, tasks: mpsc::UnboundedSender<Task>) -> Self {
+    pub(crate) fn new(hosts: Vec<Host>, seed: u64, tasks: mpsc::UnboundedSender<Task>) -> Self {
         Self {
             hosts,
             processes: Rc::default(),
@@ -122,12 +128,12 @@ impl World {
     }
 
     /// Milliseconds since the beginning.
-    pub fn millis(&self) -> u64 {
+    pub(crate) fn millis(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_millis()).expect("a short time")
     }
 
     /// Writes the event log.
-    pub fn say(&self, what: &str) {
+    pub(crate) fn say(&self, what: &str) {
         let at = self.millis();
         self.log
             .borrow_mut()
@@ -135,28 +141,28 @@ impl World {
     }
 
     /// How many events there have been.
-    pub fn events(&self) -> usize {
+    pub(crate) fn events(&self) -> usize {
         self.log.borrow().len()
     }
 
-    pub fn take_log(&self) -> Vec<String> {
+    pub(crate) fn take_log(&self) -> Vec<String> {
         self.log.take()
     }
 
     /// A promise is broken.
-    pub fn violated(&self, what: String) {
+    pub(crate) fn violated(&self, what: String) {
         self.say(&format!("VIOLATED {what}"));
         self.ledger.violations.borrow_mut().push(what);
     }
 
     /// Runs something outside of all processes.
-    pub fn spawn_task(&self, task: impl Future<Output = ()> + 'static) {
+    pub(crate) fn spawn_task(&self, task: impl Future<Output = ()> + 'static) {
         let sent = self.tasks.send(Box::pin(task));
         sent.unwrap_or_else(|_| unreachable!("the world's own tasks run as long as it is there"));
     }
 
     /// Starts a process.
-    pub fn start(&self, process: &Rc<Process>, local: LocalSet) {
+    pub(crate) fn start(&self, process: &Rc<Process>, local: LocalSet) {
         self.spawn_task(Running {
             processes: self.processes.clone(),
             process: process.clone(),
@@ -166,7 +172,7 @@ impl World {
     }
 
     /// Starts the agent of a host.
-    pub fn start_daemon(&self, index: usize) {
+    pub(crate) fn start_daemon(&self, index: usize) {
         let host = &self.hosts[index];
         if host
             .daemon
@@ -191,7 +197,7 @@ impl World {
         self.start(&process, local);
     }
 
-    pub fn host(&self, name: &HostId) -> (usize, &Host) {
+    pub(crate) fn host(&self, name: &HostId) -> (usize, &Host) {
         let mut hosts = self.hosts.iter().enumerate();
         hosts
             .find(|(_, host)| host.name == *name)
@@ -205,7 +211,7 @@ impl World {
     }
 
     /// A point in the code of a process.
-    pub fn reached(&self, point: &str) {
+    pub(crate) fn reached(&self, point: &str) {
         if let Some(process) = self.processes.current() {
             process.reached(|| self.say(&format!("{} killed at `{point}`", process.what)));
         }
@@ -275,7 +281,7 @@ fn failure(cause: Cause, message: &str, changed: bool) -> Failure {
 }
 
 /// The handle that is given to both sides.
-pub struct Shared(pub Rc<World>);
+pub(crate) struct Shared(pub Rc<World>);
 
 impl agent::World for Shared {
     fn wall_clock(&self) -> u64 {
