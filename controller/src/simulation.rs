@@ -36,6 +36,8 @@ use crate::session::Agents;
 pub trait World {
     /// The machine's clock, in milliseconds since 1970.
     fn wall_clock(&self) -> u64;
+    /// Whether the controller that asks gives way to a higher term.
+    fn heeds_terms(&self) -> bool;
     /// Any number.
     fn random(&self) -> u64;
     /// Records are about to be appended, or are durable now.

@@ -56,7 +56,9 @@ impl Index {
                 }
                 reports.insert(*number, body.clone());
                 if let ReportBody::Finished { key, outcome, .. } = body {
-                    self.outcomes.insert(key.clone(), outcome.clone());
+                    // The first counts: a host that has let go of a rollout knows nothing of it.
+                    let outcomes = self.outcomes.entry(key.clone());
+                    outcomes.or_insert_with(|| outcome.clone());
                 }
             }
             Record::Dispatched {

@@ -35,8 +35,9 @@ pub(crate) enum Kind {
     Disorder { host: usize, messages: u32 },
     /// The next order is under way for longer than it is worth.
     TooLate { host: usize },
-    /// The controller is stopped, and a successor starts on a copy of its disk; then it wakes up.
-    Successor { sleeps: u64 },
+    /// The controller is stopped, and a successor starts on a copy of its disk; then it wakes up,
+    /// and may not give way.
+    Successor { sleeps: u64, stubborn: bool },
 }
 
 /// A fault and when it comes.
@@ -107,6 +108,7 @@ fn kind(dice: &Dice, hosts: usize) -> Kind {
         18 => Kind::TooLate { host },
         _ => Kind::Successor {
             sleeps: dice.between(1_000, 40_000),
+            stubborn: dice.percent(50),
         },
     }
 }

@@ -166,6 +166,8 @@ struct Run {
     later: BTreeMap<(u64, u64), Later>,
     numbers: u64,
     asleep: Option<Rc<Control>>,
+    /// When somebody ends it, if it does not give way.
+    put_down_at: u64,
     /// How long the controller stays away once it is killed, in milliseconds.
     down: u64,
 }
@@ -217,6 +219,7 @@ impl Run {
             later: BTreeMap::new(),
             numbers: 0,
             asleep: None,
+            put_down_at: 0,
             down: 1_000,
         };
         for (index, fault) in &mut run.faults {
@@ -365,12 +368,8 @@ impl Run {
                 }
             }
             Kind::KillStep { host, writes } => {
-                let daemon = world.hosts[host].daemon.borrow().clone();
-                let there = world.processes.alive_on(host);
-                let mut steps = there
-                    .into_iter()
-                    .filter(|it| daemon.as_ref().is_none_or(|daemon| daemon.pid != it.pid));
-                match steps.next() {
+                let host = world.busy(host);
+                match world.steps(host).into_iter().next() {
                     // Half of them between two writes, in the middle of what they do.
                     Some(step) if writes % 2 == 0 => {
                         world.say(&format!("{} killed", step.what));
@@ -386,7 +385,7 @@ impl Run {
                     self.down = down;
                 }
             }
-            Kind::PowerLoss { host, down } => self.power_loss(host, down),
+            Kind::PowerLoss { host, down } => self.power_loss(world.busy(host), down),
             Kind::Reset { host } => world.hosts[host].way.cut(),
             Kind::Partition {
                 host,
@@ -422,8 +421,9 @@ impl Run {
             Kind::Clock { host, by } => world.hosts[host].clock.set(by),
             Kind::Disorder { host, messages } => world.hosts[host].disorder.set(messages),
             Kind::TooLate { host } => world.hosts[host].too_late.set(true),
-            Kind::Successor { sleeps } => {
+            Kind::Successor { sleeps, stubborn } => {
                 if let Some(control) = control.filter(|_| self.asleep.is_none()) {
+                    world.stubborn.set(stubborn.then_some(control.process.pid));
                     self.successor(control, sleeps).await;
                 }
             }
@@ -458,6 +458,7 @@ impl Run {
         self.disks.push(copy);
         self.world.indexes.borrow_mut().push(index);
         self.asleep = Some(old);
+        self.put_down_at = self.world.millis() + sleeps + 40_000;
         self.start_controller(self.disks.len() - 1, true).await;
         for index in 0..self.world.hosts.len() {
             self.world.hosts[index].way.cut();
@@ -470,6 +471,10 @@ impl Run {
         let Some(old) = self.asleep.clone() else {
             return;
         };
+        let stubborn = self.world.stubborn.get() == Some(old.process.pid);
+        if stubborn && self.world.millis() > self.put_down_at {
+            old.process.kill();
+        }
         if !old.process.is_alive() {
             self.world.say("the controller that woke up has ended");
             self.asleep = None;

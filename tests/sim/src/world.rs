@@ -103,6 +103,8 @@ pub(crate) struct World {
     /// The disk of each controller process.
     pub(crate) disks: RefCell<BTreeMap<i32, usize>>,
     pub(crate) ledger: Ledger,
+    /// A controller that does not give way.
+    pub(crate) stubborn: Cell<Option<i32>>,
     pub(crate) net: Rc<Dice>,
     pub(crate) effects: Dice,
     began: Instant,
@@ -119,6 +121,7 @@ impl World {
             indexes: RefCell::new(vec![Index::default()]),
             disks: RefCell::default(),
             ledger: Ledger::default(),
+            stubborn: Cell::default(),
             net: Rc::new(Dice::new(seed, 1)),
             effects: Dice::new(seed, 2),
             began: Instant::now(),
@@ -208,6 +211,21 @@ impl World {
         let process = self.processes.current().expect("somebody asks");
         let host = process.host.expect("a process of a host");
         (&self.hosts[host], process)
+    }
+
+    /// The steps that run on a host.
+    pub(crate) fn steps(&self, host: usize) -> Vec<Rc<Process>> {
+        let daemon = self.hosts[host].daemon.borrow().clone();
+        let mut there = self.processes.alive_on(host);
+        there.retain(|it| daemon.as_ref().is_none_or(|daemon| daemon.pid != it.pid));
+        there
+    }
+
+    /// The first host from this one on where a step runs; itself if there is none.
+    pub(crate) fn busy(&self, host: usize) -> usize {
+        let count = self.hosts.len();
+        let mut hosts = (host..host + count).map(|it| it % count);
+        hosts.find(|it| !self.steps(*it).is_empty()).unwrap_or(host)
     }
 
     /// A point in the code of a process.
@@ -529,6 +547,11 @@ fn line(record: &Record) -> String {
 impl controller::World for Shared {
     fn wall_clock(&self) -> u64 {
         BEGAN + self.0.millis()
+    }
+
+    fn heeds_terms(&self) -> bool {
+        let process = self.0.processes.current().expect("a controller asks");
+        self.0.stubborn.get() != Some(process.pid)
     }
 
     fn random(&self) -> u64 {
