@@ -32,7 +32,7 @@ use crate::config::{App, Config, StepRunner, Tls};
 use crate::exec::{Exec, Inbound};
 use crate::journal::{self, Journal, Record};
 use crate::link::Link;
-use crate::step;
+use crate::step::{self, StepExit};
 
 /// A future on one thread.
 pub type Local<T> = Pin<Box<dyn Future<Output = T>>>;
@@ -195,10 +195,14 @@ impl Agent {
     }
 
     /// What a step process does, from its start to its end.
-    pub async fn step(&self, key: &StepKey) -> io::Result<()> {
+    pub async fn step(&self, key: &StepKey) -> io::Result<StepEnd> {
         let terminated = world().expect("a step process has a world").terminated();
         let config = Config::clone(&self.config);
-        step::perform(config, key, terminated).await.map(|_| ())
+        let ended = step::perform(config, key, terminated).await?;
+        Ok(match ended {
+            StepExit::Done => StepEnd::Done,
+            StepExit::ClaimedBefore => StepEnd::ClaimedBefore,
+        })
     }
 
     /// Whether the journal has the intent of an attempt.
@@ -227,6 +231,15 @@ impl Agent {
         journal.map_err(|error| crate::errors::chain(&error))?;
         Ok(account)
     }
+}
+
+/// How a step process ended by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepEnd {
+    /// Its outcome is on the disk.
+    Done,
+    /// Another one had the claim, and it did nothing.
+    ClaimedBefore,
 }
 
 /// What an agent's journal says.

@@ -39,7 +39,7 @@ pub enum Fault {
     IgnoreBoot,
     /// An order past its not-after time is carried out.
     IgnoreNotAfter,
-    /// INV-6: a rollback leaves out the last host that was touched.
+    /// INV-6: a rollback leaves out one host that was touched, and does not look at the end.
     SkipAnUndo,
     /// INV-2: the controller drops the last record of its journal when it starts.
     ForgetLastRecord,

@@ -11,7 +11,7 @@ use lockstep_proto::action::Class;
 use lockstep_proto::ids::{Direction, Epoch, HostId, RolloutId, StepKey, StepRef};
 use lockstep_proto::order::Order;
 use lockstep_proto::plan::Target;
-use lockstep_proto::report::{ReportBody, StepOutcome};
+use lockstep_proto::report::{Cause, ReportBody, StepOutcome};
 use lockstep_proto::seal::SealedPlan;
 
 /// How much later than it is worth an order may begin, in milliseconds: a host learns the
@@ -347,6 +347,8 @@ pub(crate) struct Ledger {
     good: RefCell<BTreeSet<StepKey>>,
     /// When each attempt was last ordered, in world time.
     orders: RefCell<BTreeMap<StepKey, u64>>,
+    /// Attempts whose step process left its outcome.
+    completed: RefCell<BTreeSet<StepKey>>,
     /// What was found to be broken.
     pub(crate) violations: RefCell<Vec<String>>,
 }
@@ -406,6 +408,9 @@ impl Ledger {
         if *count > 1 {
             broken.push(format!("INV-1: {key} has its effect {count} times"));
         }
+        if indexes.iter().any(|index| index.outcomes.contains_key(key)) {
+            broken.push(format!("INV-1: {key} acts after its outcome was reported"));
+        }
         if !self.good.borrow().contains(key) {
             broken.push(format!(
                 "INV-4: {key} acts on the word of a term that has ended"
@@ -436,6 +441,38 @@ impl Ledger {
         broken
     }
 
+    /// A step process has left its outcome, and ended by itself.
+    pub(crate) fn completed(&self, key: &StepKey) {
+        self.completed.borrow_mut().insert(key.clone());
+    }
+
+    /// INV-1 and INV-2 of what was reported: nothing that was known is forgotten, and who says that
+    /// nothing was changed has changed nothing.
+    pub(crate) fn check_outcomes(&self, index: &Index) -> Vec<String> {
+        let (effects, completed) = (self.effects.borrow(), self.completed.borrow());
+        let mut broken = vec![];
+        for (key, outcome) in &index.outcomes {
+            let forgotten = match outcome {
+                StepOutcome::Ok { .. } => false,
+                StepOutcome::Failed(failure) => failure.cause == Cause::Interrupted,
+                StepOutcome::Unknown { .. } => true,
+            };
+            if forgotten && completed.contains(key) {
+                broken.push(format!("INV-2: the outcome of {key} was there and is lost"));
+            }
+            let unchanged = match outcome {
+                StepOutcome::Failed(failure) => !failure.changed,
+                _ => false,
+            };
+            if unchanged && effects.contains_key(key) {
+                broken.push(format!(
+                    "INV-1: {key} says that it changed nothing, and it has"
+                ));
+            }
+        }
+        broken
+    }
+
     /// A blind action may have one effect for all its attempts, unless people said otherwise.
     pub(crate) fn check_blind(&self, index: &Index) -> Vec<String> {
         let effects = self.effects.borrow();
@@ -459,7 +496,7 @@ impl Ledger {
                 it.rollout == step.0
                     && it.host == step.1
                     && it.at == step.2
-                    && matches!(outcome, StepOutcome::Failed(_))
+                    && matches!(outcome, StepOutcome::Failed(failure) if failure.changed)
             });
             if told.count() + failed.count() == 0 {
                 *by_step.entry(step).or_default() += count;

@@ -237,6 +237,7 @@ impl Run {
             self.world.start_daemon(index);
         }
         sleep(Duration::from_secs(3)).await;
+        let mut calm = false;
         let (mut events, mut due) = (self.world.events(), self.world.millis());
         loop {
             let now = self.world.millis();
@@ -251,7 +252,13 @@ impl Run {
             let more = !self.faults.is_empty();
             self.operator.act(&self.world, &mut self.disks, more).await;
             if !more && self.operator.is_idle() {
-                break;
+                if calm {
+                    break;
+                }
+                // One more, with nothing in its way: nobody but the clock drives it.
+                calm = true;
+                self.heal();
+                self.operator.once_more();
             }
             sleep(Duration::from_millis(100)).await;
         }
@@ -494,8 +501,8 @@ impl Run {
         }
     }
 
-    /// Everything is well again: now nothing may be left over.
-    async fn finish(mut self) -> Outcome {
+    /// Everything is well again.
+    fn heal(&mut self) {
         self.later
             .retain(|_, later| !matches!(later, Later::Detour(_)));
         if let Some(old) = self.asleep.take() {
@@ -507,7 +514,12 @@ impl Run {
             host.too_late.set(false);
             host.clock.set(0);
             host.detour.take();
+            host.next_step_dies.set(None);
         }
+    }
+
+    /// Now nothing may be left over.
+    async fn finish(mut self) -> Outcome {
         let end = self.world.millis() + u64::try_from(QUIET.as_millis()).expect("short");
         while self.world.millis() < end {
             let now = self.world.millis();
@@ -536,6 +548,9 @@ impl Run {
             }
         }
         let index = world.indexes.borrow()[disk].clone();
+        for what in world.ledger.check_outcomes(&index) {
+            world.violated(what);
+        }
         for what in world.ledger.check_blind(&index) {
             world.violated(what);
         }

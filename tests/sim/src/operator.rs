@@ -42,6 +42,10 @@ pub(crate) struct Operator {
     /// Since when the controller answers.
     answers_since: Option<u64>,
     given_up: bool,
+    /// Whether one more rollout is to be submitted.
+    pending: bool,
+    /// Whether people leave rollouts alone.
+    calm: bool,
     /// How rollouts ended.
     pub(crate) ends: BTreeMap<String, u64>,
 }
@@ -55,13 +59,20 @@ impl Operator {
             next_look: 0,
             answers_since: None,
             given_up: false,
+            pending: false,
+            calm: false,
             ends: BTreeMap::new(),
         }
     }
 
     /// Whether nothing is waited for.
     pub(crate) fn is_idle(&self) -> bool {
-        self.given_up || (self.watched.is_none() && self.serial > 0)
+        self.given_up || (self.watched.is_none() && self.serial > 0 && !self.pending)
+    }
+
+    /// One more rollout, in which nobody intervenes.
+    pub(crate) fn once_more(&mut self) {
+        (self.pending, self.calm) = (true, true);
     }
 
     pub(crate) fn give_up(&mut self) {
@@ -84,7 +95,7 @@ impl Operator {
         let controller = control.handle.clone();
         match self.watched.take() {
             Some(watched) => self.watched = self.watch(world, &controller, watched).await,
-            None if more || self.serial == 0 => {
+            None if more || self.serial == 0 || self.pending => {
                 // With a host away nothing begins: once in a while that is seen too.
                 let up = controller.read(|c| c.hosts().filter(|(_, info)| info.connected).count());
                 let up = timeout(PATIENCE, up).await.ok().flatten();
@@ -128,6 +139,7 @@ impl Operator {
             // It may have been taken all the same.
             Ok(None) | Err(_) => world.say(&format!("{id} was submitted, without an answer")),
         }
+        self.pending = false;
         Some(Watched {
             id,
             plan,
@@ -215,6 +227,7 @@ impl Operator {
             let rollout = watched.id.clone();
             let reason = "as the dice say".to_owned();
             let call = match self.dice.roll(1200) {
+                _ if self.calm => return,
                 0..=2 => Call::Pause { rollout },
                 3 => Call::Cancel { rollout, reason },
                 4 | 5 => Call::RollBack { rollout, reason },

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 
 use lockstep::simulation as controller;
-use lockstep_agent::simulation::{self as agent, Agent, Arrived, Local, Seen, Stream};
+use lockstep_agent::simulation::{self as agent, Agent, Arrived, Local, Seen, StepEnd, Stream};
 use lockstep_core::{Entry, Record};
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Digest, HostId, StepKey};
@@ -341,8 +341,19 @@ impl agent::World for Shared {
         }
         let local = LocalSet::new();
         let (agent, own, key) = (host.agent.clone(), process.clone(), key.clone());
+        // Hosts are slow now and then, and once in a while slower than anybody waits.
+        let delay = match self.0.effects.roll(100) {
+            0..=1 => self.0.effects.between(25_000, 40_000),
+            2..=19 => self.0.effects.between(100, 5_000),
+            _ => 0,
+        };
+        let world = self.0.clone();
         local.spawn_local(async move {
+            sleep(Duration::from_millis(delay)).await;
             let ended = agent.step(&key).await;
+            if matches!(ended, Ok(StepEnd::Done)) {
+                world.ledger.completed(&key);
+            }
             *own.ended.borrow_mut() = Some(format!("{ended:?}"));
             own.kill();
         });
