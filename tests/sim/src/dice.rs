@@ -39,10 +39,4 @@ impl Dice {
     pub(crate) fn percent(&self, percent: u64) -> bool {
         self.roll(100) < percent
     }
-
-    /// One of several.
-    pub(crate) fn pick<'a, T>(&self, of: &'a [T]) -> &'a T {
-        let index = self.roll(of.len() as u64);
-        &of[usize::try_from(index).expect("below the length")]
-    }
 }

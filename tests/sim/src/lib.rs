@@ -58,6 +58,7 @@ const QUIET: Duration = Duration::from_secs(90);
 /// What to run.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
+    /// It decides everything else.
     pub seed: u64,
     /// Faults that are left out, by their number.
     pub without: BTreeSet<usize>,
@@ -340,23 +341,20 @@ impl Run {
             own.kill();
         });
         self.world.start(&process, local);
-        match started.await {
-            Ok(handle) => {
-                *self.world.control.borrow_mut() = Some(Rc::new(Control {
-                    process,
-                    connections,
-                    handle,
-                }));
-            }
-            Err(_) => {
-                let why = process.ended.take().unwrap_or_default();
-                self.world
-                    .violated(format!("INV-2: the controller does not start: {why}"));
-                // Nothing goes on from here.
-                self.faults.clear();
-                self.operator.give_up();
-            }
+        if let Ok(handle) = started.await {
+            *self.world.control.borrow_mut() = Some(Rc::new(Control {
+                process,
+                connections,
+                handle,
+            }));
+            return;
         }
+        let why = process.ended.take().unwrap_or_default();
+        let what = format!("INV-2: the controller does not start: {why}");
+        self.world.violated(what);
+        // Nothing goes on from here.
+        self.faults.clear();
+        self.operator.give_up();
     }
 
     async fn apply(&mut self, number: usize, kind: Kind) {
@@ -539,7 +537,9 @@ impl Run {
             match host.agent.reports() {
                 Ok(account) => {
                     let broken = world.indexes.borrow()[disk].check_reports(&host.name, &account);
-                    broken.into_iter().for_each(|what| world.violated(what));
+                    for what in broken {
+                        world.violated(what);
+                    }
                     if let Some(held) = account.hold {
                         world.violated(format!("{} still holds for {held}", host.name));
                     }

@@ -141,9 +141,10 @@ impl Figures {
             }
             while let Some(fault) = Fault::ALL.get(next_fault.fetch_add(1, Ordering::Relaxed)) {
                 let by = find(*fault);
-                let shown = by.map_or("NOT FOUND".to_owned(), |seed| {
-                    format!("found by seed {seed}")
-                });
+                let shown = match by {
+                    Some(seed) => format!("found by seed {seed}"),
+                    None => "NOT FOUND".to_owned(),
+                };
                 println!("planted {}: {shown}", fault.name());
                 alone().planted.insert(fault.name(), by);
             }
@@ -191,7 +192,7 @@ impl Figures {
         });
         println!("{figures}");
         let written = report.map_or(Ok(()), |path| {
-            std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+            std::fs::create_dir_all(path.parent().unwrap_or_else(|| Path::new(".")))?;
             std::fs::write(path, format!("{figures:#}\n"))
         });
         if let Err(error) = written {

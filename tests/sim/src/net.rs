@@ -68,7 +68,7 @@ impl Way {
 pub(crate) fn join(
     way: &Rc<Way>,
     dice: &Rc<Dice>,
-    stands: Rc<dyn Fn() -> bool>,
+    stands: &Rc<dyn Fn() -> bool>,
 ) -> (DuplexStream, DuplexStream, impl Future<Output = ()> + use<>) {
     let (host, host_side) = tokio::io::duplex(ROOM);
     let (controller, controller_side) = tokio::io::duplex(ROOM);

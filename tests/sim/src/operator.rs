@@ -248,8 +248,7 @@ impl Operator {
         let rollout = watched.id.clone();
         let reason = "as the dice say".to_owned();
         let call = match (summary.state, watched.tries) {
-            ("paused", _) => resume(rollout, self.dice.percent(50)),
-            (_, 1..=2) => resume(rollout, self.dice.percent(50)),
+            ("paused", _) | (_, 1..=2) => resume(rollout, self.dice.percent(50)),
             (_, 3) => Call::RollBack { rollout, reason },
             _ => Call::Close { rollout, reason },
         };

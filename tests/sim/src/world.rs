@@ -140,7 +140,7 @@ impl World {
         let at = self.millis();
         self.log
             .borrow_mut()
-            .push(format!("{:>9.3} {what}", at as f64 / 1000.0));
+            .push(format!("{:>5}.{:03} {what}", at / 1000, at % 1000));
     }
 
     /// How many events there have been.
@@ -382,14 +382,14 @@ impl agent::World for Shared {
                 .or_else(|| world.control.borrow().clone());
             let control = control.filter(|control| control.process.is_alive());
             let control = control.ok_or(io::ErrorKind::ConnectionRefused)?;
-            let stands = {
+            let stands: Rc<dyn Fn() -> bool> = {
                 let (world, control) = (world.clone(), control.process.clone());
-                move || {
+                Rc::new(move || {
                     let daemon = world.hosts[index].daemon.borrow().clone();
                     control.is_frozen() || daemon.is_some_and(|daemon| daemon.is_frozen())
-                }
+                })
             };
-            let (ours, theirs, carrying) = net::join(&host.way, &world.net, Rc::new(stands));
+            let (ours, theirs, carrying) = net::join(&host.way, &world.net, &stands);
             world.spawn_task(carrying);
             let dialled = controller::Dialled {
                 host: name.clone(),

@@ -150,14 +150,10 @@ fn environment(requirements: &Path) -> Result<PathBuf> {
 }
 
 fn succeed(mut command: Command) -> Result<()> {
-    let output = command
-        .output()
-        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    let output = command.output();
+    let program = command.get_program().display();
+    let output = output.with_context(|| format!("cannot start {program}"))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{:?} failed: {said}",
-        command.get_program()
-    );
+    ensure!(output.status.success(), "{program} failed: {said}");
     Ok(())
 }

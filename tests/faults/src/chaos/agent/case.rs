@@ -104,7 +104,7 @@ pub(super) async fn play(
     if stage.kind.service {
         lab.start_service()?;
     }
-    let list = |name: &str| format!("list:{}", name);
+    let list = |name: &str| format!("list:{name}");
     let files =
         ["points.list-agent", "points.list-do", "points.list-undo"].map(|name| lab.at(name));
     let agent = match case {

@@ -93,7 +93,7 @@ fn note(lab: &Lab, line: &str) -> Value {
     ])
 }
 
-fn migration(release: &str, more: Value) -> Value {
+fn migration(release: &str, more: &Value) -> Value {
     let mut args =
         json!({"database": "staff", "app": "shop", "release": release, "dir": "backend"});
     let fields = args.as_object_mut().expect("an object");
@@ -125,14 +125,14 @@ const MIGRATION: Kind = Kind {
 pub(super) const KINDS: &[Kind] = &[
     Kind {
         name: "migration.apply",
-        args: |_| migration("v1.0.0", json!({"backup": "none"})),
+        args: |_| migration("v1.0.0", &json!({"backup": "none"})),
         ..MIGRATION
     },
     Kind {
         name: "migration.downgrade",
         base: Base::Second,
         setup: &[Setup::Backup, Setup::Verify],
-        args: |_| migration("v1.0.0", json!({"to": "0001_base"})),
+        args: |_| migration("v1.0.0", &json!({"to": "0001_base"})),
         ..MIGRATION
     },
     Kind {
@@ -206,17 +206,17 @@ pub(super) const KINDS: &[Kind] = &[
     },
     Kind {
         name: "migration.plan",
-        args: |_| migration("v1.0.0", json!({})),
+        args: |_| migration("v1.0.0", &json!({})),
         ..MIGRATION
     },
     Kind {
         name: "migration.verify",
-        args: |_| migration("v0.9.5", json!({})),
+        args: |_| migration("v0.9.5", &json!({})),
         ..MIGRATION
     },
     Kind {
         name: "migration.current",
-        args: |_| migration("v1.0.0", json!({})),
+        args: |_| migration("v1.0.0", &json!({})),
         ..MIGRATION
     },
     Kind {

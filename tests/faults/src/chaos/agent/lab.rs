@@ -1,5 +1,6 @@
 //! One worker's host: its directory, the agent on it, its database, its service, a small server.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -115,7 +116,7 @@ impl Lab {
     }
 
     /// A text without what differs between attempts.
-    pub(super) fn neutral(&self, text: &str) -> String {
+    pub(super) fn neutral(text: &str) -> String {
         let mut text = text.to_owned();
         for attempt in 1..5 {
             text = text.replace(&format!("\"attempt\": {attempt}"), "\"attempt\": N");
@@ -165,7 +166,8 @@ impl Lab {
             service = self.port,
         );
         if let Some(postgres) = &self.postgres {
-            text += &format!(
+            let _ = write!(
+                text,
                 "[postgres.staff]\nhost = '{}'\nport = {}\ndbname = '{}'\nuser = '{SUPERUSER}'\n\
                  password = 'pg'\nbackup_dir = '{root}/backups'\n",
                 postgres.socket().display(),
@@ -184,8 +186,8 @@ impl Lab {
         }
         for entry in fs::read_dir(&self.root)?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("ledger.") || name.starts_with("points.") || name.ends_with(".log")
-            {
+            let log = Path::new(&name).extension() == Some("log".as_ref());
+            if log || name.starts_with("ledger.") || name.starts_with("points.") {
                 fs::remove_file(entry.path())?;
             }
         }
@@ -434,13 +436,12 @@ impl Lab {
     /// Says what processes do at their points.
     pub(super) fn plan_points(&self, of: &str, plan: Option<&str>) -> Result<()> {
         let file = self.path(&format!("points.{of}"));
-        match plan {
-            Some(plan) => Ok(fs::write(file, plan)?),
-            None => {
-                let _ = fs::remove_file(file);
-                Ok(())
-            }
+        if let Some(plan) = plan {
+            fs::write(file, plan)?;
+        } else {
+            let _ = fs::remove_file(file);
         }
+        Ok(())
     }
 }
 

@@ -104,12 +104,10 @@ impl<'a> Play<'a> {
     /// Offers the plan and waits for the consent.
     pub(super) async fn consent(&mut self) -> Result<()> {
         self.expect(Pending::Consent).await?;
-        loop {
-            match self.report().await? {
-                ReportBody::Consented { .. } => return Ok(()),
-                ReportBody::Declined { refusals, .. } => bail!("no consent: {refusals:?}"),
-                other => bail!("{other:?} is no consent"),
-            }
+        match self.report().await? {
+            ReportBody::Consented { .. } => Ok(()),
+            ReportBody::Declined { refusals, .. } => bail!("no consent: {refusals:?}"),
+            other => bail!("{other:?} is no consent"),
         }
     }
 

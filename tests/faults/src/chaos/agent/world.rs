@@ -29,10 +29,10 @@ impl World {
     /// Looks at a host whose agent is idle.
     pub(super) fn look(lab: &Lab) -> Result<Self> {
         let mut world = Self::default();
-        world.files(lab, &lab.path("world"), "")?;
+        world.files(&lab.path("world"), "")?;
         world.backups(lab);
         world.private(lab);
-        world.service(lab)?;
+        world.service(lab);
         world.ledgers(lab);
         world.databases(lab)?;
         let things = format!("{} left", lab.things.count());
@@ -40,7 +40,7 @@ impl World {
         Ok(world)
     }
 
-    fn files(&mut self, lab: &Lab, dir: &Path, name: &str) -> Result<()> {
+    fn files(&mut self, dir: &Path, name: &str) -> Result<()> {
         let mut entries: Vec<_> = fs::read_dir(dir)?.collect::<Result<_, _>>()?;
         entries.sort_by_key(fs::DirEntry::file_name);
         for entry in entries {
@@ -56,7 +56,7 @@ impl World {
             } else if meta.is_dir() {
                 format!("directory {mode:o}")
             } else {
-                let text = lab.neutral(&String::from_utf8_lossy(&fs::read(&path)?));
+                let text = Lab::neutral(&String::from_utf8_lossy(&fs::read(&path)?));
                 format!("{mode:o} {}", Digest::of(text.as_bytes()).short())
             };
             self.state.insert(format!("file {name}"), what);
@@ -70,7 +70,7 @@ impl World {
             if meta.is_dir() && file == ".mirror" {
                 self.mirror(&path)?;
             } else if meta.is_dir() {
-                self.files(lab, &path, &name)?;
+                self.files(&path, &name)?;
             }
         }
         Ok(())
@@ -97,7 +97,7 @@ impl World {
                 // `<database>-<time>-<step key>`; the time is the run's own.
                 let mut parts = name.splitn(3, '-');
                 let (database, key) = (parts.next(), parts.nth(1));
-                let key = lab.neutral(key.unwrap_or_default());
+                let key = Lab::neutral(key.unwrap_or_default());
                 let stable = format!("{root}/{}-{key}", database.unwrap_or_default());
                 let mut files: Vec<_> = fs::read_dir(entry.path())
                     .into_iter()
@@ -139,7 +139,7 @@ impl World {
         }
     }
 
-    fn service(&mut self, lab: &Lab) -> Result<()> {
+    fn service(&mut self, lab: &Lab) {
         let runs = lab.processes();
         let service = |line: &&String| line.contains("/service.py");
         let count = runs.iter().filter(service).count();
@@ -151,7 +151,6 @@ impl World {
         }
         let others = runs.iter().filter(|line| !service(line));
         self.left_over.extend(others.cloned());
-        Ok(())
     }
 
     /// The append-only files of the service, the application's server and the commands.
@@ -171,7 +170,7 @@ impl World {
         for line in lab.look_at_databases()?.lines() {
             let mut parts = line.splitn(3, '|');
             let (kind, name) = (parts.next().unwrap_or(""), parts.next().unwrap_or(""));
-            let (name, value) = (lab.neutral(name), parts.next().unwrap_or(""));
+            let (name, value) = (Lab::neutral(name), parts.next().unwrap_or(""));
             match kind {
                 "count" => {
                     self.counts.insert(name, value.parse().unwrap_or(u64::MAX));
@@ -181,7 +180,7 @@ impl World {
                 }
                 "left" => self.left_over.push(format!("{name} {value}")),
                 _ => {
-                    self.state.insert(name, lab.neutral(value));
+                    self.state.insert(name, Lab::neutral(value));
                 }
             }
         }
@@ -238,7 +237,7 @@ fn is_temporary(name: &str) -> bool {
         .is_some_and(|(_, tail)| random(tail))
         || name.starts_with(".partial-")
         || name.starts_with(".removed-")
-        || name.ends_with(".partial")
-        || name.ends_with(".tmp")
-        || name.ends_with(".new")
+        || Path::new(name)
+            .extension()
+            .is_some_and(|ending| ["partial", "tmp", "new"].iter().any(|it| ending == *it))
 }
