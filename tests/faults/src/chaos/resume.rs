@@ -20,8 +20,8 @@ use super::script::{Played, Variant, play};
 use super::simulated::World;
 
 /// A resumed rollout that has not ended by then is stuck: its steps and pauses take 3 s, and what
-/// is lost is given up after 20 s.
-const WITHIN: Duration = Duration::from_secs(45);
+/// is lost is given up after 20 s, or in a rollback after 40 s.
+const WITHIN: Duration = Duration::from_secs(70);
 
 /// One copy, resumed.
 #[derive(Debug)]
