@@ -187,7 +187,7 @@ impl Run {
         let seed = options.seed;
         let dice = Dice::new(seed, 3);
         let count = usize::try_from(dice.between(3, 6)).expect("few hosts");
-        let hosts: Vec<Host> = (0..count).map(|index| host(dir, index)).collect();
+        let hosts: Vec<Host> = (0..count).map(|index| host(dir, index, seed)).collect();
         let (tasks, mut received) = mpsc::unbounded_channel();
         let world = Rc::new(World::new(hosts, seed, tasks));
         *shared.borrow_mut() = Some(world.clone());
@@ -573,12 +573,12 @@ impl Run {
     }
 }
 
-fn host(dir: &Path, index: usize) -> Host {
+fn host(dir: &Path, index: usize, seed: u64) -> Host {
     let name: HostId = format!("h-{index}").parse().expect("a name");
     let role = if index == 0 { "db" } else { "app" };
     let labels = BTreeMap::from([("role".to_owned(), role.to_owned())]);
     let dir = dir.join(name.as_str());
     let agent = Agent::install(&dir, &name, &labels).expect("an agent can be installed");
     let disk = Disk::new(&dir.join("state"));
-    Host::new(name, role, agent, dir, disk)
+    Host::new(name, role, agent, dir, disk, seed)
 }

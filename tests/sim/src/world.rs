@@ -54,6 +54,11 @@ pub(crate) struct Host {
     pub(crate) detour: RefCell<Option<Rc<Control>>>,
     /// The next step process is killed after so many writes.
     pub(crate) next_step_dies: Cell<Option<u64>>,
+    /// Delays on its way, and what its processes draw: by host, so that what happens at one instant
+    /// on several of them may come in any order.
+    pub(crate) net: Rc<Dice>,
+    /// How long its effects take, and which fail.
+    effects: Dice,
 }
 
 impl Host {
@@ -63,8 +68,16 @@ impl Host {
         agent: Agent,
         dir: PathBuf,
         disk: Disk,
+        seed: u64,
     ) -> Self {
+        let own = seed
+            ^ name
+                .as_str()
+                .bytes()
+                .fold(0, |all, byte| all * 31 + u64::from(byte));
         Self {
+            net: Rc::new(Dice::new(own, 5)),
+            effects: Dice::new(own, 6),
             name,
             role,
             agent,
@@ -106,7 +119,6 @@ pub(crate) struct World {
     /// A controller that does not give way.
     pub(crate) stubborn: Cell<Option<i32>>,
     pub(crate) net: Rc<Dice>,
-    pub(crate) effects: Dice,
     began: Instant,
     tasks: mpsc::UnboundedSender<Task>,
     log: RefCell<Vec<String>>,
@@ -123,7 +135,6 @@ impl World {
             ledger: Ledger::default(),
             stubborn: Cell::default(),
             net: Rc::new(Dice::new(seed, 1)),
-            effects: Dice::new(seed, 2),
             began: Instant::now(),
             tasks,
             log: RefCell::default(),
@@ -283,8 +294,9 @@ impl World {
         }
     }
 
-    async fn work(&self, most: u64) {
-        sleep(Duration::from_millis(self.effects.between(1, most))).await;
+    async fn work(&self, host: usize, most: u64) {
+        let time = self.hosts[host].effects.between(1, most);
+        sleep(Duration::from_millis(time)).await;
     }
 }
 
@@ -309,7 +321,7 @@ impl agent::World for Shared {
     }
 
     fn random(&self, below: u64) -> u64 {
-        self.0.net.roll(below)
+        self.0.here().0.net.roll(below)
     }
 
     fn process(&self) -> i32 {
@@ -342,9 +354,9 @@ impl agent::World for Shared {
         let local = LocalSet::new();
         let (agent, own, key) = (host.agent.clone(), process.clone(), key.clone());
         // Hosts are slow now and then, and once in a while slower than anybody waits.
-        let delay = match self.0.effects.roll(100) {
-            0..=1 => self.0.effects.between(25_000, 40_000),
-            2..=19 => self.0.effects.between(100, 5_000),
+        let delay = match host.effects.roll(100) {
+            0..=1 => host.effects.between(25_000, 40_000),
+            2..=19 => host.effects.between(100, 5_000),
             _ => 0,
         };
         let world = self.0.clone();
@@ -370,7 +382,7 @@ impl agent::World for Shared {
         let (world, name) = (self.0.clone(), host.clone());
         Box::pin(async move {
             let (index, host) = world.host(&name);
-            sleep(Duration::from_millis(world.net.between(1, 40))).await;
+            sleep(Duration::from_millis(host.net.between(1, 40))).await;
             while host.way.is_stalled(net::Direction::Up)
                 || host.way.is_stalled(net::Direction::Down)
             {
@@ -389,7 +401,7 @@ impl agent::World for Shared {
                     control.is_frozen() || daemon.is_some_and(|daemon| daemon.is_frozen())
                 })
             };
-            let (ours, theirs, carrying) = net::join(&host.way, &world.net, &stands);
+            let (ours, theirs, carrying) = net::join(&host.way, &host.net, &stands);
             world.spawn_task(carrying);
             let dialled = controller::Dialled {
                 host: name.clone(),
@@ -410,14 +422,14 @@ impl agent::World for Shared {
             // Orders are worth two minutes, and the controller waits twenty seconds more.
             self.0
                 .say(&format!("{} is under way for too long", order.key));
-            return vec![Duration::from_secs(self.0.net.between(156, 162))];
+            return vec![Duration::from_secs(host.net.between(156, 162))];
         }
         let Some(left) = host.disorder.get().checked_sub(1) else {
             return vec![now];
         };
         host.disorder.set(left);
-        let later = Duration::from_millis(self.0.net.between(1, 15_000));
-        match self.0.net.roll(3) {
+        let later = Duration::from_millis(host.net.between(1, 15_000));
+        match host.net.roll(3) {
             0 => vec![now, later],
             1 => vec![later],
             _ => vec![now, now, later],
@@ -468,8 +480,8 @@ impl agent::World for Shared {
         let index = world.here().1.host.expect("a step of a host");
         Box::pin(async move {
             let host = &world.hosts[index];
-            world.work(2_500).await;
-            let roll = world.effects.roll(100);
+            world.work(index, 2_500).await;
+            let roll = host.effects.roll(100);
             if roll < 2 {
                 let cause = if action.changes() {
                     Cause::Step
@@ -499,7 +511,7 @@ impl agent::World for Shared {
                 }
                 _ => false,
             };
-            world.work(1_000).await;
+            world.work(index, 1_000).await;
             if roll == 2 {
                 return Err(failure(Cause::Step, "it stopped half-way", changed));
             }
@@ -513,7 +525,7 @@ impl agent::World for Shared {
         let index = world.here().1.host.expect("a step of a host");
         Box::pin(async move {
             let host = &world.hosts[index];
-            world.work(2_000).await;
+            world.work(index, 2_000).await;
             let changed = match World::target(&action) {
                 Some((name, _)) => {
                     let before = before.as_str().map(ToOwned::to_owned);
@@ -525,7 +537,7 @@ impl agent::World for Shared {
                 }
                 None => false,
             };
-            world.work(500).await;
+            world.work(index, 500).await;
             Ok(changed)
         })
     }
