@@ -113,7 +113,7 @@ struct Stat {
     zombie: bool,
 }
 
-/// The fields of /proc/<pid>/stat that matter here.
+/// The fields of `/proc/PID/stat` that matter here.
 fn stat(pid: i32) -> Option<Stat> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The program's name stands in parentheses and may hold anything, parentheses too.

@@ -1,6 +1,6 @@
 //! The catalogue of actions: what a step of a plan may do.
 //!
-//! An action is one argument struct (here, by family), one row in [`actions!`] below, and one
+//! An action is one argument struct (here, by family), one row in `actions!` below, and one
 //! implementation in the agent (or, for gates and notices, in the controller). Plan file, JSON
 //! Schema, compiled plan and documentation all come from the struct and the row.
 //!

@@ -11,7 +11,7 @@ use crate::faults::planted;
 use crate::rollout::{Left, Rollout};
 
 impl Coordinator {
-    /// When [`Event::Tick`] is due at the latest; none if nothing waits for time.
+    /// When [`crate::Event::Tick`] is due at the latest; none if nothing waits for time.
     pub fn next_deadline(&self) -> Option<Timestamp> {
         if planted!(IgnoreDeadlines) {
             return None;
