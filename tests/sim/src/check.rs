@@ -363,12 +363,6 @@ impl Ledger {
         }
     }
 
-    /// The counter of the newest term that a host was welcomed with; 0 before.
-    pub(crate) fn newest(&self, host: &HostId) -> u64 {
-        let terms = self.terms.borrow();
-        terms.get(host).map_or(0, |epoch| epoch.counter)
-    }
-
     /// A controller's term begins.
     pub(crate) fn term_began(&self, controller: i32, epoch: Epoch) {
         self.controllers
@@ -386,12 +380,14 @@ impl Ledger {
     }
 
     /// An order is handed to a host.
-    pub(crate) fn order(&self, order: &Order, now: u64) -> Option<String> {
+    pub(crate) fn order(&self, order: &Order, now: u64, term: u64) -> Option<String> {
         let terms = self.terms.borrow();
         let newest = terms.get(&order.key.host);
         let mut orders = self.orders.borrow_mut();
         orders.insert(order.key.clone(), now);
-        if newest.is_none_or(|newest| *newest == order.epoch) {
+        // A welcome counts once the host has written it down.
+        let unwritten = order.epoch.counter >= term && newest.is_some_and(|it| it.counter > term);
+        if unwritten || newest.is_none_or(|newest| *newest == order.epoch) {
             let mut good = self.good.borrow_mut();
             good.insert(order.key.clone());
             return None;

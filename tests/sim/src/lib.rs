@@ -486,7 +486,8 @@ impl Run {
             return;
         }
         let host = &self.world.hosts[index];
-        let newest = self.world.ledger.newest(&host.name);
+        // What it has written down is what holds.
+        let newest = host.agent.term();
         if newest > self.world.ledger.term_of(old.process.pid) {
             self.world
                 .say(&format!("{} dials the controller that woke up", host.name));

@@ -438,7 +438,10 @@ impl agent::World for Shared {
 
     fn handing(&self, host: &HostId, message: &Arrived<'_>) {
         let heard = match message {
-            Arrived::Order(order) => self.0.ledger.order(order, self.0.millis()),
+            Arrived::Order(order) => {
+                let term = self.0.host(host).1.agent.term();
+                self.0.ledger.order(order, self.0.millis(), term)
+            }
             Arrived::Welcome(epoch) => {
                 self.0.ledger.welcome(host, *epoch);
                 return;
