@@ -4,22 +4,19 @@
 use std::cell::RefCell;
 use std::io;
 use std::path::Path;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::SystemTime;
 
 use lockstep_core::{Answer, Call, Coordinator, Entry, Refused};
 use lockstep_proto::ids::{HostId, OperatorName, RolloutId};
 use lockstep_proto::seal::SealedPlan;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::server::Connected;
 
 use crate::api::Control;
 use crate::app::serve_on;
@@ -31,6 +28,7 @@ use crate::journal::memory::{Memory, MemoryJournal};
 use crate::journal::{AppendError, Head, Journal, JournalId, OpenError};
 use crate::logs::Logs;
 use crate::session::Agents;
+use crate::tls::Connection;
 
 /// What is simulated beside the network.
 pub trait World {
@@ -71,55 +69,13 @@ pub struct Dialled {
     pub stream: Box<dyn Stream>,
 }
 
-/// A connection whose peer is known.
-struct Connection {
-    stream: Box<dyn Stream>,
-    peer: Peer,
-}
-
-impl From<Dialled> for Connection {
+impl From<Dialled> for Connection<Box<dyn Stream>> {
     fn from(dialled: Dialled) -> Self {
         let forever = SystemTime::now() + std::time::Duration::from_hours(24 * 3650);
         Self {
             stream: dialled.stream,
             peer: Peer::simulated(dialled.host, forever),
         }
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer.clone()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

@@ -502,12 +502,14 @@ impl Drop for Permits {
 
 /// A connection whose peer is known.
 #[derive(Debug)]
-pub(crate) struct Connection {
-    stream: TlsStream<TcpStream>,
-    peer: Peer,
+pub(crate) struct Connection<S = TlsStream<TcpStream>> {
+    /// The bytes.
+    pub(crate) stream: S,
+    /// Who is at the other end.
+    pub(crate) peer: Peer,
 }
 
-impl Connected for Connection {
+impl<S> Connected for Connection<S> {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
@@ -515,7 +517,7 @@ impl Connected for Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -525,7 +527,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

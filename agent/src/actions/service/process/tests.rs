@@ -62,6 +62,15 @@ impl Web {
         vec![Address(format!("localhost:{}", self.port))]
     }
 
+    fn restart(&self) -> Restart {
+        Restart {
+            service: "web".into(),
+            driver: Driver::Process,
+            listens: self.address(),
+            within: Period::seconds(20),
+        }
+    }
+
     fn start(&self) -> Start {
         Start {
             service: "web".into(),
@@ -178,12 +187,7 @@ async fn a_restart_leaves_a_receipt() {
     let web = Web::new();
     let cx = web.host.context();
     web.start().apply(&cx, &Value::Null).await.unwrap();
-    let restart = Restart {
-        service: "web".into(),
-        driver: Driver::Process,
-        listens: web.address(),
-        within: Period::seconds(20),
-    };
+    let restart = web.restart();
     let cx = web.host.context();
     assert!(matches!(
         restart.probe(&cx).await.unwrap(),
@@ -232,12 +236,7 @@ async fn an_undo_that_was_killed_does_not_restart_again_what_it_restarted() {
     let web = Web::new();
     let started = web.host.context();
     web.start().apply(&started, &Value::Null).await.unwrap();
-    let restart = Restart {
-        service: "web".into(),
-        driver: Driver::Process,
-        listens: web.address(),
-        within: Period::seconds(20),
-    };
+    let restart = web.restart();
     let cx = web.host.context();
     let running = restart.before(&cx).await.unwrap();
     restart.apply(&cx, &Value::Null).await.unwrap();
