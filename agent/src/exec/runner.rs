@@ -104,8 +104,9 @@ impl Runner {
         let mut command = std::process::Command::new(&self.program);
         command.args(self.arguments(key)).env_clear();
         command.envs(environment()).current_dir("/");
-        let started = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        tracing::warn!(?started, "started before the intent: a fault is planted");
+        // To its end, so that what is lost with the agent is the same each time.
+        let ended = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        tracing::warn!(?ended, "done before the intent: a fault is planted");
     }
 
     fn arguments(&self, key: &StepKey) -> [String; 4] {

@@ -228,7 +228,10 @@ async fn write(dir: &StepDir, ended: &Ended) -> io::Result<()> {
     loop {
         match dir.write_outcome(ended) {
             Ok(()) => return Ok(()),
-            Err(error) if tries == WRITE_TRIES => return Err(error),
+            // Without the step's directory nobody waits for it.
+            Err(error) if tries == WRITE_TRIES || error.kind() == io::ErrorKind::NotFound => {
+                return Err(error);
+            }
             Err(error) => {
                 tracing::error!(%error, "the outcome cannot be written; trying again");
                 tries += 1;

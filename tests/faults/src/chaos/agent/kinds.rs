@@ -84,7 +84,7 @@ fn service(lab: &Lab, what: &str) -> Value {
 fn note(lab: &Lab, line: &str) -> Value {
     let script = format!("open(__import__('sys').argv[1], 'a').write('{line}\\n')");
     json!([
-        "python3",
+        "/usr/bin/python3",
         "-S",
         "-E",
         "-c",
@@ -185,7 +185,7 @@ pub(super) const KINDS: &[Kind] = &[
         setup: &[Setup::Fetch],
         args: |lab| {
             let done = "open('built', 'w').write('built')";
-            let built = json!(["python3", "-S", "-E", "-c", done]);
+            let built = json!(["/usr/bin/python3", "-S", "-E", "-c", done]);
             let run = json!([{"argv": note(lab, "build")}, {"argv": built}]);
             json!({"app": "shop", "release": "v1.0.0", "run": run})
         },

@@ -392,6 +392,21 @@ impl Lab {
             .collect()
     }
 
+    /// Waits for the step processes that still run.
+    pub(super) async fn steps_end(&self) -> Result<()> {
+        let began = Instant::now();
+        let is_step = |line: &String| line.contains(" step --config");
+        while self.processes().iter().any(is_step) {
+            ensure!(
+                began.elapsed() < Duration::from_secs(20),
+                "step processes of {} do not end",
+                self.root.display()
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+
     /// Kills all that runs in this lab.
     pub(super) fn end_processes(&self) -> Result<()> {
         let began = Instant::now();
