@@ -167,10 +167,8 @@ pub(super) async fn play(
     let reached = !left(play.lab);
     let lost = std::mem::take(&mut play.seen.lost);
     lab.kill_agent().await?;
-    if case == Some(Case::Race) {
-        // The agent waits for the one that claimed; the other ends by itself.
-        lab.steps_end().await?;
-    }
+    // One that has left its outcome may still be ending, and so may the one that lost a race.
+    lab.steps_end().await?;
     let end = World::look(lab)?;
     let points = files.map(|file| {
         let text = fs::read_to_string(file).unwrap_or_default();
