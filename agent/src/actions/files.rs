@@ -10,7 +10,7 @@ use lockstep_proto::report::{Cause, Failure};
 use rustix::fs::OFlags;
 
 use crate::faults::reached;
-use crate::step::{Context, failure};
+use crate::step::{Context, StepDir, failure};
 
 /// Who owns a file: user and group, by number.
 pub(crate) type Owner = (u32, u32);
@@ -134,6 +134,18 @@ pub(crate) fn attempts(cx: &Context) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+/// The same without attempts that ended by themselves, and so have an outcome: what is left are
+/// its own and those that were killed.
+pub(crate) fn attempts_without_outcome(cx: &Context) -> Vec<PathBuf> {
+    let has_outcome = |dir: &PathBuf| {
+        let attempt = StepDir::at(parent(dir).to_owned());
+        *dir != cx.dir && attempt.outcome().exists()
+    };
+    let mut dirs = attempts(cx);
+    dirs.retain(|dir| !has_outcome(dir));
+    dirs
 }
 
 /// The directory that holds a path.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lockstep_proto::action::postgres::{Backup, Format};
+use lockstep_proto::ids::StepKey;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
@@ -18,6 +19,7 @@ use super::measure::{Contents, Snapshot, fingerprint, revisions, rows_fact, summ
 use super::scratch::progress;
 use super::tools::Tools;
 use super::{fence, human};
+use crate::actions::files::{self, parent};
 use crate::actions::{Act, Done, Probe};
 use crate::faults::reached;
 use crate::process::User;
@@ -49,10 +51,13 @@ impl Act for Backup {
         session.end_left_over(cx).await?;
         let store = Store::of(cx, &database);
         let fence = fence::raised(&session).await?.map(|raised| raised.token);
-        // Behind the same fence an earlier attempt's backup is as good as a new one.
-        let made = match of_this_step(&store, cx).filter(|made| made.fence == fence) {
-            Some(made) if made.fence.is_some() => made,
-            _ => take(self, cx, &database, session, &store, began).await?,
+        // Behind the same fence an earlier attempt's backup is as good as a new one; without a
+        // fence, that of an attempt that was killed, but for its outcome, is what was asked for.
+        let usable =
+            |made: &Manifest| made.fence == fence && (fence.is_some() || was_killed(cx, &made.key));
+        let made = match of_this_step(&store, cx).filter(usable) {
+            Some(made) => made,
+            None => take(self, cx, &database, session, &store, began).await?,
         };
         for directory in &self.copies {
             copy(cx, &store, &made, Path::new(directory)).await?;
@@ -69,6 +74,13 @@ impl Act for Backup {
         };
         format!("takes a backup of `{}`{copies}", self.database)
     }
+}
+
+/// Whether an attempt at this step was cut off: one that failed has an outcome.
+fn was_killed(cx: &Context, attempt: &StepKey) -> bool {
+    let name = attempt.to_string();
+    let is_its = |dir: &PathBuf| parent(dir).ends_with(&name);
+    files::attempts_without_outcome(cx).iter().any(is_its)
 }
 
 /// What an earlier attempt at the same step has made.

@@ -1,7 +1,5 @@
 //! Restarts, with a receipt that tells a new run from the old one.
 
-use std::path::PathBuf;
-
 use lockstep_proto::action::service::Restart;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::Failure;
@@ -14,7 +12,7 @@ use super::{
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::net::Answer;
 use crate::actions::{Act, Done, Probe};
-use crate::step::{Context, StepDir};
+use crate::step::Context;
 
 /// The receipt of a restart: which run it ended, written before it is ended.
 const RECEIPT: &str = "restarted-run";
@@ -25,12 +23,7 @@ const UNDO_RECEIPT: &str = "restarted-back-run";
 /// The runs that this attempt has ended or was about to, and those of earlier attempts that were
 /// killed meanwhile. One that failed by itself has an outcome: then another restart is asked for.
 fn ended_runs(cx: &Context, receipt: &str) -> Vec<String> {
-    let has_outcome = |dir: &PathBuf| {
-        let attempt = StepDir::at(files::parent(dir).to_owned());
-        *dir != cx.dir && attempt.outcome().exists()
-    };
-    let dirs = files::attempts(cx).into_iter();
-    let dirs = dirs.filter(|dir| !has_outcome(dir));
+    let dirs = files::attempts_without_outcome(cx).into_iter();
     dirs.filter_map(|dir| std::fs::read_to_string(dir.join(receipt)).ok())
         .collect()
 }
