@@ -139,7 +139,7 @@ pub(super) async fn play(
         (true, false) => 1,
         (true, true) => 2,
     });
-    let (mut ended, mut after_do) = (vec![], None);
+    let (mut ended, mut after_do, mut missed) = (vec![], None, false);
     for direction in directions {
         let plan = step_plan(play.lab, direction);
         play.lab.plan_points("step", plan.as_deref())?;
@@ -151,6 +151,11 @@ pub(super) async fn play(
         let one = play.step(stage.step, direction, look).await?;
         let good = matches!(one.outcome, StepOutcome::Ok { .. });
         ended.push(one);
+        if play.lab.awaits_kill("step") {
+            // It may be on its way still: its outcome was there before its last points.
+            play.lab.steps_end().await?;
+            missed |= play.lab.awaits_kill("step");
+        }
         if direction == Direction::Do {
             after_do = Some(World::look(play.lab)?);
         }
@@ -158,13 +163,8 @@ pub(super) async fn play(
             break;
         }
     }
-    let left = |lab: &Lab| {
-        let waits = ["points.agent", "points.step"].iter();
-        let mut waits = waits.filter_map(|name| fs::read_to_string(lab.path(name)).ok());
-        waits.any(|plan| plan.starts_with("kill:"))
-    };
     play.release().await?;
-    let reached = !left(play.lab);
+    let reached = !missed && !play.lab.awaits_kill("agent");
     let lost = std::mem::take(&mut play.seen.lost);
     lab.kill_agent().await?;
     // One that has left its outcome may still be ending, and so may the one that lost a race.
@@ -315,7 +315,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         .wrong
         .extend(differs("end", &run.end, &recorded.end));
     // A restarted host starts its services anew.
-    if !(reboot && stage.kind.action().starts_with("service.")) {
+    if !(reboot && stage.kind.service) {
         let ended = run.done.iter().chain(&run.undone);
         let more = 1 + u64::from(ended.map(|ended| ended.attempts).sum::<u16>());
         verdict.double.extend(too_often(stage, run, recorded, more));
