@@ -321,12 +321,12 @@ async fn on_a_full_disk_running_steps_are_recorded_and_nothing_new_begins() {
         .await
         .unwrap_err();
     assert!(refused.message().contains("disk"), "{refused:?}");
-    let resume = control::ResumeRequest {
-        rollout: rollout.clone(),
-        ..control::ResumeRequest::default()
-    };
-    let refused = client.resume(resume).await.unwrap_err();
-    assert!(refused.message().contains("make room"), "{refused:?}");
+    for failed in [false, true] {
+        let rollout = rollout.clone();
+        let resume = control::ResumeRequest { rollout, failed };
+        let refused = client.resume(resume).await.unwrap_err();
+        assert!(refused.message().contains("make room"), "{refused:?}");
+    }
     let quiet = tokio::time::timeout(Duration::from_secs(2), agent.next()).await;
     assert!(
         quiet.is_err(),

@@ -9,7 +9,7 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
 use crate::event::{Answer, Effects, Event, Message, Notify};
-use crate::record::{Archived, End, Entry, Record};
+use crate::record::{Archived, Entry, Record};
 use crate::rollout::{HELD_BACK_BY, Rollout, order_life};
 
 mod calls;
@@ -401,17 +401,21 @@ impl Coordinator {
         }
     }
 
-    /// Tells a host that holds itself for a rollout to let go, if that has ended.
+    /// Tells a host that holds itself for a rollout to let go, if that has ended. What still runs
+    /// there is stopped only if people cancelled it, or nobody knows it.
     fn send_release(&self, host: HostId, rollout: RolloutId, effects: &mut Effects) {
-        if self.rollouts.get(&rollout).is_some_and(Rollout::is_locking) {
+        let known = self.rollouts.get(&rollout);
+        if known.is_some_and(|it| it.ended.is_none() || it.is_locking()) {
             return;
         }
         let epoch = self.config.epoch;
-        let cancel = Message::Cancel {
-            rollout: rollout.clone(),
-            epoch,
-        };
-        effects.send.push((host.clone(), cancel));
+        if known.is_none_or(Rollout::is_cancelled) {
+            let cancel = Message::Cancel {
+                rollout: rollout.clone(),
+                epoch,
+            };
+            effects.send.push((host.clone(), cancel));
+        }
         let release = Message::Release { rollout, epoch };
         effects.send.push((host, release));
     }
@@ -444,13 +448,13 @@ impl Coordinator {
             };
             self.may_ask_again(&host, &record);
             self.commit(now, record, effects);
-            // A consent that was under way when its rollout ended, and has come since.
-            let ended = |rollout: &RolloutId| {
-                self.rollouts
-                    .get(rollout)
-                    .is_some_and(|it| it.ended.is_some())
+            // A consent that was under way when its rollout ended, and has come since; or for one
+            // that only a controller before this one knew.
+            let over = |rollout: &RolloutId| {
+                let known = self.rollouts.get(rollout);
+                known.is_none_or(|it| it.ended.is_some())
             };
-            if let Some(rollout) = consented.filter(ended) {
+            if let Some(rollout) = consented.filter(over) {
                 self.send_release(host.clone(), rollout, effects);
             }
         }
@@ -458,6 +462,11 @@ impl Coordinator {
         effects
             .send
             .push((host, Message::Acknowledged(acknowledged)));
+    }
+
+    /// Whoever was asked for its state before, and has not answered in time, is asked once more.
+    pub(crate) fn ask_for_states_again(&mut self, rollout: &RolloutId) {
+        self.surveyed.retain(|(asked, _)| asked != rollout);
     }
 
     /// A host that has said its state may be asked for it again, after a resume; one whose step has
@@ -548,7 +557,6 @@ impl Coordinator {
     /// Messages that follow from a record. None is lost by a crash: they are made again from the
     /// state when the host is up.
     fn follow(&self, now: Timestamp, record: &Record, effects: &mut Effects) {
-        let epoch = self.config.epoch;
         match record {
             Record::Dispatched {
                 rollout,
@@ -575,33 +583,9 @@ impl Coordinator {
                     });
                 }
             }
-            Record::Ended { rollout, end, .. } if *end != End::Halted => {
+            Record::Ended { rollout, .. } | Record::Closed { rollout, .. } => {
                 for host in self.rollouts[rollout].members.keys() {
-                    if *end == End::Cancelled {
-                        let cancel = Message::Cancel {
-                            rollout: rollout.clone(),
-                            epoch,
-                        };
-                        effects.send.push((host.clone(), cancel));
-                    }
-                    effects.send.push((
-                        host.clone(),
-                        Message::Release {
-                            rollout: rollout.clone(),
-                            epoch,
-                        },
-                    ));
-                }
-            }
-            Record::Closed { rollout, .. } => {
-                for host in self.rollouts[rollout].members.keys() {
-                    effects.send.push((
-                        host.clone(),
-                        Message::Release {
-                            rollout: rollout.clone(),
-                            epoch,
-                        },
-                    ));
+                    self.send_release(host.clone(), rollout.clone(), effects);
                 }
             }
             _ => {}

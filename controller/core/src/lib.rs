@@ -22,5 +22,5 @@ pub mod schema;
 
 pub use coordinator::{Config, Coordinator, RecoverError, Summary};
 pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent};
-pub use record::{Archived, End, Entry, Record};
+pub use record::{Archived, End, Entry, MAX_TEXT, Record};
 pub use rollout::{Left, LeftState};

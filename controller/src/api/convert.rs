@@ -118,9 +118,9 @@ pub(crate) fn refused(refused: &Refused) -> Status {
             let since = time(*since_ms);
             let until = match until_ms {
                 Some(until) => format!(
-                    "it ends by {} at the latest: `lockstep watch {holder}`, or end it with \
-                     `lockstep cancel {holder} --reason TEXT` or `lockstep rollback {holder} \
-                     --reason TEXT`",
+                    "it ends, or halts and waits for a person, by {} at the latest: `lockstep watch \
+                     {holder}`, or end it with `lockstep cancel {holder} --reason TEXT` or \
+                     `lockstep rollback {holder} --reason TEXT`",
                     time(*until)
                 ),
                 None => format!(
@@ -165,9 +165,10 @@ mod tests {
         assert_eq!(
             status.message(),
             "db-1 is locked by ro_010101010101 (p), running in phase `backup`, submitted \
-             2023-11-14T22:13:20Z; it ends by 2023-11-14T22:14:20Z at the latest: \
-             `lockstep watch ro_010101010101`, or end it with `lockstep cancel ro_010101010101 \
-             --reason TEXT` or `lockstep rollback ro_010101010101 --reason TEXT`"
+             2023-11-14T22:13:20Z; it ends, or halts and waits for a person, by \
+             2023-11-14T22:14:20Z at the latest: `lockstep watch ro_010101010101`, or end it with \
+             `lockstep cancel ro_010101010101 --reason TEXT` or `lockstep rollback \
+             ro_010101010101 --reason TEXT`"
         );
     }
 }

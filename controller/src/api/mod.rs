@@ -8,7 +8,7 @@ mod watch;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lockstep_core::{Answer, Call, Coordinator};
+use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT};
 use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId};
 use lockstep_proto::seal;
 use lockstep_proto::wire::control_v1 as wire;
@@ -24,9 +24,6 @@ use crate::driver::Handle;
 use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::logs::Logs;
-
-/// Comments and reasons, in bytes of JSON: each is in one record of the journal.
-const MAX_TEXT: usize = 8 << 10;
 
 /// Items of one decision: no checklist is longer.
 const MAX_ITEMS: usize = 1000;

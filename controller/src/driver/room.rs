@@ -43,10 +43,19 @@ impl Driver {
 
     /// Why a call has to wait for room; none for those that begin nothing.
     pub(super) fn refused_for_room(&self, call: &Call) -> Option<Refused> {
-        let begins = matches!(
-            call,
-            Call::Submit { .. } | Call::Resume { .. } | Call::RollBack { .. }
-        );
+        let begins = match call {
+            Call::Submit { .. }
+            | Call::Resume { .. }
+            | Call::ResumeFailed { .. }
+            | Call::RollBack { .. } => true,
+            Call::Decide { .. }
+            | Call::Pause { .. }
+            | Call::Resolve { .. }
+            | Call::Cancel { .. }
+            | Call::Close { .. }
+            | Call::Forget { .. }
+            | Call::SignOff { .. } => false,
+        };
         (self.full && begins).then(|| {
             Refused::NotNow(format!(
                 "the controller takes nothing new: {WHY}; make room on it and try again"

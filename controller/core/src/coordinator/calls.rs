@@ -71,6 +71,7 @@ impl Coordinator {
                     operator,
                     failed: false,
                 };
+                self.ask_for_states_again(&rollout);
                 self.commit(now, record, effects);
                 self.say_again(now, &rollout, effects);
                 return Ok(Answer::Done);
@@ -82,6 +83,7 @@ impl Coordinator {
                     operator,
                     failed: true,
                 };
+                self.ask_for_states_again(&rollout);
                 self.commit(now, record, effects);
                 self.say_again(now, &rollout, effects);
                 return Ok(Answer::Again(lines));
@@ -110,8 +112,7 @@ impl Coordinator {
                 let up = |host: &HostId| self.is_up(host);
                 let (left, shut) = (state.say_left(&up), state.left_shut());
                 let reason = format!("cancelled by {operator}: {reason}{left}{shut}");
-                // Whoever was asked for its state before is asked once more.
-                self.surveyed.retain(|(asked, _)| *asked != rollout);
+                self.ask_for_states_again(&rollout);
                 Record::Ended {
                     rollout,
                     end: End::Cancelled,
@@ -138,6 +139,7 @@ impl Coordinator {
                     reason,
                     operator: Some(operator),
                 };
+                self.ask_for_states_again(&rollout);
                 self.commit(now, record, effects);
                 self.say_again(now, &rollout, effects);
                 return Ok(Answer::Done);

@@ -50,7 +50,9 @@ fn need_of(step: &Step, attempt: &Attempt) -> Need {
     let Some(result) = &attempt.result else {
         return Need::Undo;
     };
-    let outcome = if attempt.given_up {
+    // What has an undo is undone whatever its host says later; what has none, nothing follows from
+    // but a question to people, and a late report or a person's word answers it.
+    let outcome = if attempt.given_up && info.undo {
         &Outcome::Lost(Lost::Unreachable)
     } else {
         &result.outcome
@@ -388,7 +390,7 @@ impl Rollout {
         }
         self.touched()
             .into_iter()
-            .filter(|host| !self.members[*host].surveyed)
+            .filter(|host| self.members[*host].surveyed.is_none())
             .collect()
     }
 
@@ -440,7 +442,7 @@ impl Rollout {
             .filter(|(host, _)| touched.contains(host))
         {
             for (name, (before, words)) in &member.before {
-                match member.after.get(name) {
+                match member.after(name) {
                     Some((after, _)) if after == before => {}
                     Some((_, now)) => {
                         different.push(format!("{host}: {name}: was {words}, is {now}"));
@@ -448,7 +450,12 @@ impl Rollout {
                     // A state that only a step reports is seen again only if that step was undone.
                     None if self.reported_by_steps(host, name) => {}
                     None => {
-                        different.push(format!("{host}: {name}: was {words}, not reported now"));
+                        let survey = member.surveyed.as_ref();
+                        let note = survey.and_then(|survey| survey.note.as_ref());
+                        let why = note.map_or(String::new(), |why| format!(": {why}"));
+                        different.push(format!(
+                            "{host}: {name}: was {words}, not reported now{why}"
+                        ));
                     }
                 }
             }

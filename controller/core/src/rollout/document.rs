@@ -297,7 +297,7 @@ impl Rollout {
         members
             .flat_map(|(host, member)| {
                 member.before.iter().map(move |(name, (before, words))| {
-                    let after = member.after.get(name);
+                    let after = member.after(name);
                     json!({
                         "host": host,
                         "name": name,

@@ -1,9 +1,7 @@
 //! The fold: the only place where a record changes a [`Rollout`].
 
-use std::collections::BTreeMap;
-
-use lockstep_proto::action::Class;
-use lockstep_proto::ids::{Digest, Direction, HostId, StepRef};
+use lockstep_proto::action::{Action, Class};
+use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure, HOLDS_NOT, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
@@ -11,7 +9,7 @@ use lockstep_proto::values::Timestamp;
 use super::retry::Retry;
 use super::state::{
     Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
-    SignOff,
+    SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
@@ -402,7 +400,7 @@ impl Rollout {
                 };
                 match key.direction {
                     Direction::Do => keep_states(&mut member.before, facts),
-                    Direction::Undo => keep_states(&mut member.after, facts),
+                    Direction::Undo => keep_states(&mut member.undone, facts),
                     Direction::Probe => {}
                 }
             }
@@ -410,8 +408,13 @@ impl Rollout {
                 let Some(member) = self.members.get_mut(host) else {
                     return;
                 };
-                keep_states(&mut member.after, state);
-                member.surveyed = true;
+                let mut survey = Survey::default();
+                keep_states(&mut survey.states, state);
+                survey.note = state.iter().find_map(|fact| match fact {
+                    Fact::Note { value, .. } => Some(value.clone()),
+                    _ => None,
+                });
+                member.surveyed = Some(survey);
                 member.answered |= ended && state.iter().any(says_it_let_go);
             }
         }
@@ -426,10 +429,9 @@ impl Rollout {
         let checks = self.compiled().after_rollback_index();
         let plan = self.plan.clone();
         for ((at, direction), hosts) in &mut self.attempts {
-            let blind = plan
-                .plan()
-                .step(*at)
-                .is_some_and(|placed| placed.step.action.info().class == Class::Blind);
+            let class = plan.plan().step(*at).map(|it| it.step.action.info().class);
+            // An undo looks first at what there is to undo; looking does nothing.
+            let is_proven = *direction == Direction::Undo || class == Some(Class::Observing);
             let mine = match direction {
                 Direction::Do => !backward || at.phase == checks,
                 Direction::Undo => true,
@@ -445,8 +447,8 @@ impl Rollout {
                 match result.outcome {
                     // A host that was given up may have said meanwhile that it is done (INV-1).
                     Outcome::Ok { .. } => last.given_up = false,
-                    // Nothing could ever prove what it did: it is not done again (INV-1).
-                    Outcome::Unknown { .. } if blind => {}
+                    // Nobody knows what it did: it is not done again (INV-1).
+                    Outcome::Unknown { .. } if !is_proven => {}
                     _ => last.forgiven |= backward && again,
                 }
             }
@@ -460,13 +462,20 @@ impl Rollout {
             };
             state.checks_closed = None;
             for member in self.members.values_mut() {
-                member.surveyed = false;
+                member.surveyed = None;
             }
         } else {
+            let deadline = self.deadline();
             self.gates.retain(|_, gate| match gate.closed {
                 Some((_, met, _)) => met,
                 None => gate.until > now,
             });
+            for (at, gate) in &mut self.gates {
+                let placed = plan.plan().step(*at);
+                if placed.is_some_and(|it| matches!(it.step.action, Action::GateWindow(_))) {
+                    gate.until = deadline;
+                }
+            }
         }
         if let Mode::Forward(cursor) = &mut self.mode {
             cursor.opened = cursor.opened.map(|_| now);
@@ -526,7 +535,7 @@ fn says_it_let_go(fact: &Fact) -> bool {
     matches!(fact, Fact::Note { value, .. } if value == HOLDS_NOT)
 }
 
-fn keep_states(states: &mut BTreeMap<String, (Digest, String)>, facts: &[Fact]) {
+fn keep_states(states: &mut States, facts: &[Fact]) {
     for fact in facts {
         if let Fact::State { name, digest, text } = fact {
             states.insert(name.clone(), (*digest, text.clone()));

@@ -6,7 +6,6 @@ use lockstep_proto::ids::{Direction, HostId, StepRef};
 use serde::Serialize;
 
 use super::{Attempt, Rollout};
-use crate::record::End;
 
 /// What a rollout that has ended left on a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -121,11 +120,7 @@ impl Rollout {
 
     /// Hosts of a cancelled rollout that have yet to say that they let go of it.
     pub(super) fn unanswered(&self) -> Vec<&HostId> {
-        let cancelled = self
-            .ended
-            .as_ref()
-            .is_some_and(|ending| ending.end == End::Cancelled);
-        if !cancelled || self.dry_run {
+        if !self.is_cancelled() || self.dry_run {
             return vec![];
         }
         let silent = self.members.iter().filter(|(_, member)| !member.answered);

@@ -157,6 +157,12 @@ impl Rollout {
         self.paused && self.paused_by.starts_with(HELD_BACK_BY)
     }
 
+    /// Whether people ended it where it stood.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        let ending = self.ended.as_ref();
+        ending.is_some_and(|ending| ending.end == End::Cancelled)
+    }
+
     /// Whether it still has its lock: also while halted, until a person decides.
     pub(crate) fn is_locking(&self) -> bool {
         let halted = || {

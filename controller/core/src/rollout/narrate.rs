@@ -4,7 +4,7 @@ use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::plan::NoticeWhen;
-use lockstep_proto::report::ReportBody;
+use lockstep_proto::report::{ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
 use super::document::when_word;
@@ -222,8 +222,21 @@ impl Rollout {
                 host: Some(host.clone()),
                 ..self.step_event(EventKind::StepStarted, key.at, key.direction, key.attempt)
             }],
-            ReportBody::Finished { key, .. } => {
-                vec![self.result_event(key.at, key.direction, key.attempt, host)]
+            ReportBody::Finished { key, outcome, .. } => {
+                let attempts = self.attempts.get(&(key.at, key.direction));
+                let attempt = attempts
+                    .and_then(|hosts| hosts.get(host)?.iter().find(|it| it.number == key.attempt));
+                let word = attempt.and_then(|attempt| attempt.resolved.as_ref());
+                let event = self.result_event(key.at, key.direction, key.attempt, host);
+                vec![match word {
+                    None => event,
+                    Some((done, operator)) => RolloutEvent {
+                        kind: EventKind::Note,
+                        message: say_contradiction(outcome, *done, operator),
+                        detail: vec![],
+                        ..event
+                    },
+                }]
             }
             ReportBody::Surveyed { .. } => vec![],
         }
@@ -370,8 +383,8 @@ impl Rollout {
     fn ended_event(&self, end: End, reason: &str) -> RolloutEvent {
         let next = match end {
             End::Halted => vec![format!(
-                "hint: look at `lockstep report {id}`, then `lockstep resume {id}`, \
-                 `lockstep rollback {id} --reason TEXT` or \
+                "hint: look at `lockstep report {id}`, then `lockstep resume {id}` (`--failed` for \
+                 the hosts that failed), `lockstep rollback {id} --reason TEXT` or \
                  `lockstep close {id} --accept --reason TEXT`",
                 id = self.id
             )],
@@ -414,6 +427,17 @@ impl Rollout {
             .map(|phase| phase.name.clone())
             .unwrap_or_default()
     }
+}
+
+/// What a host says after a person has said it instead.
+fn say_contradiction(outcome: &StepOutcome, done: bool, operator: &str) -> String {
+    let says = match outcome {
+        StepOutcome::Ok { summary, .. } => format!("it is done: {summary}"),
+        StepOutcome::Failed(failure) => format!("it failed: {}", failure.message),
+        StepOutcome::Unknown { why } => format!("nobody can say what it did: {why}"),
+    };
+    let word = if done { "done" } else { "not done" };
+    format!("the host says now that {says}; what counts is the word of {operator}, {word}")
 }
 
 fn notes(facts: &[Fact]) -> Vec<String> {

@@ -44,6 +44,17 @@ pub struct Rollout {
     pub(crate) events: Vec<RolloutEvent>,
 }
 
+/// Parts of a host's state by name: digest and words.
+pub(crate) type States = BTreeMap<String, (Digest, String)>;
+
+/// A host's answer when it was asked for its state.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Survey {
+    pub(crate) states: States,
+    /// Why it could not say.
+    pub(crate) note: Option<String>,
+}
+
 /// What is known of a host in a rollout.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Member {
@@ -51,11 +62,12 @@ pub(crate) struct Member {
     /// When it refused.
     pub(crate) declined: Option<Timestamp>,
     pub(crate) quarantined: Option<String>,
-    /// The host's state before, by name: digest and words.
-    pub(crate) before: BTreeMap<String, (Digest, String)>,
-    /// The same after a rollback.
-    pub(crate) after: BTreeMap<String, (Digest, String)>,
-    pub(crate) surveyed: bool,
+    /// The host's state before.
+    pub(crate) before: States,
+    /// The same after a rollback, as undone steps reported it.
+    pub(crate) undone: States,
+    /// What it said when it was asked for its state after the rollback; none before it did.
+    pub(crate) surveyed: Option<Survey>,
     /// It said, after the rollout had been cancelled, that it holds for it no more: what it had not
     /// begun by then, it never begins.
     pub(crate) answered: bool,
@@ -191,6 +203,15 @@ pub(crate) struct SignOff {
     pub(crate) role: String,
     pub(crate) operator: OperatorName,
     pub(crate) comment: String,
+}
+
+impl Member {
+    /// A part of its state after a rollback.
+    pub(crate) fn after(&self, name: &str) -> Option<&(Digest, String)> {
+        let surveyed = self.surveyed.as_ref();
+        let now = surveyed.and_then(|survey| survey.states.get(name));
+        now.or_else(|| self.undone.get(name))
+    }
 }
 
 impl Attempt {

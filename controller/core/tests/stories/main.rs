@@ -23,6 +23,7 @@ mod backward;
 mod cancel;
 mod ends;
 mod forward;
+mod later;
 mod levers;
 mod people;
 

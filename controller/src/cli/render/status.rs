@@ -160,11 +160,16 @@ fn next(document: &Document) -> Vec<Line> {
             format!("lockstep rollback {id} --reason TEXT"),
         ],
         "paused" => vec![format!("lockstep resume {id}")],
-        "halted" if document.closed.is_none() => vec![
-            format!("lockstep resume {id}"),
-            format!("lockstep rollback {id} --reason TEXT"),
-            format!("lockstep close {id} --accept --reason TEXT"),
-        ],
+        "halted" if document.closed.is_none() => {
+            let failed = format!("lockstep resume {id} --failed  (those that failed try again)");
+            let failed = document.has_failures().then_some(failed);
+            let others = [
+                format!("lockstep resume {id}"),
+                format!("lockstep rollback {id} --reason TEXT"),
+                format!("lockstep close {id} --accept --reason TEXT"),
+            ];
+            failed.into_iter().chain(others).collect()
+        }
         state if is_end(state) && !document.dry_run => vec![format!("lockstep report {id}")],
         _ => vec![],
     };
