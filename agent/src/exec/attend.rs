@@ -4,6 +4,7 @@
 //! start -> outcome file                                   what it says
 //!       -> process gone, no outcome -> end what is left -> settle by the action's class
 //!       -> never claimed -> claim it here, so that it never will be -> failed, unchanged
+//! found at the daemon's start, and not claimed                      -> the same
 //! ```
 
 use std::rc::Rc;
@@ -41,10 +42,6 @@ const SOON: Duration = Duration::from_millis(500);
 /// How long a step process may take to claim its attempt. One that is later finds the claim taken.
 const CLAIM_WITHIN: Duration = Duration::from_secs(30);
 
-/// An attempt that was journalled, but had no step process when the daemon died, is still started
-/// this much later: the controller waits for it. Beyond, nobody expects it any more.
-const START_LATE: Period = Period::seconds(300);
-
 /// The parts of the host that attending needs.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -60,8 +57,9 @@ pub(crate) struct Host {
 pub(crate) enum Met {
     /// Its intent has just been written.
     New,
-    /// The daemon finds it at its start.
-    Found { boot: BootId, at: Timestamp },
+    /// The daemon finds it at its start. It is never started any more: meanwhile the controller may
+    /// have given it up, and people may have decided otherwise.
+    Found,
 }
 
 impl Host {
@@ -134,26 +132,12 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
                 return cannot_start(host, key, dir, why).await;
             }
         },
-        Met::Found { boot, at } => {
-            let claimed = dir.claim().exists();
-            let fresh = boot == host.boot && wall_clock() <= at.plus(START_LATE);
-            if !claimed && !fresh {
-                let why = "the agent was stopped before the step began, too long ago to begin it";
-                let why = failure(Cause::Interrupted, why);
-                return cannot_start(host, key, dir, why).await;
-            }
-            // Claiming decides: if a process that was started before is still on its way, one of
-            // the two finds the claim taken.
-            if claimed {
-                None
-            } else {
-                // Most likely it fails because the unit of the first start is there already.
-                let started = host.runner.start(key, dir).await;
-                started
-                    .inspect_err(|error| tracing::info!(step = %key, %error, "not started again"))
-                    .ok()
-                    .flatten()
-            }
+        Met::Found if dir.claim().exists() => None,
+        // Claiming decides: a process that was started before and is still on its way finds the
+        // claim taken, or is found by it.
+        Met::Found => {
+            let why = "the agent was stopped before the step began";
+            return cannot_start(host, key, dir, failure(Cause::Interrupted, why)).await;
         }
     };
     match wait(&host.boot, dir, child).await {
@@ -168,7 +152,9 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
 
 enum Waited {
     Outcome(Ended),
+    /// The process that claimed it is gone, and has left no outcome.
     Gone,
+    /// No process has claimed it to act.
     NeverClaimed,
 }
 
@@ -195,6 +181,9 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
         }
         // The order matters: a process that is gone may have written the outcome just before.
         let claim = Claim::read(dir);
+        if claim.as_ref().is_some_and(|claim| !claim.acts) {
+            return Waited::NeverClaimed;
+        }
         let alive = claim.as_ref().is_some_and(|claim| claim.is_alive(boot));
         match dir.read_outcome() {
             Ok(Some(ended)) if !planted!(ForgetOutcome) => return Waited::Outcome(ended),
@@ -226,25 +215,14 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
 /// Claims an attempt that nobody has claimed, so that it can never be carried out. Another one is
 /// safe: what was interrupted the controller orders again by itself, a few times.
 async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: Failure) -> Ended {
-    let claimed = Claim::own(host.boot.clone()).and_then(|claim| claim.take(dir));
+    let claimed = Claim::never(host.boot.clone()).and_then(|claim| claim.take(dir));
     match claimed {
-        Ok(Claimed::Now) => {
-            let said = std::fs::read_to_string(dir.output()).unwrap_or_default();
-            let lines = said.lines().rev().take(20).map(cut_line);
-            let mut last_lines: Vec<String> = lines.collect();
-            last_lines.reverse();
-            failed(Failure {
-                hint: Some(
-                    "nothing was done; run `lockstep-agent check` on the host, then order it again"
-                        .into(),
-                ),
-                last_lines,
-                ..why
-            })
-        }
+        Ok(Claimed::Now) => never_begun(dir, why),
         Ok(Claimed::Before) => match wait(&host.boot, dir, None).await {
             Waited::Outcome(ended) => ended,
-            _ => settle(host, key, dir).await,
+            Waited::Gone => settle(host, key, dir).await,
+            // The daemon claimed it before it was stopped.
+            Waited::NeverClaimed => never_begun(dir, why),
         },
         Err(error) => unknown(format!(
             "the step process could not be started ({}), and that it never will be cannot be \
@@ -252,6 +230,21 @@ async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: Failure) -
             why.message
         )),
     }
+}
+
+fn never_begun(dir: &StepDir, why: Failure) -> Ended {
+    let said = std::fs::read_to_string(dir.output()).unwrap_or_default();
+    let lines = said.lines().rev().take(20).map(cut_line);
+    let mut last_lines: Vec<String> = lines.collect();
+    last_lines.reverse();
+    let never = failed(Failure {
+        hint: Some(
+            "nothing was done; run `lockstep-agent check` on the host, then order it again".into(),
+        ),
+        last_lines,
+        ..why
+    });
+    or_cancelled(dir, never)
 }
 
 fn cut_line(line: &str) -> String {
@@ -294,6 +287,11 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
             judge(key.direction, &job.action, probe, untouched)
         }
     };
+    or_cancelled(dir, ended)
+}
+
+/// What failed after people had asked for it to be stopped was stopped.
+fn or_cancelled(dir: &StepDir, ended: Ended) -> Ended {
     match ended.outcome {
         StepOutcome::Failed(was) if dir.cancel().exists() => failed(Failure {
             cause: Cause::Cancelled,
@@ -473,6 +471,53 @@ mod tests {
         );
         let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
         assert_eq!(late, Claimed::Before, "INV-1");
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_is_found_before_it_began_never_begins() {
+        let of = testing::Host::new();
+        let action = Action::deserialize_args("exec.run", json!({"name": "x", "argv": ["true"]}));
+        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
+        let dir = host.dir(&key);
+        // The second time as if the daemon had been killed before it recorded the first.
+        for _ in 0..2 {
+            let StepOutcome::Failed(failure) = outcome(&host, &key, &dir, Met::Found).await.outcome
+            else {
+                panic!("nothing is unknown of what never began");
+            };
+            assert_eq!(
+                (failure.cause, failure.changed),
+                (Cause::Interrupted, false)
+            );
+            assert!(!dir.output().exists(), "a step process was started");
+            let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
+            assert_eq!(late, Claimed::Before, "INV-1");
+        }
+        std::fs::write(dir.cancel(), "").unwrap();
+        match outcome(&host, &key, &dir, Met::Found).await.outcome {
+            StepOutcome::Failed(failure) => assert_eq!(failure.cause, Cause::Cancelled),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_is_found_while_its_step_process_acts_is_waited_for() {
+        let of = testing::Host::new();
+        let action = Action::deserialize_args("check.port", json!({"port": 1}));
+        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
+        let dir = host.dir(&key);
+        // It was a moment faster; this process plays it.
+        Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
+        let ended = {
+            let mut waits = std::pin::pin!(outcome(&host, &key, &dir, Met::Found));
+            let soon = timeout(Duration::from_millis(300), &mut waits).await;
+            assert!(soon.is_err(), "it is running: {soon:?}");
+            dir.reserve_outcome().unwrap();
+            dir.write_outcome(&failed(failure(Cause::CheckUnmet, "no")))
+                .unwrap();
+            waits.await
+        };
+        assert_eq!(ended, failed(failure(Cause::CheckUnmet, "no")));
     }
 
     #[test]

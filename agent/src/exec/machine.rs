@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use lockstep_proto::action::Class;
 use lockstep_proto::ids::{
-    BootId, Digest, Direction, Epoch, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
+    Digest, Direction, Epoch, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
 };
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::plan::Undo;
@@ -71,18 +71,11 @@ pub(crate) struct Recorded {
 pub(crate) struct Attempt {
     pub(crate) direction: Direction,
     pub(crate) number: u16,
-    pub(crate) began: Option<Began>,
+    /// Where its intent is; none if it never began.
+    pub(crate) began: Option<Position>,
     /// People asked for it to be stopped.
     pub(crate) cancelled: bool,
     pub(crate) ended: Option<(Recorded, How)>,
-}
-
-/// The intent of an attempt.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Began {
-    pub(crate) position: Position,
-    pub(crate) boot: BootId,
-    pub(crate) at: Timestamp,
 }
 
 /// How an attempt ended, as far as decisions need it.
@@ -171,11 +164,7 @@ impl Memory {
             }
             Record::Intent(intent) => {
                 if let Some(attempt) = self.attempt_mut(&intent.key) {
-                    attempt.began = Some(Began {
-                        position,
-                        boot: intent.boot.clone(),
-                        at: intent.at,
-                    });
+                    attempt.began = Some(position);
                 }
             }
             Record::Cancelled { key } => {
@@ -484,15 +473,11 @@ struct Chain {
 impl Chain {
     fn then(self, attempt: &Attempt) -> Self {
         let how = attempt.ended.as_ref().map(|(_, how)| *how);
-        match (attempt.direction, &attempt.began) {
+        match (attempt.direction, attempt.began) {
             (Direction::Undo, _) if matches!(how, Some(How::Ok { .. })) => Self::default(),
             (Direction::Do, Some(began)) => Self {
                 // What an attempt found before it, while nothing had been changed, is newer.
-                before: Some(
-                    self.before
-                        .filter(|_| self.changed)
-                        .unwrap_or(began.position),
-                ),
+                before: Some(self.before.filter(|_| self.changed).unwrap_or(began)),
                 changed: self.changed
                     || !matches!(
                         how,

@@ -1,6 +1,6 @@
 use super::*;
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::HostId;
+use lockstep_proto::ids::{BootId, HostId};
 use lockstep_proto::order::Binding;
 use lockstep_proto::values::Period;
 use serde_json::{Value, json};

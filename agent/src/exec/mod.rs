@@ -305,18 +305,13 @@ impl Exec {
             return;
         };
         for (at, attempt) in hold.running() {
-            let began = attempt.began.as_ref().expect("what runs has begun");
             let key = self.key_of(hold, at, attempt);
             tracing::info!(step = %key, "found again");
             if attempt.cancelled {
                 // The daemon may have ended between the record and the deed.
                 Runner::cancel(&self.host.dir(&key), &self.host.boot);
             }
-            let met = Met::Found {
-                boot: began.boot.clone(),
-                at: began.at,
-            };
-            self.spawn_attend(key, met);
+            self.spawn_attend(key, Met::Found);
         }
     }
 

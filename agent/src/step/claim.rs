@@ -21,6 +21,14 @@ pub(crate) struct Claim {
     pub(crate) started: u64,
     /// The boot that both belong to.
     pub(crate) boot: BootId,
+    /// Whether it was claimed to act; false if it was exec, so that nobody ever will.
+    #[serde(default = "acts")]
+    pub(crate) acts: bool,
+}
+
+/// A claim without the word is of a release whose exec said the same as a step process.
+fn acts() -> bool {
+    true
 }
 
 /// What came of claiming.
@@ -33,12 +41,23 @@ pub(crate) enum Claimed {
 }
 
 impl Claim {
-    /// A claim of the calling process.
+    /// A claim of the calling process, which is to act.
     pub(crate) fn own(boot: BootId) -> io::Result<Self> {
         let pid = own_pid();
         let started =
             start_time(pid).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
-        Ok(Self { pid, started, boot })
+        Ok(Self {
+            pid,
+            started,
+            boot,
+            acts: true,
+        })
+    }
+
+    /// A claim of the calling process, by which the attempt never begins.
+    pub(crate) fn never(boot: BootId) -> io::Result<Self> {
+        let own = Self::own(boot)?;
+        Ok(Self { acts: false, ..own })
     }
 
     /// Claims the attempt for ever. Durable when it returns.
@@ -82,7 +101,7 @@ impl Claim {
     /// The processes of the attempt that are alive: those of its session. Daemons that left it,
     /// such as a service that the step started, do not count.
     pub(crate) fn alive(&self, boot: &BootId) -> Vec<Pid> {
-        if self.boot != *boot && !planted!(IgnoreBoot) {
+        if !self.acts || (self.boot != *boot && !planted!(IgnoreBoot)) {
             return vec![];
         }
         // Another process has the id now, so that the session it names is not ours.

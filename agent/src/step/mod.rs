@@ -1,7 +1,7 @@
 //! The step process: claims one attempt, does it, and leaves an outcome that outlives everybody.
 //!
 //! ```text
-//! steps/<key>/  job.json       what to do; written by exec after the intent is durable
+//! steps/<key>/  job.json       what to do; durable before exec writes the intent
 //!               claim          made with O_EXCL by whoever settles what happens: the step process
 //!                              before it acts, or exec to prove that it never will (INV-1)
 //!               outcome.json   how it ended; whole or absent

@@ -494,7 +494,7 @@ async fn a_daemon_killed_at_any_instant_loses_nothing_and_repeats_nothing() {
     session.consented(&controller, &rollout(1), &plan).await;
     let mut acknowledged = 1;
     for step in 0..STEPS {
-        let key = do_key(step, 1);
+        let mut key = do_key(step, 1);
         session.order(&plan, &key).await;
         // Before the intent, between intent and claim, while it runs, after its outcome.
         tokio::time::sleep(std::time::Duration::from_millis(u64::from(step) * 6)).await;
@@ -512,11 +512,15 @@ async fn a_daemon_killed_at_any_instant_loses_nothing_and_repeats_nothing() {
                 .await;
             match report.body {
                 ReportBody::Finished { outcome, .. } => {
-                    assert!(
-                        matches!(outcome, StepOutcome::Ok { .. }),
-                        "{key}: {outcome:?}"
-                    );
-                    break;
+                    if matches!(outcome, StepOutcome::Ok { .. }) {
+                        break;
+                    }
+                    // It had not begun: it is ordered again.
+                    let never = failed(outcome);
+                    assert_eq!((never.cause, never.changed), (Cause::Interrupted, false));
+                    assert_eq!(key.attempt, 1, "{never:?}");
+                    key = do_key(step, 2);
+                    session.order(&plan, &key).await;
                 }
                 ReportBody::Started { key: of } => assert_eq!(of, key),
                 other => panic!("{other:?}"),

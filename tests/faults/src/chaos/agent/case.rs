@@ -4,6 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use lockstep_proto::action::{Action, Class};
@@ -20,6 +21,10 @@ use super::world::World;
 /// The last point of a step process before it claims its attempt.
 pub(super) const BEFORE_CLAIM: u64 = 3;
 
+/// How often the agent's claim is looked for, and for how long.
+const POLL: Duration = Duration::from_millis(5);
+const CLAIMS_WITHIN: Duration = Duration::from_secs(20);
+
 /// Which process comes to an end, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Case {
@@ -29,7 +34,7 @@ pub(super) enum Case {
     Step(Direction, u64),
     /// The host is restarted while the step process is at its N-th point.
     Reboot(Direction, u64),
-    /// The agent is killed before the step process has claimed, and starts a second one.
+    /// The agent is killed before the step process has claimed, and claims the attempt itself.
     Race,
 }
 
@@ -189,7 +194,7 @@ pub(super) async fn play(
     })
 }
 
-/// What the test does itself: restart the host, or let two step processes race.
+/// What the test does itself: restart the host, or let a step process race with the agent.
 async fn disturb(
     play: &mut Play<'_>,
     stage: &Stage<'_>,
@@ -216,7 +221,14 @@ async fn disturb(
         Some(Case::Race) if direction == Direction::Do => {
             play.order_until(&key, |lab| held(lab) == 1).await?;
             play.restart().await?;
-            play.wait_until(|lab| held(lab) == 2).await?;
+            let claim = play.lab.path(&format!("state/steps/{key}/claim"));
+            let claimed = async {
+                while !claim.exists() {
+                    tokio::time::sleep(POLL).await;
+                }
+            };
+            let claimed = tokio::time::timeout(CLAIMS_WITHIN, claimed).await;
+            claimed.context("stuck: the agent does not claim what it finds")?;
             play.lab.plan_points("step", None)?;
             Ok(fs::write(play.lab.path("points.go"), "")?)
         }
