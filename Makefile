@@ -83,6 +83,8 @@ skew: build ## the same with the previous release on one side, or on some hosts 
 
 chaos: prepare ## kills at every write of both sides: target/reports/chaos.json; up to an hour
 	@$(NOFILE)
+	rm -f target/reports/chaos.json
+	$(CARGO) build $(LOCKED) -p lockstep-tests --bin lockstep-reaper
 	$(CARGO) build $(LOCKED) -p lockstep-faults --bins
 	target/debug/chaos
 

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{binaries, processes};
 
@@ -33,6 +33,12 @@ impl Reaper {
 
     fn spawn(arguments: &[OsString]) -> Result<Self> {
         let program = binaries::directory()?.join(PROGRAM);
+        // `setsid` would start, and find nothing.
+        ensure!(
+            program.is_file(),
+            "{} is missing: run `make build` first",
+            program.display()
+        );
         let child = Command::new("setsid")
             .arg("--wait")
             .arg(&program)
@@ -40,9 +46,7 @@ impl Reaper {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
-            .with_context(|| {
-                format!("cannot start {}: run `make build` first", program.display())
-            })?;
+            .with_context(|| format!("cannot start {} with `setsid`", program.display()))?;
         Ok(Self { child })
     }
 }

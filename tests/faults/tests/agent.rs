@@ -12,10 +12,6 @@ fn whatever_is_killed_an_effect_is_made_once_and_no_result_is_lost() {
     assert!(figures.violations.is_empty(), "{:#?}", figures.violations);
     assert_eq!(figures.agent_ok, figures.agent_points);
     assert!(figures.agent_points > 60, "{figures:?}");
-    assert!(
-        figures.not_reached * 10 < figures.agent_points,
-        "{figures:?}"
-    );
     // Nothing can prove what a blind action did, nor what a server created without an answer.
     let unknown: Vec<_> = figures.unknown.keys().map(String::as_str).collect();
     assert!(

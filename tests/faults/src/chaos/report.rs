@@ -27,8 +27,8 @@ pub struct Half {
     pub stuck: u64,
     /// Other promises that were broken.
     pub other_violations: u64,
-    /// From the start of a controller's process to the first session that it welcomed: 99 of 100
-    /// are at most this, in milliseconds.
+    /// From the start of a controller's process until its rollout goes on: 99 of 100 are at most
+    /// this, in milliseconds.
     pub resume_p99_ms: u64,
     /// Anything else worth reading.
     pub more: BTreeMap<String, Value>,
@@ -41,6 +41,7 @@ struct Report<'a> {
     controller_resumed: u64,
     agent_points: u64,
     agent_ok: u64,
+    not_reached: u64,
     double_effects: u64,
     lost_results: u64,
     unknown: u64,
@@ -63,6 +64,7 @@ pub fn save(controller: &Half, agent: &AgentFigures) -> Result<()> {
         controller_resumed: controller.resumed,
         agent_points: agent.agent_points,
         agent_ok: agent.agent_ok,
+        not_reached: agent.not_reached.values().sum(),
         double_effects: controller.double_effects + agent.double_effects,
         lost_results: controller.lost_results + agent.lost_results,
         unknown: controller.unknown + agent.unknown.values().sum::<u64>(),

@@ -341,3 +341,21 @@ pub(super) const SAMPLE: &[&str] = &[
     "exec.run",
     "check.command",
 ];
+
+#[cfg(test)]
+mod tests {
+    use lockstep_proto::action::{CATALOGUE, Site};
+
+    use super::*;
+
+    #[test]
+    fn every_action_of_hosts_is_a_kind() {
+        let kinds: Vec<&str> = KINDS.iter().map(Kind::action).collect();
+        let hosts = CATALOGUE.iter().filter(|row| row.site == Site::Host);
+        let left_out: Vec<&str> = hosts
+            .map(|row| row.name)
+            .filter(|name| !kinds.contains(name))
+            .collect();
+        assert!(left_out.is_empty(), "{left_out:?}");
+    }
+}

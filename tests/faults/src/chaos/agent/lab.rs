@@ -458,6 +458,12 @@ impl Lab {
         }
         Ok(())
     }
+
+    /// Whether a process is to be killed that was not: who is killed removes the plan first.
+    pub(super) fn awaits_kill(&self, of: &str) -> bool {
+        let plan = fs::read_to_string(self.path(&format!("points.{of}")));
+        plan.is_ok_and(|plan| plan.starts_with("kill:"))
+    }
 }
 
 impl Drop for Lab {

@@ -24,6 +24,12 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// How many attempts a controller gives: one is killed, the next must do.
 const ATTEMPTS: u16 = 3;
 
+/// A release that an agent has heard is done by then.
+const RELEASED_WITHIN: Duration = Duration::from_secs(20);
+
+/// The agent comes to the points after that by then, and is killed there if it has to be.
+const LAST_POINTS: Duration = Duration::from_secs(2);
+
 /// Between two looks at the host.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -174,28 +180,28 @@ impl<'a> Play<'a> {
         self.expect(Pending::Release).await?;
         let steps = self.lab.path("state/steps");
         let plans = self.lab.path("state/plans");
-        let mut free = false;
-        let mut looks = 0;
-        loop {
-            let gone = !has_entries(&steps, "") && !has_entries(&plans, ".steps.json");
-            if gone || looks > 100 {
-                // What is left is a matter of the comparison.
-                return Ok(());
-            }
-            let event = timeout(LOOK, self.lab.next_event()).await;
-            if let Ok(Event::Dialled(dialled)) = &event {
-                free = dialled.hello.held_rollout.is_none();
-            }
-            if let Ok(event) = event {
+        let (began, mut heard) = (Instant::now(), None);
+        let last_points = |lab: &Lab| lab.awaits_kill("agent") && began.elapsed() < LAST_POINTS;
+        while has_entries(&steps, "") || has_entries(&plans, ".steps.json") || last_points(self.lab)
+        {
+            if let Ok(event) = timeout(LOOK, self.lab.next_event()).await {
+                if matches!(event, Event::Ended(_)) {
+                    heard = None;
+                }
                 self.handle(event).await?;
             }
-            if free || self.session.is_some() {
-                looks += 1;
+            if self.session.is_some() {
+                let heard = heard.get_or_insert_with(Instant::now);
+                if heard.elapsed() > RELEASED_WITHIN {
+                    // What is left is a matter of the comparison.
+                    return Ok(());
+                }
             }
             if Instant::now() > self.until {
                 bail!("stuck: the rollout is not released");
             }
         }
+        Ok(())
     }
 
     /// From now on this is what the controller wants.
