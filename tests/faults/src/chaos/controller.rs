@@ -179,13 +179,14 @@ impl Collected {
             .iter()
             .filter(|one| one.violations.is_empty())
             .count() as u64;
-        let mut times: Vec<u64> = self
-            .resumed
-            .iter()
-            .filter_map(|one| one.resume_ms)
-            .collect();
-        times.sort_unstable();
-        let typed = self.resumed.iter().filter(|one| one.typed > 0).count();
+        let sorted = |of: fn(&Resumed) -> Option<u64>| {
+            let mut times: Vec<u64> = self.resumed.iter().filter_map(of).collect();
+            times.sort_unstable();
+            times
+        };
+        let times = sorted(|one| one.resume_ms);
+        let welcomes = sorted(|one| one.welcome_ms);
+        let typed = self.resumed.iter().filter(|one| one.typed).count();
         let cuts = self
             .resumed
             .iter()
@@ -200,6 +201,14 @@ impl Collected {
             (
                 "copies_in_which_people_typed_what_was_not_answered".to_owned(),
                 typed.into(),
+            ),
+            (
+                "copies_in_which_nothing_was_left".to_owned(),
+                (self.resumed.len() - times.len()).into(),
+            ),
+            (
+                "first_welcome_p99_ms".to_owned(),
+                percentile(&welcomes, 99).into(),
             ),
             ("resume_p50_ms".to_owned(), percentile(&times, 50).into()),
             ("resume_max_ms".to_owned(), percentile(&times, 100).into()),

@@ -62,6 +62,7 @@ struct Shared {
     address: watch::Receiver<Option<SocketAddr>>,
     delivery: Delivery,
     first_welcome: OnceLock<Instant>,
+    goes_on: OnceLock<Instant>,
     stop: CancellationToken,
 }
 
@@ -88,6 +89,7 @@ impl Fleet {
             address,
             delivery,
             first_welcome: OnceLock::new(),
+            goes_on: OnceLock::new(),
             stop: stop.clone(),
         });
         for (index, identity) in identities.iter().enumerate() {
@@ -115,6 +117,12 @@ impl Fleet {
     /// When the first session was welcomed.
     pub fn first_welcome(&self) -> Option<Instant> {
         self.shared.first_welcome.get().copied()
+    }
+
+    /// When the controller first said something of a rollout: that a report is kept, or what is to
+    /// be done.
+    pub fn goes_on(&self) -> Option<Instant> {
+        self.shared.goes_on.get().copied()
     }
 }
 
@@ -292,7 +300,11 @@ impl Session {
         epoch: Epoch,
         clock: Clock,
     ) -> Result<()> {
-        let then = match message.message.context("an empty message")? {
+        let message = message.message.context("an empty message")?;
+        if !matches!(message, down::Message::Drain(_)) {
+            let _ = self.shared.goes_on.set(Instant::now());
+        }
+        let then = match message {
             down::Message::Acknowledged(number) => {
                 let mut world = self.shared.world();
                 let heard = world.agents[self.index].acknowledge(number);

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -104,6 +105,7 @@ impl Place {
         fs::write(dir.join("controller.toml"), config)?;
         Ok(Station {
             dir,
+            words: Words::default(),
             binary: self.binary.clone(),
             planted: self.planted.clone(),
         })
@@ -135,8 +137,26 @@ impl Place {
             plan: self.root.join("plan.yaml"),
             rita: self.person("rita", address, &station.dir)?,
             dora: self.person("dora", address, &station.dir)?,
+            words: station.words.clone(),
             api: ControlServiceClient::new(connect(address, &self.watcher).await?),
         })
+    }
+}
+
+/// Commands that people have typed and got an answer to, with when it came.
+#[derive(Debug, Clone, Default)]
+pub struct Words(Arc<Mutex<Vec<(String, Instant)>>>);
+
+impl Words {
+    /// All of them, in their order.
+    pub fn answered(&self) -> Vec<(String, Instant)> {
+        let words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        words.clone()
+    }
+
+    fn add(&self, word: &str) {
+        let mut words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        words.push((word.to_owned(), Instant::now()));
     }
 }
 
@@ -145,6 +165,8 @@ impl Place {
 pub struct Station {
     /// Configuration, log, and `state`.
     pub dir: PathBuf,
+    /// What people type at its controllers.
+    pub words: Words,
     binary: PathBuf,
     planted: Option<String>,
 }
@@ -242,6 +264,7 @@ pub struct People {
     plan: PathBuf,
     rita: Operator,
     dora: Operator,
+    words: Words,
     api: ControlServiceClient<Channel>,
 }
 
@@ -277,26 +300,29 @@ impl People {
     /// `lockstep apply`.
     pub async fn apply(&self) -> Result<()> {
         let plan = self.plan.display().to_string();
-        type_in(&self.rita, &["apply", &plan, "--detach", "--yes"]).await
+        let words = ["apply", &plan, "--detach", "--yes"];
+        self.type_in(&self.rita, &words).await
     }
 
     /// `lockstep approve`.
     pub async fn approve(&self, rollout: &str) -> Result<()> {
-        type_in(&self.dora, &["approve", rollout, "--yes"]).await
+        let words = ["approve", rollout, "--yes"];
+        self.type_in(&self.dora, &words).await
     }
 
     /// Another command about the rollout.
     pub async fn say(&self, arguments: &[&str]) -> Result<()> {
-        type_in(&self.rita, arguments).await
+        self.type_in(&self.rita, arguments).await
     }
-}
 
-/// Types a command, and waits for its end. The fleet goes on meanwhile.
-async fn type_in(operator: &Operator, arguments: &[&str]) -> Result<()> {
-    let operator = operator.clone();
-    let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-    let words = arguments.join(" ");
-    let said = tokio::task::spawn_blocking(move || operator.run(&arguments)).await??;
-    ensure!(said.code == 0, "lockstep {words}: {}", said.text());
-    Ok(())
+    /// Types a command, and waits for its end. The fleet goes on meanwhile.
+    async fn type_in(&self, operator: &Operator, arguments: &[&str]) -> Result<()> {
+        let operator = operator.clone();
+        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        let (words, first) = (arguments.join(" "), arguments[0].clone());
+        let said = tokio::task::spawn_blocking(move || operator.run(&arguments)).await??;
+        ensure!(said.code == 0, "lockstep {words}: {}", said.text());
+        self.words.add(&first);
+        Ok(())
+    }
 }

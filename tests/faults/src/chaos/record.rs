@@ -1,15 +1,16 @@
 //! The recorded run: the controller stops at each of its points, and what is on its disk and on its
 //! agents' disks at that instant is kept.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use lockstep_tests::power::Watch;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -17,7 +18,7 @@ use tokio::sync::watch;
 
 use super::check::Violation;
 use super::fleet::{Delivery, Fleet};
-use super::place::Place;
+use super::place::{Place, Words};
 use super::resume::judge;
 use super::script::{Variant, play};
 use super::simulated::World;
@@ -41,6 +42,8 @@ pub struct Copy {
     pub state: PathBuf,
     /// The fleet and its ledger.
     pub world: World,
+    /// What people had typed and got an answer to: nobody has to type it again.
+    pub answered: Vec<String>,
 }
 
 /// A run from its beginning to its end.
@@ -74,35 +77,42 @@ pub fn record(place: &Place, variant: Variant, nth: usize) -> Result<Recording> 
             state: station.state(),
             copies: place.root.join(format!("{}-copies", variant.name())),
             fleet: fleet.clone(),
-            kept: Arc::default(),
+            words: station.words.clone(),
+            kept: Kept::default(),
             power: None,
             random: StdRng::seed_from_u64(1),
         };
-        let kept = keeper.kept.clone();
         fs::create_dir_all(&keeper.copies)?;
         let mut controller = station.start(Some(&format!("ask:{}", socket.display())), &[])?;
-        thread::spawn(move || {
-            if let Ok((stream, _)) = listener.accept()
-                && let Err(error) = keeper.keep(&stream)
-            {
-                tracing::error!("no more copies: {error:#}");
-            }
+        let keeper = thread::spawn(move || {
+            let (stream, _) = listener.accept()?;
+            keeper.keep(&stream)
         });
         let at = station.address(&mut controller).await?;
         address.send_replace(Some(at));
         let mut people = place.people(&station, at).await?;
         let played = play(variant, &mut people, &fleet, WITHIN).await?;
         controller.kill();
+        // Its controller is gone: it has nothing more to keep.
+        let kept = keeper.join();
+        let kept = kept.map_err(|_| anyhow!("copies are not kept: see above"))??;
+        ensure!(
+            kept.head == head(&station.state()),
+            "the controller wrote something after the last of its {} points",
+            kept.points
+        );
+        let words = station.words.answered();
+        let once: BTreeSet<&String> = words.iter().map(|(word, _)| word).collect();
+        ensure!(
+            once.len() == words.len(),
+            "people had to type something again: {words:?}"
+        );
         let world = fleet.world();
         let violations = judge(variant, &station, &world, &played)?;
-        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(error) = kept.error.take() {
-            return Err(error);
-        }
         Ok(Recording {
             variant,
             points: kept.points,
-            copies: std::mem::take(&mut kept.copies),
+            copies: kept.copies,
             violations,
         })
     })
@@ -116,11 +126,17 @@ pub(super) fn plan_of(state: &Path, digest: &str) -> Result<lockstep_proto::seal
     Ok(lockstep_proto::seal::open(&bytes)?)
 }
 
+/// What a controller's journal has reached.
+fn head(state: &Path) -> Option<Vec<u8>> {
+    fs::read(state.join("journal/head")).ok()
+}
+
 #[derive(Debug, Default)]
 struct Kept {
     points: usize,
     copies: Vec<Copy>,
-    error: Option<anyhow::Error>,
+    /// The journal's head at the last point.
+    head: Option<Vec<u8>>,
 }
 
 /// Keeps copies while the controller waits.
@@ -130,32 +146,34 @@ struct Keeper {
     state: PathBuf,
     copies: PathBuf,
     fleet: Arc<Fleet>,
-    kept: Arc<Mutex<Kept>>,
+    words: Words,
+    kept: Kept,
     power: Option<Watch>,
     random: StdRng,
 }
 
 impl Keeper {
-    fn keep(mut self, stream: &UnixStream) -> Result<()> {
-        let (mut point, mut points) = (String::new(), 0);
+    /// Keeps copies until the controller is gone.
+    fn keep(mut self, stream: &UnixStream) -> Result<Kept> {
+        let mut point = String::new();
         let mut lines = BufReader::new(stream);
         loop {
             point.clear();
-            if lines.read_line(&mut point)? == 0 {
-                return Ok(());
-            }
-            points += 1;
-            let taken = self.take(points, point.trim());
-            {
-                let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.points = points;
-                match taken {
-                    Ok(copies) => kept.copies.extend(copies),
-                    Err(error) => kept.error = Some(error),
-                }
-            }
+            match lines.read_line(&mut point) {
+                Ok(0) => return Ok(self.kept),
+                // It was killed with an answer unread.
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(self.kept),
+                read => read?,
+            };
+            self.kept.points += 1;
+            self.kept.head = head(&self.state);
+            let copies = self.take(self.kept.points, point.trim())?;
+            self.kept.copies.extend(copies);
             let mut answer = stream;
-            answer.write_all(b"\n")?;
+            match answer.write_all(b"\n") {
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(self.kept),
+                written => written?,
+            }
         }
     }
 
@@ -190,12 +208,15 @@ impl Keeper {
         });
         thread::sleep(ARRIVES);
         let world = self.fleet.world();
+        let answered = self.words.answered().into_iter();
+        let answered: Vec<String> = answered.map(|(word, _)| word).collect();
         let copy = |name: String, state| Copy {
             variant: self.variant,
             point: number,
             name,
             state,
             world: world.clone(),
+            answered: answered.clone(),
         };
         let mut copies = vec![copy(point.to_owned(), state)];
         if let Some(cut) = cut {

@@ -33,10 +33,13 @@ pub struct Resumed {
     /// Its name.
     pub name: String,
     /// From the start of the process to the first session that it welcomed, in milliseconds: by
-    /// then it has folded its journal, its term is on the disk, and the rollout goes on.
+    /// then it has folded its journal, and its term is on the disk.
+    pub welcome_ms: Option<u64>,
+    /// From the start of the process until the rollout goes on, in milliseconds: an offer, an
+    /// order, a release, an acknowledged report, an answer to a person. None if nothing was left.
     pub resume_ms: Option<u64>,
-    /// Commands that people typed: those that the recorded run had not got an answer to.
-    pub typed: u32,
+    /// Whether people typed something: what the recorded run had not got an answer to.
+    pub typed: bool,
     /// What was wrong.
     pub violations: Vec<Violation>,
     /// Where the state and the log of a copy with violations are left.
@@ -86,8 +89,9 @@ fn resume(place: &Place, copy: Copy) -> Resumed {
         variant,
         point,
         name,
+        welcome_ms: None,
         resume_ms: None,
-        typed: 0,
+        typed: false,
         violations: vec![],
         left: None,
     };
@@ -136,10 +140,16 @@ fn run(place: &Place, copy: Copy, label: &str, resumed: &mut Resumed) -> Result<
         address.send_replace(Some(at));
         let mut people = place.people(&station, at).await?;
         let played = play(copy.variant, &mut people, &fleet, WITHIN).await;
-        resumed.resume_ms = fleet.first_welcome().map(|welcome| {
-            let took = welcome.duration_since(begun).as_millis();
+        let took = |at: Instant| {
+            let took = at.duration_since(begun).as_millis();
             u64::try_from(took).unwrap_or(u64::MAX)
-        });
+        };
+        let typed = station.words.answered();
+        let first_answer = typed.first().map(|(_, at)| *at);
+        let goes_on = fleet.goes_on().into_iter().chain(first_answer).min();
+        resumed.welcome_ms = fleet.first_welcome().map(took);
+        resumed.resume_ms = goes_on.map(took);
+        resumed.typed = !typed.is_empty();
         if let Err(why) = alive(&mut controller) {
             resumed.violations.push(Violation::new(Kind::Broken, why));
         }
@@ -155,7 +165,12 @@ fn run(place: &Place, copy: Copy, label: &str, resumed: &mut Resumed) -> Result<
                 return Err(error);
             }
         };
-        resumed.typed = played.typed;
+        for (word, _) in typed {
+            if copy.answered.contains(&word) {
+                let what = format!("`{word}` had been answered, and had to be typed again");
+                resumed.violations.push(Violation::new(Kind::Lost, what));
+            }
+        }
         let found = judge(copy.variant, &station, &world, &played)?;
         resumed.violations.extend(found);
         Ok(())

@@ -70,8 +70,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(30);
 pub struct Played {
     /// The rollout at its end.
     pub rollout: Rollout,
-    /// Commands that people typed.
-    pub typed: u32,
 }
 
 /// Plays the people's part until the rollout has ended and the fleet is at rest.
@@ -82,7 +80,6 @@ pub async fn play(
     within: Duration,
 ) -> Result<Played> {
     let begun = Instant::now();
-    let mut typed = 0;
     let mut paused = None;
     loop {
         let seen = people.rollout().await?;
@@ -91,26 +88,24 @@ pub async fn play(
             None => match people.connected().await? {
                 HOSTS => {
                     people.apply().await?;
-                    typed += 1;
                     continue;
                 }
                 connected => format!("{connected} hosts are connected"),
             },
             Some(seen) if seen.ended_ms != 0 => match fleet.look(World::is_at_rest) {
                 Ok(()) => {
-                    let rollout = seen.clone();
-                    return Ok(Played { rollout, typed });
+                    return Ok(Played {
+                        rollout: seen.clone(),
+                    });
                 }
                 Err(why) => format!("{} ended as {}: {}; {why}", at, seen.state, seen.reason),
             },
             Some(seen) if !seen.waits_for.is_empty() => {
                 people.approve(&at).await?;
-                typed += 1;
                 continue;
             }
             Some(seen) if variant == Variant::Pause && seen.state == "paused" => {
                 people.say(&["resume", &at]).await?;
-                typed += 1;
                 continue;
             }
             Some(seen) => {
@@ -125,7 +120,6 @@ pub async fn play(
                 if !words.is_empty() {
                     paused = Some(true);
                     people.say(words).await?;
-                    typed += 1;
                     continue;
                 }
                 format!("{at} is {}", seen.state)
