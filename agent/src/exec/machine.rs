@@ -269,7 +269,7 @@ impl Memory {
         }
         let key = &order.key;
         if key.direction == Direction::Probe {
-            return match check_freshness(order, now) {
+            return match check_freshness(order, now.controller) {
                 Ok(()) => Decision::Look,
                 Err(failure) => Decision::Refuse(failure),
             };
@@ -289,7 +289,7 @@ impl Memory {
             return Decision::Running;
         }
         let decide = || {
-            check_freshness(order, now)?;
+            check_freshness(order, now.controller)?;
             hold.check_order(order, now)
         };
         match decide() {
@@ -328,9 +328,10 @@ impl Memory {
     }
 }
 
-fn check_freshness(order: &Order, now: Now<'_>) -> Result<(), Failure> {
-    if now.controller > order.not_after && !planted!(IgnoreNotAfter) {
-        let late = now.controller.since(order.not_after);
+/// Refuses an order that is too old by the controller's clock.
+pub(crate) fn check_freshness(order: &Order, controller: Timestamp) -> Result<(), Failure> {
+    if controller > order.not_after && !planted!(IgnoreNotAfter) {
+        let late = controller.since(order.not_after);
         return Err(refused(
             format!("the order came {} ms too late", late.0),
             "nothing was done; the controller may give it again",

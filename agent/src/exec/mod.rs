@@ -124,9 +124,7 @@ enum Gathered {
 #[derive(Debug)]
 struct Session {
     epoch: Epoch,
-    /// The controller's clock at the Welcome, and when that was.
-    clock: Timestamp,
-    since: Instant,
+    clock: Clock,
     outbox: mpsc::Sender<Outbound>,
     /// The newest report sent in this session.
     sent: u64,
@@ -136,8 +134,21 @@ struct Session {
 
 impl Session {
     fn now(&self) -> Timestamp {
-        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.clock.plus(Period(millis))
+        self.clock.now()
+    }
+}
+
+/// A controller's clock, as it was heard at its Welcome.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    said: Timestamp,
+    heard: Instant,
+}
+
+impl Clock {
+    fn now(self) -> Timestamp {
+        let millis = u64::try_from(self.heard.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.said.plus(Period(millis))
     }
 }
 
@@ -146,6 +157,8 @@ impl Session {
 struct Preparing {
     key: StepKey,
     cancelled: bool,
+    /// By this its order becomes too old, whether or not the session lasts.
+    clock: Clock,
 }
 
 /// The daemon's deciding half.
@@ -162,8 +175,8 @@ pub(crate) struct Exec {
     session: Option<Session>,
     /// Offers whose plan has not arrived.
     awaiting_plan: Vec<Offer>,
-    /// Rollouts whose consent is being considered.
-    considering: Vec<lockstep_proto::ids::RolloutId>,
+    /// Offers that are being considered, with the newest epoch that each was made in.
+    considering: Vec<Offer>,
     preparing: Option<Preparing>,
     /// The rollout whose end came while an attempt was still running.
     release_later: Option<lockstep_proto::ids::RolloutId>,
@@ -380,8 +393,10 @@ impl Exec {
     ) -> Result<(), ExecError> {
         self.session = Some(Session {
             epoch: welcome.epoch,
-            clock: welcome.clock,
-            since: Instant::now(),
+            clock: Clock {
+                said: welcome.clock,
+                heard: Instant::now(),
+            },
             outbox,
             sent: welcome.acknowledged,
             first: VecDeque::new(),

@@ -26,7 +26,15 @@ impl Exec {
         if !self.admit(offer.epoch)? {
             return Ok(());
         }
-        if self.considering.contains(&offer.rollout) || self.awaiting_plan.contains(&offer) {
+        let mut considered = self.considering.iter_mut();
+        if let Some(considered) = considered.find(|other| other.rollout == offer.rollout) {
+            // Said again, perhaps by a successor: then the answer is for that one.
+            if (considered.plan, considered.dry_run) == (offer.plan, offer.dry_run) {
+                considered.epoch = offer.epoch;
+            }
+            return Ok(());
+        }
+        if self.awaiting_plan.contains(&offer) {
             return Ok(());
         }
         if !offer.dry_run {
@@ -118,7 +126,7 @@ impl Exec {
         if offer.dry_run {
             self.looked_at = Some((offer.plan, held.clone()));
         }
-        self.considering.push(offer.rollout.clone());
+        self.considering.push(offer.clone());
         let rollout = offer.rollout.clone();
         self.gather(Gathered::Consent(offer, held.clone()), rollout, held);
         Ok(())
@@ -156,14 +164,22 @@ impl Exec {
         let Offer {
             rollout,
             plan,
+            // The newest that it was made in is kept with those that are considered.
             epoch: _,
             dry_run,
         } = offer;
-        let Some(index) = self.considering.iter().position(|it| *it == rollout) else {
+        let mut considered = self.considering.iter();
+        let Some(index) = considered.position(|other| other.rollout == rollout) else {
             tracing::info!(%rollout, "released before this host consented");
             return Ok(());
         };
-        self.considering.swap_remove(index);
+        let Offer { epoch, .. } = self.considering.swap_remove(index);
+        // INV-4: a successor that wants this rollout offers it anew; one that does not know it
+        // would have a host that holds for nobody.
+        if let Err(why) = self.memory.check_epoch(epoch) {
+            tracing::info!(%rollout, why, "no consent");
+            return Ok(());
+        }
         let state = match state {
             Ok(state) => state,
             Err(failure) => {

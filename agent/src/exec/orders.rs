@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::ahead::{self, Earlier};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
-use super::machine::{Begin, Decision, Now, refused};
+use super::machine::{Begin, Decision, Now, check_freshness, refused};
 use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
@@ -73,9 +73,11 @@ impl Exec {
         if let Err(error) = dir.make() {
             return self.finish(order.key, failed(no_room(&error)));
         }
+        let session = self.session.as_ref().expect("orders come in a session");
         self.preparing = Some(Preparing {
             key: order.key.clone(),
             cancelled: false,
+            clock: session.clock,
         });
         if let Some(position) = begin.before {
             let before = match self.journal.read(position)? {
@@ -137,14 +139,11 @@ impl Exec {
         mut job: Job,
         before: Result<Value, Failure>,
     ) -> Result<(), ExecError> {
+        let preparing = self.preparing.take().expect("it was being prepared");
+        let may_begin = self.check_still_wanted(&order, &preparing);
         let key = order.key;
-        let preparing = self.preparing.take();
-        if preparing.is_some_and(|preparing| preparing.cancelled) {
-            let stopped = failure(
-                Cause::Cancelled,
-                "stopped before it began, as people asked for",
-            );
-            return self.ended_without_intent(key, stopped);
+        if let Err(why) = may_begin {
+            return self.ended_without_intent(key, why);
         }
         job.before = match before {
             Ok(before) => before,
@@ -173,6 +172,25 @@ impl Exec {
         }
         self.spawn_attend(key, Met::New);
         Ok(())
+    }
+
+    /// Looking at the host takes its time: what was allowed before may not be any more.
+    fn check_still_wanted(&self, order: &Order, preparing: &Preparing) -> Result<(), Failure> {
+        if preparing.cancelled {
+            let why = "stopped before it began, as people asked for";
+            return Err(failure(Cause::Cancelled, why));
+        }
+        if self.release_later.as_ref() == Some(&order.key.rollout) {
+            let why = "not begun: the rollout has ended meanwhile";
+            return Err(failure(Cause::Cancelled, why));
+        }
+        // A successor that knows of the order gives it again by itself after such an end; one that
+        // does not has nothing done behind its back (INV-4).
+        if let Err(why) = self.memory.check_epoch(order.epoch) {
+            let why = format!("not begun: {why}");
+            return Err(failure(Cause::Interrupted, why));
+        }
+        check_freshness(order, preparing.clock.now())
     }
 
     /// Nothing has happened, whatever the failure says.
@@ -246,7 +264,7 @@ impl Exec {
             return Ok(());
         }
         // A consent that is on its way is not given any more.
-        self.considering.retain(|other| *other != rollout);
+        self.considering.retain(|offer| offer.rollout != rollout);
         self.awaiting_plan.retain(|offer| offer.rollout != rollout);
         if self
             .memory

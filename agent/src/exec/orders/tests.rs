@@ -4,6 +4,7 @@ use std::sync::Arc;
 use lockstep_proto::ids::{Digest, StepRef};
 use tokio::sync::mpsc;
 
+use super::super::{Gathered, Offer};
 use super::*;
 use crate::journal::Held;
 use crate::testing;
@@ -102,4 +103,172 @@ async fn what_a_killed_agent_had_still_to_remove_goes_at_its_next_start() {
         .collect();
     assert_eq!(names, [format!("{}.steps.json", held.rollout)]);
     assert!(exec.held.is_some() && !boot.exists());
+}
+
+/// What a controller does while the host is being looked at.
+type Meanwhile<'a> = &'a dyn Fn(&mut Exec, &RolloutId);
+
+/// How long the orders here may be obeyed.
+const LIFE: Period = Period::seconds(60);
+
+const A: Epoch = Epoch { counter: 1, id: 1 };
+const B: Epoch = Epoch { counter: 2, id: 2 };
+
+fn welcome(exec: &mut Exec, epoch: Epoch) {
+    let welcome = lockstep_proto::wire::Welcome {
+        version: 1,
+        epoch,
+        clock: Timestamp(1000),
+        acknowledged: 0,
+    };
+    exec.handle_welcome(&welcome, mpsc::channel(9).0).unwrap();
+}
+
+fn step() -> HeldStep {
+    let args = serde_json::json!({"port": 1});
+    HeldStep {
+        at: StepRef { phase: 0, step: 0 },
+        action: Action::deserialize_args("check.port", args)
+            .unwrap()
+            .unwrap(),
+        timeout: Period::seconds(5),
+        undo: lockstep_proto::plan::Undo::Auto,
+        line: 1,
+    }
+}
+
+/// An agent in a session of A, which has told nothing yet.
+fn connected(host: &testing::Host) -> Exec {
+    let policy = host.path().join("policy.toml");
+    std::fs::write(&policy, "").unwrap();
+    let config = crate::config::Config {
+        policy: Some(policy),
+        ..host.config.clone()
+    };
+    let config = Arc::new(config);
+    let logs = mpsc::channel(1).0;
+    let mut exec = Exec::open(&config, "/agent.toml".as_ref(), "example.org", logs).unwrap();
+    welcome(&mut exec, A);
+    exec
+}
+
+/// How an attempt ends; none if it began.
+async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
+    let host = testing::Host::new();
+    let mut exec = connected(&host);
+    let rollout = RolloutId::from_random([1; 6]);
+    let plan = HeldPlan {
+        expires: wall_clock().plus(Period::seconds(60)),
+        steps: vec![step()],
+    };
+    let held = Record::Held(Held {
+        rollout: rollout.clone(),
+        plan: Digest::of(b"plan"),
+        steps: plan.write(&exec.host.config.state_dir, &rollout).unwrap(),
+        log_offsets: BTreeMap::new(),
+    });
+    exec.commit(vec![held], Need::Opens).unwrap();
+    exec.held = Some(plan);
+    let key = StepKey {
+        rollout: rollout.clone(),
+        host: exec.host.config.host.clone(),
+        at: step().at,
+        direction: Direction::Do,
+        attempt: 1,
+    };
+    let order = Order {
+        key: key.clone(),
+        plan: Digest::of(b"plan"),
+        epoch: A,
+        not_after: exec.session.as_ref().unwrap().now().plus(LIFE),
+        bindings: vec![],
+    };
+    exec.handle_order(order).unwrap();
+    let looked = exec.events.recv().await.unwrap();
+    meanwhile(&mut exec, &rollout);
+    exec.handle_event(looked).unwrap();
+    let running = exec.memory.hold.as_ref().map(|hold| hold.running().count());
+    if running == Some(1) {
+        return None;
+    }
+    assert!(!exec.host.dir(&key).path().exists());
+    let (_, position) = *exec.memory.outstanding.back().unwrap();
+    match exec.journal.read(position).unwrap() {
+        Record::Report {
+            body:
+                ReportBody::Finished {
+                    outcome: StepOutcome::Failed(failure),
+                    ..
+                },
+            ..
+        } => Some((failure.cause, failure.changed)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_wanted_any_more_once_the_host_was_looked_at_never_begins() {
+    let late = |exec: &mut Exec| {
+        let preparing = exec.preparing.as_mut().unwrap();
+        preparing.clock.said = Timestamp(LIFE.0 * 2);
+    };
+    let cases: [(Meanwhile, _); 5] = [
+        (&|_, _| {}, None),
+        // The controller has given it up.
+        (&|exec, _| late(exec), Some((Cause::Refused, false))),
+        // Also when nobody is there to say what time it is.
+        (
+            &|exec, _| {
+                exec.session = None;
+                late(exec);
+            },
+            Some((Cause::Refused, false)),
+        ),
+        (
+            &|exec, rollout| exec.handle_release(rollout.clone(), A).unwrap(),
+            Some((Cause::Cancelled, false)),
+        ),
+        (
+            &|exec, _| welcome(exec, B),
+            Some((Cause::Interrupted, false)),
+        ),
+    ];
+    let local = tokio::task::LocalSet::new();
+    for (number, (meanwhile, ends)) in cases.into_iter().enumerate() {
+        let ended = local.run_until(prepared(meanwhile)).await;
+        assert_eq!(ended, ends, "case {number}");
+    }
+}
+
+/// Whether an offer of A ends with a hold.
+async fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
+    let host = testing::Host::new();
+    let mut exec = connected(&host);
+    let held = HeldPlan {
+        expires: wall_clock().plus(Period::seconds(60)),
+        steps: vec![step()],
+    };
+    let offer = Offer {
+        rollout: RolloutId::from_random([1; 6]),
+        plan: Digest::of(b"plan"),
+        epoch: A,
+        dry_run: false,
+    };
+    exec.considering.push(offer.clone());
+    meanwhile(&mut exec, offer.clone());
+    let gathered = Gathered::Consent(offer, held);
+    exec.handle_gathered(gathered, Ok(vec![])).unwrap();
+    assert!(exec.considering.is_empty());
+    exec.memory.hold.is_some()
+}
+
+#[tokio::test]
+async fn a_host_holds_for_no_offer_of_a_term_that_ended_meanwhile() {
+    assert!(considered(|_, _| {}).await);
+    assert!(!considered(|exec, _| welcome(exec, B)).await, "INV-4");
+    let said_again = considered(|exec, offer| {
+        welcome(exec, B);
+        exec.handle_offer(Offer { epoch: B, ..offer }).unwrap();
+    });
+    assert!(said_again.await, "the successor wants it, too");
 }
