@@ -25,10 +25,17 @@ fn action(name: &str, args: serde_json::Value) -> Action {
         .expect("valid arguments")
 }
 
-fn check() -> Step {
+fn check(dice: &mut Dice) -> Step {
+    let action = if dice.percent(50) {
+        action("check.disk", serde_json::json!({"path": "/", "free": "1B"}))
+    } else {
+        let url = "http://127.0.0.1:8000/";
+        let args = serde_json::json!({"url": url, "method": "POST"});
+        action("check.http", args)
+    };
     Step {
         name: None,
-        action: action("check.disk", serde_json::json!({"path": "/", "free": "1B"})),
+        action,
         timeout: Period::seconds(30),
         undo: Undo::Auto,
         line: 1,
@@ -118,7 +125,7 @@ pub(super) fn plan(dice: &mut Dice) -> CompiledPlan {
             stages: vec![Stage {
                 target: Target::Groups(vec!["app".into()]),
                 strategy: Strategy::All,
-                steps: vec![check()],
+                steps: vec![check(dice)],
             }],
             deadline: None,
             planned: None,
