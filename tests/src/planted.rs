@@ -47,6 +47,10 @@ pub enum Fault {
     IgnoreDeadlines,
     /// INV-5: more hosts are left behind than the plan allows.
     IgnoreBudget,
+    /// INV-4: the agent keeps the newest term in memory only.
+    EpochNotWritten,
+    /// INV-1: an attempt is settled while processes that it started are alive.
+    SettleTooEarly,
 }
 
 impl Fault {
@@ -72,7 +76,46 @@ impl Fault {
         Self::ForgetLastRecord,
         Self::IgnoreDeadlines,
         Self::IgnoreBudget,
+        Self::EpochNotWritten,
+        Self::SettleTooEarly,
     ];
+
+    /// How what is found of it begins: the promise that it breaks. Whatever else is found, such as
+    /// a panic, is no proof that this one would be.
+    pub fn breaks(self) -> &'static [&'static str] {
+        match self {
+            Self::RetryUnknown
+            | Self::UndoTwice
+            | Self::ReuseStepKey
+            | Self::ExecuteClaimed
+            | Self::ClaimSkipsSync
+            | Self::SettleWithoutProbe
+            | Self::IgnoreBoot
+            | Self::SettleTooEarly => &["INV-1:"],
+            Self::AgentSkipsSync
+            | Self::SendBeforePersist
+            | Self::DropLastReport
+            | Self::IntentAfterStart
+            | Self::ForgetOutcome
+            | Self::ForgetLastRecord => &["INV-2:"],
+            Self::OpenPhaseEarly => &["INV-3:"],
+            Self::AgentIgnoresEpoch | Self::EpochNotWritten => &["INV-4:"],
+            Self::UnreachableIsOk | Self::IgnoreBudget => &["INV-5:"],
+            Self::SkipAnUndo => &["INV-6:"],
+            Self::IgnoreNotAfter | Self::IgnoreDeadlines => &["INV-8:"],
+        }
+    }
+
+    /// The first of what was found that shows this fault.
+    pub fn shown<'a>(self, found: &'a [String]) -> Option<&'a String> {
+        let mine = |what: &&String| self.breaks().iter().any(|it| what.starts_with(it));
+        found.iter().find(mine)
+    }
+
+    /// Whether only real processes show it: simulated ones start no others.
+    pub fn needs_processes(self) -> bool {
+        self == Self::SettleTooEarly
+    }
 
     /// Its name on command lines, as in the source.
     pub fn name(self) -> String {

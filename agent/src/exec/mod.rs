@@ -447,6 +447,9 @@ impl Exec {
             ));
             return Ok(false);
         }
+        if planted!(EpochNotWritten) {
+            self.memory.epoch = Some(epoch);
+        }
         if self.memory.epoch != Some(epoch) {
             self.commit(vec![Record::Epoch(epoch)], Need::Closes)?;
         }
