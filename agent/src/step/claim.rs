@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 
 use lockstep_proto::ids::BootId;
 use rustix::process::Pid;
@@ -60,35 +61,59 @@ impl Claim {
         Ok(Self { acts: false, ..own })
     }
 
-    /// Claims the attempt for ever. Durable when it returns.
+    /// Claims the attempt for ever. Durable when it returns. Whoever sees the claim sees all of it:
+    /// it is written under a name of its own, and whoever links that first has claimed.
     pub(crate) fn take(&self, dir: &StepDir) -> io::Result<Claimed> {
-        reached("claim: to be made");
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(dir.claim());
-        let mut file = match file {
-            Ok(file) => file,
+        if dir.claim().exists() {
+            return Ok(Claimed::Before);
+        }
+        let own = dir.claim_of(self.pid);
+        let linked = self.write(&own).and_then(|()| {
+            reached("claim: to be made");
+            std::fs::hard_link(&own, dir.claim())
+        });
+        if linked.is_ok() {
+            reached("claim: made");
+        }
+        // Its room is wanted where the disk is full; the claim itself stays.
+        let removed = std::fs::remove_file(&own);
+        match linked {
+            Ok(()) => removed?,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 return Ok(Claimed::Before);
             }
             Err(error) => return Err(error),
-        };
-        reached("claim: made");
-        let text = serde_json::to_vec(self).expect("a claim is plain data");
-        file.write_all(&text)?;
-        reached("claim: written");
+        }
         if !planted!(ClaimSkipsSync) {
-            sync_all(&file, &dir.claim())?;
-            reached("claim: synchronised");
             sync_dir(dir.path())?;
         }
         reached("claim: taken");
         Ok(Claimed::Now)
     }
 
-    /// The claim of an attempt; `None` if it is not claimed, or not wholly written yet.
+    fn write(&self, path: &Path) -> io::Result<()> {
+        // Another process of this id may have been killed here. Overwritten, it could be the claim.
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        reached("claim: to be written");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        let text = serde_json::to_vec(self).expect("a claim is plain data");
+        file.write_all(&text)?;
+        reached("claim: written");
+        if !planted!(ClaimSkipsSync) {
+            sync_all(&file, path)?;
+            reached("claim: synchronised");
+        }
+        Ok(())
+    }
+
+    /// The claim of an attempt; `None` if it is not claimed.
     pub(crate) fn read(dir: &StepDir) -> Option<Self> {
         serde_json::from_slice(&std::fs::read(dir.claim()).ok()?).ok()
     }
@@ -178,6 +203,48 @@ mod tests {
         let claim = Claim::own(boot(1)).unwrap();
         assert_eq!(claim.take(&dir).unwrap(), Claimed::Now);
         assert_eq!(claim.take(&dir).unwrap(), Claimed::Before);
+        assert_eq!(Claim::read(&dir), Some(claim));
+    }
+
+    #[test]
+    fn a_claim_is_whole_or_absent_whenever_the_power_goes() {
+        use rand::SeedableRng as _;
+        let root = tempfile::tempdir().unwrap();
+        let dir = StepDir::at(root.path().to_owned());
+        let watch = lockstep_tests::power::Watch::begin(root.path());
+        let claim = Claim::own(boot(1)).unwrap();
+        claim.take(&dir).unwrap();
+        let moments = watch.end();
+        let mut random = rand::rngs::StdRng::seed_from_u64(1);
+        let mut found = [0; 2];
+        for moment in moments.iter().cycle().take(300) {
+            let cut = tempfile::tempdir().unwrap();
+            moment.cut(&mut random, cut.path());
+            let cut = StepDir::at(cut.path().to_owned());
+            let there = cut.claim().exists();
+            assert_eq!(Claim::read(&cut), there.then(|| claim.clone()));
+            found[usize::from(there)] += 1;
+        }
+        assert!(found.iter().all(|count| *count > 20), "{found:?}");
+        let last = moments.last().unwrap();
+        let cut = tempfile::tempdir().unwrap();
+        last.cut(&mut random, cut.path());
+        assert!(cut.path().join("claim").exists(), "INV-1: it is durable");
+    }
+
+    #[test]
+    fn a_claim_that_was_cut_short_is_none_and_is_no_hindrance() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StepDir::at(root.path().to_owned());
+        let claim = Claim::own(boot(1)).unwrap();
+        // A process of the same id was killed while it wrote.
+        std::fs::write(dir.claim_of(claim.pid), "{\"pi").unwrap();
+        assert_eq!(Claim::read(&dir), None);
+        assert_eq!(claim.take(&dir).unwrap(), Claimed::Now);
+        // One was killed between its claim and what it had to tidy up.
+        std::fs::hard_link(dir.claim(), dir.claim_of(claim.pid)).unwrap();
+        let other = Claim::never(boot(2)).unwrap();
+        assert_eq!(other.take(&dir).unwrap(), Claimed::Before);
         assert_eq!(Claim::read(&dir), Some(claim));
     }
 

@@ -79,6 +79,11 @@ impl StepDir {
         self.0.join("claim")
     }
 
+    /// Where a process writes its claim before it makes it.
+    pub(crate) fn claim_of(&self, pid: i32) -> PathBuf {
+        self.0.join(format!("claim.{pid}"))
+    }
+
     pub(crate) fn outcome(&self) -> PathBuf {
         self.0.join("outcome.json")
     }

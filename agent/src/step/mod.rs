@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! steps/<key>/  job.json       what to do; durable before exec writes the intent
-//!               claim          made with O_EXCL by whoever settles what happens: the step process
-//!                              before it acts, or exec to prove that it never will (INV-1)
+//!               claim          linked, whole, by whoever is first to settle what happens: the step
+//!                              process before it acts, or exec so that it never will (INV-1)
 //!               outcome.json   how it ended; whole or absent
 //!               log            output, followed by exec
 //!               output         what the step process itself said, such as a panic

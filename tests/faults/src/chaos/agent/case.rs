@@ -19,7 +19,7 @@ use super::play::{Ended, Play};
 use super::world::World;
 
 /// The last point of a step process before it claims its attempt.
-pub(super) const BEFORE_CLAIM: u64 = 3;
+pub(super) const BEFORE_CLAIM: u64 = 6;
 
 /// How often the agent's claim is looked for, and for how long.
 const POLL: Duration = Duration::from_millis(5);
