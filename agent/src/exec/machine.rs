@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 
-use lockstep_proto::action::Class;
+use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{
     Digest, Direction, Epoch, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
 };
@@ -414,7 +414,9 @@ impl Hold {
                 "a host takes steps in the order of the plan",
             ));
         }
-        let done = attempts.iter().rev().find(|a| a.direction == Direction::Do);
+        // One that was only refused says nothing of the one before it.
+        let mut begun = attempts.iter().rev().filter(|a| a.began.is_some());
+        let done = begun.find(|a| a.direction == Direction::Do);
         let done = done.filter(|a| matches!(a.ended, Some((_, How::Ok { .. }))));
         if let Some(done) = done.filter(|_| chain.before.is_some()) {
             return Err(refused(
@@ -431,9 +433,10 @@ impl Hold {
                     && matches!(binding.fact, Fact::Resolved { done: false, .. })
             })
         };
-        let unproven = |a: &&Attempt| matches!(a.ended, Some((_, How::Unknown))) && !resolved(a);
-        if step.action.info().class == Class::Blind
-            && let Some(unproven) = attempts.iter().find(unproven)
+        let unknown = |a: &Attempt| matches!(a.ended, Some((_, How::Unknown)));
+        let unproven = |a: &&Attempt| a.direction == Direction::Do && unknown(a) && !resolved(a);
+        if step.action.info().class != Class::Observing
+            && let Some(unproven) = since_undone(attempts).iter().find(unproven)
         {
             return Err(refused(
                 format!(
@@ -443,9 +446,41 @@ impl Hold {
                 "look at the host, then say what you see with `lockstep resolve`",
             ));
         }
+        if !comes_after_rollbacks(&step.action)
+            && let Some(undone) = self.undone_before(key.at)
+        {
+            return Err(refused(
+                format!(
+                    "step {undone} was undone on this host, and {} comes after it",
+                    key.at
+                ),
+                "a rollback has begun here, which the controller does not know of: it runs on an \
+                 older copy of its state; close this rollout, and apply the plan again",
+            ));
+        }
         Ok(Decision::Begin(Begin {
             before: chain.before.filter(|_| chain.changed),
         }))
+    }
+
+    /// A step before this one whose newest word is that it was undone.
+    fn undone_before(&self, at: StepRef) -> Option<StepRef> {
+        let undone = |attempts: &[Attempt]| {
+            let newest = attempts.iter().rfind(|a| a.began.is_some());
+            newest.is_some_and(Attempt::undid)
+        };
+        let mut earlier = self.attempts.range(..at);
+        earlier
+            .find(|(_, attempts)| undone(attempts))
+            .map(|(at, _)| *at)
+    }
+
+    /// The attempts at this step of which nobody knows what they did, or whether anything of them
+    /// still runs: another one must see to their end first.
+    pub(crate) fn unknown(&self, at: StepRef) -> impl Iterator<Item = &Attempt> {
+        let attempts = self.attempts.get(&at).map_or(&[][..], Vec::as_slice);
+        let unknown = |a: &&Attempt| matches!(a.ended, Some((_, How::Unknown)));
+        attempts.iter().filter(unknown)
     }
 
     /// The last step in plan order that was done and not undone.
@@ -453,6 +488,25 @@ impl Hold {
         let done = |at: &&StepRef| self.chain(**at).before.is_some();
         self.attempts.keys().rev().find(done).copied()
     }
+}
+
+impl Attempt {
+    /// Whether it took back what was done.
+    fn undid(&self) -> bool {
+        let ok = matches!(self.ended, Some((_, How::Ok { .. })));
+        self.direction == Direction::Undo && self.began.is_some() && ok
+    }
+}
+
+/// The attempts after the last undo that went well.
+fn since_undone(attempts: &[Attempt]) -> &[Attempt] {
+    let undone = attempts.iter().rposition(Attempt::undid);
+    &attempts[undone.map_or(0, |undone| undone + 1)..]
+}
+
+/// What a plan may have in `after_rollback`: it looks at what undos have left.
+fn comes_after_rollbacks(action: &Action) -> bool {
+    !action.changes() || action.name().starts_with("check.")
 }
 
 fn describe(at: StepRef, attempt: &Attempt) -> String {

@@ -1,5 +1,4 @@
 use super::*;
-use lockstep_proto::action::Action;
 use lockstep_proto::ids::{BootId, HostId};
 use lockstep_proto::order::Binding;
 use lockstep_proto::values::Period;
@@ -287,10 +286,18 @@ fn attempts_go_upwards() {
 fn what_is_done_is_not_done_again_under_another_number() {
     let mut agent = Agent::holding();
     agent.run(&key(0, Do, 1), ok(true));
-    assert!(refusal(agent.decide(&order(key(0, Do, 2)))).contains("attempt 1"));
+    // However often it is asked for.
+    for attempt in 2..5 {
+        let why = refusal(agent.decide(&order(key(0, Do, attempt))));
+        assert!(why.contains("attempt 1"), "INV-1: {why}");
+        agent.end(
+            &key(0, Do, attempt),
+            StepOutcome::Failed(refused(why, "hint")),
+        );
+    }
     agent.run(&key(0, Back, 1), ok(true));
     assert!(matches!(
-        agent.decide(&order(key(0, Do, 2))),
+        agent.decide(&order(key(0, Do, 5))),
         Decision::Begin(_)
     ));
 }
@@ -378,28 +385,71 @@ fn what_was_undone_is_not_undone_again_but_a_failed_undo_is() {
 
 #[test]
 fn what_nothing_can_prove_is_not_tried_again() {
+    // Of whatever class: the host's answer was asked for, and proved nothing.
+    for step in [0, 3] {
+        let mut agent = Agent::holding();
+        agent.run(&key(step, Do, 1), unknown());
+        let why = refusal(agent.decide(&order(key(step, Do, 2))));
+        assert!(why.contains("attempt 1"), "{why}");
+
+        let mut again = order(key(step, Do, 2));
+        let word = |done| Binding {
+            origin: key(step, Do, 1),
+            fact: Fact::Resolved {
+                done,
+                by: "olga".into(),
+            },
+        };
+        again.bindings = vec![word(true)];
+        refusal(agent.decide(&again));
+        again.bindings = vec![word(false)];
+        assert!(matches!(agent.decide(&again), Decision::Begin(_)));
+    }
     let mut agent = Agent::holding();
     agent.run(&key(0, Do, 1), unknown());
+    agent.run(&key(0, Back, 1), ok(true));
+    assert!(
+        matches!(agent.decide(&order(key(0, Do, 2))), Decision::Begin(_)),
+        "it was undone, whatever it was"
+    );
+    agent.run(&key(1, Do, 1), unknown());
+    assert!(
+        matches!(agent.decide(&order(key(1, Do, 2))), Decision::Begin(_)),
+        "looking does nothing"
+    );
+}
+
+#[test]
+fn nothing_is_done_after_a_step_that_was_undone() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 1), ok(true));
+    agent.run(&key(0, Back, 1), failed(true));
+    assert!(
+        matches!(agent.decide(&order(key(2, Do, 1))), Decision::Begin(_)),
+        "it was not undone"
+    );
+    agent.run(&key(0, Back, 2), ok(true));
+    let why = refusal(agent.decide(&order(key(2, Do, 1))));
+    assert!(why.contains("0.0 was undone"), "{why}");
+    // Nor when an order of the step itself was refused since.
+    agent.end(&key(0, Do, 2), StepOutcome::Failed(refused("no", "hint")));
+    refusal(agent.decide(&order(key(2, Do, 2))));
+    assert!(
+        matches!(agent.decide(&order(key(1, Do, 1))), Decision::Begin(_)),
+        "checks come after a rollback"
+    );
+    agent.run(&key(0, Do, 3), ok(true));
+    assert!(
+        matches!(agent.decide(&order(key(2, Do, 3))), Decision::Begin(_)),
+        "it was done again"
+    );
+    // An undo of a step asks for nothing of the kind.
+    agent.run(&key(2, Do, 3), failed(true));
+    agent.run(&key(0, Back, 3), ok(true));
     assert!(matches!(
-        agent.decide(&order(key(0, Do, 2))),
+        agent.decide(&order(key(2, Back, 1))),
         Decision::Begin(_)
     ));
-    agent.run(&key(3, Do, 1), unknown());
-    let why = refusal(agent.decide(&order(key(3, Do, 2))));
-    assert!(why.contains("attempt 1"), "{why}");
-
-    let mut again = order(key(3, Do, 2));
-    let word = |done| Binding {
-        origin: key(3, Do, 1),
-        fact: Fact::Resolved {
-            done,
-            by: "olga".into(),
-        },
-    };
-    again.bindings = vec![word(true)];
-    refusal(agent.decide(&again));
-    again.bindings = vec![word(false)];
-    assert!(matches!(agent.decide(&again), Decision::Begin(_)));
 }
 
 #[test]
