@@ -41,7 +41,7 @@ const LOCK: Duration = Duration::from_secs(5);
 
 /// How long ended sessions may take to be gone: a backend that writes a large file looks up only
 /// now and then.
-const GONE: Duration = Duration::from_mins(1);
+pub(crate) const GONE: Duration = Duration::from_mins(1);
 
 /// The name under which an attempt's sessions stand in `pg_stat_activity`. At most 48 bytes long,
 /// so that the server's 63 never cut it.

@@ -17,7 +17,7 @@ use lockstep_proto::report::{Cause, Failure, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
 use tokio::process::Child;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::runner::Runner;
@@ -27,11 +27,20 @@ use crate::actions::{self, Probe};
 use crate::config::Config;
 use crate::faults::planted;
 use crate::process::head;
-use crate::sql::remove_left_over;
+use crate::sql::{GONE, remove_left_over};
 use crate::step::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
 
 /// How long asking the host may take: `before`, `probe`, `state` of one action.
 pub(crate) const LOOK: Duration = Duration::from_secs(30);
+
+/// The same where an attempt is settled: what it left behind is ended first, and sessions of a
+/// database have their time for that.
+const SETTLE: Duration = Duration::from_secs(LOOK.as_secs() + GONE.as_secs());
+
+/// How long a host that cannot be asked is asked again, and how often: after a power loss the agent
+/// is up before the database. The step's own timeout ends it sooner, for nobody waits longer.
+const ASK_AGAIN: Duration = Duration::from_mins(2);
+const ASK_EVERY: Duration = Duration::from_secs(2);
 
 /// How often the outcome is looked for: often at first, for many steps take no time, and then at
 /// leisure. Only while something runs.
@@ -55,8 +64,9 @@ pub(crate) struct Host {
 /// How an attempt is met.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Met {
-    /// Its intent has just been written.
-    New,
+    /// Its intent has just been written. Of attempts at the same step it is not known whether
+    /// something still runs: that is ended first.
+    New { unproven: Vec<StepKey> },
     /// The daemon finds it at its start. It is never started any more: meanwhile the controller may
     /// have given it up, and people may have decided otherwise.
     Found,
@@ -88,17 +98,26 @@ impl Host {
         job: &Job,
         ask: impl AsyncFnOnce(&Context) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
+        self.look_within(LOOK, job, ask).await
+    }
+
+    async fn look_within<T>(
+        &self,
+        limit: Duration,
+        job: &Job,
+        ask: impl AsyncFnOnce(&Context) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
         let dir = self.dir(&job.key).files();
         let dir = if dir.is_dir() {
             dir
         } else {
             self.config.run_dir.clone()
         };
-        let context = self.context(job, dir, LOOK);
-        timeout(LOOK, ask(&context)).await.unwrap_or_else(|_| {
+        let context = self.context(job, dir, limit);
+        timeout(limit, ask(&context)).await.unwrap_or_else(|_| {
             Err(failure(
                 Cause::TimedOut,
-                format!("the host did not answer within {} s", LOOK.as_secs()),
+                format!("the host did not answer within {} s", limit.as_secs()),
             ))
         })
     }
@@ -124,30 +143,75 @@ pub(crate) async fn attend(host: Rc<Host>, key: StepKey, met: Met) -> Ended {
 }
 
 async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
-    let child = match met {
-        Met::New => match host.runner.start(key, dir).await {
-            Ok(child) => child,
-            Err(error) => {
-                let why = failure(Cause::Host, error.to_string());
-                return cannot_start(host, key, dir, why).await;
+    let mut process = match met {
+        Met::New { unproven } => {
+            if let Err(why) = end_unproven(host, &unproven).await {
+                return cannot_start(host, key, dir, Process::None, why).await;
             }
-        },
-        Met::Found if dir.claim().exists() => None,
+            match host.runner.start(key, dir).await {
+                Ok(Some(child)) => Process::Child(child),
+                Ok(None) => Process::Elsewhere,
+                Err(error) => {
+                    let why = failure(Cause::Host, error.to_string());
+                    let process = if host.runner.finds_all() {
+                        // It may have been started all the same.
+                        Process::Elsewhere
+                    } else {
+                        Process::None
+                    };
+                    return cannot_start(host, key, dir, process, why).await;
+                }
+            }
+        }
+        Met::Found if dir.claim().exists() => Process::Elsewhere,
         // Claiming decides: a process that was started before and is still on its way finds the
         // claim taken, or is found by it.
         Met::Found => {
             let why = "the agent was stopped before the step began";
-            return cannot_start(host, key, dir, failure(Cause::Interrupted, why)).await;
+            let why = failure(Cause::Interrupted, why);
+            return cannot_start(host, key, dir, Process::Elsewhere, why).await;
         }
     };
-    match wait(&host.boot, dir, child).await {
+    match wait(&host.boot, dir, &mut process).await {
         Waited::Outcome(ended) => ended,
         Waited::Gone => settle(host, key, dir).await,
         Waited::NeverClaimed => {
             let never = failure(Cause::Interrupted, "the step process ended before it began");
-            cannot_start(host, key, dir, never).await
+            cannot_start(host, key, dir, process, never).await
         }
     }
+}
+
+/// What is known of the step process, beside its claim.
+#[derive(Debug)]
+enum Process {
+    /// There is none, or it has ended.
+    None,
+    /// It is this daemon's own.
+    Child(Child),
+    /// It may be there, and another daemon's child, or systemd's.
+    Elsewhere,
+}
+
+/// Ends what earlier attempts at a step may have left running, so that two never act at once.
+async fn end_unproven(host: &Host, earlier: &[StepKey]) -> Result<(), Failure> {
+    for key in earlier {
+        if !host.runner.end_all(key, &host.dir(key), &host.boot).await {
+            return Err(Failure {
+                hint: Some(format!(
+                    "nothing was done; look at the processes of {key} on the host"
+                )),
+                ..failure(
+                    Cause::Host,
+                    format!(
+                        "processes of {} attempt {} are still there and cannot be ended",
+                        key.direction, key.attempt
+                    ),
+                )
+            });
+        }
+    }
+    Ok(())
 }
 
 enum Waited {
@@ -159,9 +223,8 @@ enum Waited {
 }
 
 /// Waits for the outcome file, or for the end of the process that should write it.
-async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited {
+async fn wait(boot: &BootId, dir: &StepDir, process: &mut Process) -> Waited {
     let start = Instant::now();
-    let mut exited = false;
     loop {
         let pause = if start.elapsed() < SOON {
             POLL_FIRST
@@ -169,17 +232,17 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
             POLL_LATER
         };
         let ends = async {
-            match &mut child {
-                Some(process) => drop(process.wait().await),
-                None => std::future::pending().await,
+            match process {
+                Process::Child(child) => drop(child.wait().await),
+                Process::None | Process::Elsewhere => std::future::pending().await,
             }
         };
         if timeout(pause, ends).await.is_ok() {
             // Another process may have the claim, and is waited for at leisure.
-            child = None;
-            exited = true;
+            *process = Process::None;
         }
         // The order matters: a process that is gone may have written the outcome just before.
+        let claimed = dir.claim().exists();
         let claim = Claim::read(dir);
         if claim.as_ref().is_some_and(|claim| !claim.acts) {
             return Waited::NeverClaimed;
@@ -202,11 +265,13 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
             return Waited::Gone;
         }
         let late = start.elapsed() > CLAIM_WITHIN;
-        match dir.claim().exists() {
-            // It is being written, perhaps by another process than the one that has exited.
-            true if !late => {}
+        let child = matches!(process, Process::Child(_));
+        match claimed {
+            // A claim is whole from the first, but for those of releases that wrote it in place:
+            // the process that does so may be frozen, and then it must not be taken for gone.
+            true if !late || child => {}
             true => return Waited::Gone,
-            false if late || exited => return Waited::NeverClaimed,
+            false if late || matches!(process, Process::None) => return Waited::NeverClaimed,
             false => {}
         }
     }
@@ -214,16 +279,25 @@ async fn wait(boot: &BootId, dir: &StepDir, mut child: Option<Child>) -> Waited 
 
 /// Claims an attempt that nobody has claimed, so that it can never be carried out. Another one is
 /// safe: what was interrupted the controller orders again by itself, a few times.
-async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: Failure) -> Ended {
+async fn cannot_start(
+    host: &Host,
+    key: &StepKey,
+    dir: &StepDir,
+    process: Process,
+    why: Failure,
+) -> Ended {
     let claimed = Claim::never(host.boot.clone()).and_then(|claim| claim.take(dir));
     match claimed {
         Ok(Claimed::Now) => never_begun(dir, why),
-        Ok(Claimed::Before) => match wait(&host.boot, dir, None).await {
-            Waited::Outcome(ended) => ended,
-            Waited::Gone => settle(host, key, dir).await,
-            // The daemon claimed it before it was stopped.
-            Waited::NeverClaimed => never_begun(dir, why),
-        },
+        Ok(Claimed::Before) => claimed_before(host, key, dir, why).await,
+        // The disk is full, most likely. What no process is left for never begins either.
+        Err(error) if is_over(host, key, dir, process).await => {
+            if dir.claim().exists() {
+                return claimed_before(host, key, dir, why).await;
+            }
+            let message = format!("{} ({error})", why.message);
+            never_begun(dir, Failure { message, ..why })
+        }
         Err(error) => unknown(format!(
             "the step process could not be started ({}), and that it never will be cannot be \
              recorded: {error}",
@@ -232,15 +306,38 @@ async fn cannot_start(host: &Host, key: &StepKey, dir: &StepDir, why: Failure) -
     }
 }
 
+async fn claimed_before(host: &Host, key: &StepKey, dir: &StepDir, why: Failure) -> Ended {
+    match wait(&host.boot, dir, &mut Process::Elsewhere).await {
+        Waited::Outcome(ended) => ended,
+        Waited::Gone => settle(host, key, dir).await,
+        // The daemon claimed it before it was stopped.
+        Waited::NeverClaimed => never_begun(dir, why),
+    }
+}
+
+/// Ends the step process; says whether it is proven that there is none.
+async fn is_over(host: &Host, key: &StepKey, dir: &StepDir, process: Process) -> bool {
+    match process {
+        Process::None => {}
+        Process::Child(mut child) => {
+            if child.kill().await.is_err() {
+                return false;
+            }
+        }
+        Process::Elsewhere if !host.runner.finds_all() => return false,
+        Process::Elsewhere => {}
+    }
+    host.runner.end_all(key, dir, &host.boot).await
+}
+
 fn never_begun(dir: &StepDir, why: Failure) -> Ended {
     let said = std::fs::read_to_string(dir.output()).unwrap_or_default();
     let lines = said.lines().rev().take(20).map(cut_line);
     let mut last_lines: Vec<String> = lines.collect();
     last_lines.reverse();
+    let hint = "nothing was done; run `lockstep-agent check` on the host, then order it again";
     let never = failed(Failure {
-        hint: Some(
-            "nothing was done; run `lockstep-agent check` on the host, then order it again".into(),
-        ),
+        hint: why.hint.or_else(|| Some(hint.into())),
         last_lines,
         ..why
     });
@@ -278,8 +375,7 @@ async fn settle(host: &Host, key: &StepKey, dir: &StepDir) -> Ended {
         )),
         _ if planted!(SettleWithoutProbe) => failed(failure(Cause::Interrupted, NO_OUTCOME)),
         Class::Convergent | Class::Receipted => {
-            let probe = host.look(&job, async |cx| actions::probe(&job.action, cx).await);
-            let probe = match probe.await {
+            let probe = match ask(host, &job).await {
                 Ok(Probe::Unmet(failure)) => Ok(Probe::Absent(failure.message)),
                 probe => probe,
             };
@@ -299,6 +395,25 @@ fn or_cancelled(dir: &StepDir, ended: Ended) -> Ended {
             ..was
         }),
         _ => ended,
+    }
+}
+
+/// Asks whether the effect is there, until there is an answer or no time left. The session goes on
+/// meanwhile, and the daemon may be stopped: its next start asks anew.
+async fn ask(host: &Host, job: &Job) -> Result<Probe, Failure> {
+    let until = Instant::now() + ASK_AGAIN.min(job.timeout.to_std());
+    loop {
+        let probe = host.look_within(SETTLE, job, async |cx| {
+            actions::probe(&job.action, cx).await
+        });
+        match probe.await {
+            Err(failure) if Instant::now() < until => {
+                let why = failure.message;
+                tracing::warn!(step = %job.key, why, "cannot be settled yet; asking again");
+                sleep(ASK_EVERY).await;
+            }
+            probe => return probe,
+        }
     }
 }
 
@@ -396,184 +511,4 @@ pub(crate) fn wall_clock() -> Timestamp {
 }
 
 #[cfg(test)]
-mod tests {
-    use lockstep_proto::ids::{RolloutId, StepRef};
-    use serde_json::json;
-
-    use super::*;
-    use crate::config::StepRunner;
-    use crate::testing;
-
-    /// An attempt at an action, with its job written.
-    async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
-        let host = Host {
-            config: Arc::new(of.config.clone()),
-            boot: BootId::from_bytes([1; 8]),
-            runner: Runner::new(StepRunner::Session, "/agent.toml".as_ref()).unwrap(),
-            logs: mpsc::channel(1).0,
-        };
-        let key = StepKey {
-            rollout: RolloutId::from_random([1; 6]),
-            host: host.config.host.clone(),
-            at: StepRef { phase: 0, step: 0 },
-            direction: Direction::Do,
-            attempt: 1,
-        };
-        let mut job = Job {
-            key: key.clone(),
-            action: action.clone(),
-            before: serde_json::Value::Null,
-            bindings: vec![],
-            timeout: Period::seconds(30),
-            log_offsets: std::collections::BTreeMap::new(),
-        };
-        host.dir(&key).make().unwrap();
-        let before = host.look(&job, async |cx| actions::before(action, cx).await);
-        job.before = before.await.unwrap();
-        host.dir(&key).write_job(&job).unwrap();
-        (host, key)
-    }
-
-    #[tokio::test]
-    async fn what_is_not_done_and_not_as_before_either_is_left_to_an_undo() {
-        let of = testing::Host::new();
-        let file = of.path().join("app.env");
-        let args = json!({"path": file, "set": {"A": "2"}});
-        let action = Action::deserialize_args("env.render", args);
-        std::fs::write(&file, "A=1\n").unwrap();
-        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
-        let settled = async || match settle(&host, &key, &host.dir(&key)).await.outcome {
-            StepOutcome::Failed(failure) => (failure.cause, failure.changed),
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(settled().await, (Cause::Interrupted, false));
-        std::fs::write(&file, "A=3\n").unwrap();
-        assert_eq!(settled().await, (Cause::Interrupted, true), "INV-6");
-        // Asking has not overwritten what an undo needs.
-        let copy = host.dir(&key).files().join("env-before");
-        assert_eq!(std::fs::read_to_string(copy).unwrap(), "A=1\n");
-    }
-
-    #[tokio::test]
-    async fn a_step_process_that_ends_before_it_begins_is_interrupted_and_never_begins() {
-        let of = testing::Host::new();
-        let action = Action::deserialize_args("check.port", serde_json::json!({"port": 1}));
-        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
-        // What is started is this test's own program, which claims nothing.
-        let dir = host.dir(&key);
-        let ended = outcome(&host, &key, &dir, Met::New).await;
-        let StepOutcome::Failed(failure) = ended.outcome else {
-            panic!("{ended:?}");
-        };
-        assert_eq!(
-            (failure.cause, failure.changed),
-            (Cause::Interrupted, false)
-        );
-        let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
-        assert_eq!(late, Claimed::Before, "INV-1");
-    }
-
-    #[tokio::test]
-    async fn an_attempt_that_is_found_before_it_began_never_begins() {
-        let of = testing::Host::new();
-        let action = Action::deserialize_args("exec.run", json!({"name": "x", "argv": ["true"]}));
-        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
-        let dir = host.dir(&key);
-        // The second time as if the daemon had been killed before it recorded the first.
-        for _ in 0..2 {
-            let StepOutcome::Failed(failure) = outcome(&host, &key, &dir, Met::Found).await.outcome
-            else {
-                panic!("nothing is unknown of what never began");
-            };
-            assert_eq!(
-                (failure.cause, failure.changed),
-                (Cause::Interrupted, false)
-            );
-            assert!(!dir.output().exists(), "a step process was started");
-            let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
-            assert_eq!(late, Claimed::Before, "INV-1");
-        }
-        std::fs::write(dir.cancel(), "").unwrap();
-        match outcome(&host, &key, &dir, Met::Found).await.outcome {
-            StepOutcome::Failed(failure) => assert_eq!(failure.cause, Cause::Cancelled),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[tokio::test]
-    async fn an_attempt_that_is_found_while_its_step_process_acts_is_waited_for() {
-        let of = testing::Host::new();
-        let action = Action::deserialize_args("check.port", json!({"port": 1}));
-        let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
-        let dir = host.dir(&key);
-        // It was a moment faster; this process plays it.
-        Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
-        let ended = {
-            let mut waits = std::pin::pin!(outcome(&host, &key, &dir, Met::Found));
-            let soon = timeout(Duration::from_millis(300), &mut waits).await;
-            assert!(soon.is_err(), "it is running: {soon:?}");
-            dir.reserve_outcome().unwrap();
-            dir.write_outcome(&failed(failure(Cause::CheckUnmet, "no")))
-                .unwrap();
-            waits.await
-        };
-        assert_eq!(ended, failed(failure(Cause::CheckUnmet, "no")));
-    }
-
-    #[test]
-    fn who_waits_for_another_process_than_its_child_lets_others_run() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = StepDir::at(root.path().to_owned());
-        let boot = BootId::from_bytes([1; 8]);
-        Claim::own(boot.clone()).unwrap().take(&dir).unwrap();
-        let (answer, answers) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let mut runtime = tokio::runtime::Builder::new_current_thread();
-            let runtime = runtime.enable_all().build().unwrap();
-            let waited = runtime.block_on(async {
-                // It has found the claim taken.
-                let child = tokio::process::Command::new("true").spawn().unwrap();
-                timeout(Duration::from_secs(1), wait(&boot, &dir, Some(child))).await
-            });
-            answer.send(waited.is_err())
-        });
-        let waits = answers.recv_timeout(Duration::from_secs(20));
-        assert_eq!(waits, Ok(true), "it waits, and gives way");
-    }
-
-    #[test]
-    fn an_attempt_without_an_outcome_is_judged_by_the_hosts_answer() {
-        use Direction::{Do, Undo};
-        let text = || "t".to_owned();
-        let action = |name, args| Action::deserialize_args(name, args).unwrap().unwrap();
-        let stop = action("service.stop", serde_json::json!({"service": "web"}));
-        let restart = action("service.restart", serde_json::json!({"service": "web"}));
-        let say = |ended: Ended| match ended.outcome {
-            StepOutcome::Ok { changed, .. } => ("ok", changed),
-            StepOutcome::Failed(failure) => {
-                assert_eq!(failure.cause, Cause::Interrupted);
-                ("again", failure.changed)
-            }
-            StepOutcome::Unknown { .. } => ("unknown", false),
-        };
-        let changed = |direction, probe| say(judge(direction, &stop, probe, true));
-        assert_eq!(changed(Do, Ok(Probe::Present(text()))), ("again", true));
-        assert_eq!(changed(Do, Ok(Probe::Absent(text()))), ("again", false));
-        assert_eq!(changed(Do, Ok(Probe::Partial(text()))), ("again", true));
-        assert_eq!(changed(Do, Ok(Probe::NoProof(text()))), ("unknown", false));
-        assert_eq!(changed(Do, Ok(Probe::NotYet(text()))), ("unknown", false));
-        let begun = judge(Do, &stop, Ok(Probe::Absent(text())), false);
-        assert_eq!(say(begun), ("again", true), "INV-6: a rollback undoes it");
-        let restarted = judge(Do, &restart, Ok(Probe::Present(text())), true);
-        assert_eq!(
-            say(restarted),
-            ("ok", true),
-            "INV-1: it is not restarted twice"
-        );
-        let error = || Err(failure(Cause::Host, "no answer"));
-        assert_eq!(changed(Do, error()), ("unknown", false));
-        assert_eq!(changed(Undo, Ok(Probe::Absent(text()))), ("again", true));
-        assert_eq!(changed(Undo, Ok(Probe::Present(text()))), ("again", true));
-        assert_eq!(changed(Undo, error()), ("unknown", false));
-    }
-}
+mod tests;

@@ -170,7 +170,11 @@ impl Exec {
             }
             Err(error) => return Err(error.into()),
         }
-        self.spawn_attend(key, Met::New);
+        let hold = self.memory.hold.as_ref().expect("begun under the hold");
+        let unproven = hold.unknown(key.at);
+        let unproven = unproven.map(|attempt| self.key_of(hold, key.at, attempt));
+        let unproven = unproven.collect();
+        self.spawn_attend(key, Met::New { unproven });
         Ok(())
     }
 

@@ -63,6 +63,12 @@ impl Runner {
         }
     }
 
+    /// Whether every step process that is alive can be found, whoever started it, even before it
+    /// has claimed its attempt.
+    pub(crate) fn finds_all(&self) -> bool {
+        self.systemd
+    }
+
     /// Starts the step process of an attempt. The child, if it is one, only says sooner that the
     /// process has ended.
     pub(crate) async fn start(&self, key: &StepKey, dir: &StepDir) -> io::Result<Option<Child>> {
