@@ -83,7 +83,8 @@ proptest! {
 }
 
 /// `LOCKSTEP_SEEDS=FROM..TO` runs that range in place of a small one, and `FROM..=FROM` one again;
-/// with `LOCKSTEP_TRACE=1` every record of the journal is printed.
+/// with `LOCKSTEP_TRACE=1` every record of the journal is printed. `LOCKSTEP_SEEDS_RAN=FILE` has
+/// written there how many were run.
 #[test]
 #[allow(clippy::print_stderr, reason = "it says how to see a failure again")]
 fn promises_hold_over_a_range_of_seeds() {
@@ -96,7 +97,9 @@ fn promises_hold_over_a_range_of_seeds() {
     };
     let mut ends: BTreeMap<String, u64> = BTreeMap::new();
     let mut violated: Vec<u64> = Vec::new();
+    let mut ran = 0;
     for seed in from..to {
+        ran += 1;
         let run = std::panic::AssertUnwindSafe(|| simulate(seed, faults_of(seed)));
         if let Ok((end, _)) = std::panic::catch_unwind(run) {
             *ends.entry(end).or_default() += 1;
@@ -110,6 +113,10 @@ fn promises_hold_over_a_range_of_seeds() {
         }
     }
     eprintln!("seeds {range}: {} violations, {ends:?}", violated.len());
+    if let Some(file) = std::env::var_os("LOCKSTEP_SEEDS_RAN") {
+        let figures = serde_json::json!({"seeds": ran, "violations": violated.len()});
+        std::fs::write(file, format!("{figures}\n")).expect("the file can be written");
+    }
     assert!(violated.is_empty(), "seeds with violations: {violated:?}");
 }
 

@@ -474,6 +474,10 @@ impl Seen {
                 if self.resolved.contains_key(key) {
                     return;
                 }
+                // It had been given up, and its host's chain may have stood still because of it.
+                if key.direction == Direction::Do && self.failed.get(host) == Some(&key.at) {
+                    self.undoing = None;
+                }
                 self.see_outcome(key, outcome, now);
             }
             _ => {}
