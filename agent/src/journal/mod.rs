@@ -184,8 +184,14 @@ impl Journal {
             head,
         };
         // Records beyond the head are whole: from here on they are relied on. Whoever wrote them
-        // may have been killed before they were synced.
+        // may have been killed before they were synced, or the sync may have failed: then they are
+        // read from memory and count as written, and a sync by itself writes nothing of them. They
+        // are not cut, for it may be the newest head that never came to the disk, and then they
+        // have been acknowledged.
         if known.number().unwrap_or(0) < journal.number {
+            journal
+                .write_again(scan.relied_on)
+                .map_err(io_error("write", &journal.path))?;
             sync(&journal.file, &journal.path).map_err(io_error("synchronise", &journal.path))?;
             journal
                 .head
@@ -193,6 +199,21 @@ impl Journal {
                 .map_err(io_error("write", &head_path))?;
         }
         Ok(journal)
+    }
+
+    /// Writes what is there from this byte on once more, as it is.
+    fn write_again(&self, mut from: u64) -> io::Result<()> {
+        reached("journal: to be written again");
+        let mut bytes = vec![0; MAX_RECORD];
+        while from < self.length {
+            let left = usize::try_from(self.length - from).unwrap_or(usize::MAX);
+            let bytes = &mut bytes[..left.min(MAX_RECORD)];
+            self.file.read_exact_at(bytes, from)?;
+            self.file.write_all_at(bytes, from)?;
+            from += bytes.len() as u64;
+        }
+        reached("journal: written again");
+        Ok(())
     }
 
     /// Whether nothing has ever been written.
@@ -442,6 +463,8 @@ struct Scan {
     hash: Hash,
     /// The hash of the record that the head names.
     at_known: Option<Hash>,
+    /// Bytes up to the end of that record.
+    relied_on: u64,
     /// Why it ended before the end of the file.
     stopped: Option<&'static str>,
 }
@@ -481,6 +504,7 @@ impl Scan {
             number: 0,
             hash: genesis(),
             at_known: None,
+            relied_on: 0,
             stopped: None,
         };
         // Records whose append may not have come to its end.
@@ -519,6 +543,7 @@ impl Scan {
             (scan.length, scan.number, scan.hash) = last;
             if known == Some(scan.number) {
                 scan.at_known = Some(scan.hash);
+                scan.relied_on = scan.length;
             }
         }
     }

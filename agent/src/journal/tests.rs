@@ -200,6 +200,35 @@ fn a_failed_sync_is_not_tried_again() {
     assert!(reserve, "the disk is not full: there was no second try");
 }
 
+/// After a sync that failed, pages that never came to the disk count as written: one that succeeds
+/// later proves something only of what was written anew.
+#[test]
+fn what_a_failed_sync_may_have_dropped_is_written_again_before_it_is_relied_on() {
+    let dir = filled(2);
+    let (path, head_path) = (dir.path().join("journal"), dir.path().join("head"));
+    let head = std::fs::read(&head_path).unwrap();
+    let mut journal = Journal::open(dir.path(), |_, _| {}).unwrap();
+    let relied_on = journal.length;
+    let more: Vec<Record> = (3..1000).map(record).collect();
+    for batch in more.chunks(100) {
+        journal.append(batch, Need::Opens).unwrap();
+    }
+    drop(journal);
+    let whole = std::fs::read(&path).unwrap();
+    assert!(whole.len() as u64 > relied_on + MAX_RECORD as u64);
+    let long_ago = std::time::UNIX_EPOCH;
+    let is_written = || {
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(long_ago).unwrap();
+        assert_eq!(read_all(dir.path()).unwrap().len(), 999);
+        assert_eq!(std::fs::read(&path).unwrap(), whole, "as it was");
+        std::fs::metadata(&path).unwrap().modified().unwrap() != long_ago
+    };
+    std::fs::write(&head_path, head).unwrap();
+    assert!(is_written(), "INV-2");
+    assert!(!is_written(), "the head says that all of it is there");
+}
+
 /// Journals of earlier formats stay readable: `tests/fixtures/journals/README.md`.
 #[test]
 fn a_journal_of_format_1_is_read() {
