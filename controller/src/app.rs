@@ -165,7 +165,7 @@ impl ServeError {
     /// state directory or took over, and a restart does not help.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Tls(_) => 2,
+            Self::Config(_) | Self::Tls(_) | Self::Journal(OpenError::NotOwner { .. }) => 2,
             Self::Journal(OpenError::InUse { .. })
             | Self::Driver(DriverError::Superseded { .. }) => 12,
             Self::Journal(OpenError::Quarantined { .. } | OpenError::Format { .. })
@@ -179,8 +179,9 @@ impl ServeError {
     }
 
     /// What to do about it, where one can tell.
-    pub(crate) fn hint(&self) -> Option<&'static str> {
-        match self {
+    pub(crate) fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Journal(error @ OpenError::NotOwner { .. }) => return error.hint(),
             Self::Config(ConfigError::Unreadable { .. }) => {
                 Some("name the configuration with --config; it must be readable to this user")
             }
@@ -208,7 +209,8 @@ impl ServeError {
                 "is something else listening on `listen`, and is it an address of this machine?",
             ),
             _ => None,
-        }
+        };
+        hint.map(str::to_owned)
     }
 }
 

@@ -233,3 +233,33 @@ fn copy(from: &Path, to: &Path) {
         }
     }
 }
+
+#[test]
+fn nobody_works_on_a_state_directory_that_another_user_owns() {
+    // Only root can give a directory away, and it is root who would forget whose it is.
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let place = Place::new();
+    assert_eq!(place.start().terminate(), Some(0));
+    let state = place.path().join("state");
+    std::os::unix::fs::chown(&state, Some(65_534), None).unwrap();
+    for command in ["verify", "compact"] {
+        let more: &[&str] = if command == "compact" {
+            &["--keep", "1"]
+        } else {
+            &[]
+        };
+        let refused = journal(&[&[command], more].concat(), &state, None);
+        assert_eq!(refused.code, 2, "{}", refused.err);
+        assert!(
+            refused.err.contains("belongs to the user 65534"),
+            "{}",
+            refused.err
+        );
+        assert!(refused.err.contains("runuser -u"), "{}", refused.err);
+    }
+    let (code, log) = place.fail();
+    assert_eq!(code, Some(2), "{log}");
+    assert!(log.contains("runuser -u"), "{log}");
+}

@@ -118,13 +118,14 @@ impl CliError {
                 _ => Exit::Usage,
             },
             Self::Journal(error) | Self::Import(ImportError::Open(error)) => match error {
-                OpenError::None { .. } => Exit::Usage,
+                OpenError::None { .. } | OpenError::NotOwner { .. } => Exit::Usage,
                 OpenError::InUse { .. } => Exit::Superseded,
                 OpenError::Quarantined { .. } | OpenError::Format { .. } => Exit::State,
                 OpenError::Io { .. } => Exit::Internal,
             },
             Self::Import(error) => match error {
                 ImportError::Broken { .. } => Exit::State,
+                ImportError::NotAnExport { line, .. } if *line > 1 => Exit::State,
                 ImportError::NotEmpty { .. } | ImportError::NotAnExport { .. } => Exit::Usage,
                 _ => Exit::Internal,
             },
@@ -172,21 +173,20 @@ impl CliError {
                     .into(),
             ),
             Self::Client(error) => error.hint(),
-            Self::Journal(OpenError::None { .. }) => {
-                Some("--dir is the controller's state directory, `state_dir` in its file".into())
-            }
+            Self::Journal(error) | Self::Import(ImportError::Open(error)) => error.hint(),
             Self::Import(ImportError::NotEmpty { .. }) => Some(
-                "import into a new directory; only `blobs` and `logs` of the old one may be in it"
+                "import into a new directory; only `blobs`, `logs` and `archive` of the old one \
+                 may be in it"
                     .into(),
             ),
-            Self::Import(ImportError::NotAnExport { .. }) => {
+            Self::Import(ImportError::NotAnExport { line: ..=1, .. }) => {
                 Some("`lockstep journal export` writes what is read here".into())
             }
             Self::Compact(CompactError::Archive { .. }) => Some(
                 "the journal is as it was; move that file aside, and see where it came from".into(),
             ),
             Self::Compact(_) => Some("the journal is as it was".into()),
-            Self::Import(ImportError::Broken { .. }) => Some(
+            Self::Import(ImportError::Broken { .. } | ImportError::NotAnExport { .. }) => Some(
                 "the file was cut or changed on its way: copy it again, or export again".into(),
             ),
             Self::Pki(PkiError::OtherIssuer { path, dir }) => Some(format!(

@@ -52,7 +52,7 @@ pub(crate) enum Journal {
     },
     /// Make a journal from an export on stdin
     ///
-    /// The state directory must be empty, but for `blobs` and `logs` copied from the old one:
+    /// The state directory must be empty, but for `blobs`, `logs` and `archive` of the old one:
     /// without the compiled plans in `blobs` no controller starts on it. The chain is verified,
     /// the journal keeps its id, and two records are added: a term that takes over, as with
     /// `lockstep serve --take-over`. Agents that have seen a controller of the new journal refuse

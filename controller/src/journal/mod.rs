@@ -157,6 +157,17 @@ pub(crate) enum OpenError {
         /// The journal's directory.
         dir: PathBuf,
     },
+    /// Its state directory belongs to another user than this process runs as. What root makes
+    /// there, the controller could not read at its next start.
+    #[error("{dir} belongs to the user {owner}, and this runs as {own}")]
+    NotOwner {
+        /// The state directory.
+        dir: PathBuf,
+        /// Whose it is: a user id.
+        owner: u32,
+        /// The user id of this process.
+        own: u32,
+    },
     /// There is none, and it is not to be made.
     #[error("there is no journal in {dir}")]
     None {
@@ -198,6 +209,20 @@ pub(crate) enum OpenError {
 }
 
 impl OpenError {
+    /// What to type instead, if it can be said.
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotOwner { dir, .. } => Some(format!(
+                "run it as that user: runuser -u \"$(stat -c %U {})\" -- lockstep ...",
+                dir.display()
+            )),
+            Self::None { .. } => {
+                Some("--dir is the controller's state directory, `state_dir` in its file".into())
+            }
+            _ => None,
+        }
+    }
+
     /// Whether there is no room on the disk, which says nothing about the journal.
     pub(crate) fn is_full_disk(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, StorageFull};

@@ -20,7 +20,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -555,6 +555,12 @@ fn lock(state: &Path) -> Result<File, OpenError> {
 /// The same for a directory that must be there.
 pub(super) fn lock_existing(state: &Path) -> Result<File, OpenError> {
     let dir = File::open(state).map_err(io_error("open", state))?;
+    let owner = dir.metadata().map_err(io_error("open", state))?.uid();
+    let own = rustix::process::geteuid().as_raw();
+    if owner != own {
+        let dir = state.to_owned();
+        return Err(OpenError::NotOwner { dir, owner, own });
+    }
     match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(dir),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse {
