@@ -26,7 +26,7 @@ use std::thread;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
-use super::disk::{io_error, sync, sync_directory, sync_files};
+use super::disk::{io_error, sync, sync_directory, sync_files, write_again};
 use super::head::{HeadError, HeadFile, Stored};
 use super::reserve::Reserve;
 use super::{
@@ -154,8 +154,11 @@ impl SledJournal {
         let refused = |unread: Unread| unread.of(&dir);
         let seen = copy_to_look(&store_dir, &store_path, check)?.look(Some(stored));
         let seen = seen.and_then(whole).map_err(refused)?.1.head;
-        // Whoever wrote it may have been killed before it was synced, and sled keeps an index of
-        // what it finds now.
+        // Whoever wrote it may have been killed before it was synced, or the sync may have failed,
+        // and sled keeps an index of what it finds now.
+        if seen != stored.head {
+            write_again(&store_path).map_err(io_error("write", &store_path))?;
+        }
         sync(&store, &store_path).map_err(io_error("sync", &store_path))?;
         let (db, Followed { base, head, .. }) = look(store_dir.clone(), Some(stored))
             .and_then(whole)

@@ -342,7 +342,7 @@ impl Rollout {
     }
 
     /// Which hosts a target means, those in quarantine too.
-    fn all_hosts_of(&self, target: &Target) -> BTreeSet<&HostId> {
+    pub(super) fn all_hosts_of(&self, target: &Target) -> BTreeSet<&HostId> {
         match target {
             Target::Controller => BTreeSet::new(),
             Target::Groups(groups) => groups

@@ -187,16 +187,9 @@ impl Rollout {
 
     /// Which hosts a target means, those in quarantine left out.
     pub(crate) fn hosts_of(&self, target: &Target) -> Vec<HostId> {
-        let all: BTreeSet<&HostId> = match target {
-            Target::Controller => BTreeSet::new(),
-            Target::Groups(groups) => groups
-                .iter()
-                .flat_map(|group| &self.groups[group])
-                .collect(),
-            Target::OneOf(groups) => self.elected.get(groups).into_iter().collect(),
-        };
         let sound = |host: &&HostId| self.members[*host].quarantined.is_none();
-        all.into_iter().filter(sound).cloned().collect()
+        let all = self.all_hosts_of(target).into_iter();
+        all.filter(sound).cloned().collect()
     }
 
     pub(crate) fn last_attempt(
