@@ -89,9 +89,12 @@ chaos: prepare ## kills at every write of both sides: target/reports/chaos.json;
 	target/debug/chaos
 
 sim: ## seeds of everything in one thread, under faults; planted ones are found: target/reports/sim.json
-	@LOCKSTEP_SEEDS=0..$(CORE_SEEDS) $(CARGO) test $(LOCKED) --profile sim -p lockstep-core --test cluster -- range_of_seeds
+	@mkdir -p target/reports
+	rm -f target/reports/{core,sim}.json
+	LOCKSTEP_SEEDS=0..$(CORE_SEEDS) LOCKSTEP_SEEDS_RAN=$(CURDIR)/target/reports/core.json \
+		$(CARGO) test $(LOCKED) --profile sim -p lockstep-core --test cluster -- range_of_seeds
 	$(CARGO) build $(LOCKED) --profile sim -p lockstep-sim
-	target/sim/sim run --seeds $(SEEDS) --core-seeds $(CORE_SEEDS) --report target/reports/sim.json
+	target/sim/sim run --seeds $(SEEDS) --core target/reports/core.json --report target/reports/sim.json
 
 sim-replay: ## one seed again, event by event: SEED=7 [WITHOUT=1,2] [PLANTED=UndoTwice]
 	@$(CARGO) build $(LOCKED) --profile sim -p lockstep-sim

@@ -35,7 +35,8 @@ pub enum Fault {
     IntentAfterStart,
     /// INV-1: an outcome that is there is not read; the attempt counts as interrupted.
     ForgetOutcome,
-    /// INV-1: a process of this boot counts as the one that claimed in the boot before.
+    /// INV-8: a process of this boot counts as the one that claimed in the boot before: a host waits
+    /// for it for ever.
     IgnoreBoot,
     /// An order past its not-after time is carried out.
     IgnoreNotAfter,
@@ -90,7 +91,6 @@ impl Fault {
             | Self::ExecuteClaimed
             | Self::ClaimSkipsSync
             | Self::SettleWithoutProbe
-            | Self::IgnoreBoot
             | Self::SettleTooEarly => &["INV-1:"],
             Self::AgentSkipsSync
             | Self::SendBeforePersist
@@ -102,7 +102,7 @@ impl Fault {
             Self::AgentIgnoresEpoch | Self::EpochNotWritten => &["INV-4:"],
             Self::UnreachableIsOk | Self::IgnoreBudget => &["INV-5:"],
             Self::SkipAnUndo => &["INV-6:"],
-            Self::IgnoreNotAfter | Self::IgnoreDeadlines => &["INV-8:"],
+            Self::IgnoreBoot | Self::IgnoreNotAfter | Self::IgnoreDeadlines => &["INV-8:"],
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use lockstep_agent::simulation::Account;
 use lockstep_core::{Entry, Record};
-use lockstep_proto::action::Class;
+use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, Epoch, HostId, RolloutId, StepKey, StepRef};
 use lockstep_proto::order::Order;
 use lockstep_proto::plan::Target;
@@ -34,8 +34,10 @@ pub(crate) struct Index {
     elected: BTreeMap<(RolloutId, Vec<String>), HostId>,
     /// Undone or being undone.
     back: BTreeSet<RolloutId>,
-    /// Resumed by a person: what failed may be tried again.
-    resumed: BTreeSet<RolloutId>,
+    /// The stage that each rollout has come to.
+    stages: BTreeMap<RolloutId, (u16, u16)>,
+    /// The newest report of a host that an earlier controller had, and this one never gets.
+    skipped: BTreeMap<HostId, u64>,
 }
 
 impl Index {
@@ -45,12 +47,13 @@ impl Index {
     }
 
     /// Adds a durable record; answers with what it breaks.
-    pub(crate) fn add(&mut self, entry: &Entry, now: u64) -> Vec<String> {
+    pub(crate) fn add(&mut self, entry: &Entry, now: u64, labels: &Hosts) -> Vec<String> {
         let mut broken = vec![];
         match &entry.record {
             Record::Reported { host, number, body } => {
                 let reports = self.reports.entry(host.clone()).or_default();
                 let last = reports.last_key_value().map_or(0, |(number, _)| *number);
+                let last = last.max(self.skipped.get(host).copied().unwrap_or(0));
                 if *number != last + 1 {
                     broken.push(format!("INV-2: {host}'s report {number} follows {last}"));
                 }
@@ -104,7 +107,18 @@ impl Index {
             }
             Record::Quarantined { rollout, host, .. } => {
                 self.quarantined.insert((rollout.clone(), host.clone()));
-                broken.extend(self.check_budget(rollout));
+                broken.extend(self.check_budget(rollout, labels));
+            }
+            Record::WaveOpened {
+                rollout,
+                phase,
+                stage,
+                ..
+            } => {
+                self.stages.insert(rollout.clone(), (*phase, *stage));
+            }
+            Record::ReportsLost { host, through, .. } => {
+                self.skipped.insert(host.clone(), *through);
             }
             Record::Elected {
                 rollout,
@@ -122,9 +136,6 @@ impl Index {
                 if before.is_some_and(|other| other != *host && ordered(&other)) {
                     broken.push(format!("INV-7: {host} was elected after an order"));
                 }
-            }
-            Record::Resumed { rollout, .. } => {
-                self.resumed.insert(rollout.clone());
             }
             Record::RollbackStarted { rollout, .. } => {
                 self.back.insert(rollout.clone());
@@ -168,21 +179,29 @@ impl Index {
         broken
     }
 
-    /// INV-5: no more hosts are left behind than the plan allows in all.
-    fn check_budget(&self, rollout: &RolloutId) -> Option<String> {
+    /// INV-5: no more hosts are left behind than the stage allows, and the plan in all.
+    fn check_budget(&self, rollout: &RolloutId, labels: &Hosts) -> Option<String> {
         let plan = self.plans.get(rollout)?.plan();
-        let stages = plan.phases.iter().flat_map(|phase| &phase.stages);
-        let in_stages = stages.map(|stage| stage.strategy.max_failures()).max();
-        let most = in_stages
-            .unwrap_or(0)
-            .min(plan.max_failures.unwrap_or(u32::MAX));
-        let mut left = self.quarantined.iter();
-        let left = left.by_ref().filter(|(it, _)| it == rollout).count();
-        // Stages count by themselves, so that hosts of different ones may add up.
-        let forward = !self.back.contains(rollout);
-        let allowed = (most as usize) * plan.phases.iter().map(|it| it.stages.len()).sum::<usize>();
-        (forward && left > allowed)
-            .then(|| format!("INV-5: {left} hosts of {rollout} are left behind"))
+        let left = |host: &HostId| self.quarantined.contains(&(rollout.clone(), host.clone()));
+        let all = labels.iter().filter(|(host, _)| left(host)).count();
+        let most = plan.max_failures.map_or(usize::MAX, |most| most as usize);
+        if all > most {
+            return Some(format!("INV-5: {all} hosts of {rollout} are left behind"));
+        }
+        let (phase, stage) = *self.stages.get(rollout)?;
+        let phase = &plan.phases[usize::from(phase)];
+        let stage = &phase.stages[usize::from(stage)];
+        let required = self.required(rollout, &stage.target, labels);
+        let here = required.unwrap_or_default();
+        let here = here.iter().filter(|host| left(host)).count();
+        let most = match stage.target {
+            Target::OneOf(_) => 0,
+            _ => stage.strategy.max_failures() as usize,
+        };
+        (here > most).then(|| {
+            let name = &phase.name;
+            format!("INV-5: {here} hosts of {rollout} are left behind in a stage of `{name}`")
+        })
     }
 
     /// Whether the step went the other way after this attempt.
@@ -192,6 +211,25 @@ impl Index {
             (&other.rollout, &other.host, other.at) == (&key.rollout, &key.host, key.at)
                 && other.direction != key.direction
         })
+    }
+
+    /// Where a step stands in a rollback; what stands higher is undone before. A service is
+    /// restarted once everything that it should find is back.
+    fn undo_place(&self, key: &StepKey) -> (bool, StepRef) {
+        let placed = self.plans[&key.rollout].plan().step(key.at);
+        let action = placed.map(|placed| &placed.step.action);
+        (!matches!(action, Some(Action::ServiceRestart(_))), key.at)
+    }
+
+    /// Whether what an attempt did is undone, or cannot be.
+    fn is_back(&self, key: &StepKey) -> bool {
+        let placed = self.plans[&key.rollout].plan().step(key.at);
+        let undone = self.outcomes.iter().any(|(other, outcome)| {
+            (&other.rollout, &other.host, other.at) == (&key.rollout, &key.host, key.at)
+                && other.direction == Direction::Undo
+                && matches!(outcome, StepOutcome::Ok { .. })
+        });
+        undone || placed.is_none_or(|placed| !placed.step.action.info().undo)
     }
 
     fn is_done(&self, rollout: &RolloutId, host: &HostId, at: StepRef) -> bool {
@@ -207,17 +245,23 @@ impl Index {
         self.outcomes.iter().any(ok) || self.resolved.iter().any(|(key, done)| of(key) && *done)
     }
 
-    fn required(&self, rollout: &RolloutId, target: &Target, labels: &Hosts) -> Vec<HostId> {
+    /// Who has to do what has this target; none if nobody was elected yet.
+    fn required(
+        &self,
+        rollout: &RolloutId,
+        target: &Target,
+        labels: &Hosts,
+    ) -> Option<Vec<HostId>> {
         match target {
-            Target::Controller => vec![],
+            Target::Controller => Some(vec![]),
             Target::OneOf(groups) => {
                 let elected = self.elected.get(&(rollout.clone(), groups.clone()));
-                elected.cloned().into_iter().collect()
+                Some(vec![elected?.clone()])
             }
             Target::Groups(groups) => {
                 let means = |(_, role): &&(HostId, &'static str)| groups.iter().any(|g| g == role);
                 let hosts = labels.iter().filter(means);
-                hosts.map(|(host, _)| host.clone()).collect()
+                Some(hosts.map(|(host, _)| host.clone()).collect())
             }
         }
     }
@@ -230,12 +274,17 @@ impl Index {
             if (placed.at.phase, placed.stage) >= (key.at.phase, mine.stage) {
                 continue;
             }
-            for host in self.required(&key.rollout, placed.target, labels) {
+            let at = placed.at;
+            let Some(hosts) = self.required(&key.rollout, placed.target, labels) else {
+                return Some(format!(
+                    "INV-3: {key} acts before anybody is elected for {at}"
+                ));
+            };
+            for host in hosts {
                 let left = self
                     .quarantined
                     .contains(&(key.rollout.clone(), host.clone()));
-                if !left && !self.is_done(&key.rollout, &host, placed.at) {
-                    let at = placed.at;
+                if !left && !self.is_done(&key.rollout, &host, at) {
                     return Some(format!("INV-3: {key} acts before {host} has done {at}"));
                 }
             }
@@ -257,9 +306,13 @@ impl Index {
         match state {
             "succeeded" => {
                 for placed in plan.steps() {
-                    for host in self.required(rollout, placed.target, &labels) {
-                        if !self.is_done(rollout, &host, placed.at) {
-                            let at = placed.at;
+                    let at = placed.at;
+                    let hosts = self.required(rollout, placed.target, &labels);
+                    if hosts.is_none() {
+                        broken.push(format!("INV-5: succeeded, but nobody was elected for {at}"));
+                    }
+                    for host in hosts.unwrap_or_default() {
+                        if !self.is_done(rollout, &host, at) {
                             broken.push(format!("INV-5: succeeded, but {host} has not done {at}"));
                         }
                     }
@@ -270,9 +323,7 @@ impl Index {
             }
             "rolled_back" => {
                 for it in hosts {
-                    // What a person resolved is a person's word.
-                    let told = self.resolved.keys().any(|key| key.rollout == *rollout);
-                    if it.now != it.before && !told {
+                    if it.now != it.before {
                         broken.push(format!(
                             "INV-6: rolled back, but {} has {:?} and had {:?}",
                             it.host, it.now, it.before
@@ -290,8 +341,11 @@ impl Index {
         let nothing = BTreeMap::new();
         let here = self.reports.get(host).unwrap_or(&nothing);
         let mut broken = vec![];
+        // An earlier controller had them: see `check_skipped`.
+        let skipped = self.skipped.get(host).copied().unwrap_or(0);
         for (number, body) in &account.reports {
             match here.get(number) {
+                None if *number <= skipped => {}
                 None if *number <= account.acknowledged => {
                     broken.push(format!(
                         "INV-2: {host}'s report {number} was acknowledged and is lost"
@@ -306,10 +360,42 @@ impl Index {
                 Some(_) => {}
             }
         }
-        if here.len() > account.reports.len() {
+        let newest = account.reports.keys().last().copied().unwrap_or(0);
+        if here
+            .last_key_value()
+            .is_some_and(|(number, _)| *number > newest)
+        {
             broken.push(format!("INV-2: {host} has lost reports that are here"));
         }
         broken
+    }
+
+    /// INV-2: whoever takes over from a copy may lack only what the original has.
+    pub(crate) fn check_skipped(&self, others: &[Self]) -> Vec<String> {
+        let mut broken = vec![];
+        for (host, through) in &self.skipped {
+            let has = |other: &Self| other.reports.get(host)?.last_key_value().map(|it| *it.0);
+            if others
+                .iter()
+                .filter_map(has)
+                .all(|newest| newest < *through)
+            {
+                broken.push(format!(
+                    "INV-2: no controller has {host}'s report {through}"
+                ));
+            }
+        }
+        broken
+    }
+
+    /// An attempt of a rollout whose outcome is unknown, and of which nobody has said what it was.
+    pub(crate) fn unsettled(&self, rollout: &RolloutId) -> Option<StepKey> {
+        let open = self.outcomes.iter().find(|(key, outcome)| {
+            key.rollout == *rollout
+                && matches!(outcome, StepOutcome::Unknown { .. })
+                && !self.resolved.contains_key(key)
+        });
+        open.map(|(key, _)| key.clone())
     }
 
     /// The actions whose outcome was unknown.
@@ -339,12 +425,13 @@ pub(crate) struct HostState<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     effects: RefCell<BTreeMap<StepKey, u32>>,
-    /// The newest term that each host was welcomed with.
+    /// The newest term that each host has reported to, or acted under. What it was only welcomed
+    /// with it may have had no time to write down.
     terms: RefCell<BTreeMap<HostId, Epoch>>,
     /// The term of each controller, by its process.
-    controllers: RefCell<BTreeMap<i32, u64>>,
-    /// Orders that came in time, from a term that was the newest then.
-    good: RefCell<BTreeSet<StepKey>>,
+    controllers: RefCell<BTreeMap<i32, Epoch>>,
+    /// Orders from a term that was the newest when they came, with the first such term.
+    good: RefCell<BTreeMap<StepKey, Epoch>>,
     /// When each attempt was last ordered, in world time.
     orders: RefCell<BTreeMap<StepKey, u64>>,
     /// Attempts whose step process left its outcome.
@@ -354,8 +441,8 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// A host is welcomed.
-    pub(crate) fn welcome(&self, host: &HostId, epoch: Epoch) {
+    /// A host has shown that it knows a term.
+    fn shows(&self, host: &HostId, epoch: Epoch) {
         let mut terms = self.terms.borrow_mut();
         let newest = terms.entry(host.clone()).or_insert(epoch);
         if epoch.counter > newest.counter {
@@ -365,31 +452,32 @@ impl Ledger {
 
     /// A controller's term begins.
     pub(crate) fn term_began(&self, controller: i32, epoch: Epoch) {
-        self.controllers
-            .borrow_mut()
-            .insert(controller, epoch.counter);
+        self.controllers.borrow_mut().insert(controller, epoch);
     }
 
-    /// The counter of a controller's term.
-    pub(crate) fn term_of(&self, controller: i32) -> u64 {
-        self.controllers
-            .borrow()
-            .get(&controller)
-            .copied()
-            .unwrap_or_default()
+    /// A host's report has come to a controller.
+    pub(crate) fn reports_to(&self, host: &HostId, controller: i32) {
+        let epoch = self.controllers.borrow().get(&controller).copied();
+        self.shows(host, epoch.expect("a controller begins with its term"));
+    }
+
+    /// Whether a host has shown that it knows a newer term than that of a controller.
+    pub(crate) fn has_left(&self, host: &HostId, controller: i32) -> bool {
+        let counter = |epoch: Option<&Epoch>| epoch.map_or(0, |epoch| epoch.counter);
+        let newest = counter(self.terms.borrow().get(host));
+        newest > counter(self.controllers.borrow().get(&controller))
     }
 
     /// An order is handed to a host.
-    pub(crate) fn order(&self, order: &Order, now: u64, term: u64) -> Option<String> {
+    pub(crate) fn order(&self, order: &Order, now: u64) -> Option<String> {
         let terms = self.terms.borrow();
         let newest = terms.get(&order.key.host);
         let mut orders = self.orders.borrow_mut();
         orders.insert(order.key.clone(), now);
-        // A welcome counts once the host has written it down.
-        let unwritten = order.epoch.counter >= term && newest.is_some_and(|it| it.counter > term);
-        if unwritten || newest.is_none_or(|newest| *newest == order.epoch) {
+        let newer = |newest: &Epoch| order.epoch.counter > newest.counter;
+        if newest.is_none_or(|newest| *newest == order.epoch || newer(newest)) {
             let mut good = self.good.borrow_mut();
-            good.insert(order.key.clone());
+            good.entry(order.key.clone()).or_insert(order.epoch);
             return None;
         }
         Some(format!("{} comes from a term that has ended", order.key))
@@ -407,10 +495,11 @@ impl Ledger {
         if indexes.iter().any(|index| index.outcomes.contains_key(key)) {
             broken.push(format!("INV-1: {key} acts after its outcome was reported"));
         }
-        if !self.good.borrow().contains(key) {
-            broken.push(format!(
+        match self.good.borrow().get(key) {
+            Some(epoch) => self.shows(&key.host, *epoch),
+            None => broken.push(format!(
                 "INV-4: {key} acts on the word of a term that has ended"
-            ));
+            )),
         }
         let ordered: Vec<&Index> = indexes
             .iter()
@@ -427,6 +516,17 @@ impl Ledger {
                 broken.extend(barriers.into_iter().flatten().next());
             }
         }
+        if key.direction == Direction::Undo {
+            let first = effects.keys().filter(|other| {
+                (&other.rollout, &other.host) == (&key.rollout, &key.host)
+                    && other.direction == Direction::Do
+                    && ordered[0].undo_place(other) > ordered[0].undo_place(key)
+            });
+            let open = first.filter(|other| ordered.iter().all(|index| !index.is_back(other)));
+            for other in open {
+                broken.push(format!("INV-6: {key} undoes before {other} is undone"));
+            }
+        }
         let came = self.orders.borrow().get(key).copied().unwrap_or_default();
         let until = ordered.iter().map(|index| index.ordered[key]).max();
         if until.is_some_and(|until| came > until + LATE) {
@@ -435,6 +535,11 @@ impl Ledger {
             ));
         }
         broken
+    }
+
+    /// Whether an attempt has had its effect.
+    pub(crate) fn has_effect(&self, key: &StepKey) -> bool {
+        self.effects.borrow().contains_key(key)
     }
 
     /// A step process has left its outcome, and ended by itself.
@@ -469,7 +574,7 @@ impl Ledger {
         broken
     }
 
-    /// A blind action may have one effect for all its attempts, unless people said otherwise.
+    /// A blind action may have one effect for all its attempts.
     pub(crate) fn check_blind(&self, index: &Index) -> Vec<String> {
         let effects = self.effects.borrow();
         let mut by_step: BTreeMap<(RolloutId, HostId, StepRef), u32> = BTreeMap::new();
@@ -483,9 +588,6 @@ impl Ledger {
                 continue;
             }
             let step = (key.rollout.clone(), key.host.clone(), key.at);
-            let resolved = index.resolved.keys();
-            let told =
-                resolved.filter(|it| it.rollout == step.0 && it.host == step.1 && it.at == step.2);
             // An attempt that failed after its effect may be tried again: it said that it changed
             // something, and who orders another one knows.
             let failed = index.outcomes.iter().filter(|(it, outcome)| {
@@ -494,7 +596,8 @@ impl Ledger {
                     && it.at == step.2
                     && matches!(outcome, StepOutcome::Failed(failure) if failure.changed)
             });
-            if told.count() + failed.count() == 0 {
+            // People say what they saw: that it was done, and then it is not done again.
+            if failed.count() == 0 {
                 *by_step.entry(step).or_default() += count;
             }
         }

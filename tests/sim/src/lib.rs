@@ -43,8 +43,14 @@ use net::Direction;
 use operator::Operator;
 use world::{Control, Host, Shared, World};
 
-/// Faults of one run.
-pub const FAULTS: usize = 24;
+/// Faults of one run that are tried at least.
+const FAULTS: usize = 24;
+
+/// Faults of one run that take effect at least, or as many as can be tried.
+pub const EFFECTIVE: usize = 20;
+
+/// Faults of one run that are tried at most.
+const MOST_FAULTS: usize = 120;
 
 /// A run that takes longer than this, in simulated time, is stuck.
 const LONGEST: Duration = Duration::from_hours(6);
@@ -71,8 +77,10 @@ pub struct Options {
 pub struct Outcome {
     /// Promises that were broken.
     pub violations: Vec<String>,
-    /// Faults that came to pass.
+    /// Faults that took effect: a kill of what is dead is none.
     pub faults: usize,
+    /// Faults that were tried.
+    pub tried: usize,
     /// How rollouts ended.
     pub ends: BTreeMap<String, u64>,
     /// Every event, in order.
@@ -110,6 +118,7 @@ pub fn run(options: &Options) -> Outcome {
     });
     if let Some(world) = world {
         outcome.log = world.take_log();
+        (outcome.faults, outcome.tried) = (world.happened.get(), world.tried.get());
         outcome.violations.extend(world.ledger.violations.take());
     }
     drop(local);
@@ -125,7 +134,7 @@ pub fn run(options: &Options) -> Outcome {
 /// left out, and the shortest run.
 pub fn shrink(options: &Options, first: Outcome) -> (Options, Outcome) {
     let (mut least, mut shortest) = (options.clone(), first);
-    for index in (0..FAULTS).rev() {
+    for index in (0..shortest.tried).rev() {
         let mut fewer = least.clone();
         fewer.without.insert(index);
         let outcome = run(&fewer);
@@ -159,7 +168,7 @@ struct Run {
     dir: PathBuf,
     disks: Vec<controller::Disk>,
     faults: Vec<(usize, Fault)>,
-    applied: usize,
+    left_out: usize,
     power: StdRng,
     operator: Operator,
     starts: u32,
@@ -204,7 +213,7 @@ impl Run {
                 world.reached(point);
             }
         })));
-        let faults = schedule(seed, count, FAULTS);
+        let faults = schedule(seed, count, MOST_FAULTS);
         let faults = faults.into_iter().enumerate();
         let mut faults: Vec<(usize, Fault)> = faults.collect();
         faults.reverse();
@@ -213,7 +222,7 @@ impl Run {
             dir: dir.to_owned(),
             disks: vec![controller::Disk::default()],
             faults,
-            applied: 0,
+            left_out: 0,
             power: StdRng::seed_from_u64(seed),
             operator: Operator::new(seed),
             starts: 0,
@@ -248,6 +257,11 @@ impl Run {
             {
                 let (number, fault) = self.faults.pop().expect("looked at just now");
                 self.apply(number, fault.kind).await;
+                let tried = number + 1;
+                self.world.tried.set(tried);
+                if tried >= FAULTS && self.world.happened.get() + self.left_out >= EFFECTIVE {
+                    self.faults.clear();
+                }
                 (events, due) = (self.world.events(), now);
             }
             let more = !self.faults.is_empty();
@@ -359,11 +373,11 @@ impl Run {
 
     async fn apply(&mut self, number: usize, kind: Kind) {
         if kind == (Kind::Reset { host: usize::MAX }) {
+            self.left_out += 1;
             return;
         }
         let world = self.world.clone();
         world.say(&format!("FAULT {number} {kind:?}"));
-        self.applied += 1;
         let control = world.control.borrow().clone();
         let control = control.filter(|control| control.process.is_alive());
         match kind {
@@ -378,6 +392,7 @@ impl Run {
                     // Half of them between two writes, in the middle of what they do.
                     Some(step) if writes % 2 == 0 => {
                         world.say(&format!("{} killed", step.what));
+                        world.happens();
                         step.kill();
                     }
                     Some(step) => step.kill_in(writes / 2),
@@ -391,7 +406,11 @@ impl Run {
                 }
             }
             Kind::PowerLoss { host, down } => self.power_loss(world.busy(host), down),
-            Kind::Reset { host } => world.hosts[host].way.cut(),
+            Kind::Reset { host } => {
+                if world.hosts[host].way.cut() {
+                    world.happens();
+                }
+            }
             Kind::Partition {
                 host,
                 up,
@@ -400,6 +419,9 @@ impl Run {
             } => {
                 let time = Duration::from_millis(time);
                 let way = &world.hosts[host].way;
+                if world.is_up(host) {
+                    world.happens();
+                }
                 if up || !down {
                     way.stall(Direction::Up, time);
                 }
@@ -408,27 +430,41 @@ impl Run {
                 }
             }
             Kind::Isolated { time } => {
+                if control.is_some() {
+                    world.happens();
+                }
                 for host in &world.hosts {
                     host.way.stall(Direction::Up, Duration::from_millis(time));
                     host.way.stall(Direction::Down, Duration::from_millis(time));
                 }
             }
             Kind::SlowAgent { host, time } => {
-                if let Some(daemon) = &*world.hosts[host].daemon.borrow() {
+                if world.is_up(host)
+                    && let Some(daemon) = &*world.hosts[host].daemon.borrow()
+                {
+                    world.happens();
                     daemon.freeze(Duration::from_millis(time));
                 }
             }
             Kind::SlowController { time } => {
                 if let Some(control) = control {
+                    world.happens();
                     control.process.freeze(Duration::from_millis(time));
                 }
             }
-            Kind::Clock { host, by } => world.hosts[host].clock.set(by),
-            Kind::Disorder { host, messages } => world.hosts[host].disorder.set(messages),
+            Kind::Clock { host, by } => {
+                world.happens();
+                world.hosts[host].clock.set(by);
+            }
+            Kind::Disorder { host, messages } => {
+                world.hosts[host].disorder.set(messages);
+                world.hosts[host].in_order.set(true);
+            }
             Kind::TooLate { host } => world.hosts[host].too_late.set(true),
             Kind::Successor { sleeps, stubborn } => {
                 if let Some(control) = control.filter(|_| self.asleep.is_none()) {
                     world.stubborn.set(stubborn.then_some(control.process.pid));
+                    world.happens();
                     self.successor(control, sleeps).await;
                 }
             }
@@ -437,7 +473,11 @@ impl Run {
 
     fn power_loss(&mut self, index: usize, down: u64) {
         let host = &self.world.hosts[index];
-        for process in self.world.processes.alive_on(index) {
+        let alive = self.world.processes.alive_on(index);
+        if !alive.is_empty() {
+            self.world.happens();
+        }
+        for process in alive {
             process.kill();
         }
         let services = self.world.net.roll(4);
@@ -486,13 +526,17 @@ impl Run {
             return;
         }
         let host = &self.world.hosts[index];
-        // What it has written down is what holds.
-        let newest = host.agent.term();
-        if newest > self.world.ledger.term_of(old.process.pid) {
+        if self.world.ledger.has_left(&host.name, old.process.pid) {
             self.world
                 .say(&format!("{} dials the controller that woke up", host.name));
             *host.detour.borrow_mut() = Some(old);
             host.way.cut();
+            // Some start anew, and know what they have written down.
+            if self.world.net.percent(50)
+                && let Some(daemon) = &*host.daemon.borrow()
+            {
+                daemon.kill();
+            }
         }
         // Until it has ended, or a rollout would wait for it for ever.
         if index == 0 {
@@ -542,7 +586,7 @@ impl Run {
                         world.violated(what);
                     }
                     if let Some(held) = account.hold {
-                        world.violated(format!("{} still holds for {held}", host.name));
+                        world.violated(format!("INV-8: {} still holds for {held}", host.name));
                     }
                 }
                 Err(why) => world.violated(format!("INV-2: {} has lost records: {why}", host.name)),
@@ -553,6 +597,9 @@ impl Run {
             world.violated(what);
         }
         for what in world.ledger.check_blind(&index) {
+            world.violated(what);
+        }
+        for what in index.check_skipped(&world.indexes.borrow()[..disk]) {
             world.violated(what);
         }
         let mut unknown = BTreeMap::new();
@@ -566,10 +613,9 @@ impl Run {
         }
         Outcome {
             violations: vec![],
-            faults: self.applied,
             ends: self.operator.ends,
-            log: vec![],
             unknown,
+            ..Outcome::default()
         }
     }
 }

@@ -56,11 +56,14 @@ impl Way {
         until.is_some_and(|until| until > Instant::now())
     }
 
-    /// Ends every connection; what was under way is lost.
-    pub(crate) fn cut(&self) {
+    /// Ends every connection; what was under way is lost. Answers whether there was one.
+    pub(crate) fn cut(&self) -> bool {
+        let mut any = false;
         for connection in self.connections.borrow_mut().drain(..) {
+            any |= !connection.is_cancelled();
             connection.cancel();
         }
+        any
     }
 }
 
@@ -90,6 +93,8 @@ pub(crate) fn join(
             () = up => {}
             () = down => {}
         }
+        // There is nothing left to cut.
+        cut.cancel();
     };
     (host, controller, carrying)
 }

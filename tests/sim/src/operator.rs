@@ -18,6 +18,23 @@ use crate::world::World;
 /// A promise's ten seconds, and what it takes to see it.
 const AFTER_DEADLINE: u64 = 12_000;
 
+/// What a halted rollout names as its cause.
+const CAUSES: &[&str] = &[
+    "agent lost",
+    "timed out",
+    "step failed",
+    "check unmet",
+    "refuse",
+    "unknown",
+    "deadline",
+];
+
+/// Why a host refuses a rollout for the sake of another one.
+const HELD: &str = "this host holds for";
+
+/// Hosts let go of a cancelled rollout by then: steps have 30 s, and their processes some more.
+const MOST_REFUSED: u32 = 20;
+
 /// Who does not hear from the controller asks again.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -31,6 +48,8 @@ struct Watched {
     acts_at: Option<u64>,
     /// What people have tried since it halted.
     tries: u32,
+    /// Whether a person has asked for its end, and when that was answered.
+    cancelled: Option<Option<u64>>,
 }
 
 /// People at the command line.
@@ -46,6 +65,8 @@ pub(crate) struct Operator {
     pending: bool,
     /// Whether people leave rollouts alone.
     calm: bool,
+    /// How often it was refused then.
+    refused: u32,
     /// How rollouts ended.
     pub(crate) ends: BTreeMap<String, u64>,
 }
@@ -61,6 +82,7 @@ impl Operator {
             given_up: false,
             pending: false,
             calm: false,
+            refused: 0,
             ends: BTreeMap::new(),
         }
     }
@@ -146,6 +168,7 @@ impl Operator {
             since: world.millis(),
             acts_at: None,
             tries: 0,
+            cancelled: None,
         })
     }
 
@@ -168,9 +191,23 @@ impl Operator {
             world.say(&format!("{id} was never taken"));
             return None;
         };
+        if summary.state == "halted" {
+            check_halted(world, &summary);
+        }
         if summary.ended && !summary.open {
             self.ended(world, &watched, &summary);
             return None;
+        }
+        // Cancelling waits for no host.
+        if let Some(Some(at)) = watched.cancelled
+            && !summary.ended
+            && now > at.max(answers_since) + AFTER_DEADLINE
+        {
+            let ms = now - at;
+            world.violated(format!(
+                "INV-8: {id} was cancelled {ms} ms ago, and goes on"
+            ));
+            self.give_up();
         }
         let until = watched.since + watched.plan.plan().deadline.0 + AFTER_DEADLINE;
         if !summary.ended && now > until && now > answers_since + AFTER_DEADLINE {
@@ -193,6 +230,24 @@ impl Operator {
             watched.id, summary.reason
         ));
         *self.ends.entry(state.to_owned()).or_default() += 1;
+        // What nobody consented to ends by itself; but not where nothing is in its way.
+        let mut by_itself = summary.reason.starts_with("nothing was done");
+        if self.calm {
+            // Hosts may still be at a step of a rollout that was cancelled, for as long as it has.
+            self.pending =
+                by_itself && summary.reason.contains(HELD) && self.refused < MOST_REFUSED;
+            (by_itself, self.refused) = (self.pending, self.refused + 1);
+            self.next_look = world.millis() + 5_000;
+        }
+        if state == "cancelled" && watched.cancelled.is_none() && !by_itself {
+            let (id, reason) = (&watched.id, &summary.reason);
+            let what = if self.refused > MOST_REFUSED {
+                "a host does not let go of a rollout that has ended"
+            } else {
+                "it is cancelled, and nobody asked for it"
+            };
+            world.violated(format!("INV-8: {id}: {what}: {reason}"));
+        }
         let hosts: Vec<HostState<'_>> = world
             .hosts
             .iter()
@@ -236,7 +291,11 @@ impl Operator {
             if !matches!(call, Call::Pause { .. }) {
                 watched.since = now;
             }
-            self.call(world, controller, call).await;
+            let cancels = matches!(call, Call::Cancel { .. });
+            let done = self.call(world, controller, call).await;
+            if cancels {
+                watched.cancelled = Some(done.then(|| world.millis()));
+            }
             return;
         }
         let delay = self.dice.between(1_000, 6_000);
@@ -244,8 +303,12 @@ impl Operator {
             return;
         }
         watched.acts_at = None;
-        watched.tries += 1;
         let rollout = watched.id.clone();
+        if let Some(call) = resolve(world, &rollout).filter(|_| self.dice.percent(70)) {
+            self.call(world, controller, call).await;
+            return;
+        }
+        watched.tries += 1;
         let reason = "as the dice say".to_owned();
         let call = match (summary.state, watched.tries) {
             ("paused", _) | (_, 1..=2) => resume(rollout, self.dice.percent(50)),
@@ -256,7 +319,8 @@ impl Operator {
         self.call(world, controller, call).await;
     }
 
-    async fn call(&self, world: &Rc<World>, controller: &Controller, call: Call) {
+    /// Calls; answers whether it was done, as far as was heard.
+    async fn call(&self, world: &Rc<World>, controller: &Controller, call: Call) -> bool {
         let shown = format!("{call:?}");
         let name = shown.split(' ').next().unwrap_or_default();
         let answer = timeout(PATIENCE, controller.call(call)).await;
@@ -266,6 +330,44 @@ impl Operator {
             _ => "no answer".to_owned(),
         };
         world.say(&format!("an operator calls {name}: {said}"));
+        said == "done"
+    }
+}
+
+/// What a person says who looks at a host where nobody knows what was done: what is so.
+fn resolve(world: &World, rollout: &RolloutId) -> Option<Call> {
+    let indexes = world.indexes.borrow();
+    let key = indexes
+        .last()
+        .expect("there is a disk")
+        .unsettled(rollout)?;
+    let (host, _) = world.host(&key.host);
+    let runs = world
+        .steps(host)
+        .iter()
+        .any(|step| step.what == key.to_string());
+    (!runs).then(|| Call::Resolve {
+        rollout: key.rollout.clone(),
+        host: key.host.clone(),
+        at: key.at,
+        done: world.ledger.has_effect(&key),
+        reason: "seen".into(),
+    })
+}
+
+/// INV-8: who reads that a rollout is halted reads where, and why.
+fn check_halted(world: &World, summary: &Summary) {
+    let reason = &summary.reason;
+    let host = world
+        .hosts
+        .iter()
+        .any(|host| reason.contains(host.name.as_str()));
+    let cause = CAUSES.iter().any(|cause| reason.contains(cause));
+    if !host || !cause {
+        let id = &summary.rollout;
+        world.violated(format!(
+            "INV-8: {id} is halted without host and cause: {reason}"
+        ));
     }
 }
 

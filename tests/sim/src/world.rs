@@ -48,6 +48,8 @@ pub(crate) struct Host {
     pub(crate) clock: Cell<i64>,
     /// Messages that are handed on late or again.
     pub(crate) disorder: Cell<u32>,
+    /// Whether the first of them is still to come.
+    pub(crate) in_order: Cell<bool>,
     /// The next order is handed on after it is worth anything.
     pub(crate) too_late: Cell<bool>,
     /// A controller that it dials once, wherever the address leads.
@@ -90,6 +92,7 @@ impl Host {
             receipts: RefCell::default(),
             clock: Cell::default(),
             disorder: Cell::default(),
+            in_order: Cell::default(),
             too_late: Cell::default(),
             detour: RefCell::default(),
             next_step_dies: Cell::default(),
@@ -118,6 +121,10 @@ pub(crate) struct World {
     pub(crate) ledger: Ledger,
     /// A controller that does not give way.
     pub(crate) stubborn: Cell<Option<i32>>,
+    /// Faults that took effect.
+    pub(crate) happened: Cell<usize>,
+    /// Faults that were tried.
+    pub(crate) tried: Cell<usize>,
     pub(crate) net: Rc<Dice>,
     began: Instant,
     tasks: mpsc::UnboundedSender<Task>,
@@ -134,6 +141,8 @@ impl World {
             disks: RefCell::default(),
             ledger: Ledger::default(),
             stubborn: Cell::default(),
+            happened: Cell::default(),
+            tried: Cell::default(),
             net: Rc::new(Dice::new(seed, 1)),
             began: Instant::now(),
             tasks,
@@ -163,6 +172,11 @@ impl World {
         self.log.take()
     }
 
+    /// A fault takes effect.
+    pub(crate) fn happens(&self) {
+        self.happened.update(|count| count + 1);
+    }
+
     /// A promise is broken.
     pub(crate) fn violated(&self, what: String) {
         self.say(&format!("VIOLATED {what}"));
@@ -188,12 +202,7 @@ impl World {
     /// Starts the agent of a host.
     pub(crate) fn start_daemon(&self, index: usize) {
         let host = &self.hosts[index];
-        if host
-            .daemon
-            .borrow()
-            .as_ref()
-            .is_some_and(|daemon| daemon.is_alive())
-        {
+        if self.is_up(index) {
             return;
         }
         let process = self
@@ -224,6 +233,12 @@ impl World {
         (&self.hosts[host], process)
     }
 
+    /// Whether a host's agent runs.
+    pub(crate) fn is_up(&self, host: usize) -> bool {
+        let daemon = self.hosts[host].daemon.borrow();
+        daemon.as_ref().is_some_and(|daemon| daemon.is_alive())
+    }
+
     /// The steps that run on a host.
     pub(crate) fn steps(&self, host: usize) -> Vec<Rc<Process>> {
         let daemon = self.hosts[host].daemon.borrow().clone();
@@ -242,7 +257,10 @@ impl World {
     /// A point in the code of a process.
     pub(crate) fn reached(&self, point: &str) {
         if let Some(process) = self.processes.current() {
-            process.reached(|| self.say(&format!("{} killed at `{point}`", process.what)));
+            process.reached(|| {
+                self.happens();
+                self.say(&format!("{} killed at `{point}`", process.what));
+            });
         }
     }
 
@@ -259,13 +277,14 @@ impl World {
         self.check_effect(key);
     }
 
+    fn labels(&self) -> Vec<(HostId, &'static str)> {
+        let hosts = self.hosts.iter();
+        hosts.map(|host| (host.name.clone(), host.role)).collect()
+    }
+
     fn check_effect(&self, key: &StepKey) {
         let indexes = self.indexes.borrow();
-        let labels: Vec<(HostId, &'static str)> = self
-            .hosts
-            .iter()
-            .map(|host| (host.name.clone(), host.role))
-            .collect();
+        let labels = self.labels();
         let mut broken = self.ledger.effect(key, &indexes, &labels);
         drop(indexes);
         if !self.host(&key.host).1.agent.intends(key) {
@@ -420,6 +439,7 @@ impl agent::World for Shared {
             && host.too_late.replace(false)
         {
             // Orders are worth two minutes, and the controller waits twenty seconds more.
+            self.0.happens();
             self.0
                 .say(&format!("{} is under way for too long", order.key));
             return vec![Duration::from_secs(host.net.between(156, 162))];
@@ -428,6 +448,9 @@ impl agent::World for Shared {
             return vec![now];
         };
         host.disorder.set(left);
+        if host.in_order.take() {
+            self.0.happens();
+        }
         let later = Duration::from_millis(host.net.between(1, 15_000));
         match host.net.roll(3) {
             0 => vec![now, later],
@@ -436,19 +459,10 @@ impl agent::World for Shared {
         }
     }
 
-    fn handing(&self, host: &HostId, message: &Arrived<'_>) {
-        let heard = match message {
-            Arrived::Order(order) => {
-                let term = self.0.host(host).1.agent.term();
-                self.0.ledger.order(order, self.0.millis(), term)
-            }
-            Arrived::Welcome(epoch) => {
-                self.0.ledger.welcome(host, *epoch);
-                return;
-            }
-            Arrived::Other => return,
-        };
-        if let Some(what) = heard {
+    fn handing(&self, _host: &HostId, message: &Arrived<'_>) {
+        if let Arrived::Order(order) = message
+            && let Some(what) = self.0.ledger.order(order, self.0.millis())
+        {
             self.0.say(&what);
         }
     }
@@ -591,14 +605,19 @@ impl controller::World for Shared {
             return;
         }
         let disk = self.0.disks.borrow()[&process.pid];
+        let labels = self.0.labels();
         let mut broken = vec![];
         for entry in entries {
-            if let Record::TermBegan { epoch } = &entry.record {
-                self.0.ledger.term_began(process.pid, *epoch);
+            match &entry.record {
+                Record::TermBegan { epoch } => self.0.ledger.term_began(process.pid, *epoch),
+                // Whoever reports to a term has written it down.
+                Record::Reported { host, .. } => self.0.ledger.reports_to(host, process.pid),
+                _ => {}
             }
             self.0
                 .say(&format!("{} {}", process.what, line(&entry.record)));
-            broken.extend(self.0.indexes.borrow_mut()[disk].add(entry, self.0.millis()));
+            let now = self.0.millis();
+            broken.extend(self.0.indexes.borrow_mut()[disk].add(entry, now, &labels));
         }
         for what in broken {
             self.0.violated(what);
