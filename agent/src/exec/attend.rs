@@ -318,14 +318,13 @@ async fn claimed_before(host: &Host, key: &StepKey, dir: &StepDir, why: Failure)
 /// Ends the step process; says whether it is proven that there is none.
 async fn is_over(host: &Host, key: &StepKey, dir: &StepDir, process: Process) -> bool {
     match process {
-        Process::None => {}
         Process::Child(mut child) => {
             if child.kill().await.is_err() {
                 return false;
             }
         }
         Process::Elsewhere if !host.runner.finds_all() => return false,
-        Process::Elsewhere => {}
+        Process::None | Process::Elsewhere => {}
     }
     host.runner.end_all(key, dir, &host.boot).await
 }
