@@ -333,6 +333,21 @@ pub(super) const KINDS: &[Kind] = &[
     },
 ];
 
+/// Kinds that are only run when they are asked for.
+pub(super) const ASKED_FOR: &[Kind] = &[
+    // Its program has its effect only after the step process was killed, if nobody ends it.
+    Kind {
+        name: "exec.run:slow",
+        args: |lab| {
+            let mut argv = note(lab, "run");
+            let script = argv[4].as_str().expect("a script").to_owned();
+            argv[4] = json!(format!("__import__('time').sleep(1.5); {script}"));
+            json!({"name": "note", "argv": argv})
+        },
+        ..PLAIN
+    },
+];
+
 /// The kinds of a sample: one of each class, and what is quick.
 pub(super) const SAMPLE: &[&str] = &[
     "env.render",

@@ -32,7 +32,7 @@ mod wire;
 mod world;
 
 use case::Case;
-use kinds::{KINDS, Kind, SAMPLE};
+use kinds::{ASKED_FOR, KINDS, Kind, SAMPLE};
 use lab::{Lab, Parts};
 
 /// Of so many cases, one may be missed.
@@ -184,7 +184,12 @@ pub fn run(options: &Options) -> Result<AgentFigures> {
         let named = |name: &String| *name == kind.name;
         options.kinds.is_empty() || options.kinds.iter().any(named)
     };
-    let kinds: VecDeque<&Kind> = KINDS.iter().filter(chosen).collect();
+    let asked_for = if options.kinds.is_empty() {
+        &[]
+    } else {
+        ASKED_FOR
+    };
+    let kinds: VecDeque<&Kind> = KINDS.iter().chain(asked_for).filter(chosen).collect();
     ensure!(
         !kinds.is_empty(),
         "no kind is called so; there are: {}",
