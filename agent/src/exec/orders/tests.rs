@@ -241,7 +241,7 @@ async fn what_is_not_wanted_any_more_once_the_host_was_looked_at_never_begins() 
 }
 
 /// Whether an offer of A ends with a hold.
-async fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
+fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
     let host = testing::Host::new();
     let mut exec = connected(&host);
     let held = HeldPlan {
@@ -262,13 +262,13 @@ async fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
     exec.memory.hold.is_some()
 }
 
-#[tokio::test]
-async fn a_host_holds_for_no_offer_of_a_term_that_ended_meanwhile() {
-    assert!(considered(|_, _| {}).await);
-    assert!(!considered(|exec, _| welcome(exec, B)).await, "INV-4");
+#[test]
+fn a_host_holds_for_no_offer_of_a_term_that_ended_meanwhile() {
+    assert!(considered(|_, _| {}));
+    assert!(!considered(|exec, _| welcome(exec, B)), "INV-4");
     let said_again = considered(|exec, offer| {
         welcome(exec, B);
         exec.handle_offer(Offer { epoch: B, ..offer }).unwrap();
     });
-    assert!(said_again.await, "the successor wants it, too");
+    assert!(said_again, "the successor wants it, too");
 }
