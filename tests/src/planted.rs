@@ -107,7 +107,7 @@ impl Fault {
     }
 
     /// The first of what was found that shows this fault.
-    pub fn shown<'a>(self, found: &'a [String]) -> Option<&'a String> {
+    pub fn shown(self, found: &[String]) -> Option<&String> {
         let mine = |what: &&String| self.breaks().iter().any(|it| what.starts_with(it));
         found.iter().find(mine)
     }

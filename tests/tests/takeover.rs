@@ -55,9 +55,19 @@ impl Relay {
     }
 }
 
-fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
+/// Where it listens is found out when it does: a port that is free now may be another one's then.
+const ANYWHERE: &str = "127.0.0.1:0";
+
+/// The address that a controller has written into its ready file.
+fn address(ready: &Path) -> SocketAddr {
+    let text = fs::read_to_string(ready).unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// Listens where another process has just stopped to.
+fn take_place(at: SocketAddr) -> TcpListener {
+    let bind = || TcpListener::bind(at).map_err(|error| error.to_string());
+    wait::until("the address to be free", wait::SOON, bind).unwrap()
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -74,13 +84,13 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A successor from a copy of the controller's state, as it is at this moment.
-fn successor(cluster: &Cluster, address: SocketAddr) -> Daemon {
+fn successor(cluster: &Cluster) -> (Daemon, SocketAddr) {
     let old = cluster.root().join("controller");
     let new = cluster.root().join("successor");
     copy(&old.join("state"), &new.join("state"));
     let config = fs::read_to_string(old.join("controller.toml")).unwrap();
     let lines = config.lines().map(|line| match line.split_once(" = ") {
-        Some(("listen", _)) => format!("listen = \"{address}\""),
+        Some(("listen", _)) => format!("listen = \"{ANYWHERE}\""),
         Some(("state_dir", _)) => format!("state_dir = \"{}\"", new.join("state").display()),
         _ => line.to_owned(),
     });
@@ -107,10 +117,11 @@ fn successor(cluster: &Cluster, address: SocketAddr) -> Daemon {
     .unwrap();
     wait::until_true("the successor to be ready", wait::SOON, || {
         daemon.check().unwrap();
-        ready.exists()
+        fs::read_to_string(&ready).is_ok_and(|text| !text.trim().is_empty())
     })
     .unwrap();
-    daemon
+    let address = address(&ready);
+    (daemon, address)
 }
 
 const WORK: &str = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + '\\\\n'); \
@@ -145,15 +156,15 @@ fn a_stopped_controller_wakes_up_beside_its_successor_and_no_effect_is_its_own()
 
     // The address that everybody dials becomes a relay's; the controller moves behind it.
     let dialled: SocketAddr = cluster.address().parse().unwrap();
-    let (first, second) = (free_address(), free_address());
     assert_eq!(cluster.stop_controller(), Some(0));
     let file = cluster.root().join("controller/controller.toml");
     let config = fs::read_to_string(&file).unwrap();
-    let behind = config.replacen(&dialled.to_string(), &first.to_string(), 1);
+    let behind = config.replacen(&dialled.to_string(), ANYWHERE, 1);
     fs::write(&file, behind).unwrap();
-    let listener = TcpListener::bind(dialled).unwrap();
-    let relay = Relay::start(listener, first);
+    let listener = take_place(dialled);
     cluster.start_controller().unwrap();
+    let first = address(&cluster.root().join("controller/ready"));
+    let relay = Relay::start(listener, first);
     cluster.wait_connected(&names.map(str::to_owned)).unwrap();
 
     let file = cluster.root().join("take-over.yaml");
@@ -162,7 +173,7 @@ fn a_stopped_controller_wakes_up_beside_its_successor_and_no_effect_is_its_own()
     under_way(&cluster.requester(), &rollout, "exec.run", None);
     let old = cluster.controller_pid().unwrap();
     kill_process(old, Signal::STOP).unwrap();
-    let _successor = successor(&cluster, second);
+    let (_successor, second) = successor(&cluster);
     relay.lead_to(second);
     cluster.wait_connected(&names.map(str::to_owned)).unwrap();
 
