@@ -48,8 +48,10 @@ struct Watched {
     acts_at: Option<u64>,
     /// What people have tried since it halted.
     tries: u32,
-    /// Whether a person has asked for its end, and when that was answered.
-    cancelled: Option<Option<u64>>,
+    /// Whether a person has asked for its end.
+    cancelled: bool,
+    /// When that was answered.
+    cancelled_at: Option<u64>,
 }
 
 /// People at the command line.
@@ -168,7 +170,8 @@ impl Operator {
             since: world.millis(),
             acts_at: None,
             tries: 0,
-            cancelled: None,
+            cancelled: false,
+            cancelled_at: None,
         })
     }
 
@@ -199,7 +202,7 @@ impl Operator {
             return None;
         }
         // Cancelling waits for no host.
-        if let Some(Some(at)) = watched.cancelled
+        if let Some(at) = watched.cancelled_at
             && !summary.ended
             && now > at.max(answers_since) + AFTER_DEADLINE
         {
@@ -239,7 +242,7 @@ impl Operator {
             (by_itself, self.refused) = (self.pending, self.refused + 1);
             self.next_look = world.millis() + 5_000;
         }
-        if state == "cancelled" && watched.cancelled.is_none() && !by_itself {
+        if state == "cancelled" && !watched.cancelled && !by_itself {
             let (id, reason) = (&watched.id, &summary.reason);
             let what = if self.refused > MOST_REFUSED {
                 "a host does not let go of a rollout that has ended"
@@ -294,7 +297,8 @@ impl Operator {
             let cancels = matches!(call, Call::Cancel { .. });
             let done = self.call(world, controller, call).await;
             if cancels {
-                watched.cancelled = Some(done.then(|| world.millis()));
+                watched.cancelled = true;
+                watched.cancelled_at = done.then(|| world.millis());
             }
             return;
         }
