@@ -40,10 +40,7 @@ impl Exec {
         if !offer.dry_run {
             if let Some(hold) = &self.memory.hold {
                 if hold.rollout != offer.rollout {
-                    let why = format!(
-                        "this host holds for {}; end that rollout first",
-                        hold.rollout
-                    );
+                    let why = self.holds_for(&hold.rollout);
                     return self.decline(offer.rollout, vec![whole(why)]);
                 }
                 if hold.plan == offer.plan
@@ -201,10 +198,7 @@ impl Exec {
         }
         // Another rollout may have been faster.
         if let Some(hold) = &self.memory.hold {
-            let why = format!(
-                "this host holds for {}; end that rollout first",
-                hold.rollout
-            );
+            let why = self.holds_for(&hold.rollout);
             return self.decline(rollout, vec![whole(why)]);
         }
         let full = |error: &dyn std::error::Error| {
@@ -243,6 +237,17 @@ impl Exec {
             tracing::warn!(%rollout, at, reason = refusal.reason, "declined");
         }
         self.report(ReportBody::Declined { rollout, refusals })
+    }
+
+    /// Why another rollout has to wait.
+    fn holds_for(&self, holder: &RolloutId) -> String {
+        if self.release_later.as_ref() == Some(holder) {
+            return format!(
+                "a step of {holder} still runs on this host, though that rollout has ended; apply \
+                 the plan again when the step is over"
+            );
+        }
+        format!("this host holds for {holder}; end that rollout first")
     }
 
     pub(super) fn handle_survey(

@@ -83,6 +83,31 @@ async fn a_step_is_done_once_however_often_it_is_ordered() {
 }
 
 #[tokio::test]
+async fn another_rollout_is_told_what_it_waits_for() {
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    host.start();
+    let plan = plan(&[append("slow", "5")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    host.claimed(&do_key(0, 1)).await;
+    for words in ["end that rollout first", "still runs on this host"] {
+        session.offer(&rollout(2), &plan, false).await;
+        let refusals = loop {
+            match session.report().await {
+                ReportBody::Declined { refusals, .. } => break refusals,
+                ReportBody::Started { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(refusals[0].reason.contains(words), "{refusals:?}");
+        assert!(refusals[0].reason.contains(&rollout(1).to_string()));
+        session.release(&rollout(1)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_killed_daemon_finds_the_step_and_its_outcome_again() {
     let mut controller = Controller::start().await;
     let mut host = Host::new(&controller, ALLOW_RUN);
