@@ -214,18 +214,6 @@ impl Agent {
         looked.is_ok() && found
     }
 
-    /// The counter of the newest term that the journal has; 0 if there is none.
-    pub fn term(&self) -> u64 {
-        let mut term = 0;
-        let looked = journal::look(&self.config.state_dir, |record| {
-            if let Record::Epoch(epoch) = record {
-                term = epoch.counter;
-            }
-        });
-        // A journal that is not there yet has no term.
-        looked.map_or(0, |()| term)
-    }
-
     /// What the journal holds; an error if it would be quarantined. No agent may be running.
     pub fn reports(&self) -> Result<Account, String> {
         let mut account = Account::default();
