@@ -327,7 +327,8 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         .wrong
         .extend(differs("end", &run.end, &recorded.end));
     // A restarted host starts its services anew.
-    if !(reboot && stage.kind.service) {
+    let services = stage.kind.service || stage.kind.action().starts_with("service.");
+    if !(reboot && services) {
         let ended = run.done.iter().chain(&run.undone);
         let more = 1 + u64::from(ended.map(|ended| ended.attempts).sum::<u16>());
         verdict.double.extend(too_often(stage, run, recorded, more));
