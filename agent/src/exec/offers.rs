@@ -243,8 +243,8 @@ impl Exec {
     fn holds_for(&self, holder: &RolloutId) -> String {
         if self.release_later.as_ref() == Some(holder) {
             return format!(
-                "a step of {holder} still runs on this host, though that rollout has ended; apply \
-                 the plan again when the step is over"
+                "this host holds for {holder}, which has ended, as long as a step of it runs here; \
+                 apply the plan again when that is over"
             );
         }
         format!("this host holds for {holder}; end that rollout first")

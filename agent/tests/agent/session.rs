@@ -92,7 +92,7 @@ async fn another_rollout_is_told_what_it_waits_for() {
     session.consented(&controller, &rollout(1), &plan).await;
     session.order(&plan, &do_key(0, 1)).await;
     host.claimed(&do_key(0, 1)).await;
-    for words in ["end that rollout first", "still runs on this host"] {
+    for words in ["end that rollout first", "a step of it runs here"] {
         session.offer(&rollout(2), &plan, false).await;
         let refusals = loop {
             match session.report().await {
