@@ -14,6 +14,7 @@ use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
 use lockstep_proto::wire::agent_v1::{self as wire, down, up};
 use lockstep_proto::wire::{Hello, InvalidMessage, MAX_AGENT_MESSAGE, Welcome};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +44,7 @@ const WELCOME_WITHIN: Duration = Duration::from_secs(20);
 
 /// A plan has at most 1 MiB.
 const FETCH_WITHIN: Duration = Duration::from_mins(1);
+const FETCH_AGAIN: Duration = Duration::from_secs(1);
 
 /// The first pause between two dials; each is longer than the one before, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -327,15 +329,17 @@ async fn write(
     up: &mpsc::Sender<wire::Up>,
     mut outbox: mpsc::Receiver<Outbound>,
 ) -> Result<Ended, LinkError> {
+    // They end with the session: the offers that they are for are made again in the next one.
+    let mut fetches = JoinSet::new();
     while let Some(message) = outbox.recv().await {
+        while fetches.try_join_next().is_some() {}
         match message {
             Outbound::Report(report) => {
                 send_up(up, up::Message::Report(report.into())).await?;
             }
             Outbound::Fetch(digest) => {
                 let (exec, client) = (exec.clone(), client.clone());
-                // It ends with the session at the latest: its channel is the session's.
-                tokio::spawn(async move {
+                fetches.spawn(async move {
                     let content = timeout(FETCH_WITHIN, fetch(client, digest.0.to_vec()))
                         .await
                         .unwrap_or_else(|_| Err("the controller does not send it".into()));
@@ -348,23 +352,41 @@ async fn write(
     Err(LinkError::Stopping)
 }
 
-async fn fetch(
+/// A compiled plan, or why it cannot be had. What passes, such as a controller that is being stopped,
+/// is no answer: the session ends, or it is asked again.
+async fn fetch(client: AgentServiceClient<Channel>, digest: Vec<u8>) -> Result<Vec<u8>, String> {
+    use tonic::Code::{
+        FailedPrecondition, InvalidArgument, NotFound, OutOfRange, PermissionDenied,
+        Unauthenticated,
+    };
+    loop {
+        let status = match fetch_once(client.clone(), digest.clone()).await {
+            Ok(content) => return Ok(content),
+            Err(status) => status,
+        };
+        if let NotFound | PermissionDenied | Unauthenticated | InvalidArgument | OutOfRange
+        | FailedPrecondition = status.code()
+        {
+            return Err(format!("{} ({})", status.message(), status.code()));
+        }
+        tracing::debug!(%status, "a plan cannot be fetched now");
+        sleep(FETCH_AGAIN).await;
+    }
+}
+
+async fn fetch_once(
     mut client: AgentServiceClient<Channel>,
     digest: Vec<u8>,
-) -> Result<Vec<u8>, String> {
-    let failed = |status: Status| format!("{} ({})", status.message(), status.code());
+) -> Result<Vec<u8>, Status> {
     let request = wire::FetchBlobRequest {
         digest: digest.into(),
     };
-    let mut chunks = client
-        .fetch_blob(request)
-        .await
-        .map_err(failed)?
-        .into_inner();
+    let mut chunks = client.fetch_blob(request).await?.into_inner();
     let mut content = Vec::new();
-    while let Some(chunk) = chunks.message().await.map_err(failed)? {
+    while let Some(chunk) = chunks.message().await? {
         if content.len() + chunk.data.len() > MAX_PLAN_BYTES {
-            return Err(format!("it is larger than {MAX_PLAN_BYTES} bytes"));
+            let why = format!("it is larger than {MAX_PLAN_BYTES} bytes");
+            return Err(Status::out_of_range(why));
         }
         content.extend_from_slice(&chunk.data);
     }
