@@ -103,12 +103,7 @@ fn resume_asks_a_failed_check_after_a_rollback_again() {
     let mut fleet = Fleet::new(&["a"]);
     let mut plan = plan(1, vec![on("app", vec![stop()])]);
     let check = step("check.disk", json!({"path": "/", "free": "1B"}));
-    plan.after_rollback = Some(Phase {
-        name: "after_rollback".into(),
-        stages: vec![on("app", vec![check])],
-        deadline: None,
-        planned: None,
-    });
+    plan.after_rollback = Some(after_rollback(check));
     fleet.submit(1, plan).unwrap();
     fleet.consent(1, "a", vec![]);
     for outcome in [failed(), ok(), failed()] {

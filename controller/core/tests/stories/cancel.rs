@@ -34,13 +34,7 @@ fn left(fleet: &Fleet) -> Vec<(String, LeftState, String)> {
 
 fn back(fleet: &mut Fleet, name: &str, held: Option<RolloutId>) -> Vec<&'static str> {
     let before = fleet.sent.len();
-    fleet.event(Event::HostUp {
-        host: host(name),
-        labels: BTreeMap::from([("role".into(), "app".into())]),
-        instance: InstanceId::from_random([1; 8]),
-        agent_version: "1".into(),
-        held,
-    });
+    fleet.up_holding(name, held);
     let to_it = fleet.sent[before..].iter();
     to_it
         .filter_map(|(to, message)| match message {

@@ -139,12 +139,7 @@ fn resume_does_not_repeat_a_check_whose_requests_nobody_can_account_for() {
         "check.http",
         json!({"url": "http://127.0.0.1:8000/", "method": "POST"}),
     );
-    plan.after_rollback = Some(Phase {
-        name: "after_rollback".into(),
-        stages: vec![on("app", vec![check])],
-        deadline: None,
-        planned: None,
-    });
+    plan.after_rollback = Some(after_rollback(check));
     fleet.submit(1, plan).unwrap();
     fleet.consent(1, "a", vec![]);
     for outcome in [failed(), ok(), unknown()] {
@@ -181,13 +176,7 @@ fn what_runs_under_an_accepted_rollout_is_not_stopped_when_its_host_comes_back()
     fleet.call("olga", &[], close).unwrap();
     fleet.event(Event::HostDown { host: host("a") });
     let before = fleet.sent.len();
-    fleet.event(Event::HostUp {
-        host: host("a"),
-        labels: BTreeMap::from([("role".into(), "app".into())]),
-        instance: InstanceId::from_random([1; 8]),
-        agent_version: "1".into(),
-        held: Some(rollout(1)),
-    });
+    fleet.up_holding("a", Some(rollout(1)));
     let sent: Vec<&Message> = fleet.sent[before..].iter().map(|(_, it)| it).collect();
     let is = |wanted: fn(&Message) -> bool| sent.iter().any(|message| wanted(message));
     assert!(is(|message| matches!(message, Message::Release { .. })));

@@ -91,6 +91,15 @@ fn plan(serial: u64, stages: Vec<Stage>) -> CompiledPlan {
     }
 }
 
+fn after_rollback(check: Step) -> Phase {
+    Phase {
+        name: "after_rollback".into(),
+        stages: vec![on("app", vec![check])],
+        deadline: None,
+        planned: None,
+    }
+}
+
 /// One controller and hosts that do as the story says.
 struct Fleet {
     now: u64,
@@ -133,12 +142,16 @@ impl Fleet {
     }
 
     fn up(&mut self, name: &str) {
+        self.up_holding(name, None);
+    }
+
+    fn up_holding(&mut self, name: &str, held: Option<RolloutId>) {
         self.event(Event::HostUp {
             host: host(name),
             labels: BTreeMap::from([("role".into(), "app".into())]),
             instance: InstanceId::from_random([1; 8]),
             agent_version: "1".into(),
-            held: None,
+            held,
         });
     }
 
