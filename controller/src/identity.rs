@@ -12,38 +12,36 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use lockstep_proto::ids::{HostId, OperatorName};
 use rustls::pki_types::CertificateDer;
 use tonic::Status;
+use x509_parser::der_parser::oid::Oid;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// What a peer may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// It does the work on a host.
-    Agent,
-    /// It speaks for a person.
-    Operator,
-}
+use crate::pki::roles::{self, Roles};
 
-/// A peer's name, by role.
+/// A peer's name, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Identity {
     /// The agent of a host.
     Agent(HostId),
-    /// A person, with the groups that the person may decide for.
+    /// A person, with what the person may do.
     Operator {
         /// The person's name.
         name: OperatorName,
-        /// The groups of the certificate's organisational units.
+        /// The groups of the certificate's organisational units: what the person may decide for.
         groups: Vec<String>,
+        /// The roles of the certificate: what the person may ask for. None if it says nothing of
+        /// roles.
+        roles: Option<Roles>,
     },
 }
 
 impl Identity {
-    /// What the peer may be.
-    pub(crate) fn role(&self) -> Role {
+    /// What an operator may ask for; nothing for others. A certificate that says nothing of roles
+    /// was made before there were any.
+    pub(crate) fn roles(&self) -> Roles {
         match self {
-            Self::Agent(_) => Role::Agent,
-            Self::Operator { .. } => Role::Operator,
+            Self::Agent(_) => Roles::default(),
+            Self::Operator { roles, .. } => roles.unwrap_or(Roles::BEFORE_ROLES),
         }
     }
 }
@@ -145,7 +143,7 @@ impl Peer {
     /// The operator, with groups.
     pub(crate) fn operator(&self) -> Result<(&OperatorName, &[String]), Status> {
         match &self.0.identity {
-            Identity::Operator { name, groups } => Ok((name, groups)),
+            Identity::Operator { name, groups, .. } => Ok((name, groups)),
             Identity::Agent(host) => Err(Status::permission_denied(format!(
                 "this is for operators, and {host} is an agent"
             ))),
@@ -213,12 +211,21 @@ pub(crate) fn read(
         Identity::Operator {
             name: name.to_owned(),
             groups,
+            roles: roles_of(&parsed),
         }
     } else {
         return Err(invalid());
     };
     let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
     Ok((identity, UNIX_EPOCH + Duration::from_secs(seconds)))
+}
+
+/// The roles of a subject; none if it does not speak of any.
+fn roles_of(parsed: &X509Certificate<'_>) -> Option<Roles> {
+    let attribute = Oid::from(&roles::ATTRIBUTE).expect("an identifier of four numbers");
+    let found = parsed.subject().iter_by_oid(&attribute);
+    let found = found.map(|value| Roles::read(value.as_str().unwrap_or_default()));
+    found.reduce(Roles::with)
 }
 
 #[cfg(test)]
@@ -235,7 +242,9 @@ mod tests {
         pki::init(dir, "example.com").unwrap();
         let agent = pki::issue_agent(dir, "app-1", dir).unwrap();
         let groups = ["dba".to_owned(), "qa_lead".to_owned()];
-        let operator = pki::issue_operator(dir, "dora", &groups, dir).unwrap();
+        let mut person = pki::Person::new("dora", &groups);
+        person.roles = Roles::of(&[roles::Role::Viewer, roles::Role::Admin]);
+        let operator = pki::issue_operator(dir, &person, dir).unwrap();
         let controller = pki::issue_controller(dir, "c1", &["localhost".into()], dir).unwrap();
         let read_file = |path| {
             let certificate = CertificateDer::from_pem_file(path).unwrap();
@@ -251,9 +260,16 @@ mod tests {
             identity,
             Identity::Operator {
                 name: "dora".into(),
-                groups: groups.to_vec()
+                groups: groups.to_vec(),
+                roles: Some(person.roles),
             }
         );
+        // As a release before roles made it.
+        person.roles = Roles::default();
+        let before = pki::issue_operator(dir, &person, dir).unwrap();
+        let (identity, _) = read_file(&before.certificate).unwrap();
+        assert!(matches!(identity, Identity::Operator { roles: None, .. }));
+        assert_eq!(identity.roles(), Roles::BEFORE_ROLES);
         // A controller is nobody that may dial a controller.
         assert!(matches!(
             read_file(&controller.certificate),

@@ -42,7 +42,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
 use crate::config::TlsFiles;
-use crate::identity::{self, Peer, Role};
+use crate::identity::{self, Identity, Peer};
 pub(crate) use words::words;
 
 /// A handshake takes a few milliseconds; a peer that needs longer than this holds it up.
@@ -313,9 +313,9 @@ impl ClientCertVerifier for RoleVerifier {
             let error = OtherError(Arc::new(error));
             rustls::Error::InvalidCertificate(CertificateError::Other(error))
         })?;
-        let verifier = match claimed.role() {
-            Role::Agent => &self.agents,
-            Role::Operator => &self.operators,
+        let verifier = match claimed {
+            Identity::Agent(_) => &self.agents,
+            Identity::Operator { .. } => &self.operators,
         };
         verifier.verify_client_cert(end_entity, intermediates, now)
     }
@@ -429,7 +429,19 @@ async fn shake_hands(
     };
     let certificate = stream.get_ref().1.peer_certificates()?.first()?;
     match Peer::new(certificate, &settings.domain, address) {
-        Ok(peer) => Some(Connection { stream, peer }),
+        Ok(peer) => {
+            if let Identity::Operator {
+                name, roles: None, ..
+            } = peer.identity()
+            {
+                tracing::warn!(
+                    operator = name, roles = %peer.identity().roles(),
+                    "the certificate says nothing of roles and counts as one of a release before \
+                     them; make another with `lockstep operator add NAME --role ROLE`"
+                );
+            }
+            Some(Connection { stream, peer })
+        }
         Err(error) => {
             tracing::warn!(%address, %error, "a verified certificate names nobody");
             None

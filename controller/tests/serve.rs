@@ -49,7 +49,9 @@ async fn only_a_certificate_of_its_roles_issuer_gets_in() {
     }
     let controllers = "ca-controllers.crt";
     fs::copy(place.pki().join(controllers), crossed.join(controllers)).unwrap();
-    let crossed = Identity::of(pki::issue_operator(&crossed, "eve", &[], &crossed).unwrap());
+    let crossed = Identity::of(
+        pki::issue_operator(&crossed, &pki::Person::new("eve", &[]), &crossed).unwrap(),
+    );
     let server = Identity {
         certificate: place.path().join("controller-c1.crt"),
         key: place.path().join("controller-c1.key"),

@@ -20,6 +20,7 @@ mod exit;
 mod journal;
 mod live;
 mod logs;
+mod passphrase;
 mod pki;
 mod plan;
 mod printer;
@@ -123,6 +124,9 @@ enum Command {
     /// Make issuers and certificates
     #[command(subcommand)]
     Pki(pki::Pki),
+    /// Issue operators' certificates
+    #[command(subcommand)]
+    Operator(pki::Operator),
     /// Run the controller
     Serve(serve::Serve),
     /// Verify, export or import the journal of a controller that does not run
@@ -169,7 +173,10 @@ fn run(arguments: Arguments, printer: Printer) -> Result<Exit, CliError> {
         Command::Validate(validate) => plan::validate(&validate, printer),
         Command::Schema => plan::schema(printer),
         Command::Actions(actions) => plan::actions(&actions, printer),
-        Command::Pki(command) => pki::run(&command, printer),
+        Command::Pki(command) => pki::run(&command, arguments.profile.passphrase_fd, printer),
+        Command::Operator(command) => {
+            pki::operator(&command, arguments.profile.passphrase_fd, printer)
+        }
         Command::Completions { shell } => completions(shell, printer),
         Command::Journal(command) => journal::run(&command, printer),
         Command::Serve(serve) => Ok(serve::serve(serve)),
@@ -217,6 +224,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         | Command::Schema
         | Command::Actions(_)
         | Command::Pki(_)
+        | Command::Operator(_)
         | Command::Completions { .. }
         | Command::Journal(_)
         | Command::Serve(_) => unreachable!("these need no controller, and were run before"),

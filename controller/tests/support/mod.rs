@@ -1,6 +1,6 @@
 //! A controller as a process, with certificates of its own, and clients that dial it.
 
-#[path = "../../src/pki.rs"]
+#[path = "../../src/pki/mod.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the controller's own module")]
 pub(crate) mod pki;
 
@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
 use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
@@ -70,7 +70,39 @@ impl Place {
 
     pub(crate) fn operator(&self, name: &str, groups: &[&str]) -> Identity {
         let groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
-        Identity::of(pki::issue_operator(&self.pki(), name, &groups, self.path()).unwrap())
+        self.person(&pki::Person::new(name, &groups))
+    }
+
+    pub(crate) fn person(&self, person: &pki::Person<'_>) -> Identity {
+        Identity::of(pki::issue_operator(&self.pki(), person, self.path()).unwrap())
+    }
+
+    /// A certificate that ends so many seconds from now, for a name of any kind, by any issuer.
+    pub(crate) fn aged(&self, issuer: &str, name: &str, ends: i64) -> Identity {
+        use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
+        let file = |kind: &str| {
+            let path = self.pki().join(format!("ca-{issuer}.{kind}"));
+            fs::read_to_string(path).unwrap()
+        };
+        let key = KeyPair::from_pem(&file("key")).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&file("crt"), key).unwrap();
+        let mut params = CertificateParams::default();
+        let now = UNIX_EPOCH.elapsed().unwrap().as_secs().cast_signed();
+        let ends = time::OffsetDateTime::from_unix_timestamp(now + ends).unwrap();
+        params.not_before = ends - time::Duration::days(30);
+        params.not_after = ends;
+        let uri = format!("spiffe://{DOMAIN}/{name}");
+        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+        let pair = KeyPair::generate().unwrap();
+        let signed = params.signed_by(&pair, &issuer).unwrap();
+        let stem = format!("aged-{}-{}", ends.unix_timestamp(), name.replace('/', "-"));
+        let identity = Identity {
+            certificate: self.path().join(format!("{stem}.crt")),
+            key: self.path().join(format!("{stem}.key")),
+        };
+        fs::write(&identity.certificate, signed.pem()).unwrap();
+        fs::write(&identity.key, pair.serialize_pem()).unwrap();
+        identity
     }
 
     pub(crate) fn start(&self) -> Controller {

@@ -29,6 +29,9 @@ pub mod control_v1 {
     tonic::include_proto!("lockstep.control.v1");
 }
 
+/// Every call of every service, as `/package.Service/Call`, read from the contract.
+pub const CALLS: &[&str] = include!(concat!(env!("OUT_DIR"), "/calls.rs"));
+
 /// The largest message of an agent, in bytes: an order with its bindings.
 pub const MAX_AGENT_MESSAGE: usize = 256 << 10;
 
