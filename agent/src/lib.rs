@@ -22,6 +22,7 @@ mod actions;
 mod check;
 mod config;
 mod daemon;
+mod enroll;
 mod errors;
 mod exec;
 mod faults;
@@ -64,6 +65,8 @@ mod exit {
     pub(crate) const INTERNAL: u8 = 4;
     /// `step`: the attempt was claimed before, and nothing was done.
     pub(crate) const CLAIMED: u8 = 10;
+    /// `join`: the controller cannot be reached, or refuses.
+    pub(crate) const REFUSED: u8 = 5;
     /// `journal verify`: a person must look at the state directory.
     pub(crate) const BROKEN: u8 = 10;
 }
@@ -74,6 +77,7 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line, the configuration or the policy cannot be used
   3  another agent runs with the same state directory
   4  the operating system failed; start it again
+  5  join: the controller cannot be reached, or refuses
  10  journal verify: the journal is broken; step: the attempt was claimed before, and nothing
      was done";
 
@@ -89,6 +93,8 @@ struct Arguments {
 enum Command {
     /// Connect to the controller and take its orders, until stopped.
     Run(File),
+    /// Become a host: get this machine's certificate, with a token that an admin has made.
+    Join(enroll::join::Join),
     /// Read configuration, policy and certificates, and say what is allowed and what is wrong.
     Check(File),
     /// Look at the journal while no agent runs.
@@ -126,6 +132,7 @@ pub fn main() -> ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let code = match Arguments::parse().command {
         Command::Run(file) => with_config(&file, |config| daemon::run(config, &file.config)),
+        Command::Join(join) => enroll::join::run(&join),
         Command::Check(file) => check::check(&file.config),
         Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),

@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lockstep_proto::wire::CALLS;
+use lockstep_proto::wire::{CALLS, control_v1 as wire};
 use support::pki::roles::{Role, Roles};
 use support::{Identity, Place, pki};
 use tonic::transport::Channel;
@@ -41,7 +41,13 @@ async fn call(channel: &Channel, path: &'static str) -> Fate {
     match status.code() {
         // Only what came over the wire has no source.
         _ if std::error::Error::source(&status).is_some() => Fate::Outside,
-        Code::PermissionDenied if status.message().contains("may not call") => Fate::Refused,
+        Code::PermissionDenied
+            if ["may not call", "is suspended"]
+                .iter()
+                .any(|words| status.message().contains(words)) =>
+        {
+            Fate::Refused
+        }
         Code::Unauthenticated => Fate::Refused,
         Code::Unknown | Code::Unimplemented => panic!("{status:?}"),
         _ => Fate::Answered,
@@ -77,12 +83,28 @@ fn of_role(role: Role) -> &'static [&'static str] {
         Role::Author => &["Submit"],
         Role::Approver => &["Decide", "SignOff"],
         Role::Operator => &["Pause", "Resume", "Resolve", "Cancel", "RollBack", "Close"],
-        Role::Admin => &["ForgetHost"],
+        Role::Admin => &[
+            "ForgetHost",
+            "CreateToken",
+            "ListTokens",
+            "RevokeToken",
+            "Suspend",
+            "Unsuspend",
+            "ListSuspended",
+        ],
     }
 }
 
 /// What whoever has a role reads.
 const READ: &[&str] = &["Watch", "GetRollout", "ListRollouts", "ListHosts", "Logs"];
+
+/// The one call that takes no certificate, and the agents' calls.
+const JOIN: &str = "/lockstep.enroll.v1.EnrollService/Join";
+const RENEW: &str = "/lockstep.enroll.v1.EnrollService/Renew";
+
+fn is_for_agents(path: &str) -> bool {
+    path.starts_with("/lockstep.agent.v1.AgentService/") || path == RENEW
+}
 
 fn is_for_operators(path: &str) -> bool {
     path.starts_with("/lockstep.control.v1.ControlService/")
@@ -90,12 +112,20 @@ fn is_for_operators(path: &str) -> bool {
 
 #[tokio::test]
 async fn each_call_is_for_those_whom_the_documents_name() {
-    let place = Place::new();
+    let place = Place::enrolling("1h");
     let controller = place.start();
 
+    for (path, fate) in calls(&controller, None).await {
+        let expected = if path == JOIN {
+            Fate::Answered
+        } else {
+            Fate::Refused
+        };
+        assert_eq!(fate, expected, "no certificate: {path}");
+    }
     let agent = place.agent("app-1");
     for (path, fate) in calls(&controller, Some(&agent)).await {
-        let expected = if path.starts_with("/lockstep.agent.v1.AgentService/") {
+        let expected = if is_for_agents(path) || path == JOIN {
             Fate::Answered
         } else {
             Fate::Refused
@@ -113,7 +143,11 @@ async fn each_call_is_for_those_whom_the_documents_name() {
             let named = |role: &Role| of_role(*role).contains(&name(path));
             let may =
                 is_for_operators(path) && (READ.contains(&name(path)) || means.iter().any(named));
-            let expected = if may { Fate::Answered } else { Fate::Refused };
+            let expected = if may || path == JOIN {
+                Fate::Answered
+            } else {
+                Fate::Refused
+            };
             assert_eq!(fate, expected, "{who}: {path}");
         }
     }
@@ -147,4 +181,47 @@ async fn whoever_is_not_known_gets_nowhere() {
             assert_eq!(fate, Fate::Outside, "{who}: {path}");
         }
     }
+}
+
+#[tokio::test]
+async fn whoever_is_suspended_or_revoked_makes_no_call() {
+    let place = Place::enrolling("1h");
+    let controller = place.start();
+    let admin = place.admin();
+    let (agent, olga) = (place.agent("app-1"), place.operator("olga", &[]));
+    let serial = place.agent("app-2");
+    let subjects = [
+        ("host:app-1".to_owned(), &agent),
+        ("operator:olga".to_owned(), &olga),
+        (format!("serial:{}", serial.serial()), &serial),
+    ];
+    let mut api = controller.control(&admin).await;
+    for (subject, identity) in &subjects {
+        // Connected before, so that each call is asked about, not only the handshake.
+        let before = controller.dial(Some(identity)).await.unwrap();
+        let reads = if identity.key == olga.key {
+            READ
+        } else {
+            &["Renew"]
+        };
+        let path = CALLS
+            .iter()
+            .find(|path| reads.contains(&name(path)))
+            .unwrap();
+        assert_eq!(call(&before, path).await, Fate::Answered, "{subject}");
+        let request = wire::SuspendRequest {
+            subject: subject.clone(),
+            reason: "lost".to_owned(),
+        };
+        api.suspend(request).await.unwrap();
+        assert_ne!(call(&before, path).await, Fate::Answered, "{subject}");
+        for (path, fate) in calls(&controller, Some(identity)).await {
+            assert_eq!(fate, Fate::Outside, "{subject}: {path}");
+        }
+    }
+    assert!(
+        place.log().contains("a handshake was refused"),
+        "{}",
+        place.log()
+    );
 }

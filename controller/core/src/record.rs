@@ -11,6 +11,8 @@ use lockstep_proto::report::ReportBody;
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::trust::TrustRecord;
+
 /// A record with its time on the controller's clock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
@@ -85,6 +87,8 @@ pub enum Record {
         /// Who said so.
         operator: OperatorName,
     },
+    /// Who may be: tokens, hosts' certificates, suspensions.
+    Trust(TrustRecord),
     /// A report is durable, and may be acknowledged.
     Reported {
         /// Who reported.
@@ -359,7 +363,8 @@ impl Record {
             | Self::Compacted { .. }
             | Self::ReportsArchived { .. }
             | Self::HostSeen { .. }
-            | Self::HostForgotten { .. } => None,
+            | Self::HostForgotten { .. }
+            | Self::Trust(_) => None,
             Self::Archived(archived) => Some(&archived.rollout),
             Self::Reported { body, .. } => Some(match body {
                 ReportBody::Consented { rollout, .. }
@@ -452,7 +457,9 @@ impl Record {
             Self::RollbackStarted { reason, .. }
             | Self::Ended { reason, .. }
             | Self::Resolved { reason, .. }
-            | Self::Closed { reason, .. } => reason,
+            | Self::Closed { reason, .. }
+            | Self::Trust(TrustRecord::Suspended { reason, .. }) => reason,
+            Self::Trust(TrustRecord::TokenTried { why, .. }) => why,
             _ => return,
         };
         if text.len() > MAX_TEXT {

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{Request, Response};
@@ -14,10 +15,13 @@ use tower::{Layer, Service};
 use crate::identity::{Identity, Peer};
 use crate::pki::roles::Role::{Admin, Approver, Author, Operator};
 use crate::pki::roles::{Role, Roles};
+use crate::suspensions::Suspensions;
 
 /// Who may make a call.
 #[derive(Debug, Clone, Copy)]
 enum Who {
+    /// Whoever has connected, also without a certificate; the handler looks for itself.
+    Anybody,
     /// Agents, each for its own host.
     Agents,
     /// Operators with one of these roles.
@@ -66,6 +70,26 @@ const TABLE: &[(&str, Who)] = &[
         only(Admin),
     ),
     ("/lockstep.control.v1.ControlService/Logs", READERS),
+    (
+        "/lockstep.control.v1.ControlService/CreateToken",
+        only(Admin),
+    ),
+    (
+        "/lockstep.control.v1.ControlService/ListTokens",
+        only(Admin),
+    ),
+    (
+        "/lockstep.control.v1.ControlService/RevokeToken",
+        only(Admin),
+    ),
+    ("/lockstep.control.v1.ControlService/Suspend", only(Admin)),
+    ("/lockstep.control.v1.ControlService/Unsuspend", only(Admin)),
+    (
+        "/lockstep.control.v1.ControlService/ListSuspended",
+        only(Admin),
+    ),
+    ("/lockstep.enroll.v1.EnrollService/Join", Who::Anybody),
+    ("/lockstep.enroll.v1.EnrollService/Renew", AGENTS),
 ];
 
 // The table and the contract name the same calls, each once.
@@ -104,16 +128,24 @@ const fn is_same(one: &[u8], other: &[u8]) -> bool {
 }
 
 /// Whether a peer may make a call now.
-fn decide(peer: Option<&Peer>, path: &str) -> Result<(), Status> {
+fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<(), Status> {
     let peer = peer.ok_or_else(|| Status::unauthenticated("no certificate"))?;
     let identity = peer.identity();
     if peer.remaining().is_zero() {
         let why = format!("the certificate of {identity} has ended");
         return Err(Status::unauthenticated(why));
     }
+    if let Some(why) = suspensions.why(identity, peer.serial()) {
+        tracing::warn!(peer = %peer.address(), %identity, path, why, "a call was refused");
+        return Err(Status::permission_denied(format!("{identity}: {why}")));
+    }
     let row = TABLE.iter().find(|(call, _)| *call == path);
     let why = match (row.map(|(_, who)| who), identity) {
-        (Some(Who::Agents), Identity::Agent(_)) => return Ok(()),
+        (Some(Who::Anybody), _) | (Some(Who::Agents), Identity::Agent(_)) => return Ok(()),
+        (_, Identity::Nobody) => {
+            tracing::warn!(peer = %peer.address(), path, "a call without a certificate was refused");
+            return Err(Status::unauthenticated("this takes a certificate"));
+        }
         (Some(Who::Operators(roles)), Identity::Operator { .. }) => {
             if identity.roles().meets(*roles) {
                 return Ok(());
@@ -135,14 +167,17 @@ fn decide(peer: Option<&Peer>, path: &str) -> Result<(), Status> {
 }
 
 /// Puts the table in front of every service.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct AccessLayer;
+#[derive(Debug, Clone)]
+pub(crate) struct AccessLayer(pub(crate) Arc<Suspensions>);
 
 impl<S> Layer<S> for AccessLayer {
     type Service = Access<S>;
 
     fn layer(&self, inner: S) -> Access<S> {
-        Access { inner }
+        Access {
+            inner,
+            suspensions: Arc::clone(&self.0),
+        }
     }
 }
 
@@ -150,6 +185,7 @@ impl<S> Layer<S> for AccessLayer {
 #[derive(Debug, Clone)]
 pub(crate) struct Access<S> {
     inner: S,
+    suspensions: Arc<Suspensions>,
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
@@ -168,7 +204,8 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Answer {
-        match decide(request.extensions().get(), request.uri().path()) {
+        let path = request.uri().path();
+        match decide(request.extensions().get(), path, &self.suspensions) {
             Ok(()) => Box::pin(self.inner.call(request)),
             Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
         }
@@ -199,6 +236,7 @@ mod tests {
         let mut person = pki::Person::new("dora", &[]);
         person.roles = Roles::ANY;
         let operator = peer(&pki::issue_operator(dir, &person, dir).unwrap());
+        let nobody = Suspensions::default();
         for peer in [&agent, &operator] {
             for path in [
                 "/grpc.health.v1.Health/Check",
@@ -206,11 +244,11 @@ mod tests {
                 "/",
                 TABLE[0].0.trim_end_matches('n'),
             ] {
-                assert!(decide(Some(peer), path).is_err(), "{path}");
+                assert!(decide(Some(peer), path, &nobody).is_err(), "{path}");
             }
         }
         for (call, _) in TABLE {
-            assert!(decide(None, call).is_err(), "{call}");
+            assert!(decide(None, call, &nobody).is_err(), "{call}");
         }
     }
 
@@ -222,7 +260,8 @@ mod tests {
         let mut person = pki::Person::new("ada", &[]);
         person.roles = Roles::of(&[Admin]);
         let admin = peer(&pki::issue_operator(dir, &person, dir).unwrap());
-        let refused = decide(Some(&admin), "/lockstep.control.v1.ControlService/Decide");
+        let call = "/lockstep.control.v1.ControlService/Decide";
+        let refused = decide(Some(&admin), call, &Suspensions::default());
         let refused = refused.unwrap_err();
         assert_eq!(
             refused.message(),

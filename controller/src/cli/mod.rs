@@ -29,6 +29,7 @@ mod render;
 mod report;
 mod serve;
 mod status;
+mod trust;
 mod watch;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -115,6 +116,15 @@ enum Command {
     Hosts,
     /// Forget a host that is gone for good, so that no plan waits for it
     Forget(control::Forget),
+    /// Make, list and take back the tokens with which hosts join
+    #[command(subcommand)]
+    Token(trust::Token),
+    /// Let a host, an operator or a certificate do nothing any more
+    Suspend(trust::Suspend),
+    /// Lift a suspension
+    Unsuspend(trust::Unsuspend),
+    /// List who is suspended
+    Suspended(trust::Suspended),
     /// List rollouts, newest first
     History(status::History),
     /// Print the output of a rollout's steps
@@ -204,6 +214,10 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::History(history) => status::history(history, session).await,
         Command::Hosts => status::hosts(session).await,
         Command::Forget(forget) => control::forget(forget, session).await,
+        Command::Token(command) => trust::token(command, session).await,
+        Command::Suspend(suspend) => trust::suspend(suspend, session).await,
+        Command::Unsuspend(unsuspend) => trust::unsuspend(unsuspend, session).await,
+        Command::Suspended(suspended) => trust::suspended(suspended, session).await,
         Command::Watch(RolloutArg { rollout }) => {
             let client = session.connect().await?;
             watch::watch(&client, &rollout, session.printer).await

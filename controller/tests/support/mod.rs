@@ -56,6 +56,29 @@ impl Place {
         place
     }
 
+    /// One whose controller lets hosts join; certificates live for so long.
+    pub(crate) fn enrolling(life: &str) -> Self {
+        let place = Self::new();
+        let file = place.path().join("controller.toml");
+        let mut config = fs::read_to_string(&file).unwrap();
+        config.push_str("\n[enroll]\nagent_ca_key = \"pki/ca-agents.key\"\n");
+        config.push_str("controller_ca = \"ca-controllers.crt\"\n");
+        config.push_str(&format!("life = \"{life}\"\n"));
+        fs::write(file, config).unwrap();
+        place
+    }
+
+    /// An operator with roles.
+    pub(crate) fn with_roles(&self, name: &str, roles: &[pki::roles::Role]) -> Identity {
+        let mut person = pki::Person::new(name, &[]);
+        person.roles = pki::roles::Roles::of(roles);
+        self.person(&person)
+    }
+
+    pub(crate) fn admin(&self) -> Identity {
+        self.with_roles("ada", &[pki::roles::Role::Admin])
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -103,6 +126,36 @@ impl Place {
         fs::write(&identity.certificate, signed.pem()).unwrap();
         fs::write(&identity.key, pair.serialize_pem()).unwrap();
         identity
+    }
+
+    /// The operators' revocation list with these certificates, in PEM; it ends so many seconds
+    /// from now.
+    pub(crate) fn operators_list(&self, revoked: &[&Identity], ends: i64) -> String {
+        use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair};
+        use rcgen::{RevokedCertParams, SerialNumber};
+        let file = |kind: &str| {
+            let path = self.pki().join(format!("ca-operators.{kind}"));
+            fs::read_to_string(path).unwrap()
+        };
+        let key = KeyPair::from_pem(&file("key")).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&file("crt"), key).unwrap();
+        let now = UNIX_EPOCH.elapsed().unwrap().as_secs().cast_signed();
+        let at = |seconds| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap();
+        let entry = |identity: &&Identity| RevokedCertParams {
+            serial_number: SerialNumber::from(hex::decode(identity.serial()).unwrap()),
+            revocation_time: at(now - 100),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: at(now - 100),
+            next_update: at(now + ends),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&issuer).unwrap().pem().unwrap()
     }
 
     pub(crate) fn start(&self) -> Controller {
@@ -200,6 +253,15 @@ impl Controller {
 
     /// A channel; what is wrong with it may show only at the first call.
     pub(crate) async fn dial(&self, identity: Option<&Identity>) -> Result<Channel, String> {
+        self.dial_from(identity, [127, 0, 0, 1]).await
+    }
+
+    /// A channel from one of this machine's addresses.
+    pub(crate) async fn dial_from(
+        &self,
+        identity: Option<&Identity>,
+        from: [u8; 4],
+    ) -> Result<Channel, String> {
         let mut roots = rustls::RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_file(&self.issuer).unwrap())
@@ -224,7 +286,9 @@ impl Controller {
         let connector = tower::service_fn(move |_: http::Uri| {
             let tls = tls.clone();
             async move {
-                let tcp = tokio::net::TcpStream::connect(address).await?;
+                let socket = tokio::net::TcpSocket::new_v4()?;
+                socket.bind((from, 0).into())?;
+                let tcp = socket.connect(address).await?;
                 let name = ServerName::try_from("localhost").unwrap();
                 let tls = tls.connect(name, tcp).await?;
                 Ok::<_, io::Error>(TokioIo::new(tls))
@@ -294,6 +358,17 @@ impl Identity {
             certificate: issued.certificate,
             key: issued.key,
         }
+    }
+}
+
+impl Identity {
+    /// The certificate's serial number, in hexadecimal digits.
+    pub(crate) fn serial(&self) -> String {
+        use x509_parser::prelude::{FromDer as _, X509Certificate};
+        let der = CertificateDer::from_pem_file(&self.certificate).unwrap();
+        let (_, parsed) = X509Certificate::from_der(&der).unwrap();
+        let digits = hex::encode(parsed.raw_serial());
+        digits.trim_start_matches("00").to_owned()
     }
 }
 
