@@ -23,7 +23,7 @@ fn is_connected(cluster: &Cluster, name: &str) -> bool {
 fn wait_connected(cluster: &Cluster, name: &str, wanted: bool) {
     wait::until(&format!("{name}: {wanted}"), wait::SOON, || {
         let is = is_connected(cluster, name);
-        if is == wanted { Ok(()) } else { Err(is) }
+        if is == wanted { Ok(()) } else { Err(is.to_string()) }
     })
     .unwrap();
 }

@@ -7,6 +7,7 @@
 //! The token goes to nobody but a controller of the issuer whose hash was given. It can be run
 //! again after whatever ended it.
 
+use std::fmt::Write as _;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -348,22 +349,23 @@ fn config_text(arguments: &Join, host: &HostId, tls: &Tls) -> String {
         quote(&arguments.controller),
     );
     if let Some(name) = &arguments.controller_name {
-        text.push_str(&format!("controller_name = {}\n", quote(name)));
+        let _ = writeln!(text, "controller_name = {}", quote(name));
     }
     if arguments.state_dir != Path::new("/var/lib/lockstep-agent") {
-        text.push_str(&format!("state_dir = {}\n", path(&arguments.state_dir)));
+        let _ = writeln!(text, "state_dir = {}", path(&arguments.state_dir));
     }
-    text.push_str(&format!(
-        "\n[tls]\ncontroller_ca = {}\ncert = {}\nkey = {}\n",
+    let _ = writeln!(
+        text,
+        "\n[tls]\ncontroller_ca = {}\ncert = {}\nkey = {}",
         path(&tls.controller_ca),
         path(&tls.cert),
         path(&tls.key),
-    ));
+    );
     if !arguments.labels.is_empty() {
         text.push_str("\n[labels]\n");
     }
     for (name, value) in &arguments.labels {
-        text.push_str(&format!("{} = {}\n", quote(name), quote(value)));
+        let _ = writeln!(text, "{} = {}", quote(name), quote(value));
     }
     text
 }

@@ -4,6 +4,7 @@
 #[allow(dead_code, unreachable_pub, reason = "the controller's own module")]
 pub(crate) mod pki;
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
@@ -63,7 +64,7 @@ impl Place {
         let mut config = fs::read_to_string(&file).unwrap();
         config.push_str("\n[enroll]\nagent_ca_key = \"pki/ca-agents.key\"\n");
         config.push_str("controller_ca = \"ca-controllers.crt\"\n");
-        config.push_str(&format!("life = \"{life}\"\n"));
+        let _ = writeln!(config, "life = \"{life}\"");
         fs::write(file, config).unwrap();
         place
     }
