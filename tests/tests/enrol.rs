@@ -23,7 +23,11 @@ fn is_connected(cluster: &Cluster, name: &str) -> bool {
 fn wait_connected(cluster: &Cluster, name: &str, wanted: bool) {
     wait::until(&format!("{name}: {wanted}"), wait::SOON, || {
         let is = is_connected(cluster, name);
-        if is == wanted { Ok(()) } else { Err(is.to_string()) }
+        if is == wanted {
+            Ok(())
+        } else {
+            Err(is.to_string())
+        }
     })
     .unwrap();
 }
