@@ -453,7 +453,9 @@ impl Record {
     /// Cuts texts that grow with the fleet; the report has them whole.
     pub(crate) fn shorten(&mut self) {
         let text = match self {
-            Self::Quarantined { why, .. } | Self::GateClosed { why, .. } => why,
+            Self::Quarantined { why, .. }
+            | Self::GateClosed { why, .. }
+            | Self::Trust(TrustRecord::TokenTried { why, .. }) => why,
             Self::GateDecided { comment, .. } | Self::SignedOff { comment, .. } => comment,
             Self::NoticeSent {
                 error: Some(error), ..
@@ -463,7 +465,6 @@ impl Record {
             | Self::Resolved { reason, .. }
             | Self::Closed { reason, .. }
             | Self::Trust(TrustRecord::Suspended { reason, .. }) => reason,
-            Self::Trust(TrustRecord::TokenTried { why, .. }) => why,
             _ => return,
         };
         if text.len() > MAX_TEXT {

@@ -1,6 +1,6 @@
 //! What certificates and those who have them are called.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::str::FromStr;
 
 use lockstep_proto::ids::{HostId, OperatorName};
@@ -14,7 +14,10 @@ pub struct Serial(String);
 impl Serial {
     /// The serial number of these bytes, the most significant first.
     pub fn from_bytes(bytes: &[u8]) -> Self {
-        let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let digits = bytes.iter().fold(String::new(), |mut digits, byte| {
+            let _ = write!(digits, "{byte:02x}");
+            digits
+        });
         Self(digits.trim_start_matches('0').to_owned())
     }
 
