@@ -76,6 +76,10 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     private_dir(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
     let _lock = StateLock::take(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
+    // A process before this one may have been about to put the next certificate in its place.
+    if let Err(error) = crate::enroll::settle(&config.tls) {
+        return Err(failed(&error, exit::INTERNAL));
+    }
     let identity = Identity::load(&config.tls).map_err(|error| {
         say("run `lockstep-agent check` for everything that is wrong");
         failed(&error, exit::USAGE)

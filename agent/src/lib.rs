@@ -25,6 +25,7 @@ mod bridge;
 mod check;
 mod config;
 mod daemon;
+mod enroll;
 mod errors;
 mod exec;
 mod faults;
@@ -70,6 +71,8 @@ mod exit {
     pub(crate) const INTERNAL: u8 = 4;
     /// `step`: the attempt was claimed before, and nothing was done.
     pub(crate) const CLAIMED: u8 = 10;
+    /// `join`: the controller cannot be reached, or refuses.
+    pub(crate) const REFUSED: u8 = 5;
     /// `journal verify`: a person must look at the state directory.
     pub(crate) const BROKEN: u8 = 10;
 }
@@ -80,6 +83,7 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line, the configuration or the policy cannot be used
   3  another agent runs with the same state directory
   4  the operating system failed; start it again
+  5  join: the controller cannot be reached, or refuses
  10  journal verify, audit: the journal is broken; step: the attempt was claimed before, and nothing
      was done";
 
@@ -99,6 +103,8 @@ enum Command {
     Exec(File),
     /// Connect to the controller, and leave everything else to `exec`: for a user without rights.
     Link(File),
+    /// Become a host: get this machine's certificate, with a token that an admin has made.
+    Join(enroll::join::Join),
     /// Read configuration, policy and certificates, and say what is allowed and what is wrong.
     Check(File),
     /// Look at the journal while no agent runs.
@@ -160,6 +166,7 @@ pub fn main() -> ExitCode {
         Command::Run(file) => daemon(&file, Half::Both),
         Command::Exec(file) => daemon(&file, Half::Exec),
         Command::Link(file) => daemon(&file, Half::Link),
+        Command::Join(join) => enroll::join::run(&join),
         Command::Check(file) => check::check(&file.config),
         Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
         Command::Audit(AuditCommand::Verify { file, witness }) => with_config(&file, |config| {

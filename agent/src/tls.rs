@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lockstep_proto::ids::HostId;
+use lockstep_proto::ids::{Digest, HostId};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::pki_types::pem::PemObject as _;
@@ -59,6 +59,8 @@ pub(crate) struct Identity {
     pub(crate) domain: String,
     /// The host that it names.
     pub(crate) host: HostId,
+    /// When it begins, in seconds since 1970.
+    pub(crate) not_before: i64,
     /// When it ends, in seconds since 1970.
     pub(crate) not_after: i64,
     chain: Vec<CertificateDer<'static>>,
@@ -89,10 +91,37 @@ impl Identity {
         Ok(Self {
             domain: domain.clone(),
             host: name.parse().map_err(|error| wrong(format!("{error}")))?,
+            not_before: names.not_before,
             not_after: names.not_after,
             chain,
         })
     }
+
+    /// A number that follows from the certificate, and that nobody can tell beforehand.
+    pub(crate) fn seed(&self) -> u32 {
+        let leaf = self.chain.first().map_or(&[][..], |leaf| leaf.as_ref());
+        let digest = Digest::of(leaf);
+        u32::from_be_bytes([digest.0[0], digest.0[1], digest.0[2], digest.0[3]])
+    }
+
+    /// One that only lives.
+    #[cfg(test)]
+    pub(crate) fn of_life(not_before: i64, not_after: i64, seed: u8) -> Self {
+        Self {
+            domain: "example.com".to_owned(),
+            host: "app-1".parse().expect("a host's name"),
+            not_before,
+            not_after,
+            chain: vec![CertificateDer::from(vec![seed])],
+        }
+    }
+}
+
+/// Domain, role and name of each `spiffe://` name of a certificate.
+pub(crate) fn spiffe_names(
+    certificate: &CertificateDer<'_>,
+) -> Result<Vec<(String, String, String)>, String> {
+    Names::of(certificate).map(|names| names.spiffe)
 }
 
 fn certificates(
@@ -254,6 +283,7 @@ impl ServerCertVerifier for ControllerVerifier {
 struct Names {
     /// Domain, role and name of each `spiffe://` name.
     spiffe: Vec<(String, String, String)>,
+    not_before: i64,
     not_after: i64,
 }
 
@@ -285,6 +315,7 @@ impl Names {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             spiffe,
+            not_before: parsed.validity().not_before.timestamp(),
             not_after: parsed.validity().not_after.timestamp(),
         })
     }

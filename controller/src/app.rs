@@ -7,21 +7,22 @@
 //! Running::drain  stop accepting -> tell agents -> finish in-flight -> flush and close
 //! ```
 
+mod error;
+mod host;
+
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
 use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
-use lockstep_proto::wire::{MAX_AGENT_MESSAGE, MAX_CONTROL_MESSAGE};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use lockstep_proto::wire::enroll_v1::enroll_service_server::EnrollServiceServer;
+use lockstep_proto::wire::{MAX_AGENT_MESSAGE, MAX_CONTROL_MESSAGE, MAX_ENROLL_MESSAGE};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,18 +32,22 @@ use tonic::transport::server::Connected;
 
 use crate::api::Control;
 use crate::api::access::AccessLayer;
-use crate::blobs::{BlobError, Blobs};
-use crate::config::{Config, ConfigError};
-use crate::driver::{Driver, DriverError, Handle, Parts, StartError};
+use crate::blobs::Blobs;
+use crate::config::Config;
+use crate::driver::{Driver, DriverError, Handle, Parts};
+use crate::enroll::issuer::Issuer;
+use crate::enroll::{Enrolment, list};
 use crate::hub::Hub;
 use crate::identity::Peer;
-use crate::journal::OpenError;
 use crate::journal::sled::SledJournal;
 use crate::logs::Logs;
 use crate::notify::{self, Notifier};
 use crate::secrets::Secrets;
 use crate::session::Agents;
-use crate::tls::{Settings, TlsError, spawn_accepting};
+use crate::suspensions::Suspensions;
+use crate::tls::{Settings, spawn_accepting};
+pub(crate) use error::ServeError;
+use host::{Asked, Signals, notify_systemd, raise_descriptor_limit};
 
 /// From the first signal to the end. Agents do without the controller meanwhile; systemd kills
 /// what takes longer.
@@ -102,118 +107,6 @@ pub(crate) struct ServeOptions {
     pub(crate) take_over: bool,
 }
 
-/// Why the controller did not start, or did not go on.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ServeError {
-    /// The configuration.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The certificates.
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    /// The journal.
-    #[error(transparent)]
-    Journal(#[from] OpenError),
-    /// The state that the journal holds.
-    #[error(transparent)]
-    Start(#[from] StartError),
-    /// The driver ended.
-    #[error(transparent)]
-    Driver(#[from] DriverError),
-    /// The plans' directory.
-    #[error("the plans' directory cannot be used")]
-    Blobs(#[from] BlobError),
-    /// There is state of a controller, but no journal.
-    #[error(
-        "{0} holds plans or logs of a controller, but no journal; put the journal back from a \
-         backup, or move the directory away to begin anew"
-    )]
-    JournalMissing(PathBuf),
-    /// The address cannot be bound.
-    #[error("{address} cannot be bound")]
-    Bind {
-        /// The address.
-        address: SocketAddr,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The client for webhooks cannot be made.
-    #[error("messages cannot be sent")]
-    Notify(#[from] reqwest::Error),
-    /// Something of the operating system's.
-    #[error("cannot {what}")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The server's part has failed.
-    #[error("the server has failed")]
-    Server(#[from] tonic::transport::Error),
-    /// A second signal came while draining.
-    #[error("left at once, at a second signal; what was acknowledged is durable")]
-    Hurried,
-}
-
-impl ServeError {
-    /// The process's exit code. 2: the configuration or what it names; 4: a fault; 10: the state
-    /// directory must be looked at by a person, and a restart does not help; 11: the journal
-    /// could not be written, and a restart finds out what was; 12: another controller has the
-    /// state directory or took over, and a restart does not help.
-    pub(crate) fn exit_code(&self) -> u8 {
-        match self {
-            Self::Config(_) | Self::Tls(_) | Self::Journal(OpenError::NotOwner { .. }) => 2,
-            Self::Journal(OpenError::InUse { .. })
-            | Self::Driver(DriverError::Superseded { .. }) => 12,
-            Self::Journal(OpenError::Quarantined { .. } | OpenError::Format { .. })
-            | Self::JournalMissing(_)
-            | Self::Start(_)
-            | Self::Driver(DriverError::Outdated { .. }) => 10,
-            Self::Driver(DriverError::Append(_)) => 11,
-            Self::Journal(error) if error.is_full_disk() => 11,
-            _ => 4,
-        }
-    }
-
-    /// What to do about it, where one can tell.
-    pub(crate) fn hint(&self) -> Option<String> {
-        let hint = match self {
-            Self::Journal(error @ OpenError::NotOwner { .. }) => return error.hint(),
-            Self::Config(ConfigError::Unreadable { .. }) => {
-                Some("name the configuration with --config; it must be readable to this user")
-            }
-            Self::Tls(TlsError::File { .. } | TlsError::Empty { .. }) => Some(
-                "`[tls]` names PEM files that this user can read, relative to the configuration; \
-                 `lockstep pki controller NAME --address ADDRESS --out DIR` makes all four",
-            ),
-            Self::Tls(TlsError::OpenKey(_)) => Some(
-                "let only its owner, and perhaps its group, read the key: `chmod 0640` and `chgrp` \
-                 for the user that the controller runs as",
-            ),
-            Self::Tls(TlsError::OtherDomain { .. }) => Some(
-                "`domain` is what `lockstep pki init --domain` was told; `[tls] cert` is what \
-                 `lockstep pki controller` issued",
-            ),
-            Self::Journal(OpenError::Quarantined { .. }) => Some(
-                "`lockstep journal verify --dir STATE_DIR` names the first record that is not \
-                 whole; a state directory from a backup is started with `--take-over`: see \
-                 docs/recovery.md",
-            ),
-            Self::Journal(error) if error.is_full_disk() => Some(
-                "make room: a start copies the journal, to look at it before anything is changed",
-            ),
-            Self::Bind { .. } => Some(
-                "is something else listening on `listen`, and is it an address of this machine?",
-            ),
-            _ => None,
-        };
-        hint.map(str::to_owned)
-    }
-}
-
 /// Runs a controller until it is told to stop.
 pub(crate) fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
     let config = Config::load(&options.config)?;
@@ -246,6 +139,7 @@ pub(crate) struct App {
     logs: Logs,
     hub: Hub,
     tls: Arc<Settings>,
+    suspensions: Arc<Suspensions>,
     listener: TcpListener,
     signals: Signals,
 }
@@ -254,7 +148,13 @@ impl App {
     /// Does everything that can fail: a controller that starts is one that works.
     pub(crate) async fn build(config: Config, options: &ServeOptions) -> Result<Self, ServeError> {
         let signals = Signals::new()?;
-        let tls = Settings::load(&config.tls, &config.domain)?;
+        let suspensions = Arc::new(Suspensions::default());
+        let tls = Settings::load(&config, &suspensions)?;
+        if let Some(enroll) = &config.enroll {
+            // What cannot sign is found out now, and not by the first host that wants to join.
+            let issuer = Issuer::load(enroll, &config.tls, &config.domain)?;
+            warn_of_end(issuer.ends());
+        }
         let state = &config.state_dir;
         let (blobs_dir, logs_dir) = (state.join("blobs"), state.join("logs"));
         if !state.join("journal").exists() && (blobs_dir.exists() || logs_dir.exists()) {
@@ -271,6 +171,7 @@ impl App {
             journal: Box::new(journal),
             hub: hub.clone(),
             notices: sender,
+            suspensions: Arc::clone(&suspensions),
             epoch_above: options.epoch_above,
             take_over: options.take_over,
         };
@@ -292,6 +193,7 @@ impl App {
             logs,
             hub,
             tls,
+            suspensions,
             listener,
             signals,
         })
@@ -308,6 +210,7 @@ impl App {
             logs,
             hub,
             tls,
+            suspensions,
             listener,
             signals,
         } = self;
@@ -321,6 +224,18 @@ impl App {
 
         let (reload, asked) = mpsc::channel(1);
         tokio::spawn(Arc::clone(&tls).keep_fresh(asked, draining.clone()));
+        let list = list::path(&config.state_dir);
+        if let Some(enroll) = config.enroll.clone() {
+            let lists = list::Lists {
+                path: list.clone(),
+                enroll,
+                tls: config.tls.clone(),
+                domain: config.domain.clone(),
+                driver: driver.clone(),
+                suspensions: Arc::clone(&suspensions),
+            };
+            tokio::spawn(lists.run(draining.clone()));
+        }
         tokio::spawn(notifier.run(notices, driver.clone(), messages.clone()));
         let agents = Agents {
             driver: driver.clone(),
@@ -337,10 +252,18 @@ impl App {
             tasks: calls.clone(),
             draining: draining.clone(),
             started: SystemTime::now(),
+            list: config.enroll.is_some().then_some(list),
+        };
+        let enrolment = Enrolment::new(driver.clone(), &config);
+        let services = Services {
+            agents,
+            control,
+            enrolment,
+            suspensions,
         };
         let connections = spawn_accepting(listener, tls, stop_accepting.clone());
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
-        let serving = serve_on(connections, agents, control, stop_accepting.clone());
+        let serving = serve_on(connections, services, stop_accepting.clone());
         let server = tokio::spawn(serving);
         tracing::info!(%address, domain = config.domain, "started");
         Ok(Running {
@@ -358,18 +281,47 @@ impl App {
     }
 }
 
+/// What is served.
+pub(crate) struct Services {
+    /// To agents.
+    pub(crate) agents: Agents,
+    /// To operators.
+    pub(crate) control: Control,
+    /// To hosts that want a certificate.
+    pub(crate) enrolment: Enrolment,
+    /// To whom not.
+    pub(crate) suspensions: Arc<Suspensions>,
+}
+
+/// Says in time that hosts will not get certificates any more.
+fn warn_of_end(ends: i64) {
+    let now = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
+    let days = ends.saturating_sub_unsigned(now) / (24 * 3600);
+    if days < 90 {
+        tracing::warn!(
+            days,
+            "the agents' issuer ends soon; make another, and trust both meanwhile"
+        );
+    }
+}
+
 /// Serves both sides on these connections, until it is stopped and the last one is closed.
 pub(crate) async fn serve_on<C>(
     connections: impl tokio_stream::Stream<Item = io::Result<C>>,
-    agents: Agents,
-    control: Control,
+    services: Services,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error>
 where
     C: AsyncRead + AsyncWrite + Connected<ConnectInfo = Peer> + Unpin + Send + 'static,
 {
+    let Services {
+        agents,
+        control,
+        enrolment,
+        suspensions,
+    } = services;
     tonic::transport::Server::builder()
-        .layer(AccessLayer)
+        .layer(AccessLayer(suspensions))
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(STREAMS)
@@ -391,6 +343,11 @@ where
             ControlServiceServer::new(control)
                 .max_decoding_message_size(MAX_CONTROL_MESSAGE)
                 .max_encoding_message_size(MAX_ANSWER),
+        )
+        .add_service(
+            EnrollServiceServer::new(enrolment)
+                .max_decoding_message_size(MAX_ENROLL_MESSAGE)
+                .max_encoding_message_size(MAX_ENROLL_MESSAGE),
         )
         .serve_with_incoming_shutdown(connections, stop.cancelled_owned())
         .await
@@ -509,79 +466,6 @@ fn ended_early(end: Result<Result<(), DriverError>, oneshot::error::RecvError>) 
         Ok(Err(error)) => error.into(),
         Ok(Ok(())) => DriverError::Thread("it ended without being asked to".to_owned()).into(),
         Err(_) => DriverError::Thread("it panicked; see the lines above".to_owned()).into(),
-    }
-}
-
-/// The signals that a controller listens to. Taken early: one that comes while the journal is
-/// read ends the controller properly too.
-#[derive(Debug)]
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self, ServeError> {
-        let listen = |kind| signal(kind).map_err(io_error("listen to signals"));
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            hangup: listen(SignalKind::hangup())?,
-        })
-    }
-
-    async fn next(&mut self) -> Asked {
-        tokio::select! {
-            _ = self.terminate.recv() => Asked::Stop,
-            _ = self.interrupt.recv() => Asked::Stop,
-            _ = self.hangup.recv() => Asked::Reload,
-        }
-    }
-
-    async fn stop(&mut self) {
-        while self.next().await != Asked::Stop {}
-    }
-}
-
-/// What a signal asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asked {
-    Stop,
-    Reload,
-}
-
-/// Each agent is a descriptor: the soft limit of 1,024 would end a fleet's growth early.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => tracing::info!(limit = ?limit.maximum, "descriptors"),
-        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
-    }
-}
-
-/// Tells systemd of a change, if systemd asked for it. Not being heard is no reason to stop.
-fn notify_systemd(state: &str) {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let send = || -> io::Result<()> {
-        use std::os::linux::net::SocketAddrExt as _;
-        use std::os::unix::ffi::OsStrExt as _;
-        let bytes = path.as_bytes();
-        let address = match bytes.strip_prefix(b"@") {
-            Some(name) => std::os::unix::net::SocketAddr::from_abstract_name(name)?,
-            None => std::os::unix::net::SocketAddr::from_pathname(Path::new(&path))?,
-        };
-        UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address)?;
-        Ok(())
-    };
-    if let Err(error) = send() {
-        tracing::warn!(%error, state, "systemd was not told");
     }
 }
 

@@ -11,6 +11,12 @@
 //! key = "controller.key"
 //! agent_ca = "ca-agents.crt"
 //! operator_ca = "ca-operators.crt"
+//! operator_crl = "operators.crl"     # perhaps: operators' certificates that are void
+//!
+//! [enroll]                           # only where hosts may join, and renew their certificates
+//! agent_ca_key = "ca-agents.key"     # of the first fitting one in `agent_ca`
+//! controller_ca = "ca-controllers.crt"
+//! life = "24h"                       # of what is issued
 //!
 //! [email]                            # only for `notify.email`
 //! host = "smtp.example.com"
@@ -25,7 +31,9 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use lockstep_proto::values::Period;
 use serde::Deserialize;
 
 /// A configuration that was read and holds.
@@ -39,6 +47,8 @@ pub(crate) struct Config {
     pub(crate) domain: String,
     /// Certificates.
     pub(crate) tls: TlsFiles,
+    /// How hosts join; none if they may not.
+    pub(crate) enroll: Option<Enroll>,
     /// Where `secret://NAME` is found; none if the controller uses no secrets.
     pub(crate) secrets_dir: Option<PathBuf>,
     /// How mail is sent; none if it is not.
@@ -57,7 +67,36 @@ pub(crate) struct TlsFiles {
     pub(crate) agent_ca: PathBuf,
     /// The operators' issuers, in PEM. None of them may be an agents' issuer too.
     pub(crate) operator_ca: PathBuf,
+    /// The operators' revocation lists, in PEM; absent: no certificate of theirs is revoked.
+    pub(crate) operator_crl: Option<PathBuf>,
 }
+
+/// How hosts join and renew their certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Enroll {
+    /// The key of one of the agents' issuers, in PEM.
+    pub(crate) agent_ca_key: PathBuf,
+    /// The controllers' issuers, in PEM: hosts that join know the hash of one.
+    pub(crate) controller_ca: PathBuf,
+    /// How long a certificate lives.
+    pub(crate) life: Duration,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawEnroll {
+    agent_ca_key: PathBuf,
+    controller_ca: PathBuf,
+    life: Option<Period>,
+}
+
+/// How long an agent's certificate lives, if nobody says otherwise.
+const AGENT_LIFE: Duration = Duration::from_hours(24);
+
+/// The bounds of what may be said otherwise: renewing takes a moment, and what lives for long is
+/// made by `lockstep pki agent`.
+const AGENT_LIVES: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(4)..=Duration::from_hours(30 * 24);
 
 /// How mail is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -132,6 +171,7 @@ struct RawConfig {
     domain: String,
     secrets_dir: Option<PathBuf>,
     tls: TlsFiles,
+    enroll: Option<RawEnroll>,
     email: Option<Email>,
 }
 
@@ -146,7 +186,7 @@ impl Config {
     }
 
     /// Reads a configuration's text; `path` is where it came from.
-    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let raw: RawConfig = toml::from_str(text).map_err(|source| ConfigError::Invalid {
             path: path.to_owned(),
             source,
@@ -163,8 +203,17 @@ impl Config {
             domain,
             secrets_dir,
             tls,
+            enroll,
             email,
         } = raw;
+        let life = enroll.as_ref().and_then(|enroll| enroll.life);
+        let life = life.map_or(AGENT_LIFE, Period::to_std);
+        if !AGENT_LIVES.contains(&life) {
+            return Err(invalid(
+                "enroll.life",
+                "is at least 4 seconds and at most 30 days",
+            ));
+        }
         if domain.is_empty() || domain.contains(['/', ':']) {
             let why = "must be the trust domain of the certificates, such as `example.com`";
             return Err(invalid("domain", why));
@@ -203,7 +252,13 @@ impl Config {
                 key: base.join(tls.key),
                 agent_ca: base.join(tls.agent_ca),
                 operator_ca: base.join(tls.operator_ca),
+                operator_crl: tls.operator_crl.map(|path| base.join(path)),
             },
+            enroll: enroll.map(|enroll| Enroll {
+                agent_ca_key: base.join(enroll.agent_ca_key),
+                controller_ca: base.join(enroll.controller_ca),
+                life,
+            }),
             secrets_dir: secrets_dir.map(|dir| base.join(dir)),
             email,
         })
@@ -229,6 +284,10 @@ mod tests {
         from = "a@example.com"
         user = "a"
         password = "secret://smtp"
+        [enroll]
+        agent_ca_key = "a.key"
+        controller_ca = "c-ca.crt"
+        life = "1h"
     "#;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -241,6 +300,9 @@ mod tests {
         assert_eq!(config.state_dir, Path::new("/etc/lockstep/state"));
         assert_eq!(config.tls.cert, Path::new("/etc/lockstep/c.crt"));
         assert_eq!(config.tls.key, Path::new("/keys/c.key"));
+        let enroll = config.enroll.unwrap();
+        assert_eq!(enroll.agent_ca_key, Path::new("/etc/lockstep/a.key"));
+        assert_eq!(enroll.life, Duration::from_hours(1));
         assert_eq!(config.email.unwrap().security, EmailSecurity::Starttls);
     }
 
@@ -251,6 +313,9 @@ mod tests {
             ("\"example.com\"", "\"spiffe://example.com\""),
             ("secret://smtp", "hunter2"),
             ("password", "# password"),
+            ("\"1h\"", "\"1s\""),
+            ("\"1h\"", "\"90d\""),
+            ("controller_ca", "# controller_ca"),
             ("secrets_dir", "# secrets_dir"),
             ("127.0.0.1:0", "localhost"),
             ("host = \"smtp\"", "host = \"smtp\"\nsecurity = \"none\""),

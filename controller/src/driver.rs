@@ -14,21 +14,21 @@
 mod clock;
 mod handle;
 mod room;
+mod round;
 mod term;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use lockstep_core::event::EventKind;
 use lockstep_core::{
-    Answer, Config, Coordinator, Effects, Entry, Event, Message, Notify, Record, RecoverError,
-    Refused, RolloutEvent,
+    Answer, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
 };
-use lockstep_proto::ids::{Epoch, HostId, PlanDigest, RolloutId};
+use lockstep_proto::ids::{Epoch, HostId, PlanDigest};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 use lockstep_proto::wire::{Hello, Welcome, agent_v1 as wire};
@@ -41,10 +41,12 @@ use crate::faults::planted;
 use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
 use crate::session::registry::{self, Candidate, Registry, SessionNumber};
+use crate::suspensions::Suspensions;
 pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
+use handle::Input;
 pub(crate) use handle::{Handle, Stopping};
-use handle::{Input, Read};
+use round::Round;
 pub(crate) use term::taken_over;
 
 /// Inputs that wait for the driver. When it is full, sessions stop reading from their sockets,
@@ -127,6 +129,8 @@ pub(crate) struct Parts {
     pub(crate) hub: Hub,
     /// Notices on their way to be sent.
     pub(crate) notices: mpsc::Sender<Notify>,
+    /// Who is suspended, for whoever lets people in.
+    pub(crate) suspensions: Arc<Suspensions>,
     /// The new term's counter is above this, and above the journal's last one.
     pub(crate) epoch_above: u64,
     /// Whether this one goes on in the place of another one that may still be alive, or from an
@@ -142,6 +146,7 @@ pub(crate) struct Driver {
     sessions: Registry,
     hub: Hub,
     notices: mpsc::Sender<Notify>,
+    suspensions: Arc<Suspensions>,
     clock: Clock,
     alarm: Alarm,
     epoch: Epoch,
@@ -165,6 +170,7 @@ impl Driver {
             journal,
             hub,
             notices,
+            suspensions,
             epoch_above,
             take_over,
         } = parts;
@@ -183,12 +189,15 @@ impl Driver {
         let head = journal.head().number;
         let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
+        // Before anybody can connect.
+        suspensions.set(coordinator.trust().banned());
         Ok(Self {
             coordinator,
             journal,
             sessions: Registry::default(),
             hub,
             notices,
+            suspensions,
             clock,
             alarm: Alarm::default(),
             epoch,
@@ -347,11 +356,14 @@ impl Driver {
                     groups,
                     call,
                 };
-                let mut effects = self.coordinator.handle(self.clock.now(), event);
-                if let Some(result) = effects.answer.take() {
-                    round.answers.push((answer, result));
+                self.answer(round, event, answer);
+            }
+            Input::Ask { event, answer } => {
+                if let Some(refused) = self.refused_without_room() {
+                    round.answers.push((answer, Err(refused)));
+                    return Ok(());
                 }
-                round.take(&self.sessions, effects);
+                self.answer(round, event, answer);
             }
             Input::Open {
                 hello,
@@ -376,6 +388,19 @@ impl Driver {
             Input::Stop => self.stopping = true,
         }
         Ok(())
+    }
+
+    fn answer(
+        &mut self,
+        round: &mut Round,
+        event: Event,
+        answer: oneshot::Sender<Result<Answer, Refused>>,
+    ) {
+        let mut effects = self.coordinator.handle(self.clock.now(), event);
+        if let Some(result) = effects.answer.take() {
+            round.answers.push((answer, result));
+        }
+        round.take(&self.sessions, effects);
     }
 
     fn handle(&mut self, round: &mut Round, event: Event) {
@@ -476,6 +501,11 @@ impl Driver {
             hash: head.hash.0.to_vec().into(),
         };
 
+        // Before anybody hears that it is so.
+        let trust = |entry: &Entry| matches!(entry.record, Record::Trust(_));
+        if round.persist.iter().any(trust) {
+            self.suspensions.set(self.coordinator.trust().banned());
+        }
         for (host, number, mut message) in round.sends {
             if says_what_is_durable(&message) {
                 message.head = Some(witnessed.clone());
@@ -519,60 +549,6 @@ impl Driver {
             self.journal.append(&payloads)?;
         }
         Ok(())
-    }
-}
-
-/// Who waits to be admitted.
-type Admitted = oneshot::Sender<Result<SessionNumber, Status>>;
-
-/// An answer, and who waits for it.
-type Owed<T> = (oneshot::Sender<T>, T);
-
-/// What one batch leads to.
-#[derive(Default)]
-struct Round {
-    persist: Vec<Entry>,
-    sends: Vec<(HostId, SessionNumber, registry::Down)>,
-    /// Where in `sends` a session is told which of its reports are durable.
-    acknowledged: HashMap<SessionNumber, usize>,
-    notify: Vec<Notify>,
-    published: Vec<(RolloutId, RolloutEvent)>,
-    answers: Vec<Owed<Result<Answer, Refused>>>,
-    admitted: Vec<(HostId, Admitted, Result<SessionNumber, Status>)>,
-    reads: Vec<Read>,
-}
-
-impl Round {
-    /// Adds effects. Messages are meant for the sessions of this moment: a later one of the same
-    /// host, admitted in the same batch, begins with its own `Welcome`.
-    fn take(&mut self, sessions: &Registry, effects: Effects) {
-        let Effects {
-            persist,
-            send,
-            notify,
-            published,
-            answer,
-        } = effects;
-        debug_assert!(answer.is_none(), "calls take their answer out first");
-        self.persist.extend(persist);
-        for (host, message) in send {
-            let Some(number) = sessions.current(&host) else {
-                continue;
-            };
-            let acknowledges = matches!(message, Message::Acknowledged(_));
-            let message = Box::new(registry::from_message(message));
-            // A session with many reports in one batch is told once, of the newest.
-            if acknowledges && let Some(place) = self.acknowledged.get(&number) {
-                self.sends[*place].2 = message;
-                continue;
-            }
-            if acknowledges {
-                self.acknowledged.insert(number, self.sends.len());
-            }
-            self.sends.push((host, number, message));
-        }
-        self.notify.extend(notify);
-        self.published.extend(published);
     }
 }
 

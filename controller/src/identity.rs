@@ -6,44 +6,46 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lockstep_core::trust::Serial;
 use lockstep_proto::ids::{HostId, OperatorName};
 use rustls::pki_types::CertificateDer;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use x509_parser::der_parser::oid::Oid;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// What a peer may be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// It does the work on a host.
-    Agent,
-    /// It speaks for a person.
-    Operator,
-}
+use crate::pki::roles::{self, Roles};
 
-/// A peer's name, by role.
+/// A peer's name, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Identity {
+    /// Whoever has shown no certificate.
+    Nobody,
     /// The agent of a host.
     Agent(HostId),
-    /// A person, with the groups that the person may decide for.
+    /// A person, with what the person may do.
     Operator {
         /// The person's name.
         name: OperatorName,
-        /// The groups of the certificate's organisational units.
+        /// The groups of the certificate's organisational units: what the person may decide for.
         groups: Vec<String>,
+        /// The roles of the certificate: what the person may ask for. None if it says nothing of
+        /// roles.
+        roles: Option<Roles>,
     },
 }
 
 impl Identity {
-    /// What the peer may be.
-    pub(crate) fn role(&self) -> Role {
+    /// What an operator may ask for; nothing for others. A certificate that says nothing of roles
+    /// was made before there were any.
+    pub(crate) fn roles(&self) -> Roles {
         match self {
-            Self::Agent(_) => Role::Agent,
-            Self::Operator { .. } => Role::Operator,
+            Self::Agent(_) | Self::Nobody => Roles::default(),
+            Self::Operator { roles, .. } => roles.unwrap_or(Roles::BEFORE_ROLES),
         }
     }
 }
@@ -51,6 +53,7 @@ impl Identity {
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Nobody => f.write_str("nobody"),
             Self::Agent(host) => write!(f, "agent {host}"),
             Self::Operator { name, .. } => write!(f, "operator {name}"),
         }
@@ -79,15 +82,27 @@ pub(crate) enum InvalidIdentity {
     },
 }
 
-/// A peer whose certificate was verified.
+/// A certificate, as far as it says who somebody is.
+#[derive(Debug, Clone)]
+pub(crate) struct Claim {
+    /// Who.
+    pub(crate) identity: Identity,
+    /// Its serial number.
+    pub(crate) serial: Serial,
+    /// Until when.
+    pub(crate) not_after: SystemTime,
+}
+
+/// A peer whose certificate was verified; or one who has shown none.
 #[derive(Debug, Clone)]
 pub(crate) struct Peer(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    identity: Identity,
+    claim: Claim,
     address: SocketAddr,
-    not_after: SystemTime,
+    cut: CancellationToken,
+    why: OnceLock<String>,
 }
 
 impl Peer {
@@ -97,27 +112,80 @@ impl Peer {
         domain: &str,
         address: SocketAddr,
     ) -> Result<Self, InvalidIdentity> {
-        let (identity, not_after) = read(certificate, domain)?;
-        Ok(Self(Arc::new(Inner {
-            identity,
+        Ok(Self::with(read(certificate, domain)?, address))
+    }
+
+    /// Somebody without a certificate.
+    pub(crate) fn nobody(address: SocketAddr) -> Self {
+        let claim = Claim {
+            identity: Identity::Nobody,
+            serial: Serial::from_bytes(&[]),
+            not_after: SystemTime::now() + Duration::from_hours(1),
+        };
+        Self::with(claim, address)
+    }
+
+    fn with(claim: Claim, address: SocketAddr) -> Self {
+        Self(Arc::new(Inner {
+            claim,
             address,
-            not_after,
-        })))
+            cut: CancellationToken::new(),
+            why: OnceLock::new(),
+        }))
     }
 
     /// An agent without a certificate, on a simulated network.
     #[cfg(feature = "faults")]
     pub(crate) fn simulated(host: HostId, not_after: SystemTime) -> Self {
-        Self(Arc::new(Inner {
+        let claim = Claim {
             identity: Identity::Agent(host),
-            address: SocketAddr::from(([127, 0, 0, 1], 1)),
+            serial: Serial::from_bytes(&[1]),
             not_after,
-        }))
+        };
+        Self::with(claim, SocketAddr::from(([127, 0, 0, 1], 1)))
+    }
+
+    /// Somebody with a certificate that is valid for a while.
+    #[cfg(test)]
+    pub(crate) fn of(identity: Identity, serial: Serial) -> Self {
+        let claim = Claim {
+            identity,
+            serial,
+            not_after: SystemTime::now() + Duration::from_hours(1),
+        };
+        Self::with(claim, SocketAddr::from(([127, 0, 0, 1], 1)))
+    }
+
+    /// Tells every stream of this peer to end, and why; the first reason counts.
+    pub(crate) fn cut(&self, why: String) {
+        let _ = self.0.why.set(why);
+        self.0.cut.cancel();
+    }
+
+    /// Resolves when the peer's streams are to end.
+    pub(crate) fn when_cut(&self) -> &CancellationToken {
+        &self.0.cut
+    }
+
+    /// Whether they were told to.
+    #[cfg(test)]
+    pub(crate) fn is_cut(&self) -> bool {
+        self.0.cut.is_cancelled()
+    }
+
+    /// What a stream that is cut says.
+    pub(crate) fn cut_status(&self) -> Status {
+        let why = self
+            .0
+            .why
+            .get()
+            .map_or("it may do nothing any more", String::as_str);
+        Status::permission_denied(format!("{}: {why}", self.identity()))
     }
 
     /// Who it is.
     pub(crate) fn identity(&self) -> &Identity {
-        &self.0.identity
+        &self.0.claim.identity
     }
 
     /// Where it dials from.
@@ -125,16 +193,27 @@ impl Peer {
         self.0.address
     }
 
+    /// Its certificate's serial number.
+    pub(crate) fn serial(&self) -> &Serial {
+        &self.0.claim.serial
+    }
+
+    /// When its certificate ends.
+    pub(crate) fn not_after(&self) -> SystemTime {
+        self.0.claim.not_after
+    }
+
     /// How long its certificate is valid; zero once it has ended. A connection may outlive it,
     /// so each call and each stream asks.
     pub(crate) fn remaining(&self) -> Duration {
-        let left = self.0.not_after.duration_since(SystemTime::now());
+        let left = self.0.claim.not_after.duration_since(SystemTime::now());
         left.unwrap_or_default()
     }
 
     /// The host that this agent acts for.
     pub(crate) fn agent(&self) -> Result<&HostId, Status> {
-        match &self.0.identity {
+        match self.identity() {
+            Identity::Nobody => Err(Status::unauthenticated("no certificate")),
             Identity::Agent(host) => Ok(host),
             Identity::Operator { name, .. } => Err(Status::permission_denied(format!(
                 "this is for agents, and {name} is an operator"
@@ -144,8 +223,9 @@ impl Peer {
 
     /// The operator, with groups.
     pub(crate) fn operator(&self) -> Result<(&OperatorName, &[String]), Status> {
-        match &self.0.identity {
-            Identity::Operator { name, groups } => Ok((name, groups)),
+        match self.identity() {
+            Identity::Nobody => Err(Status::unauthenticated("no certificate")),
+            Identity::Operator { name, groups, .. } => Ok((name, groups)),
             Identity::Agent(host) => Err(Status::permission_denied(format!(
                 "this is for operators, and {host} is an agent"
             ))),
@@ -178,11 +258,11 @@ fn uris_of<'a>(parsed: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, InvalidI
     Ok(uris.collect())
 }
 
-/// What a certificate claims, and until when.
+/// What a certificate claims.
 pub(crate) fn read(
     certificate: &CertificateDer<'_>,
     domain: &str,
-) -> Result<(Identity, SystemTime), InvalidIdentity> {
+) -> Result<Claim, InvalidIdentity> {
     let parsed = parse(certificate)?;
     let uris = uris_of(&parsed)?;
     let [uri] = uris[..] else {
@@ -213,12 +293,25 @@ pub(crate) fn read(
         Identity::Operator {
             name: name.to_owned(),
             groups,
+            roles: roles_of(&parsed),
         }
     } else {
         return Err(invalid());
     };
     let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
-    Ok((identity, UNIX_EPOCH + Duration::from_secs(seconds)))
+    Ok(Claim {
+        identity,
+        serial: Serial::from_bytes(parsed.raw_serial()),
+        not_after: UNIX_EPOCH + Duration::from_secs(seconds),
+    })
+}
+
+/// The roles of a subject; none if it does not speak of any.
+fn roles_of(parsed: &X509Certificate<'_>) -> Option<Roles> {
+    let attribute = Oid::from(&roles::ATTRIBUTE).expect("an identifier of four numbers");
+    let found = parsed.subject().iter_by_oid(&attribute);
+    let found = found.map(|value| Roles::read(value.as_str().unwrap_or_default()));
+    found.reduce(Roles::with)
 }
 
 #[cfg(test)]
@@ -235,11 +328,14 @@ mod tests {
         pki::init(dir, "example.com").unwrap();
         let agent = pki::issue_agent(dir, "app-1", dir).unwrap();
         let groups = ["dba".to_owned(), "qa_lead".to_owned()];
-        let operator = pki::issue_operator(dir, "dora", &groups, dir).unwrap();
+        let mut person = pki::Person::new("dora", &groups);
+        person.roles = Roles::of(&[roles::Role::Viewer, roles::Role::Admin]);
+        let operator = pki::issue_operator(dir, &person, dir).unwrap();
         let controller = pki::issue_controller(dir, "c1", &["localhost".into()], dir).unwrap();
         let read_file = |path| {
             let certificate = CertificateDer::from_pem_file(path).unwrap();
-            read(&certificate, "example.com")
+            let claim = read(&certificate, "example.com")?;
+            Ok::<_, InvalidIdentity>((claim.identity, claim.not_after))
         };
 
         let (identity, not_after) = read_file(&agent.certificate).unwrap();
@@ -251,9 +347,16 @@ mod tests {
             identity,
             Identity::Operator {
                 name: "dora".into(),
-                groups: groups.to_vec()
+                groups: groups.to_vec(),
+                roles: Some(person.roles),
             }
         );
+        // As a release before roles made it.
+        person.roles = Roles::default();
+        let before = pki::issue_operator(dir, &person, dir).unwrap();
+        let (identity, _) = read_file(&before.certificate).unwrap();
+        assert!(matches!(identity, Identity::Operator { roles: None, .. }));
+        assert_eq!(identity.roles(), Roles::BEFORE_ROLES);
         // A controller is nobody that may dial a controller.
         assert!(matches!(
             read_file(&controller.certificate),

@@ -11,6 +11,7 @@ mod blobs;
 mod cli;
 mod config;
 mod driver;
+mod enroll;
 mod faults;
 mod hub;
 mod identity;
@@ -22,6 +23,7 @@ mod secrets;
 mod session;
 #[cfg(feature = "faults")]
 pub mod simulation;
+mod suspensions;
 mod tls;
 
 use std::process::ExitCode;

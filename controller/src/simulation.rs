@@ -19,9 +19,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::Control;
-use crate::app::serve_on;
+use crate::app::{Services, serve_on};
 use crate::blobs::Blobs;
 use crate::driver::{Driver, DriverError, Handle, Parts};
+use crate::enroll::Enrolment;
 use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::journal::memory::{Memory, MemoryJournal};
@@ -72,10 +73,7 @@ pub struct Dialled {
 impl From<Dialled> for Connection<Box<dyn Stream>> {
     fn from(dialled: Dialled) -> Self {
         let forever = SystemTime::now() + std::time::Duration::from_hours(24 * 3650);
-        Self {
-            stream: dialled.stream,
-            peer: Peer::simulated(dialled.host, forever),
-        }
+        Self::simulated(dialled.stream, Peer::simulated(dialled.host, forever))
     }
 }
 
@@ -172,6 +170,7 @@ pub fn start(
         journal: Box::new(Watched(disk.journal.open())),
         hub: hub.clone(),
         notices: mpsc::channel(1).0,
+        suspensions: Arc::default(),
         epoch_above: 0,
         take_over,
     };
@@ -194,10 +193,17 @@ pub fn start(
         tasks,
         draining: CancellationToken::new(),
         started: SystemTime::now(),
+        list: None,
+    };
+    let services = Services {
+        agents,
+        control,
+        enrolment: Enrolment::none(handle.clone()),
+        suspensions: Arc::default(),
     };
     let connections =
         ReceiverStream::new(connections).map(|it| Ok::<_, io::Error>(Connection::from(it)));
-    let serving = serve_on(connections, agents, control, CancellationToken::new());
+    let serving = serve_on(connections, services, CancellationToken::new());
     tokio::task::spawn_local(serving);
     let ended = async {
         run.await.map_err(|error| match error {

@@ -5,58 +5,47 @@
 //!                             ArcSwap<Settings>: one swap replaces certificate and issuers
 //! ```
 //!
+//! Where hosts may join, one without a certificate gets through the handshake too, and may make one
+//! call.
+//!
 //! Agents and operators have issuers of their own. The certificate's URI says which it claims to
 //! be, and only that role's issuers are asked: an agents' certificate with an operator's URI
 //! fails in the handshake, as a foreign one does.
 
+mod connection;
+mod gate;
+mod verifier;
 mod words;
 
-use std::collections::HashMap;
 use std::fs;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::{CryptoProvider, ring};
+use lockstep_core::trust::Serial;
+use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore,
-    SignatureScheme,
-};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::server::NoServerSessionStorage;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::Connected;
+use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
-use crate::config::TlsFiles;
-use crate::identity::{self, Peer, Role};
+use crate::config::{Config, TlsFiles};
+use crate::identity::{self, Identity, Peer};
+use crate::suspensions::{OperatorList, Suspensions};
+pub(crate) use connection::Connection;
+use gate::Gate;
+use verifier::RoleVerifier;
 pub(crate) use words::words;
 
 /// A handshake takes a few milliseconds; a peer that needs longer than this holds it up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Handshakes at a time. Two cores do about 3,000 a second, so these are 0.1 s of work.
-const HANDSHAKES: usize = 256;
-
-/// Of those, handshakes with one address at a time: a slow or hostile one leaves room for others,
-/// and a fleet behind one address still gets through at full speed.
-const HANDSHAKES_PER_ADDRESS: usize = 64;
-
-/// Connections that wait for their handshake; beyond them the kernel's backlog waits.
-const WAITING: usize = 2048;
 
 /// Connections that have shaken hands and wait for tonic, which takes them at once.
 const ACCEPTED: usize = 64;
@@ -105,6 +94,17 @@ pub(crate) enum TlsError {
     /// An issuer that agents and operators share: then nothing would tell them apart.
     #[error("{0} is an issuer of both agents and operators; each role needs its own")]
     SharedIssuer(PathBuf),
+    /// A key that is none of the agents' issuers'.
+    #[error("the key {path} is that of no issuer in {issuers}")]
+    OtherKey {
+        /// The key's file.
+        path: PathBuf,
+        /// Where its certificate should be.
+        issuers: PathBuf,
+    },
+    /// A file that holds no revocation list.
+    #[error("{0} holds no revocation list in PEM")]
+    NoList(PathBuf),
     /// Certificates that rustls refuses.
     #[error("the certificates cannot be used: {what}")]
     Unusable {
@@ -120,26 +120,43 @@ pub(crate) enum TlsError {
 #[derive(Debug)]
 pub(crate) struct Settings {
     files: TlsFiles,
+    /// The controllers' issuers, shown to hosts that join; none where none may.
+    shown: Option<PathBuf>,
     domain: Arc<str>,
+    suspensions: Arc<Suspensions>,
     current: ArcSwap<rustls::ServerConfig>,
 }
 
 impl Settings {
     /// Reads the files for the first time.
-    pub(crate) fn load(files: &TlsFiles, domain: &str) -> Result<Arc<Self>, TlsError> {
-        let config = server_config(files, domain)?;
-        Ok(Arc::new(Self {
-            files: files.clone(),
-            domain: domain.into(),
-            current: ArcSwap::from_pointee(config),
-        }))
+    pub(crate) fn load(
+        config: &Config,
+        suspensions: &Arc<Suspensions>,
+    ) -> Result<Arc<Self>, TlsError> {
+        let settings = Self {
+            files: config.tls.clone(),
+            shown: config
+                .enroll
+                .as_ref()
+                .map(|enroll| enroll.controller_ca.clone()),
+            domain: config.domain.as_str().into(),
+            suspensions: Arc::clone(suspensions),
+            current: ArcSwap::from_pointee(unused()?),
+        };
+        settings.reload()?;
+        Ok(Arc::new(settings))
     }
 
     /// Reads the files again. If they cannot be used, everything stays as it was. Connections
-    /// that are up stay up.
+    /// that are up stay up, but for those of operators that are revoked now.
     pub(crate) fn reload(&self) -> Result<(), TlsError> {
-        let config = server_config(&self.files, &self.domain)?;
+        let (lists, operators) = operator_lists(self.files.operator_crl.as_deref())?;
+        let config = self.server_config(lists)?;
         self.current.store(Arc::new(config));
+        if let Some(operators) = operators {
+            warn_of_end(&operators);
+            self.suspensions.set_operators(operators);
+        }
         Ok(())
     }
 
@@ -171,63 +188,148 @@ impl Settings {
         }
     }
 
-    fn fingerprint(&self) -> [Option<(SystemTime, u64)>; 4] {
+    fn fingerprint(&self) -> Vec<Option<(SystemTime, u64)>> {
         let TlsFiles {
             cert,
             key,
             agent_ca,
             operator_ca,
+            operator_crl,
         } = &self.files;
-        [cert, key, agent_ca, operator_ca].map(|path| {
+        let files = [cert, key, agent_ca, operator_ca].into_iter();
+        let files = files.chain(operator_crl).chain(&self.shown);
+        let look = |path: &PathBuf| {
             let found = fs::metadata(path).ok()?;
             Some((found.modified().ok()?, found.len()))
-        })
+        };
+        files.map(look).collect()
+    }
+
+    fn server_config(
+        &self,
+        lists: Vec<CertificateRevocationListDer<'static>>,
+    ) -> Result<rustls::ServerConfig, TlsError> {
+        let Self { files, domain, .. } = self;
+        let mut chain = certificates("the certificate", &files.cert)?;
+        let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|source| TlsError::File {
+            what: "the key",
+            path: files.key.clone(),
+            source,
+        })?;
+        if is_open(&files.key) {
+            return Err(TlsError::OpenKey(files.key.clone()));
+        }
+        let uris = identity::uris(&chain[0]).unwrap_or_default();
+        let prefix = format!("spiffe://{domain}/controller/");
+        if !matches!(&uris[..], [uri] if uri.starts_with(&prefix)) {
+            return Err(TlsError::OtherDomain {
+                path: files.cert.clone(),
+                domain: domain.to_string(),
+                uri: uris.join("`, `"),
+            });
+        }
+        if let Some(shown) = &self.shown {
+            // A host that joins has their hash only.
+            let issuers = certificates("the controllers' issuer", shown)?;
+            chain.extend(issuers);
+        }
+        let agents = certificates("the agents' issuer", &files.agent_ca)?;
+        let operators = certificates("the operators' issuer", &files.operator_ca)?;
+        if operators.iter().any(|issuer| agents.contains(issuer)) {
+            return Err(TlsError::SharedIssuer(files.operator_ca.clone()));
+        }
+        let suspensions = Arc::clone(&self.suspensions);
+        let optional = self.shown.is_some();
+        let verifier = RoleVerifier::new(domain, agents, operators, lists, optional, suspensions)?;
+        let mut config = builder()?
+            .with_client_cert_verifier(Arc::new(verifier))
+            .with_single_cert(chain, key)
+            .map_err(unusable("the controller's certificate and key"))?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        // A resumed session skips the client's certificate: its expiry, and any new issuer.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
     }
 }
 
-fn server_config(files: &TlsFiles, domain: &str) -> Result<rustls::ServerConfig, TlsError> {
-    let chain = certificates("the certificate", &files.cert)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|source| TlsError::File {
-        what: "the key",
-        path: files.key.clone(),
-        source,
-    })?;
-    if is_open(&files.key) {
-        return Err(TlsError::OpenKey(files.key.clone()));
-    }
-    let uris = identity::uris(&chain[0]).unwrap_or_default();
-    let prefix = format!("spiffe://{domain}/controller/");
-    if !matches!(&uris[..], [uri] if uri.starts_with(&prefix)) {
-        return Err(TlsError::OtherDomain {
-            path: files.cert.clone(),
-            domain: domain.to_owned(),
-            uri: uris.join("`, `"),
-        });
-    }
-    let agents = certificates("the agents' issuer", &files.agent_ca)?;
-    let operators = certificates("the operators' issuer", &files.operator_ca)?;
-    if operators.iter().any(|issuer| agents.contains(issuer)) {
-        return Err(TlsError::SharedIssuer(files.operator_ca.clone()));
-    }
-    let provider = Arc::new(ring::default_provider());
-    let verifier = RoleVerifier::new(domain, agents, operators, &provider)?;
-    let unusable = |what| {
-        move |source: rustls::Error| TlsError::Unusable {
-            what,
-            source: source.into(),
-        }
-    };
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+type Builder = rustls::ConfigBuilder<rustls::ServerConfig, rustls::WantsVerifier>;
+
+fn builder() -> Result<Builder, TlsError> {
+    rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(unusable("TLS 1.3"))?
-        .with_client_cert_verifier(Arc::new(verifier))
-        .with_single_cert(chain, key)
-        .map_err(unusable("the controller's certificate and key"))?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    // A resumed session skips the client's certificate: its expiry, and any new issuer.
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    Ok(config)
+        .map_err(unusable("TLS 1.3"))
+}
+
+/// Settings by which nobody gets in, until others are read.
+fn unused() -> Result<rustls::ServerConfig, TlsError> {
+    #[derive(Debug)]
+    struct Nothing;
+    impl rustls::server::ResolvesServerCert for Nothing {
+        fn resolve(
+            &self,
+            _: rustls::server::ClientHello<'_>,
+        ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+            None
+        }
+    }
+    let builder = builder()?.with_no_client_auth();
+    Ok(builder.with_cert_resolver(Arc::new(Nothing)))
+}
+
+fn unusable(what: &'static str) -> impl FnOnce(rustls::Error) -> TlsError {
+    move |source| TlsError::Unusable {
+        what,
+        source: source.into(),
+    }
+}
+
+type Lists = Vec<CertificateRevocationListDer<'static>>;
+
+/// The operators' revocation lists, for the handshake and for what comes after it.
+fn operator_lists(path: Option<&Path>) -> Result<(Lists, Option<OperatorList>), TlsError> {
+    let Some(path) = path else {
+        return Ok((vec![], None));
+    };
+    let failed = |source| TlsError::File {
+        what: "the operators' revocation list",
+        path: path.to_owned(),
+        source,
+    };
+    let lists = CertificateRevocationListDer::pem_file_iter(path).map_err(failed)?;
+    let lists: Lists = lists.collect::<Result<_, _>>().map_err(failed)?;
+    let mut found = OperatorList::default();
+    for list in &lists {
+        let no_list = |_| TlsError::NoList(path.to_owned());
+        let (_, parsed) = CertificateRevocationList::from_der(list).map_err(no_list)?;
+        let serials = parsed.iter_revoked_certificates();
+        found
+            .serials
+            .extend(serials.map(|entry| Serial::from_bytes(entry.raw_serial())));
+        let ends = parsed.next_update().map(|at| at.timestamp());
+        let ends = ends.and_then(|at| u64::try_from(at).ok()).unwrap_or(0);
+        let ends = UNIX_EPOCH + Duration::from_secs(ends);
+        // With several issuers, whatever ends first.
+        found.ends = Some(found.ends.map_or(ends, |other| other.min(ends)));
+    }
+    if lists.is_empty() {
+        return Err(TlsError::NoList(path.to_owned()));
+    }
+    Ok((lists, Some(found)))
+}
+
+fn warn_of_end(list: &OperatorList) {
+    let Some(ends) = list.ends else { return };
+    match ends.duration_since(SystemTime::now()) {
+        Ok(left) if left < Duration::from_hours(12) => {
+            tracing::warn!(ends_in = ?left, "the operators' revocation list ends soon");
+        }
+        Ok(_) => {}
+        Err(_) => tracing::error!(
+            "the operators' revocation list has ended: no operator gets in until a newer one is \
+             in its place"
+        ),
+    }
 }
 
 /// Whether everybody on this machine can read a file.
@@ -236,7 +338,11 @@ pub(crate) fn is_open(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| mode(found) & 0o004 != 0)
 }
 
-fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+/// The certificates of a file: at least one.
+pub(crate) fn certificates(
+    what: &'static str,
+    path: &Path,
+) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |source| TlsError::File {
         what,
         path: path.to_owned(),
@@ -251,99 +357,6 @@ fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
         });
     }
     Ok(found)
-}
-
-/// Asks the issuers of the role that a certificate claims.
-#[derive(Debug)]
-struct RoleVerifier {
-    domain: Arc<str>,
-    agents: Arc<dyn ClientCertVerifier>,
-    operators: Arc<dyn ClientCertVerifier>,
-    hints: Vec<DistinguishedName>,
-}
-
-impl RoleVerifier {
-    fn new(
-        domain: &str,
-        agents: Vec<CertificateDer<'static>>,
-        operators: Vec<CertificateDer<'static>>,
-        provider: &Arc<CryptoProvider>,
-    ) -> Result<Self, TlsError> {
-        let verifier = |what, issuers: Vec<CertificateDer<'static>>| {
-            let mut roots = RootCertStore::empty();
-            for issuer in issuers {
-                roots.add(issuer).map_err(|source| TlsError::Unusable {
-                    what,
-                    source: source.into(),
-                })?;
-            }
-            WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(provider))
-                .build()
-                .map_err(|source| TlsError::Unusable {
-                    what,
-                    source: source.into(),
-                })
-        };
-        let agents = verifier("the agents' issuers", agents)?;
-        let operators = verifier("the operators' issuers", operators)?;
-        let hints = [&agents, &operators].map(|verifier| verifier.root_hint_subjects());
-        let hints = hints.concat();
-        Ok(Self {
-            domain: domain.into(),
-            agents,
-            operators,
-            hints,
-        })
-    }
-}
-
-impl ClientCertVerifier for RoleVerifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.hints
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        let claimed = identity::read(end_entity, &self.domain);
-        let (claimed, _) = claimed.map_err(|error| {
-            let error = OtherError(Arc::new(error));
-            rustls::Error::InvalidCertificate(CertificateError::Other(error))
-        })?;
-        let verifier = match claimed.role() {
-            Role::Agent => &self.agents,
-            Role::Operator => &self.operators,
-        };
-        verifier.verify_client_cert(end_entity, intermediates, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        // Never asked: no version but 1.3 is offered.
-        let refused = rustls::PeerIncompatible::Tls12NotOffered;
-        Err(rustls::Error::PeerIncompatible(refused))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        // Both use the same provider; a signature has nothing to do with the role.
-        self.agents.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.agents.supported_verify_schemes()
-    }
 }
 
 /// Accepts connections until cancelled; those that have shaken hands come out of the receiver.
@@ -427,9 +440,28 @@ async fn shake_hands(
             return None;
         }
     };
-    let certificate = stream.get_ref().1.peer_certificates()?.first()?;
+    let certificates = stream.get_ref().1.peer_certificates();
+    let Some(certificate) = certificates.and_then(<[_]>::first) else {
+        let Some(permit) = gate.admit_stranger() else {
+            tracing::warn!(%address, "too many without a certificate; this one is closed");
+            return None;
+        };
+        return Some(Connection::stranger(stream, address, permit));
+    };
     match Peer::new(certificate, &settings.domain, address) {
-        Ok(peer) => Some(Connection { stream, peer }),
+        Ok(peer) => {
+            if let Identity::Operator {
+                name, roles: None, ..
+            } = peer.identity()
+            {
+                tracing::warn!(
+                    operator = name, roles = %peer.identity().roles(),
+                    "the certificate says nothing of roles and counts as one of a release before \
+                     them; make another with `lockstep operator add NAME --role ROLE`"
+                );
+            }
+            Some(Connection::known(stream, peer, &settings.suspensions))
+        }
         Err(error) => {
             tracing::warn!(%address, %error, "a verified certificate names nobody");
             None
@@ -437,130 +469,19 @@ async fn shake_hands(
     }
 }
 
-/// Bounds handshakes, overall and for each address.
-#[derive(Debug)]
-struct Gate {
-    waiting: Arc<Semaphore>,
-    all: Arc<Semaphore>,
-    addresses: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self {
-            waiting: Arc::new(Semaphore::new(WAITING)),
-            all: Arc::new(Semaphore::new(HANDSHAKES)),
-            addresses: Mutex::default(),
-        }
-    }
-}
-
-/// The right to shake hands, given back when dropped.
-struct Permits {
-    gate: Arc<Gate>,
-    address: IpAddr,
-    own: Option<OwnedSemaphorePermit>,
-    _all: OwnedSemaphorePermit,
-}
-
-impl Gate {
-    async fn enter(self: &Arc<Self>, address: IpAddr) -> Permits {
-        let semaphore = {
-            let mut addresses = self.addresses();
-            let new = || Arc::new(Semaphore::new(HANDSHAKES_PER_ADDRESS));
-            Arc::clone(addresses.entry(address).or_insert_with(new))
-        };
-        let own = semaphore.acquire_owned().await;
-        let all = Arc::clone(&self.all).acquire_owned().await;
-        Permits {
-            gate: Arc::clone(self),
-            address,
-            own: Some(own.expect("the semaphore is never closed")),
-            _all: all.expect("the semaphore is never closed"),
-        }
-    }
-
-    fn addresses(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
-        // Nothing that holds the lock leaves the map half changed.
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Permits {
-    fn drop(&mut self) {
-        self.own = None;
-        let mut addresses = self.gate.addresses();
-        // Nobody else has it or waits for it: forget the address.
-        let last = addresses.get(&self.address);
-        if last.is_some_and(|semaphore| Arc::strong_count(semaphore) == 1) {
-            addresses.remove(&self.address);
-        }
-    }
-}
-
-/// A connection whose peer is known.
-#[derive(Debug)]
-pub(crate) struct Connection<S = TlsStream<TcpStream>> {
-    /// The bytes.
-    pub(crate) stream: S,
-    /// Who is at the other end.
-    pub(crate) peer: Peer,
-}
-
-impl<S> Connected for Connection<S> {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer.clone()
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, buffers)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::pki;
+
+    fn load(files: &TlsFiles, domain: &str) -> Result<(), TlsError> {
+        let text = "listen = \"127.0.0.1:0\"\nstate_dir = \"s\"\ndomain = \"d\"\n[tls]\n\
+                    cert = \"c\"\nkey = \"k\"\nagent_ca = \"a\"\noperator_ca = \"o\"\n";
+        let mut config = Config::parse(text, Path::new("x")).unwrap();
+        config.tls = files.clone();
+        config.domain = domain.to_owned();
+        Settings::load(&config, &Arc::default()).map(|_| ())
+    }
 
     #[test]
     fn a_certificate_of_another_domain_and_a_key_that_everybody_reads_are_refused() {
@@ -574,10 +495,11 @@ mod tests {
             key: issued.key,
             agent_ca: dir.join("ca-agents.crt"),
             operator_ca: dir.join("ca-operators.crt"),
+            operator_crl: None,
         };
-        server_config(&files, "example.com").unwrap();
+        load(&files, "example.com").unwrap();
         for domain in ["other.com", "example.co", "example.com/controller"] {
-            let refused = server_config(&files, domain);
+            let refused = load(&files, domain);
             assert!(
                 matches!(refused, Err(TlsError::OtherDomain { .. })),
                 "{domain}"
@@ -588,14 +510,11 @@ mod tests {
             key: agent.key,
             ..files.clone()
         };
-        let refused = server_config(&agents, "example.com");
+        let refused = load(&agents, "example.com");
         assert!(matches!(refused, Err(TlsError::OtherDomain { .. })));
         for (mode, open) in [(0o640, false), (0o644, true)] {
             fs::set_permissions(&files.key, fs::Permissions::from_mode(mode)).unwrap();
-            let refused = matches!(
-                server_config(&files, "example.com"),
-                Err(TlsError::OpenKey(_))
-            );
+            let refused = matches!(load(&files, "example.com"), Err(TlsError::OpenKey(_)));
             assert_eq!(refused, open, "{mode:o}");
         }
     }

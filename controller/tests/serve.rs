@@ -1,5 +1,6 @@
 //! `lockstep serve` as a process: who gets in, what is refused, and how it ends.
 
+#[allow(dead_code, reason = "other tests of this crate use the rest of it")]
 mod support;
 
 use std::fs;
@@ -49,7 +50,9 @@ async fn only_a_certificate_of_its_roles_issuer_gets_in() {
     }
     let controllers = "ca-controllers.crt";
     fs::copy(place.pki().join(controllers), crossed.join(controllers)).unwrap();
-    let crossed = Identity::of(pki::issue_operator(&crossed, "eve", &[], &crossed).unwrap());
+    let crossed = Identity::of(
+        pki::issue_operator(&crossed, &pki::Person::new("eve", &[]), &crossed).unwrap(),
+    );
     let server = Identity {
         certificate: place.path().join("controller-c1.crt"),
         key: place.path().join("controller-c1.key"),

@@ -29,8 +29,11 @@ use crate::tls::TlsError;
 
 mod connect;
 mod logs;
+mod renew;
 mod words;
 
+use renew::Activity;
+pub(crate) use words::tls_words;
 use words::words;
 
 /// Messages up that wait for the network. Reports beyond wait in the journal.
@@ -127,7 +130,15 @@ impl LinkError {
                 "another agent runs under this host's name: end it, and find out who started it"
             }
             _ if has("CertificateExpired") || has("expired") => {
-                "a certificate has expired, or a clock is wrong"
+                "a certificate has expired, or a clock is wrong; if it is this host's: an admin \
+                 types `lockstep forget HOST` and `lockstep token create HOST`, and this host runs \
+                 `lockstep-agent join`"
+            }
+            Self::Status(status)
+                if status.code() == Code::PermissionDenied
+                    && status.message().contains("suspended") =>
+            {
+                "an admin has suspended this host, or its certificate is on two machines"
             }
             _ if has("CertificateRevoked") || has("Revoked") => "this host has been suspended",
             // Issuers of two installations may have the same name: then it is the signature that
@@ -157,6 +168,8 @@ impl LinkError {
 enum Ended {
     /// The controller is about to stop.
     Drained(Duration),
+    /// There is a new certificate: connect anew with it.
+    Renewed,
 }
 
 /// The network side.
@@ -193,6 +206,7 @@ impl Link {
                 failures = 0;
             }
             let pause = match result {
+                Ok(Ended::Renewed) => Duration::ZERO,
                 Ok(Ended::Drained(pause)) => pause + jitter(0),
                 Err(error) => {
                     let pause = jitter(failures);
@@ -214,7 +228,8 @@ impl Link {
     async fn session(&mut self) -> Result<Ended, LinkError> {
         let hello = self.hello().await?;
         let channel = connect::connect(&self.config).await?;
-        let mut client = AgentServiceClient::new(channel)
+        let activity = Activity::new();
+        let mut client = AgentServiceClient::new(channel.clone())
             // Orders with their bindings; no plan travels here.
             .max_decoding_message_size(MAX_AGENT_MESSAGE)
             .max_encoding_message_size(MAX_AGENT_MESSAGE);
@@ -239,8 +254,9 @@ impl Link {
         // not read must not keep this side from reading.
         tokio::select! {
             biased;
-            ended = read(&self.config, &self.exec, down) => ended,
-            ended = write(&self.exec, client.clone(), &up, from_exec) => ended,
+            ended = read(&self.config, &self.exec, down, &activity) => ended,
+            ended = write(&self.exec, client.clone(), &up, from_exec, &activity) => ended,
+            ended = renew::keep(&self.config, channel, &activity), if renews() => Ok(ended),
             never = logs::forward(client.clone(), &mut self.logs) => match never {},
         }
     }
@@ -254,6 +270,15 @@ impl Link {
     async fn tell(&self, message: Inbound) -> Result<(), LinkError> {
         tell(&self.exec, message).await
     }
+}
+
+/// Whether there is a certificate to renew. On a simulated network there is none.
+fn renews() -> bool {
+    #[cfg(feature = "faults")]
+    if crate::simulation::world().is_some() {
+        return false;
+    }
+    true
 }
 
 async fn tell(exec: &mpsc::Sender<Inbound>, message: Inbound) -> Result<(), LinkError> {
@@ -291,11 +316,13 @@ async fn read(
     config: &Config,
     exec: &mpsc::Sender<Inbound>,
     mut down: Streaming<wire::Down>,
+    activity: &Activity,
 ) -> Result<Ended, LinkError> {
     loop {
         let Some(mut message) = down.message().await? else {
             return Err(LinkError::Closed);
         };
+        activity.touch();
         witness(exec, message.head.take()).await?;
         if let Some(down::Message::Drain(drain)) = &message.message {
             let pause = Duration::from_millis(drain.reconnect_after_ms.into());
@@ -312,10 +339,12 @@ async fn write(
     client: AgentServiceClient<Channel>,
     up: &mpsc::Sender<wire::Up>,
     mut outbox: mpsc::Receiver<Outbound>,
+    activity: &Activity,
 ) -> Result<Ended, LinkError> {
     // They end with the session: the offers that they are for are made again in the next one.
     let mut fetches = JoinSet::new();
     while let Some(message) = outbox.recv().await {
+        activity.touch();
         while fetches.try_join_next().is_some() {}
         match message {
             Outbound::Report(report) => {

@@ -46,6 +46,11 @@ fn status<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Status> {
     error.downcast_ref().or_else(boxed)
 }
 
+/// Why a handshake failed.
+pub(crate) fn tls_words(error: &io::Error) -> String {
+    tls_error(error).map_or_else(|| error.to_string(), tls)
+}
+
 /// The error of TLS that this one is, or holds.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     error.downcast_ref().or_else(|| {

@@ -11,10 +11,12 @@ use lockstep_proto::values::Timestamp;
 use crate::event::{Answer, Effects, Event, Message, Notify};
 use crate::record::{Archived, Entry, Record};
 use crate::rollout::{HELD_BACK_BY, Rollout, order_life};
+use crate::trust::Trust;
 
 mod calls;
 mod fold;
 mod read;
+mod trust;
 
 pub use read::Summary;
 
@@ -101,6 +103,8 @@ pub struct Coordinator {
     took_over: Option<Epoch>,
     /// Rollouts that are in an archive.
     archived: BTreeMap<RolloutId, Archived>,
+    /// Who may be.
+    trust: Trust,
 }
 
 impl Coordinator {
@@ -123,6 +127,7 @@ impl Coordinator {
             last_epoch: None,
             took_over: None,
             archived: BTreeMap::new(),
+            trust: Trust::default(),
         };
         for (entry, number) in entries.into_iter().zip(1..) {
             if let Record::Submitted {
@@ -317,6 +322,9 @@ impl Coordinator {
             } => {
                 let answer = self.handle_call(now, &operator, groups, call, &mut effects);
                 effects.answer = Some(answer);
+            }
+            Event::Join { .. } | Event::Renew { .. } => {
+                self.handle_wish(now, event, &mut effects);
             }
             Event::Tick => {}
         }

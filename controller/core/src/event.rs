@@ -10,10 +10,11 @@ use lockstep_proto::ids::{
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
 use lockstep_proto::seal::SealedPlan;
-use lockstep_proto::values::Timestamp;
+use lockstep_proto::values::{Period, Timestamp};
 use serde::Serialize;
 
 use crate::record::{Archived, Entry, NoticeRef};
+use crate::trust::{Grant, Serial, Subject, Wanted};
 
 /// Something that happened outside.
 #[derive(Debug, Clone)]
@@ -60,6 +61,24 @@ pub enum Event {
         groups: Vec<String>,
         /// What for.
         call: Call,
+    },
+    /// A machine without a certificate asks for one, with a token.
+    Join {
+        /// SHA-256 of the token.
+        token: Digest,
+        /// What it asks for; an `Err` says why that can be nothing.
+        wanted: Box<Result<Wanted, String>>,
+    },
+    /// An agent asks for its next certificate.
+    Renew {
+        /// The host, by certificate.
+        host: HostId,
+        /// The serial number of that certificate.
+        parent: Serial,
+        /// When that certificate ends.
+        parent_ends: Timestamp,
+        /// What it asks for.
+        wanted: Box<Wanted>,
     },
     /// Time has passed: [`crate::Coordinator::next_deadline`] was reached.
     Tick,
@@ -142,6 +161,8 @@ pub enum Call {
         /// Why that is acceptable.
         reason: String,
     },
+    /// Say who may be.
+    Trust(TrustCall),
     /// Forget a host that is gone for good.
     Forget {
         /// The host.
@@ -155,6 +176,37 @@ pub enum Call {
         role: String,
         /// A comment.
         comment: String,
+    },
+}
+
+/// What an admin may say of who may be.
+#[derive(Debug, Clone)]
+pub enum TrustCall {
+    /// Make a token, which lets a host in once.
+    CreateToken {
+        /// The host.
+        host: HostId,
+        /// SHA-256 of the token.
+        hash: Digest,
+        /// How long it lives.
+        life: Period,
+    },
+    /// Take a token back.
+    RevokeToken {
+        /// Its name.
+        token: String,
+    },
+    /// Let somebody do nothing any more.
+    Suspend {
+        /// Who.
+        subject: Subject,
+        /// Why.
+        reason: String,
+    },
+    /// Lift a suspension.
+    Unsuspend {
+        /// Who.
+        subject: Subject,
     },
 }
 
@@ -172,7 +224,7 @@ pub struct Effects {
     pub notify: Vec<Notify>,
     /// New events of rollouts, for whoever watches.
     pub published: Vec<(RolloutId, RolloutEvent)>,
-    /// The answer to an operator's call; absent for other events.
+    /// The answer to an operator's call, or to a wish for a certificate; absent for other events.
     pub answer: Option<Result<Answer, Refused>>,
 }
 
@@ -237,6 +289,15 @@ pub enum Answer {
     Missing(String),
     /// It goes on; one line for each host that is tried again or stays behind.
     Again(Vec<String>),
+    /// A token was made.
+    Token {
+        /// Its name.
+        token: String,
+        /// When it ends.
+        until: Timestamp,
+    },
+    /// A certificate may be signed.
+    Granted(Box<Grant>),
 }
 
 /// Another rollout's right to change a host.

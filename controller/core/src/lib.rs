@@ -19,8 +19,9 @@ pub mod plan;
 pub mod record;
 pub mod rollout;
 pub mod schema;
+pub mod trust;
 
 pub use coordinator::{Config, Coordinator, RecoverError, Summary};
-pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent};
+pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent, TrustCall};
 pub use record::{Archived, End, Entry, MAX_TEXT, Record};
 pub use rollout::{Left, LeftState};

@@ -12,6 +12,8 @@ use lockstep_proto::values::Timestamp;
 use lockstep_proto::witness::Head;
 use serde::{Deserialize, Serialize};
 
+use crate::trust::TrustRecord;
+
 /// A record with its time on the controller's clock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
@@ -86,6 +88,8 @@ pub enum Record {
         /// Who said so.
         operator: OperatorName,
     },
+    /// Who may be: tokens, hosts' certificates, suspensions.
+    Trust(TrustRecord),
     /// A report is durable, and may be acknowledged.
     Reported {
         /// Who reported.
@@ -363,7 +367,8 @@ impl Record {
             | Self::Compacted { .. }
             | Self::ReportsArchived { .. }
             | Self::HostSeen { .. }
-            | Self::HostForgotten { .. } => None,
+            | Self::HostForgotten { .. }
+            | Self::Trust(_) => None,
             Self::Archived(archived) => Some(&archived.rollout),
             Self::Reported { body, .. } => Some(match body {
                 ReportBody::Consented { rollout, .. }
@@ -448,7 +453,9 @@ impl Record {
     /// Cuts texts that grow with the fleet; the report has them whole.
     pub(crate) fn shorten(&mut self) {
         let text = match self {
-            Self::Quarantined { why, .. } | Self::GateClosed { why, .. } => why,
+            Self::Quarantined { why, .. }
+            | Self::GateClosed { why, .. }
+            | Self::Trust(TrustRecord::TokenTried { why, .. }) => why,
             Self::GateDecided { comment, .. } | Self::SignedOff { comment, .. } => comment,
             Self::NoticeSent {
                 error: Some(error), ..
@@ -456,7 +463,8 @@ impl Record {
             Self::RollbackStarted { reason, .. }
             | Self::Ended { reason, .. }
             | Self::Resolved { reason, .. }
-            | Self::Closed { reason, .. } => reason,
+            | Self::Closed { reason, .. }
+            | Self::Trust(TrustRecord::Suspended { reason, .. }) => reason,
             _ => return,
         };
         if text.len() > MAX_TEXT {

@@ -3,85 +3,181 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{Request, Response};
+use lockstep_proto::wire::CALLS;
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use crate::identity::{Peer, Role};
+use crate::identity::{Identity, Peer};
+use crate::pki::roles::Role::{Admin, Approver, Author, Operator};
+use crate::pki::roles::{Role, Roles};
+use crate::suspensions::Suspensions;
 
-/// Every call there is, and the one role that may make it. What is not here is refused.
-const TABLE: &[(&str, Role)] = &[
-    ("/lockstep.agent.v1.AgentService/Session", Role::Agent),
-    ("/lockstep.agent.v1.AgentService/Logs", Role::Agent),
-    ("/lockstep.agent.v1.AgentService/FetchBlob", Role::Agent),
-    ("/lockstep.control.v1.ControlService/Submit", Role::Operator),
-    ("/lockstep.control.v1.ControlService/Watch", Role::Operator),
-    (
-        "/lockstep.control.v1.ControlService/GetRollout",
-        Role::Operator,
-    ),
-    (
-        "/lockstep.control.v1.ControlService/ListRollouts",
-        Role::Operator,
-    ),
-    ("/lockstep.control.v1.ControlService/Decide", Role::Operator),
-    ("/lockstep.control.v1.ControlService/Pause", Role::Operator),
-    ("/lockstep.control.v1.ControlService/Resume", Role::Operator),
+/// Who may make a call.
+#[derive(Debug, Clone, Copy)]
+enum Who {
+    /// Whoever has connected, also without a certificate; the handler looks for itself.
+    Anybody,
+    /// Agents, each for its own host.
+    Agents,
+    /// Operators with one of these roles.
+    Operators(Roles),
+}
+
+const AGENTS: Who = Who::Agents;
+
+/// Whatever an operator's role is, it reads.
+const READERS: Who = Who::Operators(Roles::ANY);
+
+const fn only(role: Role) -> Who {
+    Who::Operators(Roles::of(&[role]))
+}
+
+/// Every call there is, and who may make it. A call of the contract that is not here fails the
+/// build, below; what is in neither is refused.
+const TABLE: &[(&str, Who)] = &[
+    ("/lockstep.agent.v1.AgentService/Session", AGENTS),
+    ("/lockstep.agent.v1.AgentService/Logs", AGENTS),
+    ("/lockstep.agent.v1.AgentService/FetchBlob", AGENTS),
+    ("/lockstep.control.v1.ControlService/Submit", only(Author)),
+    ("/lockstep.control.v1.ControlService/Watch", READERS),
+    ("/lockstep.control.v1.ControlService/GetRollout", READERS),
+    ("/lockstep.control.v1.ControlService/ListRollouts", READERS),
+    ("/lockstep.control.v1.ControlService/Decide", only(Approver)),
+    ("/lockstep.control.v1.ControlService/Pause", only(Operator)),
+    ("/lockstep.control.v1.ControlService/Resume", only(Operator)),
     (
         "/lockstep.control.v1.ControlService/Resolve",
-        Role::Operator,
+        only(Operator),
     ),
-    ("/lockstep.control.v1.ControlService/Cancel", Role::Operator),
+    ("/lockstep.control.v1.ControlService/Cancel", only(Operator)),
     (
         "/lockstep.control.v1.ControlService/RollBack",
-        Role::Operator,
+        only(Operator),
     ),
-    ("/lockstep.control.v1.ControlService/Close", Role::Operator),
+    ("/lockstep.control.v1.ControlService/Close", only(Operator)),
     (
         "/lockstep.control.v1.ControlService/SignOff",
-        Role::Operator,
+        only(Approver),
     ),
-    (
-        "/lockstep.control.v1.ControlService/ListHosts",
-        Role::Operator,
-    ),
+    ("/lockstep.control.v1.ControlService/ListHosts", READERS),
     (
         "/lockstep.control.v1.ControlService/ForgetHost",
-        Role::Operator,
+        only(Admin),
     ),
-    ("/lockstep.control.v1.ControlService/Logs", Role::Operator),
+    ("/lockstep.control.v1.ControlService/Logs", READERS),
+    (
+        "/lockstep.control.v1.ControlService/CreateToken",
+        only(Admin),
+    ),
+    (
+        "/lockstep.control.v1.ControlService/ListTokens",
+        only(Admin),
+    ),
+    (
+        "/lockstep.control.v1.ControlService/RevokeToken",
+        only(Admin),
+    ),
+    ("/lockstep.control.v1.ControlService/Suspend", only(Admin)),
+    ("/lockstep.control.v1.ControlService/Unsuspend", only(Admin)),
+    (
+        "/lockstep.control.v1.ControlService/ListSuspended",
+        only(Admin),
+    ),
+    ("/lockstep.enroll.v1.EnrollService/Join", Who::Anybody),
+    ("/lockstep.enroll.v1.EnrollService/Renew", AGENTS),
 ];
 
+// The table and the contract name the same calls, each once.
+const _: () = {
+    assert!(
+        TABLE.len() == CALLS.len(),
+        "api/access.rs: a call has no row, or a row no call"
+    );
+    let mut call = 0;
+    while call < CALLS.len() {
+        assert!(
+            has_row(CALLS[call]),
+            "api/access.rs: a call of the contract has no row"
+        );
+        call += 1;
+    }
+};
+
+const fn has_row(call: &str) -> bool {
+    let mut row = 0;
+    while row < TABLE.len() {
+        if is_same(TABLE[row].0.as_bytes(), call.as_bytes()) {
+            return true;
+        }
+        row += 1;
+    }
+    false
+}
+
+const fn is_same(one: &[u8], other: &[u8]) -> bool {
+    let mut at = 0;
+    while at < one.len() && at < other.len() && one[at] == other[at] {
+        at += 1;
+    }
+    at == one.len() && at == other.len()
+}
+
 /// Whether a peer may make a call now.
-fn decide(peer: Option<&Peer>, path: &str) -> Result<(), Status> {
+fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<(), Status> {
     let peer = peer.ok_or_else(|| Status::unauthenticated("no certificate"))?;
     let identity = peer.identity();
     if peer.remaining().is_zero() {
         let why = format!("the certificate of {identity} has ended");
         return Err(Status::unauthenticated(why));
     }
-    match TABLE.iter().find(|(call, _)| *call == path) {
-        Some((_, role)) if *role == identity.role() => Ok(()),
-        _ => {
-            tracing::warn!(peer = %peer.address(), %identity, path, "a call was refused");
-            let why = format!("{identity} may not call {path}");
-            Err(Status::permission_denied(why))
-        }
+    if let Some(why) = suspensions.why(identity, peer.serial()) {
+        tracing::warn!(peer = %peer.address(), %identity, path, why, "a call was refused");
+        return Err(Status::permission_denied(format!("{identity}: {why}")));
     }
+    let row = TABLE.iter().find(|(call, _)| *call == path);
+    let why = match (row.map(|(_, who)| who), identity) {
+        (Some(Who::Anybody), _) | (Some(Who::Agents), Identity::Agent(_)) => return Ok(()),
+        (_, Identity::Nobody) => {
+            tracing::warn!(peer = %peer.address(), path, "a call without a certificate was refused");
+            return Err(Status::unauthenticated("this takes a certificate"));
+        }
+        (Some(Who::Operators(roles)), Identity::Operator { .. }) => {
+            if identity.roles().meets(*roles) {
+                return Ok(());
+            }
+            let call = path.rsplit('/').next().unwrap_or(path);
+            format!(
+                "{identity} may not call {call}: that takes the role {roles}, and the certificate \
+                 has {}",
+                Some(identity.roles().to_string())
+                    .filter(|roles| !roles.is_empty())
+                    .as_deref()
+                    .unwrap_or("none")
+            )
+        }
+        _ => format!("{identity} may not call {path}"),
+    };
+    tracing::warn!(peer = %peer.address(), %identity, path, "a call was refused");
+    Err(Status::permission_denied(why))
 }
 
 /// Puts the table in front of every service.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct AccessLayer;
+#[derive(Debug, Clone)]
+pub(crate) struct AccessLayer(pub(crate) Arc<Suspensions>);
 
 impl<S> Layer<S> for AccessLayer {
     type Service = Access<S>;
 
     fn layer(&self, inner: S) -> Access<S> {
-        Access { inner }
+        Access {
+            inner,
+            suspensions: Arc::clone(&self.0),
+        }
     }
 }
 
@@ -89,6 +185,7 @@ impl<S> Layer<S> for AccessLayer {
 #[derive(Debug, Clone)]
 pub(crate) struct Access<S> {
     inner: S,
+    suspensions: Arc<Suspensions>,
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
@@ -107,7 +204,8 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Answer {
-        match decide(request.extensions().get(), request.uri().path()) {
+        let path = request.uri().path();
+        match decide(request.extensions().get(), path, &self.suspensions) {
             Ok(()) => Box::pin(self.inner.call(request)),
             Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
         }
@@ -122,47 +220,53 @@ mod tests {
     use super::*;
     use crate::pki;
 
-    /// The calls of a service, read from its contract.
-    fn calls(proto: &str) -> Vec<String> {
-        let word = |line: &str, keyword: &str| {
-            let rest = line.trim().strip_prefix(keyword)?;
-            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '.')?;
-            Some(rest[..end].to_owned())
-        };
-        let find = |keyword| proto.lines().find_map(|line| word(line, keyword)).unwrap();
-        let (package, service) = (find("package "), find("service "));
-        let calls = proto.lines().filter_map(|line| word(line, "rpc "));
-        calls
-            .map(|call| format!("/{package}.{service}/{call}"))
-            .collect()
+    fn peer(issued: &pki::Issued) -> Peer {
+        let certificate = CertificateDer::from_pem_file(&issued.certificate).unwrap();
+        Peer::new(&certificate, "example.com", "127.0.0.1:1".parse().unwrap()).unwrap()
     }
 
+    // Every call and every kind of peer meet the real server in tests/access.rs; this is about
+    // what no client can ask.
     #[test]
-    fn every_call_is_for_exactly_one_role() {
+    fn what_is_not_in_the_table_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
         pki::init(dir, "example.com").unwrap();
-        let agent = pki::issue_agent(dir, "app-1", dir).unwrap();
-        let operator = pki::issue_operator(dir, "dora", &[], dir).unwrap();
-        let [agent, operator] = [agent, operator].map(|issued| {
-            let certificate = CertificateDer::from_pem_file(issued.certificate).unwrap();
-            Peer::new(&certificate, "example.com", "127.0.0.1:1".parse().unwrap()).unwrap()
-        });
-        let agents = include_str!("../../../proto/lockstep/agent/v1/agent.proto");
-        let control = include_str!("../../../proto/lockstep/control/v1/control.proto");
-        let (agents, control) = (calls(agents), calls(control));
-        assert_eq!(agents.len() + control.len(), TABLE.len());
-        for call in &agents {
-            assert!(decide(Some(&agent), call).is_ok(), "{call}");
-            assert!(decide(Some(&operator), call).is_err(), "{call}");
-        }
-        for call in &control {
-            assert!(decide(Some(&agent), call).is_err(), "{call}");
-            assert!(decide(Some(&operator), call).is_ok(), "{call}");
-        }
+        let agent = peer(&pki::issue_agent(dir, "app-1", dir).unwrap());
+        let mut person = pki::Person::new("dora", &[]);
+        person.roles = Roles::ANY;
+        let operator = peer(&pki::issue_operator(dir, &person, dir).unwrap());
+        let nobody = Suspensions::default();
         for peer in [&agent, &operator] {
-            assert!(decide(Some(peer), "/grpc.health.v1.Health/Check").is_err());
+            for path in [
+                "/grpc.health.v1.Health/Check",
+                "",
+                "/",
+                TABLE[0].0.trim_end_matches('n'),
+            ] {
+                assert!(decide(Some(peer), path, &nobody).is_err(), "{path}");
+            }
         }
-        assert!(decide(None, &agents[0]).is_err());
+        for (call, _) in TABLE {
+            assert!(decide(None, call, &nobody).is_err(), "{call}");
+        }
+    }
+
+    #[test]
+    fn a_role_that_is_missing_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        pki::init(dir, "example.com").unwrap();
+        let mut person = pki::Person::new("ada", &[]);
+        person.roles = Roles::of(&[Admin]);
+        let admin = peer(&pki::issue_operator(dir, &person, dir).unwrap());
+        let call = "/lockstep.control.v1.ControlService/Decide";
+        let refused = decide(Some(&admin), call, &Suspensions::default());
+        let refused = refused.unwrap_err();
+        assert_eq!(
+            refused.message(),
+            "operator ada may not call Decide: that takes the role approver, and the certificate \
+             has admin"
+        );
     }
 }

@@ -3,12 +3,14 @@
 pub(crate) mod access;
 pub(crate) mod convert;
 mod follow;
+mod trust;
 mod watch;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT};
+use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT, TrustCall};
 use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId};
 use lockstep_proto::seal;
 use lockstep_proto::wire::control_v1 as wire;
@@ -54,6 +56,8 @@ pub(crate) struct Control {
     pub(crate) draining: CancellationToken,
     /// When the controller started.
     pub(crate) started: SystemTime,
+    /// The agents' revocation list; none if the controller signs none.
+    pub(crate) list: Option<PathBuf>,
 }
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
@@ -219,7 +223,7 @@ impl ControlService for Control {
         };
         let missing = match self.call(&peer, call).await? {
             Answer::Missing(missing) => missing,
-            Answer::Done | Answer::Again(_) => String::new(),
+            _ => String::new(),
         };
         Ok(Response::new(wire::DecideResponse { missing }))
     }
@@ -247,7 +251,7 @@ impl ControlService for Control {
         };
         let hosts = match self.call(&peer, call).await? {
             Answer::Again(hosts) => hosts,
-            Answer::Done | Answer::Missing(_) => vec![],
+            _ => vec![],
         };
         Ok(Response::new(wire::ResumeResponse { hosts }))
     }
@@ -377,6 +381,63 @@ impl ControlService for Control {
         Ok(Response::new(wire::ListHostsResponse { hosts }))
     }
 
+    async fn create_token(
+        &self,
+        request: Request<wire::CreateTokenRequest>,
+    ) -> Result<Response<wire::CreateTokenResponse>, Status> {
+        self.make_token(request).await
+    }
+
+    async fn list_tokens(
+        &self,
+        _: Request<wire::ListTokensRequest>,
+    ) -> Result<Response<wire::ListTokensResponse>, Status> {
+        self.tokens().await
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<wire::RevokeTokenRequest>,
+    ) -> Result<Response<wire::RevokeTokenResponse>, Status> {
+        let peer = peer(&request)?;
+        let token = text("token", request.into_inner().token)?;
+        let call = Call::Trust(TrustCall::RevokeToken { token });
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::RevokeTokenResponse {}))
+    }
+
+    async fn suspend(
+        &self,
+        request: Request<wire::SuspendRequest>,
+    ) -> Result<Response<wire::SuspendResponse>, Status> {
+        let peer = peer(&request)?;
+        let wire::SuspendRequest { subject, reason } = request.into_inner();
+        let call = Call::Trust(TrustCall::Suspend {
+            subject: trust::subject(&subject)?,
+            reason: text("reason", reason)?,
+        });
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::SuspendResponse {}))
+    }
+
+    async fn unsuspend(
+        &self,
+        request: Request<wire::UnsuspendRequest>,
+    ) -> Result<Response<wire::UnsuspendResponse>, Status> {
+        let peer = peer(&request)?;
+        let subject = trust::subject(&request.get_ref().subject)?;
+        let call = Call::Trust(TrustCall::Unsuspend { subject });
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::UnsuspendResponse {}))
+    }
+
+    async fn list_suspended(
+        &self,
+        _: Request<wire::ListSuspendedRequest>,
+    ) -> Result<Response<wire::ListSuspendedResponse>, Status> {
+        self.suspended().await
+    }
+
     async fn logs(
         &self,
         request: Request<wire::LogsRequest>,
@@ -448,10 +509,11 @@ impl Control {
         stream: impl Future<Output = Result<(), Status>> + Send + 'static,
     ) {
         let draining = self.draining.clone();
-        let valid_for = peer.remaining();
+        let (valid_for, peer) = (peer.remaining(), peer.clone());
         self.tasks.spawn(async move {
             let end = tokio::select! {
                 end = stream => end,
+                () = peer.when_cut().cancelled() => Err(peer.cut_status()),
                 () = draining.cancelled() => Err(crate::driver::Stopping.into()),
                 () = tokio::time::sleep(valid_for) => {
                     Err(Status::unauthenticated("the operator's certificate has ended"))

@@ -1,6 +1,7 @@
 //! The controller as the command line reaches it: gRPC over TLS 1.3, both sides by certificate.
 
 use std::error::Error as StdError;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +11,9 @@ use hyper_util::rt::TokioIo;
 use lockstep_proto::wire::control_v1::control_service_client::ControlServiceClient;
 use lockstep_proto::wire::{MAX_CONTROL_MESSAGE, control_v1 as wire};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, InvalidDnsNameError, PrivateKeyDer, ServerName};
+use rustls::pki_types::{
+    CertificateDer, InvalidDnsNameError, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName,
+};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -22,6 +25,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::clean;
 use super::profile::Profile;
+use crate::pki::secret_key;
 use crate::tls;
 
 /// How long dialling and the handshake may take, each.
@@ -65,6 +69,15 @@ pub(crate) enum ClientError {
     /// Everybody on this machine may act as the operator.
     #[error("the key {0} is readable by everybody")]
     OpenKey(PathBuf),
+    /// The key is encrypted, and stays so.
+    #[error("the key {path} cannot be decrypted")]
+    Passphrase {
+        /// The key.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn StdError + Send + Sync>,
+    },
     /// Certificate and key do not make a TLS client.
     #[error("{path} cannot be used for TLS")]
     Tls {
@@ -131,13 +144,14 @@ impl ClientError {
             }
             Self::OpenKey(path) => Some(format!("chmod 0600 {}", path.display())),
             Self::Certificate { .. } | Self::Tls { .. } => {
-                Some("issue one with `lockstep pki operator NAME --group GROUP`".into())
+                Some("make one with `lockstep operator add NAME --role ROLE`".into())
             }
             Self::Refused {
                 code: Code::PermissionDenied,
                 message,
-            } if message.contains("group") => Some(
-                "groups are part of your certificate: `lockstep pki operator NAME --group GROUP`"
+            } if message.contains("group") || message.contains("role") => Some(
+                "roles and groups are part of your certificate: `lockstep operator add NAME --role \
+                 ROLE --group GROUP`"
                     .into(),
             ),
             Self::Refused {
@@ -326,15 +340,7 @@ impl Dialer {
         let mut store = RootCertStore::empty();
         store.add_parsable_certificates(roots);
         let chain = read_certificates("the certificate", &profile.cert)?;
-        let key =
-            PrivateKeyDer::from_pem_file(&profile.key).map_err(|source| ClientError::File {
-                what: "the key",
-                path: profile.key.clone(),
-                source,
-            })?;
-        if tls::is_open(&profile.key) {
-            return Err(ClientError::OpenKey(profile.key.clone()));
-        }
+        let key = read_key(profile)?;
         let domain = operator_domain(&profile.cert, &chain)?;
         let config = ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
             .with_root_certificates(store)
@@ -431,6 +437,32 @@ fn uris_of(certificate: &CertificateDer<'_>) -> Result<Vec<String>, String> {
     Ok(uris)
 }
 
+/// The key, once whoever may has said its passphrase, if it has one.
+fn read_key(profile: &Profile) -> Result<PrivateKeyDer<'static>, ClientError> {
+    let path = &profile.key;
+    if tls::is_open(path) {
+        return Err(ClientError::OpenKey(path.clone()));
+    }
+    if let Ok(pem) = fs::read_to_string(path)
+        && secret_key::is_encrypted(&pem)
+    {
+        let failed = |source: io::Error| ClientError::Passphrase {
+            path: path.clone(),
+            source: source.into(),
+        };
+        let passphrase = profile.passphrase.ask(&path.display().to_string());
+        let passphrase = passphrase.map_err(failed)?;
+        let key = secret_key::decrypt(&pem, &passphrase);
+        let key = key.map_err(|error| failed(io::Error::other(error)))?;
+        return Ok(PrivatePkcs8KeyDer::from(key.to_vec()).into());
+    }
+    PrivateKeyDer::from_pem_file(path).map_err(|source| ClientError::File {
+        what: "the key",
+        path: path.clone(),
+        source,
+    })
+}
+
 fn read_certificates(
     what: &'static str,
     path: &Path,
@@ -454,7 +486,7 @@ mod tests {
         let out = dir.path();
         let issued = match kind {
             "controller" => pki::issue_controller(out, "c1", &["localhost".into()], out),
-            "operator" => pki::issue_operator(out, "dora", &["dba".into()], out),
+            "operator" => pki::issue_operator(out, &pki::Person::new("dora", &[]), out),
             _ => pki::issue_agent(out, "app-1", out),
         };
         let leaf = CertificateDer::from_pem_file(issued.unwrap().certificate).unwrap();

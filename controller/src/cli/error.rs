@@ -44,6 +44,9 @@ pub(crate) enum CliError {
     /// Nothing was issued.
     #[error(transparent)]
     Pki(#[from] PkiError),
+    /// A passphrase that nobody said.
+    #[error("there is no passphrase")]
+    Passphrase(#[source] io::Error),
     /// The journal of a state directory cannot be used.
     #[error(transparent)]
     Journal(#[from] OpenError),
@@ -96,6 +99,7 @@ impl CliError {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Usage { .. }
+            | Self::Passphrase(_)
             | Self::Profile(_)
             | Self::Plan(_)
             | Self::File { verb: "read", .. } => Exit::Usage,
@@ -108,6 +112,7 @@ impl CliError {
                 | ClientError::File { .. }
                 | ClientError::Certificate { .. }
                 | ClientError::OpenKey(_)
+                | ClientError::Passphrase { .. }
                 | ClientError::Tls { .. }
                 | ClientError::ServerName { .. } => Exit::Usage,
                 ClientError::Refused { .. } => Exit::Refused,
@@ -169,7 +174,7 @@ impl CliError {
             ),
             Self::Client(ClientError::File { .. }) => Some(
                 "`ca`, `cert` and `key` in the profile name PEM files that you can read, relative \
-                 to the profile; `lockstep pki operator NAME` makes all three"
+                 to the profile; `lockstep operator add NAME --role ROLE` makes all three"
                     .into(),
             ),
             Self::Client(error) => error.hint(),
@@ -310,13 +315,15 @@ mod tests {
         assert!(text.contains("hint: write a profile"), "{text}");
 
         pki::init(&at("pki"), "example.com").unwrap();
-        let issued = pki::issue_operator(&at("pki"), "olga", &[], dir.path()).unwrap();
+        let olga = pki::Person::new("olga", &[]);
+        let issued = pki::issue_operator(&at("pki"), &olga, dir.path()).unwrap();
         let profile = Profile {
             controller: "127.0.0.1:1".to_owned(),
             server_name: None,
             ca: issued.trusts[0].clone(),
             cert: issued.certificate,
             key: issued.key,
+            passphrase: super::super::passphrase::Source::Terminal,
         };
         for file in [&profile.ca, &profile.cert, &profile.key] {
             let kept = fs::read(file).unwrap();

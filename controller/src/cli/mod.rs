@@ -21,6 +21,7 @@ mod exit;
 mod journal;
 mod live;
 mod logs;
+mod passphrase;
 mod pki;
 mod plan;
 mod printer;
@@ -29,6 +30,7 @@ mod render;
 mod report;
 mod serve;
 mod status;
+mod trust;
 mod watch;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -115,6 +117,15 @@ enum Command {
     Hosts,
     /// Forget a host that is gone for good, so that no plan waits for it
     Forget(control::Forget),
+    /// Make, list and take back the tokens with which hosts join
+    #[command(subcommand)]
+    Token(trust::Token),
+    /// Let a host, an operator or a certificate do nothing any more
+    Suspend(trust::Suspend),
+    /// Lift a suspension
+    Unsuspend(trust::Unsuspend),
+    /// List who is suspended
+    Suspended(trust::Suspended),
     /// List rollouts, newest first
     History(status::History),
     /// Print the output of a rollout's steps
@@ -124,6 +135,9 @@ enum Command {
     /// Make issuers and certificates
     #[command(subcommand)]
     Pki(pki::Pki),
+    /// Issue operators' certificates
+    #[command(subcommand)]
+    Operator(pki::Operator),
     /// Run the controller
     Serve(serve::Serve),
     /// Verify, export or import the journal of a controller that does not run
@@ -173,7 +187,10 @@ fn run(arguments: Arguments, printer: Printer) -> Result<Exit, CliError> {
         Command::Validate(validate) => plan::validate(&validate, printer),
         Command::Schema => plan::schema(printer),
         Command::Actions(actions) => plan::actions(&actions, printer),
-        Command::Pki(command) => pki::run(&command, printer),
+        Command::Pki(command) => pki::run(&command, arguments.profile.passphrase_fd, printer),
+        Command::Operator(command) => {
+            pki::operator(&command, arguments.profile.passphrase_fd, printer)
+        }
         Command::Completions { shell } => completions(shell, printer),
         Command::Journal(command) => journal::run(&command, printer),
         Command::Audit(command) => audit::run(&command, printer),
@@ -202,6 +219,10 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::History(history) => status::history(history, session).await,
         Command::Hosts => status::hosts(session).await,
         Command::Forget(forget) => control::forget(forget, session).await,
+        Command::Token(command) => trust::token(command, session).await,
+        Command::Suspend(suspend) => trust::suspend(suspend, session).await,
+        Command::Unsuspend(unsuspend) => trust::unsuspend(unsuspend, session).await,
+        Command::Suspended(suspended) => trust::suspended(suspended, session).await,
         Command::Watch(RolloutArg { rollout }) => {
             let client = session.connect().await?;
             watch::watch(&client, &rollout, session.printer).await
@@ -222,6 +243,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         | Command::Schema
         | Command::Actions(_)
         | Command::Pki(_)
+        | Command::Operator(_)
         | Command::Completions { .. }
         | Command::Journal(_)
         | Command::Audit(_)

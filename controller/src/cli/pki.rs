@@ -1,15 +1,18 @@
-//! `lockstep pki`: issuers and certificates, on the machine that keeps the issuers.
+//! `lockstep pki` and `lockstep operator`: issuers and certificates, on the machine that keeps the issuers.
 
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lockstep_proto::values::Period;
 use serde_json::json;
 
 use super::error::CliError;
 use super::exit::Exit;
+use super::passphrase::Source;
 use super::printer::Printer;
 use super::render::{Line, words};
-use crate::pki::{self, Issued};
+use crate::pki::roles::{Role, Roles};
+use crate::pki::{self, Issued, Person};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Pki {
@@ -38,16 +41,45 @@ pub(crate) enum Pki {
         #[command(flatten)]
         files: Files,
     },
-    /// Issue an operator's certificate
+    /// Issue an operator's certificate; the same as `lockstep operator add`
     Operator {
-        /// The operator's name
-        name: String,
-        /// A group that the operator may decide for; repeat it for more
-        #[arg(long = "group", value_name = "GROUP")]
-        groups: Vec<String>,
+        /// What the operator may do; repeat it for more. Without it, everything but `admin`
+        #[arg(long = "role", value_name = "ROLE", value_enum)]
+        roles: Vec<Role>,
         #[command(flatten)]
-        files: Files,
+        person: PersonArgs,
     },
+}
+
+/// `lockstep operator`.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Operator {
+    /// Issue an operator's certificate, on the machine that keeps the issuers
+    Add {
+        /// What the operator may do; repeat it for more
+        #[arg(long = "role", value_name = "ROLE", value_enum, required = true)]
+        roles: Vec<Role>,
+        #[command(flatten)]
+        person: PersonArgs,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PersonArgs {
+    /// The operator's name
+    name: String,
+    /// A group that the operator may decide for; repeat it for more
+    #[arg(long = "group", value_name = "GROUP")]
+    groups: Vec<String>,
+    /// How long the certificate is valid
+    #[arg(long, value_name = "PERIOD", default_value_t = Period::seconds(pki::OPERATOR_LIFE.as_secs()))]
+    life: Period,
+    /// Encrypt the key with a passphrase: it is asked for on the terminal, or read from
+    /// --passphrase-fd
+    #[arg(long)]
+    passphrase: bool,
+    #[command(flatten)]
+    files: Files,
 }
 
 #[derive(Debug, clap::Args)]
@@ -67,7 +99,11 @@ pub(crate) struct Files {
 }
 
 /// `lockstep pki`.
-pub(crate) fn run(command: &Pki, printer: Printer) -> Result<Exit, CliError> {
+pub(crate) fn run(
+    command: &Pki,
+    descriptor: Option<u32>,
+    printer: Printer,
+) -> Result<Exit, CliError> {
     match command {
         Pki::Init { issuers, domain } => {
             pki::init(&issuers.dir, domain)?;
@@ -96,15 +132,54 @@ pub(crate) fn run(command: &Pki, printer: Printer) -> Result<Exit, CliError> {
             &pki::issue_agent(&files.issuers.dir, host, &files.out)?,
             printer,
         ),
-        Pki::Operator {
-            name,
-            groups,
-            files,
-        } => say(
-            &pki::issue_operator(&files.issuers.dir, name, groups, &files.out)?,
-            printer,
-        ),
+        Pki::Operator { roles, person } => {
+            let roles = match &roles[..] {
+                [] => Roles::BEFORE_ROLES,
+                roles => Roles::of(roles),
+            };
+            issue_operator(person, roles, descriptor, printer)
+        }
     }
+}
+
+/// `lockstep operator add`.
+pub(crate) fn operator(
+    command: &Operator,
+    descriptor: Option<u32>,
+    printer: Printer,
+) -> Result<Exit, CliError> {
+    let Operator::Add { roles, person } = command;
+    issue_operator(person, Roles::of(roles), descriptor, printer)
+}
+
+fn issue_operator(
+    person: &PersonArgs,
+    roles: Roles,
+    descriptor: Option<u32>,
+    printer: Printer,
+) -> Result<Exit, CliError> {
+    let PersonArgs {
+        name,
+        groups,
+        life,
+        passphrase,
+        files,
+    } = person;
+    // Asked for first: whoever has none gets nothing.
+    let passphrase = (*passphrase || descriptor.is_some()).then(|| {
+        let source = Source::of(descriptor);
+        source.ask_for_new(&format!("{name}'s key"))
+    });
+    let passphrase = passphrase.transpose().map_err(CliError::Passphrase)?;
+    let person = Person {
+        name,
+        roles,
+        groups,
+        life: life.to_std(),
+        passphrase: passphrase.as_ref(),
+    };
+    let issued = pki::issue_operator(&files.issuers.dir, &person, &files.out)?;
+    say(&issued, printer)
 }
 
 fn say(issued: &Issued, printer: Printer) -> Result<Exit, CliError> {

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::passphrase::Source;
+
 /// The name of the file in a profile's directory.
 const FILE: &str = "client.toml";
 
@@ -47,6 +49,9 @@ pub(crate) struct ProfileArgs {
     /// The key of your certificate
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) key: Option<PathBuf>,
+    /// Read the key's passphrase from this descriptor; otherwise the terminal is asked
+    #[arg(long, global = true, value_name = "NUMBER")]
+    pub(crate) passphrase_fd: Option<u32>,
 }
 
 /// A profile without gaps.
@@ -59,6 +64,8 @@ pub(crate) struct Profile {
     pub(crate) ca: PathBuf,
     pub(crate) cert: PathBuf,
     pub(crate) key: PathBuf,
+    /// Where the key's passphrase comes from, if it has one.
+    pub(crate) passphrase: Source,
 }
 
 /// Why there is no profile.
@@ -176,6 +183,7 @@ impl Profile {
             ca,
             cert,
             key,
+            passphrase: Source::of(args.passphrase_fd),
         })
     }
 

@@ -17,6 +17,10 @@ pub(super) enum Input {
         call: Call,
         answer: oneshot::Sender<Result<Answer, Refused>>,
     },
+    Ask {
+        event: Event,
+        answer: oneshot::Sender<Result<Answer, Refused>>,
+    },
     Open {
         hello: Box<Hello>,
         version: u32,
@@ -72,6 +76,13 @@ impl Handle {
             answer,
         })
         .await?;
+        answered.await.map_err(|_| Stopping)
+    }
+
+    /// Hands over an event that is answered; the answer is durable.
+    pub(crate) async fn ask(&self, event: Event) -> Result<Result<Answer, Refused>, Stopping> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Input::Ask { event, answer }).await?;
         answered.await.map_err(|_| Stopping)
     }
 

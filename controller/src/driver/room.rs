@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use lockstep_core::{Call, Refused};
+use lockstep_core::{Call, Refused, TrustCall};
 
 use super::{Driver, Round};
 
@@ -47,16 +47,23 @@ impl Driver {
             Call::Submit { .. }
             | Call::Resume { .. }
             | Call::ResumeFailed { .. }
-            | Call::RollBack { .. } => true,
+            | Call::RollBack { .. }
+            | Call::Trust(TrustCall::CreateToken { .. }) => true,
             Call::Decide { .. }
             | Call::Pause { .. }
             | Call::Resolve { .. }
             | Call::Cancel { .. }
             | Call::Close { .. }
             | Call::Forget { .. }
+            | Call::Trust(_)
             | Call::SignOff { .. } => false,
         };
-        (self.full && begins).then(|| {
+        self.refused_without_room().filter(|_| begins)
+    }
+
+    /// Why whatever is new has to wait for room.
+    pub(super) fn refused_without_room(&self) -> Option<Refused> {
+        self.full.then(|| {
             Refused::NotNow(format!(
                 "the controller takes nothing new: {WHY}; make room on it and try again"
             ))

@@ -15,6 +15,9 @@ use lockstep_proto::seal;
 use lockstep_proto::values::Period;
 use lockstep_proto::wire::VersionRange;
 
+use lockstep_core::Message;
+use lockstep_proto::ids::RolloutId;
+
 use super::*;
 use crate::journal::memory::Memory;
 use crate::journal::{Head, JournalId};
@@ -54,6 +57,7 @@ impl Journal for Breakable {
 
 fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
     Parts {
+        suspensions: Arc::default(),
         journal: Box::new(Breakable {
             inner: Box::new(memory.open()),
             broken: Arc::clone(broken),

@@ -123,7 +123,8 @@ pub(crate) fn compact(state: &Path, which: Which) -> Result<Compacted, CompactEr
     let name = format!("journal-{}-{}.jsonl", base.number + 1, head.number);
     let kept = keep(&before, &records, &goes_out, &name);
     let folded = fold(&read_entries(&kept, head.number)?, &blobs)?;
-    compare(&before, &folded, &goes_out)?;
+    let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
+    compare(&before, &folded, &goes_out, last)?;
 
     let path = archive::directory(state).join(&name);
     write_archive(&records, &path)?;
@@ -224,6 +225,7 @@ fn keep(
             archive: archive.to_owned(),
         },
     ))];
+    let last = entries.last().map_or(at, |entry| entry.at);
     let ends = ends(entries);
     let serials: HashMap<&RolloutId, u64> = folded
         .serials()
@@ -273,6 +275,7 @@ fn keep(
                 let (host, through) = (host.clone(), *number);
                 encode(entry.at, Record::ReportsArchived { host, through })
             }
+            Record::Trust(record) if !folded.trust().is_of_use(record, last) => continue,
             _ if out && !matches!(entry.record, Record::Archived(_)) => continue,
             record => {
                 match record {
@@ -322,6 +325,7 @@ fn compare(
     before: &Coordinator,
     after: &Coordinator,
     goes_out: &[RolloutId],
+    last: Timestamp,
 ) -> Result<(), CompactError> {
     let differs = |what: &dyn std::fmt::Display| Err(CompactError::Differs(what.to_string()));
     if before.last_epoch() != after.last_epoch() || before.took_over() != after.took_over() {
@@ -329,6 +333,10 @@ fn compare(
     }
     if before.serials() != after.serials() {
         return differs(&"the serials");
+    }
+    // What has ended says nothing any more.
+    if before.trust().as_of(last) != after.trust().as_of(last) {
+        return differs(&"who may be");
     }
     let hosts = |folded: &Coordinator| format!("{:?}", folded.all_hosts().collect::<Vec<_>>());
     if hosts(before) != hosts(after) {

@@ -11,7 +11,6 @@
 mod output;
 pub(crate) mod registry;
 
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -97,7 +96,7 @@ impl AgentService for Agents {
             driver: self.driver.clone(),
             host,
             number,
-            address: peer.address(),
+            peer: peer.clone(),
             ending: ending.clone(),
         };
         self.tasks.spawn(reader.run(inbound, peer.remaining()));
@@ -187,7 +186,7 @@ struct Reader {
     driver: Handle,
     host: HostId,
     number: SessionNumber,
-    address: SocketAddr,
+    peer: Peer,
     ending: Ending,
 }
 
@@ -199,6 +198,10 @@ impl Reader {
             tokio::select! {
                 biased;
                 () = self.ending.token().cancelled() => break "ended by the controller".to_owned(),
+                () = self.peer.when_cut().cancelled() => {
+                    self.ending.end(self.peer.cut_status());
+                    break "cut".to_owned();
+                }
                 () = &mut expired => {
                     let why = "the agent's certificate has ended";
                     self.ending.end(Status::unauthenticated(why));
@@ -210,8 +213,8 @@ impl Reader {
                 }
             }
         };
-        let Self { host, address, .. } = &self;
-        tracing::info!(%host, peer = %address, why, "session is down");
+        let Self { host, peer, .. } = &self;
+        tracing::info!(%host, peer = %peer.address(), why, "session is down");
         // The way down ends too, in case only the way up has.
         self.ending.end_well();
         // If the driver is gone, so is what would have to know.

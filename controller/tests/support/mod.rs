@@ -1,16 +1,17 @@
 //! A controller as a process, with certificates of its own, and clients that dial it.
 
-#[path = "../../src/pki.rs"]
+#[path = "../../src/pki/mod.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the controller's own module")]
 pub(crate) mod pki;
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
 use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
@@ -56,6 +57,29 @@ impl Place {
         place
     }
 
+    /// One whose controller lets hosts join; certificates live for so long.
+    pub(crate) fn enrolling(life: &str) -> Self {
+        let place = Self::new();
+        let file = place.path().join("controller.toml");
+        let mut config = fs::read_to_string(&file).unwrap();
+        config.push_str("\n[enroll]\nagent_ca_key = \"pki/ca-agents.key\"\n");
+        config.push_str("controller_ca = \"ca-controllers.crt\"\n");
+        let _ = writeln!(config, "life = \"{life}\"");
+        fs::write(file, config).unwrap();
+        place
+    }
+
+    /// An operator with roles.
+    pub(crate) fn with_roles(&self, name: &str, roles: &[pki::roles::Role]) -> Identity {
+        let mut person = pki::Person::new(name, &[]);
+        person.roles = pki::roles::Roles::of(roles);
+        self.person(&person)
+    }
+
+    pub(crate) fn admin(&self) -> Identity {
+        self.with_roles("ada", &[pki::roles::Role::Admin])
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -70,7 +94,69 @@ impl Place {
 
     pub(crate) fn operator(&self, name: &str, groups: &[&str]) -> Identity {
         let groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
-        Identity::of(pki::issue_operator(&self.pki(), name, &groups, self.path()).unwrap())
+        self.person(&pki::Person::new(name, &groups))
+    }
+
+    pub(crate) fn person(&self, person: &pki::Person<'_>) -> Identity {
+        Identity::of(pki::issue_operator(&self.pki(), person, self.path()).unwrap())
+    }
+
+    /// A certificate that ends so many seconds from now, for a name of any kind, by any issuer.
+    pub(crate) fn aged(&self, issuer: &str, name: &str, ends: i64) -> Identity {
+        use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
+        let file = |kind: &str| {
+            let path = self.pki().join(format!("ca-{issuer}.{kind}"));
+            fs::read_to_string(path).unwrap()
+        };
+        let key = KeyPair::from_pem(&file("key")).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&file("crt"), key).unwrap();
+        let mut params = CertificateParams::default();
+        let now = UNIX_EPOCH.elapsed().unwrap().as_secs().cast_signed();
+        let ends = time::OffsetDateTime::from_unix_timestamp(now + ends).unwrap();
+        params.not_before = ends - time::Duration::days(30);
+        params.not_after = ends;
+        let uri = format!("spiffe://{DOMAIN}/{name}");
+        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+        let pair = KeyPair::generate().unwrap();
+        let signed = params.signed_by(&pair, &issuer).unwrap();
+        let stem = format!("aged-{}-{}", ends.unix_timestamp(), name.replace('/', "-"));
+        let identity = Identity {
+            certificate: self.path().join(format!("{stem}.crt")),
+            key: self.path().join(format!("{stem}.key")),
+        };
+        fs::write(&identity.certificate, signed.pem()).unwrap();
+        fs::write(&identity.key, pair.serialize_pem()).unwrap();
+        identity
+    }
+
+    /// The operators' revocation list with these certificates, in PEM; it ends so many seconds
+    /// from now.
+    pub(crate) fn operators_list(&self, revoked: &[&Identity], ends: i64) -> String {
+        use rcgen::{CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair};
+        use rcgen::{RevokedCertParams, SerialNumber};
+        let file = |kind: &str| {
+            let path = self.pki().join(format!("ca-operators.{kind}"));
+            fs::read_to_string(path).unwrap()
+        };
+        let key = KeyPair::from_pem(&file("key")).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&file("crt"), key).unwrap();
+        let now = UNIX_EPOCH.elapsed().unwrap().as_secs().cast_signed();
+        let at = |seconds| time::OffsetDateTime::from_unix_timestamp(seconds).unwrap();
+        let entry = |identity: &&Identity| RevokedCertParams {
+            serial_number: SerialNumber::from(hex::decode(identity.serial()).unwrap()),
+            revocation_time: at(now - 100),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: at(now - 100),
+            next_update: at(now + ends),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&issuer).unwrap().pem().unwrap()
     }
 
     pub(crate) fn start(&self) -> Controller {
@@ -168,6 +254,15 @@ impl Controller {
 
     /// A channel; what is wrong with it may show only at the first call.
     pub(crate) async fn dial(&self, identity: Option<&Identity>) -> Result<Channel, String> {
+        self.dial_from(identity, [127, 0, 0, 1]).await
+    }
+
+    /// A channel from one of this machine's addresses.
+    pub(crate) async fn dial_from(
+        &self,
+        identity: Option<&Identity>,
+        from: [u8; 4],
+    ) -> Result<Channel, String> {
         let mut roots = rustls::RootCertStore::empty();
         roots
             .add(CertificateDer::from_pem_file(&self.issuer).unwrap())
@@ -192,7 +287,9 @@ impl Controller {
         let connector = tower::service_fn(move |_: http::Uri| {
             let tls = tls.clone();
             async move {
-                let tcp = tokio::net::TcpStream::connect(address).await?;
+                let socket = tokio::net::TcpSocket::new_v4()?;
+                socket.bind((from, 0).into())?;
+                let tcp = socket.connect(address).await?;
                 let name = ServerName::try_from("localhost").unwrap();
                 let tls = tls.connect(name, tcp).await?;
                 Ok::<_, io::Error>(TokioIo::new(tls))
@@ -262,6 +359,17 @@ impl Identity {
             certificate: issued.certificate,
             key: issued.key,
         }
+    }
+}
+
+impl Identity {
+    /// The certificate's serial number, in hexadecimal digits.
+    pub(crate) fn serial(&self) -> String {
+        use x509_parser::prelude::{FromDer as _, X509Certificate};
+        let der = CertificateDer::from_pem_file(&self.certificate).unwrap();
+        let (_, parsed) = X509Certificate::from_der(&der).unwrap();
+        let digits = hex::encode(parsed.raw_serial());
+        digits.trim_start_matches("00").to_owned()
     }
 }
 

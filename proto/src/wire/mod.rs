@@ -29,6 +29,18 @@ pub mod control_v1 {
     tonic::include_proto!("lockstep.control.v1");
 }
 
+/// Generated from `lockstep/enroll/v1/enroll.proto`.
+#[allow(
+    missing_docs,
+    clippy::pedantic,
+    clippy::all,
+    unreachable_pub,
+    unused_qualifications
+)]
+pub mod enroll_v1 {
+    tonic::include_proto!("lockstep.enroll.v1");
+}
+
 /// Generated from `lockstep/host/v1/host.proto`.
 #[allow(
     missing_docs,
@@ -41,8 +53,14 @@ pub mod host_v1 {
     tonic::include_proto!("lockstep.host.v1");
 }
 
+/// Every call of every service, as `/package.Service/Call`, read from the contract.
+pub const CALLS: &[&str] = include!(concat!(env!("OUT_DIR"), "/calls.rs"));
+
 /// The largest message of an agent, in bytes: an order with its bindings.
 pub const MAX_AGENT_MESSAGE: usize = 256 << 10;
+
+/// The largest message of a host that wants a certificate, in bytes: a request has about 300.
+pub const MAX_ENROLL_MESSAGE: usize = 16 << 10;
 
 /// The largest message of an operator, in bytes: a compiled plan with its source.
 pub const MAX_CONTROL_MESSAGE: usize = 4 << 20;

@@ -30,6 +30,7 @@ use crate::postgres::Postgres;
 use crate::reaper::Reaper;
 use crate::{example, processes, wait};
 
+mod enrol;
 mod setup;
 
 pub(crate) use setup::token;
@@ -59,6 +60,7 @@ pub struct Builder {
     backup_dir: Option<PathBuf>,
     agent_path: Option<String>,
     binaries: Option<Binaries>,
+    enrol: Option<String>,
 }
 
 /// A running installation.
@@ -75,6 +77,8 @@ pub struct Cluster {
     /// What the controller is started from.
     controller_binary: PathBuf,
     address: String,
+    /// How long certificates live of hosts that join; none: nobody may.
+    enrol: Option<String>,
     root: tempfile::TempDir,
     _reaper: Reaper,
 }
@@ -123,6 +127,13 @@ impl Builder {
         self
     }
 
+    /// Hosts may join, and their certificates live for so long.
+    #[must_use]
+    pub fn enrolling(mut self, life: &str) -> Self {
+        self.enrol = Some(life.to_owned());
+        self
+    }
+
     /// Everything from these binaries, such as those of another release.
     #[must_use]
     pub fn binaries(mut self, binaries: &Binaries) -> Self {
@@ -148,6 +159,7 @@ impl Builder {
             controller_binary: binaries.lockstep.clone(),
             binaries,
             address: String::new(),
+            enrol: self.enrol.clone(),
             _reaper: Reaper::of_cluster(root.path())?,
             root,
         };
@@ -179,6 +191,7 @@ impl Cluster {
             backup_dir: None,
             agent_path: None,
             binaries: None,
+            enrol: None,
         }
     }
 

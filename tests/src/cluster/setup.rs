@@ -99,7 +99,15 @@ impl Cluster {
             file("ca-operators.crt"),
             self.mailbox.port,
         );
-        Ok(fs::write(directory.join("controller.toml"), text)?)
+        let enrol = self.enrol.as_ref().map_or_else(String::new, |life| {
+            format!(
+                "\n[enroll]\nagent_ca_key = {}\ncontroller_ca = {}\nlife = {}\n",
+                file("ca-agents.key"),
+                file("ca-controllers.crt"),
+                quote(life),
+            )
+        });
+        Ok(fs::write(directory.join("controller.toml"), text + &enrol)?)
     }
 
     pub(super) fn make_profiles(&self) -> Result<()> {

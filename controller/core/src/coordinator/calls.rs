@@ -160,11 +160,14 @@ impl Coordinator {
                     reason,
                 }
             }
+            Call::Trust(call) => return self.handle_trust(now, &operator, call, effects),
             Call::Forget { host } => {
-                let Some(info) = self.hosts.get(&host).filter(|info| !info.forgotten) else {
+                let info = self.hosts.get(&host).filter(|info| !info.forgotten);
+                // One that was let in, and has never come, has a name that may be wanted again.
+                if info.is_none() && !self.trust.is_enrolled(&host) {
                     return Err(Refused::Invalid(format!("there is no host {host}")));
-                };
-                if info.connected {
+                }
+                if info.is_some_and(|info| info.connected) {
                     return Err(Refused::NotNow(format!(
                         "{host} is connected: stop its agent first"
                     )));

@@ -74,10 +74,14 @@ impl Coordinator {
                 self.hosts.insert(host.clone(), info);
             }
             Record::HostForgotten { host, .. } => {
-                let info = self.hosts.get_mut(host);
-                info.ok_or("a host was forgotten that was never seen")?
-                    .forgotten = true;
+                match self.hosts.get_mut(host) {
+                    Some(info) => info.forgotten = true,
+                    None if self.trust.is_enrolled(host) => {}
+                    None => return Err("a host was forgotten that was never seen".to_owned()),
+                }
+                self.trust.forget(host);
             }
+            Record::Trust(record) => self.trust.apply(entry.at, record)?,
             Record::Matched { rollout, hosts } => {
                 let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
                 for host in hosts {

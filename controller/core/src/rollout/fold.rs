@@ -46,6 +46,7 @@ impl Rollout {
             | Record::ReportsArchived { .. }
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
+            | Record::Trust(_)
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
             Record::Reported { host, body, .. } => self.fold_report(now, host, body),

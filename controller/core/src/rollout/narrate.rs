@@ -197,6 +197,7 @@ impl Rollout {
             | Record::ReportsArchived { .. }
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
+            | Record::Trust(_)
             | Record::Submitted { .. }
             | Record::Matched { .. } => return vec![],
         };

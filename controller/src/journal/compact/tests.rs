@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
-use lockstep_core::{Call, Event, Message, Refused};
+use lockstep_core::trust::{Serial, TrustRecord, Wanted};
+use lockstep_core::{Call, Event, Message, Refused, TrustCall};
 use lockstep_proto::action::Action;
 use lockstep_proto::action::check::{Port, PortState};
-use lockstep_proto::ids::InstanceId;
+use lockstep_proto::ids::{Digest, InstanceId};
 use lockstep_proto::plan::{
     CompiledPlan, FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
 };
@@ -437,4 +438,70 @@ fn a_compaction_that_is_cut_off_has_happened_or_not() {
         "{found:?} of {}",
         moments.len()
     );
+}
+
+#[test]
+fn certificates_that_have_ended_go_out_and_who_may_be_stays() {
+    const HOUR: u64 = 3_600_000;
+    let dir = filled(3);
+    let state = dir.path();
+    let mut life = Life::begin(state, 2);
+    let hash = Digest::of(b"the token");
+    let call = |call| Event::Operator {
+        operator: "ada".into(),
+        groups: vec![],
+        call: Call::Trust(call),
+    };
+    let create = TrustCall::CreateToken {
+        host: host("web-1"),
+        hash,
+        life: Period(HOUR / 10),
+    };
+    assert_eq!(life.event(call(create)), None);
+    let serial = |number: u8| Serial::from_bytes(&[0x40, number]);
+    let wanted = |number: u8| Wanted {
+        host: host("web-1"),
+        key: Digest::of(&[number]),
+        serial: serial(number),
+        life: Period(HOUR),
+    };
+    let join = Event::Join {
+        token: hash,
+        wanted: Box::new(Ok(wanted(1))),
+    };
+    assert_eq!(life.event(join), None);
+    let renew = |life: &mut Life<'_>, parent: u8, key: u8| {
+        life.event(Event::Renew {
+            host: host("web-1"),
+            parent: serial(parent),
+            parent_ends: Timestamp(life.now + HOUR / 2),
+            wanted: Box::new(wanted(key)),
+        })
+    };
+    for number in 2..30 {
+        life.now += HOUR / 2;
+        assert_eq!(renew(&mut life, number - 1, number), None);
+    }
+    let suspend = TrustCall::Suspend {
+        subject: "operator:olga".parse().unwrap(),
+        reason: "has left".into(),
+    };
+    assert_eq!(life.event(call(suspend)), None);
+    let (banned, now) = (life.core.trust().banned(), Timestamp(life.now));
+    let before = life.core.trust().as_of(now);
+    drop(life);
+
+    compact(state, keep_newest(1)).unwrap();
+    let entries = read_entries(&payloads(state), 0).unwrap();
+    let renewals = entries
+        .iter()
+        .filter(|entry| matches!(&entry.record, Record::Trust(TrustRecord::Renewed { .. })));
+    assert!((1..4).contains(&renewals.count()));
+    let mut life = Life::begin(state, 3);
+    assert_eq!(life.core.trust().as_of(now), before);
+    assert_eq!(life.core.trust().banned(), banned);
+    assert!(life.core.trust().is_enrolled(&host("web-1")));
+    // A copy of the last but one certificate is still found.
+    let copy = renew(&mut life, 28, 99);
+    assert!(copy.unwrap().to_string().contains("two machines"));
 }

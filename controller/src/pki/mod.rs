@@ -11,6 +11,12 @@
 //! OUT/{controller,agent,operator}-NAME.{crt,key}
 //! OUT/ca-*.crt                            the issuers of the peers: what goes to a host is whole
 //! ```
+//!
+//! An operator's certificate holds groups (organisational units) and [`roles`]; its key may be
+//! behind a passphrase ([`secret_key`]).
+
+pub(crate) mod roles;
+pub(crate) mod secret_key;
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
@@ -26,11 +32,20 @@ use rcgen::{
 };
 use rustls::pki_types::DnsName;
 
+use self::roles::Roles;
+use self::secret_key::Passphrase;
+
 /// How long an issuer's own certificate is valid.
 const ISSUER_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 
-/// How long other certificates are valid.
+/// How long certificates of controllers and agents are valid.
 pub(crate) const LEAF_LIFE: Duration = Duration::from_hours(90 * 24);
+
+/// How long an operator's certificate is valid, if nobody says otherwise: a working day.
+pub(crate) const OPERATOR_LIFE: Duration = Duration::from_hours(12);
+
+/// The longest that an operator's certificate may be valid.
+const LONGEST_OPERATOR_LIFE: Duration = Duration::from_hours(365 * 24);
 
 /// Certificates are valid from so long before they were made: clocks differ.
 const BACKDATED: Duration = Duration::from_mins(5);
@@ -78,6 +93,9 @@ pub(crate) enum PkiError {
     /// A group that does not fit into a subject.
     #[error("`{0}` is no group: 1 to 63 of A-Z, a-z, 0-9, `-` and `_`")]
     Group(String),
+    /// A life that is no working life.
+    #[error("an operator's certificate is valid for at least a minute and at most 365 days")]
+    Life,
     /// A controller that nobody could dial.
     #[error("a controller's certificate needs at least one address that agents dial")]
     NoAddress,
@@ -151,22 +169,54 @@ pub(crate) fn issue_controller(
         }
     }
     let leaf = Leaf::new(Kind::Controllers, name)?;
-    leaf.issue(dir, addresses, &[], out)
+    leaf.issue(dir, addresses, None, out)
 }
 
 /// Issues an agent's certificate for a host.
 pub(crate) fn issue_agent(dir: &Path, host: &str, out: &Path) -> Result<Issued, PkiError> {
-    Leaf::new(Kind::Agents, host)?.issue(dir, &[], &[], out)
+    Leaf::new(Kind::Agents, host)?.issue(dir, &[], None, out)
 }
 
-/// Issues an operator's certificate; `groups` are what the operator may decide for.
+/// An operator to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Person<'a> {
+    /// The operator's name.
+    pub(crate) name: &'a str,
+    /// What the operator may do. None at all: the certificate says nothing of roles, as those of
+    /// releases before them.
+    pub(crate) roles: Roles,
+    /// What the operator may decide for.
+    pub(crate) groups: &'a [String],
+    /// How long the certificate is valid.
+    pub(crate) life: Duration,
+    /// What the key is encrypted with; none: it is not.
+    pub(crate) passphrase: Option<&'a Passphrase>,
+}
+
+#[cfg(test)]
+impl<'a> Person<'a> {
+    /// Somebody who may do what everybody may whose certificate says nothing of roles.
+    pub(crate) fn new(name: &'a str, groups: &'a [String]) -> Self {
+        Self {
+            name,
+            roles: Roles::BEFORE_ROLES,
+            groups,
+            life: OPERATOR_LIFE,
+            passphrase: None,
+        }
+    }
+}
+
+/// Issues an operator's certificate.
 pub(crate) fn issue_operator(
     dir: &Path,
-    name: &str,
-    groups: &[String],
+    person: &Person<'_>,
     out: &Path,
 ) -> Result<Issued, PkiError> {
-    Leaf::new(Kind::Operators, name)?.issue(dir, &[], groups, out)
+    if person.life < Duration::from_mins(1) || person.life > LONGEST_OPERATOR_LIFE {
+        return Err(PkiError::Life);
+    }
+    Leaf::new(Kind::Operators, person.name)?.issue(dir, &[], Some(person), out)
 }
 
 /// What an issuer signs.
@@ -258,7 +308,7 @@ impl<'a> Leaf<'a> {
         &self,
         dir: &Path,
         addresses: &[String],
-        groups: &[String],
+        person: Option<&Person<'_>>,
         out: &Path,
     ) -> Result<Issued, PkiError> {
         let Self { kind, name } = *self;
@@ -277,15 +327,13 @@ impl<'a> Leaf<'a> {
 
         let mut params = CertificateParams::default();
         let now = SystemTime::now();
-        let not_after = now + LEAF_LIFE;
+        let not_after = now + person.map_or(LEAF_LIFE, |person| person.life);
         params.not_before = date(now - BACKDATED);
         params.not_after = date(not_after);
         params.serial_number = Some(serial());
         params.distinguished_name = subject(name, &domain);
-        if !groups.is_empty() {
-            let groups = group_list(groups)?;
-            let unit = &mut params.distinguished_name;
-            unit.push(DnType::OrganizationalUnitName, groups);
+        if let Some(person) = person {
+            describe(person, &mut params.distinguished_name)?;
         }
         let uri = format!("spiffe://{domain}/{}/{name}", kind.singular());
         params.subject_alt_names = vec![SanType::URI(uri.try_into().map_err(failed)?)];
@@ -317,7 +365,11 @@ impl<'a> Leaf<'a> {
             key: out.join(format!("{stem}.key")),
             not_after,
         };
-        write(&issued.key, 0o600, pair.serialize_pem().as_bytes())?;
+        let pem = match person.and_then(|person| person.passphrase) {
+            Some(passphrase) => secret_key::encrypt(&pair.serialize_der(), passphrase),
+            None => pair.serialize_pem(),
+        };
+        write(&issued.key, 0o600, pem.as_bytes())?;
         write(&issued.certificate, 0o644, signed.pem().as_bytes())?;
         Ok(issued)
     }
@@ -337,6 +389,18 @@ fn hand_out(kind: Kind, dir: &Path, out: &Path) -> Result<PathBuf, PkiError> {
         });
     }
     Ok(copy)
+}
+
+/// Writes groups and roles into an operator's subject.
+fn describe(person: &Person<'_>, subject: &mut DistinguishedName) -> Result<(), PkiError> {
+    if !person.groups.is_empty() {
+        subject.push(DnType::OrganizationalUnitName, group_list(person.groups)?);
+    }
+    if person.roles != Roles::default() {
+        let attribute = DnType::CustomDnType(roles::ATTRIBUTE.to_vec());
+        subject.push(attribute, person.roles.to_string());
+    }
+    Ok(())
 }
 
 /// The groups as the one organisational unit that a subject of ours has. Readers take every unit
@@ -407,160 +471,4 @@ fn file_error(path: &Path, source: io::Error) -> PkiError {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use super::*;
-
-    #[test]
-    fn issuers_are_never_overwritten() {
-        let dir = tempfile::tempdir().unwrap();
-        init(dir.path(), "example.com").unwrap();
-        let before = fs::read(dir.path().join("ca-agents.key")).unwrap();
-        assert!(matches!(
-            init(dir.path(), "example.com"),
-            Err(PkiError::Exists(_))
-        ));
-        assert_eq!(fs::read(dir.path().join("ca-agents.key")).unwrap(), before);
-    }
-
-    #[test]
-    fn keys_are_readable_by_their_owner_only() {
-        let dir = tempfile::tempdir().unwrap();
-        init(dir.path(), "example.com").unwrap();
-        let issued = issue_agent(dir.path(), "app-1", &dir.path().join("out")).unwrap();
-        for key in [issued.key, dir.path().join("ca-agents.key")] {
-            let mode = fs::metadata(&key).unwrap().permissions().mode();
-            assert_eq!(mode & 0o777, 0o600, "{}", key.display());
-        }
-    }
-
-    #[test]
-    fn what_is_issued_comes_with_the_issuers_that_its_owner_trusts() {
-        let dir = tempfile::tempdir().unwrap();
-        let (pki, out) = (dir.path().join("pki"), dir.path().join("out"));
-        init(&pki, "example.com").unwrap();
-        let files = |of: &Path| {
-            let files = fs::read_dir(of).unwrap().map(|file| file.unwrap());
-            let mut names: Vec<String> = files
-                .map(|file| file.file_name().into_string().unwrap())
-                .collect();
-            names.sort();
-            fs::remove_dir_all(of).unwrap();
-            names
-        };
-        let issued = issue_controller(&pki, "main", &["localhost".to_owned()], &out).unwrap();
-        let trusted = [out.join("ca-agents.crt"), out.join("ca-operators.crt")];
-        assert_eq!(issued.trusts, trusted);
-        let issuer = fs::read(pki.join("ca-agents.crt")).unwrap();
-        assert_eq!(fs::read(&trusted[0]).unwrap(), issuer);
-        let expected = ["ca-agents.crt", "ca-operators.crt", "controller-main.crt"];
-        assert_eq!(files(&out)[..3], expected);
-        issue_agent(&pki, "app-1", &out).unwrap();
-        let expected = ["agent-app-1.crt", "agent-app-1.key", "ca-controllers.crt"];
-        assert_eq!(files(&out), expected);
-        issue_operator(&pki, "olga", &[], &out).unwrap();
-        let expected = ["ca-controllers.crt", "operator-olga.crt"];
-        assert_eq!(files(&out)[..2], expected);
-    }
-
-    /// Whoever follows the setting-up page ends with the files that its examples name.
-    #[test]
-    fn the_setting_up_page_names_what_is_issued() {
-        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/setup.md");
-        let page = fs::read_to_string(page).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let (pki, out) = (dir.path().join("pki"), dir.path().join("out"));
-        init(&pki, "example.com").unwrap();
-        issue_controller(&pki, "main", &["localhost".to_owned()], &out).unwrap();
-        issue_agent(&pki, "app-1", &out).unwrap();
-        issue_operator(&pki, "olga", &[], &out).unwrap();
-        let words = page.split(['"', '`']).map(Path::new);
-        let files = words.filter(|word| {
-            let kind = word.extension().and_then(|kind| kind.to_str());
-            matches!(kind, Some("crt" | "key"))
-        });
-        let named = files.filter_map(|file| file.file_name()?.to_str());
-        let named: std::collections::BTreeSet<&str> = named.collect();
-        let issued = fs::read_dir(&out)
-            .unwrap()
-            .map(|file| file.unwrap().file_name());
-        let issued: Vec<String> = issued.map(|name| name.into_string().unwrap()).collect();
-        assert_eq!(named, issued.iter().map(String::as_str).collect());
-    }
-
-    #[test]
-    fn issuers_of_others_stay_as_they_are() {
-        let dir = tempfile::tempdir().unwrap();
-        let (pki, out) = (dir.path().join("pki"), dir.path().join("out"));
-        init(&pki, "example.com").unwrap();
-        issue_agent(&pki, "app-1", &out).unwrap();
-        // While an issuer is replaced, both are trusted.
-        let file = out.join("ca-controllers.crt");
-        let both = format!("# old\n{}", fs::read_to_string(&file).unwrap());
-        fs::write(&file, &both).unwrap();
-        issue_agent(&pki, "app-1", &out).unwrap();
-        assert_eq!(fs::read_to_string(&file).unwrap(), both);
-
-        let other = dir.path().join("other");
-        init(&other, "example.com").unwrap();
-        let before = fs::read(out.join("agent-app-1.crt")).unwrap();
-        let refused = issue_agent(&other, "app-1", &out);
-        assert!(matches!(refused, Err(PkiError::OtherIssuer { .. })));
-        assert_eq!(fs::read_to_string(&file).unwrap(), both);
-        assert_eq!(fs::read(out.join("agent-app-1.crt")).unwrap(), before);
-        // Beside the issuers themselves nothing is copied.
-        issue_agent(&pki, "app-1", &pki).unwrap();
-    }
-
-    #[test]
-    fn names_that_could_leave_their_directory_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        init(dir.path(), "example.com").unwrap();
-        for name in ["", "../x", "a/b", "..", ".a", "APP-1", "a b"] {
-            let refused = issue_agent(dir.path(), name, dir.path());
-            assert!(matches!(refused, Err(PkiError::Host(_))), "{name:?}");
-            let refused = issue_operator(dir.path(), name, &[], dir.path());
-            let fits = name == "APP-1";
-            assert_eq!(refused.is_ok(), fits, "{name:?}");
-        }
-        let refused = issue_agent(dir.path(), "UPPER_host", dir.path()).unwrap_err();
-        let refused = refused.to_string();
-        assert!(
-            refused.contains("a-z, 0-9") && !refused.contains("A-Z"),
-            "{refused}"
-        );
-        assert!(matches!(
-            init(&dir.path().join("x"), "not a domain"),
-            Err(PkiError::Domain(_))
-        ));
-        let groups = ["a,b".to_owned()];
-        assert!(matches!(
-            issue_operator(dir.path(), "dora", &groups, dir.path()),
-            Err(PkiError::Group(_))
-        ));
-    }
-
-    #[test]
-    fn a_controller_without_addresses_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        init(dir.path(), "example.com").unwrap();
-        let refused = issue_controller(dir.path(), "c1", &[], dir.path());
-        assert!(matches!(refused, Err(PkiError::NoAddress)));
-        for address in [
-            "",
-            "foo bar",
-            "http://x",
-            "127.0.0.1:7443",
-            "[::1]",
-            "x:1",
-            "a/b",
-        ] {
-            let addresses = ["localhost".to_owned(), address.to_owned()];
-            let refused = issue_controller(dir.path(), "c1", &addresses, dir.path());
-            assert!(matches!(refused, Err(PkiError::Address(_))), "{address:?}");
-        }
-        let addresses = ["control.example.com", "127.0.0.1", "::1"].map(ToOwned::to_owned);
-        issue_controller(dir.path(), "c1", &addresses, dir.path()).unwrap();
-    }
-}
+mod tests;

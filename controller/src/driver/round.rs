@@ -1,0 +1,65 @@
+//! What one batch of inputs leads to.
+
+use std::collections::HashMap;
+
+use lockstep_core::{Answer, Effects, Entry, Message, Notify, Refused, RolloutEvent};
+use lockstep_proto::ids::{HostId, RolloutId};
+use tokio::sync::oneshot;
+use tonic::Status;
+
+use super::handle::Read;
+use crate::session::registry::{self, Registry, SessionNumber};
+
+/// Who waits to be admitted.
+pub(super) type Admitted = oneshot::Sender<Result<SessionNumber, Status>>;
+
+/// An answer, and who waits for it.
+pub(super) type Owed<T> = (oneshot::Sender<T>, T);
+
+/// What one batch leads to.
+#[derive(Default)]
+pub(super) struct Round {
+    pub(super) persist: Vec<Entry>,
+    pub(super) sends: Vec<(HostId, SessionNumber, registry::Down)>,
+    /// Where in `sends` a session is told which of its reports are durable.
+    acknowledged: HashMap<SessionNumber, usize>,
+    pub(super) notify: Vec<Notify>,
+    pub(super) published: Vec<(RolloutId, RolloutEvent)>,
+    pub(super) answers: Vec<Owed<Result<Answer, Refused>>>,
+    pub(super) admitted: Vec<(HostId, Admitted, Result<SessionNumber, Status>)>,
+    pub(super) reads: Vec<Read>,
+}
+
+impl Round {
+    /// Adds effects. Messages are meant for the sessions of this moment: a later one of the same
+    /// host, admitted in the same batch, begins with its own `Welcome`.
+    pub(super) fn take(&mut self, sessions: &Registry, effects: Effects) {
+        let Effects {
+            persist,
+            send,
+            notify,
+            published,
+            answer,
+        } = effects;
+        debug_assert!(answer.is_none(), "calls take their answer out first");
+        self.persist.extend(persist);
+        for (host, message) in send {
+            let Some(number) = sessions.current(&host) else {
+                continue;
+            };
+            let acknowledges = matches!(message, Message::Acknowledged(_));
+            let message = Box::new(registry::from_message(message));
+            // A session with many reports in one batch is told once, of the newest.
+            if acknowledges && let Some(place) = self.acknowledged.get(&number) {
+                self.sends[*place].2 = message;
+                continue;
+            }
+            if acknowledges {
+                self.acknowledged.insert(number, self.sends.len());
+            }
+            self.sends.push((host, number, message));
+        }
+        self.notify.extend(notify);
+        self.published.extend(published);
+    }
+}

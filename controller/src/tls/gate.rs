@@ -1,0 +1,91 @@
+//! Bounds on handshakes, and on connections of those who have no certificate.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Handshakes at a time. Two cores do about 3,000 a second, so these are 0.1 s of work.
+const HANDSHAKES: usize = 256;
+
+/// Of those, handshakes with one address at a time: a slow or hostile one leaves room for others,
+/// and a fleet behind one address still gets through at full speed.
+const HANDSHAKES_PER_ADDRESS: usize = 64;
+
+/// Connections that wait for their handshake; beyond them the kernel's backlog waits.
+const WAITING: usize = 2048;
+
+/// Connections without a certificate. Each may ask for one certificate, and lives for seconds; what
+/// comes beyond is closed, and tries again.
+const STRANGERS: usize = 128;
+
+/// Bounds handshakes, overall and for each address.
+#[derive(Debug)]
+pub(super) struct Gate {
+    pub(super) waiting: Arc<Semaphore>,
+    all: Arc<Semaphore>,
+    addresses: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    strangers: Arc<Semaphore>,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self {
+            waiting: Arc::new(Semaphore::new(WAITING)),
+            all: Arc::new(Semaphore::new(HANDSHAKES)),
+            addresses: Mutex::default(),
+            strangers: Arc::new(Semaphore::new(STRANGERS)),
+        }
+    }
+}
+
+/// The right to shake hands, given back when dropped.
+pub(super) struct Permits {
+    gate: Arc<Gate>,
+    address: IpAddr,
+    own: Option<OwnedSemaphorePermit>,
+    _all: OwnedSemaphorePermit,
+}
+
+impl Gate {
+    pub(super) async fn enter(self: &Arc<Self>, address: IpAddr) -> Permits {
+        let semaphore = {
+            let mut addresses = self.addresses();
+            let new = || Arc::new(Semaphore::new(HANDSHAKES_PER_ADDRESS));
+            Arc::clone(addresses.entry(address).or_insert_with(new))
+        };
+        let own = semaphore.acquire_owned().await;
+        let all = Arc::clone(&self.all).acquire_owned().await;
+        Permits {
+            gate: Arc::clone(self),
+            address,
+            own: Some(own.expect("the semaphore is never closed")),
+            _all: all.expect("the semaphore is never closed"),
+        }
+    }
+
+    /// The right of one without a certificate to be connected; none if there are too many.
+    pub(super) fn admit_stranger(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.strangers).try_acquire_owned().ok()
+    }
+
+    fn addresses(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
+        // Nothing that holds the lock leaves the map half changed.
+        self.addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Permits {
+    fn drop(&mut self) {
+        self.own = None;
+        let mut addresses = self.gate.addresses();
+        // Nobody else has it or waits for it: forget the address.
+        let last = addresses.get(&self.address);
+        if last.is_some_and(|semaphore| Arc::strong_count(semaphore) == 1) {
+            addresses.remove(&self.address);
+        }
+    }
+}
