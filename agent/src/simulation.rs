@@ -163,6 +163,8 @@ impl Agent {
                 run_dir: dir.join("run"),
                 policy: Some(policy),
                 secrets_dir: None,
+                secrets: BTreeMap::new(),
+                vault: None,
                 tls: Tls {
                     controller_ca: tls.clone(),
                     cert: tls.clone(),

@@ -45,6 +45,8 @@ impl Host {
             run_dir: at("run"),
             policy: None,
             secrets_dir: Some(at("secrets")),
+            secrets: BTreeMap::new(),
+            vault: None,
             tls,
             labels: BTreeMap::new(),
             vars: BTreeMap::new(),
@@ -98,6 +100,7 @@ impl Host {
             fact,
         });
         Context {
+            secrets: Arc::default(),
             bindings: bindings.collect(),
             key,
             config: Arc::new(self.config.clone()),

@@ -18,7 +18,6 @@ use std::time::{Duration, SystemTime};
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
 use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
 use lockstep_proto::wire::{MAX_AGENT_MESSAGE, MAX_CONTROL_MESSAGE};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -38,6 +37,7 @@ use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::journal::OpenError;
 use crate::journal::sled::SledJournal;
+use crate::limits;
 use crate::logs::Logs;
 use crate::notify::{self, Notifier};
 use crate::secrets::Secrets;
@@ -219,7 +219,8 @@ pub(crate) fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
     let config = Config::load(&options.config)?;
     // One provider for TLS of every kind; an error says that it is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    raise_descriptor_limit();
+    limits::turn_off_cores();
+    limits::raise_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -549,19 +550,6 @@ impl Signals {
 enum Asked {
     Stop,
     Reload,
-}
-
-/// Each agent is a descriptor: the soft limit of 1,024 would end a fleet's growth early.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => tracing::info!(limit = ?limit.maximum, "descriptors"),
-        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
-    }
 }
 
 /// Tells systemd of a change, if systemd asked for it. Not being heard is no reason to stop.

@@ -21,6 +21,8 @@ pub struct Host {
     pub root: PathBuf,
     /// The loopback address that its services bind.
     pub address: String,
+    /// The agent's own environment.
+    pub agent_env: Vec<(String, String)>,
     agent: Option<Daemon>,
     binary: PathBuf,
 }
@@ -53,6 +55,7 @@ impl Host {
             name: name.to_owned(),
             root,
             address,
+            agent_env: vec![],
             agent: None,
             binary,
         })
@@ -156,7 +159,13 @@ impl Host {
         let daemon = Daemon::spawn(Launch {
             name: &format!("the agent of {}", self.name),
             argv,
-            env: vec![("NO_COLOR".to_owned(), "1".into())],
+            env: std::iter::once(("NO_COLOR".to_owned(), "1".into()))
+                .chain(
+                    self.agent_env
+                        .iter()
+                        .map(|(name, value)| (name.clone(), value.into())),
+                )
+                .collect(),
             dir: &self.root,
             log: &log,
             user: None,

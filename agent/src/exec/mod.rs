@@ -32,9 +32,11 @@ use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record};
 use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
 
+mod admit;
 mod ahead;
 mod attend;
 mod consent;
+mod explain;
 mod machine;
 mod offers;
 mod orders;
@@ -47,9 +49,10 @@ mod tail;
 
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
+pub(crate) use explain::explain;
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
-pub(crate) use policy::{Policy, check_owner};
+pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
 
@@ -157,6 +160,8 @@ impl Clock {
 struct Preparing {
     key: StepKey,
     cancelled: bool,
+    /// What it is counted under.
+    counted: Option<Counted>,
     /// By this its order becomes too old, whether or not the session lasts.
     clock: Clock,
 }

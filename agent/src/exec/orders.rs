@@ -53,8 +53,13 @@ impl Exec {
     }
 
     fn begin(&mut self, order: Order, begin: Begin) -> Result<(), ExecError> {
-        let step = match self.step_for(&order) {
-            Ok(step) => step.clone(),
+        let step = self.step_for(&order).cloned();
+        let admitted = step.and_then(|step| {
+            let counted = self.admit_step(&order.key, &step)?;
+            Ok((step, counted))
+        });
+        let (step, counted) = match admitted {
+            Ok(admitted) => admitted,
             Err(failure) => return self.finish(order.key, failed(failure)),
         };
         let hold = self.memory.hold.as_ref().expect("begun under the hold");
@@ -77,6 +82,7 @@ impl Exec {
         self.preparing = Some(Preparing {
             key: order.key.clone(),
             cancelled: false,
+            counted,
             clock: session.clock,
         });
         if let Some(position) = begin.before {
@@ -161,6 +167,7 @@ impl Exec {
             before: job.before,
             boot: self.host.boot.clone(),
             at: wall_clock(),
+            counted: preparing.counted,
         });
         let started = self.numbered(ReportBody::Started { key: key.clone() });
         match self.commit(vec![intent, started], Need::Opens) {
@@ -330,6 +337,7 @@ impl Exec {
                 .look(&job, async |cx| {
                     // No step brings a secret, and each is looked up only when it is needed.
                     cx.check_secrets(&job.action.args())
+                        .await
                         .map_err(ahead::would_fail)?;
                     let probe = actions::probe(&job.action, cx).await;
                     ahead::settle(&job.action, &earlier, probe)
