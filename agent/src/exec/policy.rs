@@ -311,10 +311,14 @@ impl Policy {
             let count = counts.entry(set).or_default();
             *count += 1;
             if *count > most {
+                let times = match most {
+                    1 => "once".to_owned(),
+                    most => format!("{most} times"),
+                };
                 refusals.push((
                     place,
                     format!(
-                        "{} allows `{}` {most} times in an hour, and this is the plan's {} of its \
+                        "{} allows `{}` {times} in an hour, and this is the plan's {} of its \
                          kind; raise `per_hour` in line {}, or split the plan",
                         self.path.display(),
                         action.name(),
