@@ -19,6 +19,7 @@
 //! `exec::machine`.
 
 mod actions;
+mod audit;
 mod check;
 mod config;
 mod cores;
@@ -50,6 +51,7 @@ use lockstep_proto::ids::StepKey;
 use lockstep_proto::values::Timestamp;
 use tracing_subscriber::EnvFilter;
 
+use crate::audit::Audit;
 use crate::config::Config;
 use crate::identity::{IdentityError, StateLock};
 use crate::step::StepExit;
@@ -79,7 +81,7 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line, the configuration or the policy cannot be used
   3  another agent runs with the same state directory
   4  the operating system failed; start it again
- 10  journal verify: the journal is broken; step: the attempt was claimed before, and nothing
+ 10  journal verify, audit: the journal is broken; step: the attempt was claimed before, and nothing
      was done";
 
 /// Lockstep's agent: does on this host what a plan says and the host's own policy allows.
@@ -102,6 +104,9 @@ enum Command {
     /// Ask this host's policy, without a controller.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Hold the journal against what the controller was told of it.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Do one attempt. Started by `run`.
     #[command(hide = true)]
     Step {
@@ -137,6 +142,25 @@ enum PolicyCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// Say whether the journal is what was written, and what its controller was told of it.
+    ///
+    /// Whoever can change a journal can also chain it anew, so that it is whole by itself. The
+    /// controller keeps heads of it in its own journal: `lockstep audit heads` prints them.
+    Verify {
+        #[command(flatten)]
+        file: File,
+        /// Heads that a controller has written down, one in JSON on each line; may be repeated.
+        #[arg(long, value_name = "HEADS")]
+        witness: Vec<PathBuf>,
+    },
+    /// Print the heads of the controller's journal that this one has, for `lockstep audit verify`.
+    Heads(File),
+    /// Print every record as JSON lines, with its number and hash.
+    Export(File),
+}
+
 #[derive(Debug, clap::Args)]
 struct File {
     /// The host's configuration.
@@ -165,6 +189,15 @@ pub fn main() -> ExitCode {
             plan,
             rollout_time,
         }) => with_config(&file, |config| check::policy(&config, &plan, rollout_time)),
+        Command::Audit(AuditCommand::Verify { file, witness }) => with_config(&file, |config| {
+            audit::run(&config, &Audit::Verify(&witness))
+        }),
+        Command::Audit(AuditCommand::Heads(file)) => {
+            with_config(&file, |config| audit::run(&config, &Audit::Heads))
+        }
+        Command::Audit(AuditCommand::Export(file)) => {
+            with_config(&file, |config| audit::run(&config, &Audit::Export))
+        }
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();

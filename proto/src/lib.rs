@@ -20,3 +20,4 @@ pub mod seal;
 pub mod values;
 #[cfg(feature = "grpc")]
 pub mod wire;
+pub mod witness;

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use super::head::{Head, Known};
-use super::{Broken, Hash, JournalError, Record, Scan, ScanError, genesis, io_error, judge};
+use super::{Broken, Hash, JournalError, Link, Record, Scan, ScanError, genesis, io_error, judge};
 
 /// What is found in a journal.
 #[derive(Debug)]
@@ -26,6 +26,14 @@ pub(crate) struct Verified {
 
 /// Reads the journal of a state directory, and changes nothing. The caller holds the state lock.
 pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
+    walk(dir, |_, _| {})
+}
+
+/// The same, with every record that is whole.
+pub(crate) fn walk(
+    dir: &Path,
+    mut visit: impl FnMut(Link, Record),
+) -> Result<Verified, JournalError> {
     let (path, head_path) = (dir.join("journal"), dir.join("head"));
     let head = Head::read(&head_path).map_err(io_error("read", &head_path))?;
     let file = match File::open(&path) {
@@ -35,8 +43,9 @@ pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
     };
     let size = file.metadata().map_err(io_error("read", &path))?.len();
     let mut opened = None;
-    let scan = Scan::run(&file, head.number(), &mut |_, record| {
-        opened.get_or_insert(record);
+    let scan = Scan::run(&file, head.number(), &mut |link, record: Record| {
+        opened.get_or_insert_with(|| record.clone());
+        visit(link, record);
     });
     let (last, torn, broken) = match scan {
         Ok(scan) => {

@@ -31,25 +31,30 @@ fn first(number: u8, direction: Direction) -> StepKey {
 #[tokio::test]
 async fn a_rate_holds_over_rollouts_and_restarts_and_an_undo_at_any_time() {
     let mut controller = Controller::start().await;
-    let mut host = Host::new(
-        &controller,
-        "[[allow]]\naction = 'env.*'\nper_hour = 2\n",
-    );
+    let mut host = Host::new(&controller, "[[allow]]\naction = 'env.*'\nper_hour = 2\n");
     host.start();
     let mut session = controller.accept(epoch(1), 0).await;
     for number in [1, 2] {
         let plan = plan(&[render(&number.to_string())]);
-        session.consented(&controller, &rollout(number), &plan).await;
+        session
+            .consented(&controller, &rollout(number), &plan)
+            .await;
         let key = first(number, Direction::Do);
         session.order(&plan, &key).await;
         let outcome = session.outcome(&key).await;
-        assert!(matches!(outcome, StepOutcome::Ok { changed: true, .. }), "{outcome:?}");
+        assert!(
+            matches!(outcome, StepOutcome::Ok { changed: true, .. }),
+            "{outcome:?}"
+        );
         if number == 2 {
             // Twice within the hour: what was done goes back all the same.
             let undo = first(number, Direction::Undo);
             session.order(&plan, &undo).await;
             let outcome = session.outcome(&undo).await;
-            assert!(matches!(outcome, StepOutcome::Ok { changed: true, .. }), "{outcome:?}");
+            assert!(
+                matches!(outcome, StepOutcome::Ok { changed: true, .. }),
+                "{outcome:?}"
+            );
         }
         session.release(&rollout(number)).await;
     }
@@ -73,7 +78,8 @@ async fn a_rate_holds_over_rollouts_and_restarts_and_an_undo_at_any_time() {
 }
 
 #[tokio::test]
-async fn outside_its_window_a_step_is_refused_with_the_time_and_a_plan_that_never_fits_as_a_whole() {
+async fn outside_its_window_a_step_is_refused_with_the_time_and_a_plan_that_never_fits_as_a_whole()
+{
     let mut controller = Controller::start().await;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let hour = (now.as_secs() / 3600 + 12) % 24;
@@ -99,7 +105,10 @@ async fn outside_its_window_a_step_is_refused_with_the_time_and_a_plan_that_neve
     controller.keep(&two);
     session.offer(&rollout(2), &two, false).await;
     let declined = format!("{:?}", session.report().await);
-    assert!(declined.contains("once in an hour") && declined.contains("2nd"), "{declined}");
+    assert!(
+        declined.contains("once in an hour") && declined.contains("2nd"),
+        "{declined}"
+    );
 
     // The same without a controller.
     let file = host.path("plan.json");
