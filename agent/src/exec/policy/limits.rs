@@ -279,7 +279,7 @@ impl Wait {
     }
 }
 
-/// A moment for people: `Tue 2026-11-24 14:00 UTC`.
+/// A moment for people: `tue 2026-11-24 14:00 UTC`.
 pub(crate) fn utc(at: Timestamp) -> String {
     let (days, minutes) = (at.0 / DAY, at.0 % DAY / MINUTE);
     let (year, month, day) = civil(days);

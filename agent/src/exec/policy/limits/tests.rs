@@ -5,7 +5,7 @@ use crate::exec::policy::{Policy, Refused};
 use lockstep_proto::action::Action;
 use serde_json::json;
 
-const TUESDAY: u64 = 1_795_478_400_000; // Tue 2026-11-24 00:00 UTC
+const TUESDAY: u64 = 1_795_478_400_000; // tue 2026-11-24 00:00 UTC
 
 fn policy(text: &str) -> Result<Policy, String> {
     Policy::parse(std::path::Path::new("policy.toml"), text)
@@ -52,7 +52,7 @@ fn no_more_begin_within_an_hour_than_the_rate_allows() {
     let refused = begin(&policy, &mut begun, &at(630, 130)).unwrap_err();
     assert!(
         refused.contains("2 have begun within the hour, 2 may")
-            && refused.contains("Tue 2026-11-24 11:00 UTC, in 30 min"),
+            && refused.contains("tue 2026-11-24 11:00 UTC, in 30 min"),
         "{refused}"
     );
     assert!(begin(&policy, &mut begun, &at(659, 159)).is_err());
@@ -104,7 +104,7 @@ fn windows_open_on_their_days_and_may_last_past_midnight() {
     for words in [
         "tue 14:00-18:00 UTC",
         "tue 22:00-02:00 UTC",
-        "Tue 2026-11-24 14:00 UTC, in 1 min",
+        "tue 2026-11-24 14:00 UTC, in 1 min",
     ] {
         assert!(refused.contains(words), "{refused}");
     }
@@ -166,7 +166,7 @@ fn a_plan_that_can_never_fit_is_refused_as_a_whole() {
 
 #[test]
 fn times_are_written_as_they_are_read() {
-    assert_eq!(utc(Timestamp(TUESDAY)), "Tue 2026-11-24 00:00 UTC");
+    assert_eq!(utc(Timestamp(TUESDAY)), "tue 2026-11-24 00:00 UTC");
     assert_eq!(parse_utc("2026-11-24T00:00Z"), Ok(Timestamp(TUESDAY)));
     assert_eq!(parse_utc("1970-01-01T00:00:01Z"), Ok(Timestamp(1000)));
     for bad in [

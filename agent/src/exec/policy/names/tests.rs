@@ -42,9 +42,9 @@ impl Place {
         self.root.path().join(path).display().to_string()
     }
 
-    /// A policy that allows everything and denies this; `@` stands for the place.
+    /// A policy that allows everything and denies this; `%` stands for the place.
     fn policy(&self, deny: &str) -> Policy {
-        let deny = deny.replace('@', &self.path(""));
+        let deny = deny.replace('%', &self.path(""));
         let text = format!("[[allow]]\naction = '*'\nwhere = {{}}\n[[deny]]\n{deny}");
         let mut policy = Policy::parse(Path::new("policy.toml"), &text).unwrap();
         policy.names = Names {
@@ -104,21 +104,21 @@ fn a_file_is_denied_by_each_path_that_leads_to_it() {
             .is_err()
     };
     for (deny, path) in [
-        ("@secret/*", "srv/link/key"),
-        ("@secret/key", "srv/inner"),
-        ("@srv/link/*", "secret/key"),
-        ("@srv/inner", "secret/key"),
-        ("@secret/*", "srv/link/./not/there/yet"),
+        ("%secret/*", "srv/link/key"),
+        ("%secret/key", "srv/inner"),
+        ("%srv/link/*", "secret/key"),
+        ("%srv/inner", "secret/key"),
+        ("%secret/*", "srv/link/./not/there/yet"),
         ("*/secret/*", "srv/inner"),
     ] {
         assert!(denied(deny, path), "{deny} {path}");
     }
     for (deny, path) in [
-        ("@secret/*", "srv/other"),
-        ("@secret/key", "secret/key2"),
-        ("@srv/link", "secret/key"),
-        ("@srv/loop", "secret/key"),
-        ("@secret/*", "srv/loop"),
+        ("%secret/*", "srv/other"),
+        ("%secret/key", "secret/key2"),
+        ("%srv/link", "secret/key"),
+        ("%srv/loop", "secret/key"),
+        ("%secret/*", "srv/loop"),
     ] {
         assert!(!denied(deny, path), "{deny} {path}");
     }
@@ -131,7 +131,7 @@ fn a_program_is_denied_by_its_name_and_its_paths() {
         let policy = place.policy(&format!(
             "action = 'exec.run'\nwhere = {{ argv = [['{deny}', '**']] }}"
         ));
-        let program = program.replace('@', &place.path(""));
+        let program = program.replace('%', &place.path(""));
         let run = action(
             "exec.run",
             json!({"name": "x", "argv": [program, "-r", "y"]}),
@@ -139,19 +139,19 @@ fn a_program_is_denied_by_its_name_and_its_paths() {
         policy.check(&run).is_err()
     };
     for (deny, program) in [
-        ("@bin/remove", "remove"),
-        ("@bin/remove", "rm2"),
-        ("@bin/remove", "@bin/rm2"),
-        ("@bin/remove", "@bin/../bin/remove"),
-        ("@bin/rm2", "remove"),
-        ("remove", "@bin/remove"),
-        ("remove", "@bin/rm2"),
+        ("%bin/remove", "remove"),
+        ("%bin/remove", "rm2"),
+        ("%bin/remove", "%bin/rm2"),
+        ("%bin/remove", "%bin/../bin/remove"),
+        ("%bin/rm2", "remove"),
+        ("remove", "%bin/remove"),
+        ("remove", "%bin/rm2"),
     ] {
         assert!(denied(deny, program), "{deny} {program}");
     }
     for (deny, program) in [
-        ("@bin/remove", "other"),
-        ("remove", "@bin/other"),
+        ("%bin/remove", "other"),
+        ("remove", "%bin/other"),
         ("x", "y"),
     ] {
         assert!(!denied(deny, program), "{deny} {program}");
