@@ -15,7 +15,7 @@ use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
 use super::{Event, Exec, ExecError, Preparing};
-use crate::actions;
+use crate::actions::{self, Probe};
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
 use crate::step::{Ended, Job, StepDir, failure};
@@ -330,6 +330,9 @@ impl Exec {
             timeout: step.timeout,
             log_offsets: std::collections::BTreeMap::new(),
         };
+        let limited = self
+            .policy()
+            .is_ok_and(|policy| policy.limits_asking(&job.action));
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
             let begun = tokio::time::Instant::now();
@@ -339,7 +342,12 @@ impl Exec {
                     cx.check_secrets(&job.action.args())
                         .await
                         .map_err(ahead::would_fail)?;
-                    let probe = actions::probe(&job.action, cx).await;
+                    let probe = if limited {
+                        let why = "the policy limits how often and when it may be done";
+                        Ok(Probe::NoProof(why.to_owned()))
+                    } else {
+                        actions::probe(&job.action, cx).await
+                    };
                     ahead::settle(&job.action, &earlier, probe)
                 })
                 .await;

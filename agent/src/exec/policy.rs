@@ -47,6 +47,7 @@ mod names;
 mod rule;
 mod url;
 
+use limits::Limits;
 pub(crate) use limits::{Begun, Counted, Moment, parse_utc, utc};
 use matching::glob;
 use names::Names;
@@ -268,6 +269,15 @@ impl Policy {
         }
         let limited = rules.iter().filter(|rule| rule.limits.per_hour.is_some());
         Ok(limited.map(|rule| rule.id()).collect())
+    }
+
+    /// Whether asking the host about an action would do what the policy limits: run a command or a
+    /// statement, or send a request. An ask is not counted, so it must not be a way around.
+    pub(crate) fn limits_asking(&self, action: &Action) -> bool {
+        let info = action.info();
+        let asks = info.class == Class::Observing || info.name == "check.http";
+        let rules = self.allowing(action);
+        asks && !rules.is_empty() && rules.iter().all(|rule| rule.limits != Limits::default())
     }
 
     /// What speaks against these actions of one plan together, by their places: more than the rates

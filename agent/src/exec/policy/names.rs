@@ -54,6 +54,9 @@ impl Names {
         let meant = self.unit_meant(&with_suffix(service));
         let linked = self.units.iter().flat_map(std::fs::read_dir).flatten();
         for entry in linked.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_symlink()) {
+                continue;
+            }
             let Ok(name) = entry.file_name().into_string() else {
                 continue;
             };

@@ -165,6 +165,24 @@ fn a_plan_that_can_never_fit_is_refused_as_a_whole() {
 }
 
 #[test]
+fn a_dry_run_is_no_way_around_a_limit() {
+    let rule = "[[allow]]\naction = '*'\nper_hour = 1\n";
+    let limited = policy(rule).unwrap();
+    let free = policy(&format!("{rule}[[allow]]\naction = 'check.*'\n")).unwrap();
+    for (name, args, asks) in [
+        ("check.command", json!({"argv": ["true"]}), true),
+        ("check.sql", json!({"database": "d", "sql": "select 1"}), true),
+        ("check.http", json!({"url": "http://localhost"}), true),
+        ("check.disk", json!({"path": "/", "free": "1B"}), false),
+        ("service.stop", json!({"service": "web"}), false),
+    ] {
+        let action = Action::deserialize_args(name, args).unwrap().unwrap();
+        assert_eq!(limited.limits_asking(&action), asks, "{name}");
+        assert!(!free.limits_asking(&action), "{name}");
+    }
+}
+
+#[test]
 fn times_are_written_as_they_are_read() {
     assert_eq!(utc(Timestamp(TUESDAY)), "tue 2026-11-24 00:00 UTC");
     assert_eq!(parse_utc("2026-11-24T00:00Z"), Ok(Timestamp(TUESDAY)));
