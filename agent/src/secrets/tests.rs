@@ -103,7 +103,8 @@ async fn a_command_that_hangs_is_ended_with_its_children() {
     );
     let program = Program {
         argv: ["python3", "-c", &script].map(str::to_owned).into(),
-        timeout: Some(Duration::from_secs(1)),
+        // Time enough to write its number, on a busy machine too.
+        timeout: Some(Duration::from_secs(5)),
         ..Program::default()
     };
     let hung = program.capture(10).await.err().unwrap();

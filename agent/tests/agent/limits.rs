@@ -6,7 +6,7 @@ use lockstep_proto::ids::{Direction, StepKey};
 use lockstep_proto::report::{Cause, StepOutcome};
 use serde_json::{Value, json};
 
-use crate::support::{Controller, Host, epoch, key, plan, rollout};
+use crate::support::{Controller, Host, epoch, key, plan, rollout, wait_for};
 
 fn render(value: &str) -> (&'static str, Value) {
     let args = json!({"path": "${host.root}/env", "set": {"A": value}});
@@ -57,6 +57,11 @@ async fn a_rate_holds_over_rollouts_and_restarts_and_an_undo_at_any_time() {
             );
         }
         session.release(&rollout(number)).await;
+        wait_for("release", || {
+            let left = std::fs::read_dir(host.path("state/steps")).unwrap().count();
+            (left == 0).then_some(())
+        })
+        .await;
     }
     let env = std::fs::read_to_string(host.path("env")).unwrap();
     assert!(env.contains("A=1"), "{env}");

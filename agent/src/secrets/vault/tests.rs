@@ -78,6 +78,7 @@ async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     );
     let _ = stream.write_all(head.as_bytes()).await;
     let _ = stream.write_all(body.as_bytes()).await;
+    let _ = stream.shutdown().await;
 }
 
 /// A server on loopback; how often it was asked, and the port.

@@ -171,7 +171,11 @@ fn a_dry_run_is_no_way_around_a_limit() {
     let free = policy(&format!("{rule}[[allow]]\naction = 'check.*'\n")).unwrap();
     for (name, args, asks) in [
         ("check.command", json!({"argv": ["true"]}), true),
-        ("check.sql", json!({"database": "d", "sql": "select 1"}), true),
+        (
+            "check.sql",
+            json!({"database": "d", "sql": "select 1"}),
+            true,
+        ),
         ("check.http", json!({"url": "http://localhost"}), true),
         ("check.disk", json!({"path": "/", "free": "1B"}), false),
         ("service.stop", json!({"service": "web"}), false),
