@@ -147,14 +147,12 @@ fn plan(port: u16, show: &str, exit: u8) -> String {
          \x20     - check.http:\n          url: 'http://127.0.0.1:{port}/form'\n\
          \x20         method: POST\n          headers: {{{headers}}}\n          form: {{{set}}}\n\
          \x20         on: app\n\
-         \x20     - check.http:\n          url: 'http://127.0.0.1:{port}/json'\n\
-         \x20         method: POST\n          json: {{deep: [{{{set}}}]}}\n          on: app\n\
          \x20     - exec.run:\n          name: show\n          argv: [python3, -c, \"{show}\"]\n\
          \x20         dir: '${{host.data}}/canary'\n          env: {{{set}}}\n\
          \x20         exit: {exit}\n          on: app\n\
          \x20 - name: last\n    on: app\n    steps:\n\
          \x20     - check.http:\n          url: 'http://127.0.0.1:{port}/echo'\n\
-         \x20         method: POST\n          json: {{{set}}}\n\
+         \x20         method: POST\n          form: {{{set}}}\n\
          \x20         expect: {{status: 418}}\n",
         set = map("S_"),
         headers = map("X-"),
@@ -261,7 +259,7 @@ fn no_source_and_no_slot_lets_a_secret_out() {
     canaries.insert("password", password);
     canaries.insert("superuser", cluster.secrets["superuser_password"].clone());
 
-    let show = "import os; [print(k, v) for k, v in os.environ.items()]; os.abort()";
+    let show = "import os; [print(k, v, flush=True) for k, v in os.environ.items()]; os.abort()";
     let (ended, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
     let (leaks, document) = std::thread::scope(|scope| {
         let sampler = scope.spawn(|| sample(&canaries, &ended, &looks));
@@ -301,8 +299,8 @@ fn no_source_and_no_slot_lets_a_secret_out() {
         let name = source.to_uppercase();
         assert_eq!(
             seen.matches(&canaries[source]).count(),
-            4,
-            "{source}: header, form and json"
+            3,
+            "{source}: a header and two forms"
         );
         for slot in [format!("S_{name} ***"), format!("APP_{name} ***")] {
             assert!(logs.stdout.contains(&slot), "{slot} in {}", logs.text());

@@ -69,7 +69,10 @@ async fn a_command_gives_what_it_prints_and_nothing_it_says_is_shown() {
         format!("[secrets.{name}]\ncommand = ['python3', '-c', \"\"\"{script}\"\"\"]\n")
     };
     let mut tables = command("good", "print('canary')");
-    tables += &command("bad", "import sys; print('canary'); sys.exit('canary-2')");
+    tables += &command(
+        "bad",
+        "import sys; w = 'can' + 'ary'; print(w); sys.exit(w)",
+    );
     tables += &command("much", "print('canary' * 99999)");
     tables += &command("none", "pass");
     tables += &command(
