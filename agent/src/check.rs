@@ -1,15 +1,21 @@
 //! `lockstep-agent check`: what the host allows, and what is wrong, before a controller asks.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use lockstep_proto::report::Failure;
+use lockstep_proto::seal;
+use lockstep_proto::values::Timestamp;
 
 use crate::config::{Config, Service};
 use crate::errors::chain;
-use crate::exec::{ExecError, Policy, Runner, check_owner};
+use crate::exec::{ExecError, Policy, Runner, check_owner, explain};
 use crate::journal::{self, Record};
 use crate::process::{Program, User};
+use crate::secrets::{Source, named};
 use crate::tls::{Identity, client_config, wrong_anchor};
 use crate::{exit, say};
 
@@ -35,6 +41,7 @@ pub(crate) fn check(path: &Path) -> u8 {
     found.certificates(&config);
     found.files(&config, path);
     found.names(&config);
+    found.secrets(&config);
     found.state(&config);
     found.policy(&policy, policy_path);
     // Whoever closes the pipe has read enough.
@@ -113,6 +120,11 @@ impl Found {
                 self.problems.extend(private(&entry.path(), "a secret"));
             }
         }
+        for source in config.secrets.values() {
+            if let Source::File(file) = source {
+                self.problems.extend(private(file, "a secret"));
+            }
+        }
     }
 
     /// Names that stand in the configuration, and what they stand for.
@@ -137,22 +149,35 @@ impl Found {
         for (name, service) in &config.services {
             found.extend(missing_programs(config, name, service));
         }
-        for (name, database) in &config.postgres {
-            let missing = database
-                .password
-                .iter()
-                .filter_map(|it| no_secret(config, it));
-            found.extend(missing.map(|why| format!("[postgres.{name}]: {why}")));
-        }
-        for (name, app) in &config.apps {
-            let secrets = app
-                .env
-                .values()
-                .filter_map(|it| it.strip_prefix("secret://"));
-            let missing = secrets.filter_map(|it| no_secret(config, it));
-            found.extend(missing.map(|why| format!("[apps.{name}]: {why}")));
-        }
         self.problems.extend(found);
+    }
+
+    /// Whether each secret can be had from where the configuration says it is. What is fetched is
+    /// dropped at once.
+    fn secrets(&mut self, config: &Config) {
+        let runtime = match crate::runtime() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                return self
+                    .problems
+                    .push(format!("cannot look up secrets: {error}"));
+            }
+        };
+        let secrets = secrets(config);
+        if !secrets.is_empty() {
+            self.text += "secrets\n";
+        }
+        for (name, used) in secrets {
+            let source = config.secrets.get(name).map(Source::describe);
+            let source = source.unwrap_or_else(|| "credential or file of its name".to_owned());
+            let had = runtime.block_on(crate::secrets::resolve(config, name));
+            let says = if had.is_ok() { "" } else { ": CANNOT BE HAD" };
+            let _ = writeln!(self.text, "  {name:<26}{source}{says}");
+            if let Err(Failure { message, hint, .. }) = had {
+                let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+                self.problems.push(format!("{used}: {message}{hint}"));
+            }
+        }
     }
 
     /// A state directory that another domain's agent has used is not taken up.
@@ -247,23 +272,67 @@ fn missing_programs(config: &Config, name: &str, service: &Service) -> Vec<Strin
     missing.collect()
 }
 
-/// Why a secret cannot be had, neither as a file nor as a credential of the unit.
-fn no_secret(config: &Config, name: &str) -> Option<String> {
-    let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    let of_unit = Path::new("/run/credentials/lockstep-agent.service");
-    let places = own.iter().map(PathBuf::as_path).chain([of_unit]);
-    let mut places = places.chain(config.secrets_dir.as_deref());
-    if places.any(|place| place.join(name).is_file()) {
-        return None;
+/// The names of all secrets that the configuration speaks of, each with where it is used first.
+fn secrets(config: &Config) -> BTreeMap<&str, String> {
+    let mut found = BTreeMap::new();
+    for (name, database) in &config.postgres {
+        if let Some(text) = &database.password {
+            let secret = named(text).unwrap_or(text);
+            found
+                .entry(secret)
+                .or_insert_with(|| format!("[postgres.{name}]"));
+        }
     }
-    let place = config
-        .secrets_dir
-        .as_deref()
-        .unwrap_or_else(|| Path::new("secrets"));
-    Some(format!(
-        "there is no secret `{name}`; put it into {}, mode 0600",
-        place.join(name).display()
-    ))
+    for (name, app) in &config.apps {
+        for secret in app.env.values().filter_map(|text| named(text)) {
+            found
+                .entry(secret)
+                .or_insert_with(|| format!("[apps.{name}]"));
+        }
+    }
+    if let Some(token) = config.vault.as_ref().and_then(|vault| named(&vault.token)) {
+        found.entry(token).or_insert_with(|| "[vault]".to_owned());
+    }
+    for name in config.secrets.keys() {
+        found
+            .entry(name)
+            .or_insert_with(|| format!("[secrets.{name}]"));
+    }
+    found
+}
+
+/// `policy check`: what the policy says of a compiled plan.
+pub(crate) fn policy(config: &Config, plan: &Path, at: Option<Timestamp>) -> u8 {
+    let policy = match Policy::load(config.policy_path()) {
+        Ok(policy) => policy,
+        Err(error) => {
+            say(&chain(&error));
+            return exit::USAGE;
+        }
+    };
+    let opened = std::fs::read(plan)
+        .map_err(|error| error.to_string())
+        .and_then(|bytes| seal::open(bytes.trim_ascii_end()).map_err(|error| chain(&error)));
+    let sealed = match opened {
+        Ok(sealed) => sealed,
+        Err(why) => {
+            say(&format!(
+                "cannot read the compiled plan {}: {why}",
+                plan.display()
+            ));
+            say("hint: `lockstep compile` writes one from a plan file");
+            return exit::USAGE;
+        }
+    };
+    let at = at.unwrap_or_else(crate::exec::wall_clock);
+    let explained = explain(sealed.plan(), config, &policy, at);
+    // Whoever closes the pipe has read enough.
+    let _ = std::io::stdout().write_all(explained.text.as_bytes());
+    if explained.allowed {
+        exit::DONE
+    } else {
+        exit::PROBLEMS
+    }
 }
 
 fn private(path: &Path, what: &str) -> Option<String> {

@@ -8,6 +8,8 @@ use lockstep_proto::ids::HostId;
 use rustls::pki_types::ServerName;
 use serde::Deserialize;
 
+use crate::secrets::{Source, Vault, is_name};
+
 /// The whole file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,6 +37,12 @@ pub(crate) struct Config {
     /// `$CREDENTIALS_DIRECTORY` is looked at first.
     #[serde(default)]
     pub(crate) secrets_dir: Option<PathBuf>,
+    /// Where secrets come from that are not simply credentials or files of their name.
+    #[serde(default)]
+    pub(crate) secrets: BTreeMap<String, Source>,
+    /// The vault that some of them are in.
+    #[serde(default)]
+    pub(crate) vault: Option<Vault>,
     /// Certificates.
     pub(crate) tls: Tls,
     /// Labels, by which plans select hosts.
@@ -217,6 +225,7 @@ impl Config {
         })?;
         config
             .check_controller()
+            .and_then(|()| config.check_secrets())
             .map_err(|why| ConfigError::Value {
                 path: path.into(),
                 why,
@@ -229,6 +238,14 @@ impl Config {
         } = &mut config.tls;
         for file in [controller_ca, cert, key] {
             *file = base.join(&*file);
+        }
+        for source in config.secrets.values_mut() {
+            if let Source::File(file) = source {
+                *file = base.join(&*file);
+            }
+        }
+        if let Some(ca) = config.vault.as_mut().and_then(|vault| vault.ca.as_mut()) {
+            *ca = base.join(&*ca);
         }
         config.policy = Some(
             base.join(
@@ -247,6 +264,23 @@ impl Config {
             ),
         );
         Ok(config)
+    }
+
+    /// Names of secrets, and how the vault is reached.
+    fn check_secrets(&self) -> Result<(), String> {
+        if let Some(name) = self.secrets.keys().find(|name| !is_name(name)) {
+            return Err(format!("`{name}` cannot be the name of a secret"));
+        }
+        if let Some(vault) = &self.vault {
+            return vault.check(&self.secrets);
+        }
+        let in_vault = |source: &Source| matches!(source, Source::Vault { .. });
+        match self.secrets.iter().find(|(_, source)| in_vault(source)) {
+            Some((name, _)) => Err(format!(
+                "[secrets.{name}] is in a vault; say in [vault] which: `address` and `token`"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// The controller's address, as host and port.

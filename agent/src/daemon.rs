@@ -88,6 +88,10 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
     if let Err(error) = Policy::load(config.policy_path()) {
         return Err(failed(&error, exit::USAGE));
     }
+    if let Err(error) = crate::secrets::hand_over(&config) {
+        say("the environment's secrets cannot be handed to steps");
+        return Err(failed(&error, exit::INTERNAL));
+    }
     let (logs, pieces) = mpsc::channel(LOGS);
     let exec = match Exec::open(&config, config_path, &identity.domain, logs) {
         Ok(exec) => exec,

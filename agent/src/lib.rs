@@ -24,6 +24,7 @@ mod audit;
 mod bridge;
 mod check;
 mod config;
+mod cores;
 mod daemon;
 mod enroll;
 mod errors;
@@ -34,6 +35,7 @@ mod journal;
 mod link;
 mod notify;
 mod process;
+mod secrets;
 #[cfg(feature = "faults")]
 pub mod simulation;
 mod sql;
@@ -42,6 +44,7 @@ mod step;
 mod testing;
 mod tls;
 mod watchdog;
+mod web;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -49,6 +52,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::values::Timestamp;
 use tracing_subscriber::EnvFilter;
 
 use crate::audit::Audit;
@@ -61,7 +65,8 @@ use crate::step::StepExit;
 mod exit {
     /// Done; for `run`: ended because it was asked to.
     pub(crate) const DONE: u8 = 0;
-    /// `check` has found something that keeps the agent from working, or that is not safe.
+    /// `check` has found something that keeps the agent from working, or that is not safe; `policy
+    /// check` something that is not allowed.
     pub(crate) const PROBLEMS: u8 = 1;
     /// The command line or a file of the host's own cannot be used.
     pub(crate) const USAGE: u8 = 2;
@@ -79,7 +84,7 @@ mod exit {
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
-  1  check: something is wrong
+  1  check, policy check: something is wrong, or not allowed
   2  the command line, the configuration or the policy cannot be used
   3  another agent runs with the same state directory
   4  the operating system failed; start it again
@@ -110,6 +115,9 @@ enum Command {
     /// Look at the journal while no agent runs.
     #[command(subcommand)]
     Journal(JournalCommand),
+    /// Ask this host's policy, without a controller.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Hold the journal against what the controller was told of it.
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -130,6 +138,22 @@ enum JournalCommand {
     /// Say whether the journal is whole, and which record is the first that is not. Changes
     /// nothing.
     Verify(File),
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// Say for each step of a compiled plan that is meant for this host what the policy says of it,
+    /// and what to add to the policy. Exits with 0 only if all of it is allowed.
+    Check {
+        #[command(flatten)]
+        file: File,
+        /// The compiled plan.
+        #[arg(value_name = "PLAN")]
+        plan: PathBuf,
+        /// When the rollout is to run, such as 2026-11-24T14:00Z. Default: now.
+        #[arg(long, value_name = "TIME", value_parser = exec::parse_utc)]
+        rollout_time: Option<Timestamp>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -162,13 +186,26 @@ struct File {
 pub fn main() -> ExitCode {
     // Before anything uses TLS: with no default, rustls would have to guess.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let code = match Arguments::parse().command {
+    let command = Arguments::parse().command;
+    // A service that a step starts is on its own from here on.
+    if !matches!(command, Command::Supervise)
+        && let Err(error) = cores::off()
+    {
+        say(&format!("core dumps cannot be turned off: {error}"));
+        return exit::INTERNAL.into();
+    }
+    let code = match command {
         Command::Run(file) => daemon(&file, Half::Both),
         Command::Exec(file) => daemon(&file, Half::Exec),
         Command::Link(file) => daemon(&file, Half::Link),
         Command::Join(join) => enroll::join::run(&join),
         Command::Check(file) => check::check(&file.config),
         Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
+        Command::Policy(PolicyCommand::Check {
+            file,
+            plan,
+            rollout_time,
+        }) => with_config(&file, |config| check::policy(&config, &plan, rollout_time)),
         Command::Audit(AuditCommand::Verify { file, witness }) => with_config(&file, |config| {
             audit::run(&config, &Audit::Verify(&witness))
         }),

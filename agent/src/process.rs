@@ -13,8 +13,10 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::faults::reached;
+use crate::secrets::{Secret, named};
 use crate::step::Context;
 
+mod capture;
 mod output;
 mod user;
 
@@ -30,14 +32,14 @@ pub(crate) struct Program {
     pub(crate) dir: Option<PathBuf>,
     /// Its environment, which is otherwise only PATH, HOME, LANG=C.UTF-8, LC_ALL=C.UTF-8 and the
     /// user's name.
-    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) env: BTreeMap<String, Secret>,
     /// Who it runs as. Default: whoever the agent runs as.
     pub(crate) user: Option<String>,
     /// At most this long, and never longer than the step's deadline; then its process group is
     /// ended, first politely.
     pub(crate) timeout: Option<Duration>,
     /// Values that are taken out of its output before it is logged or returned.
-    pub(crate) secrets: Vec<String>,
+    pub(crate) secrets: Vec<Secret>,
 }
 
 /// How a program ended.
@@ -61,14 +63,14 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 impl Program {
     /// Adds variables; a value `secret://NAME` is resolved, and hidden in the output.
-    pub(crate) fn with_env(
+    pub(crate) async fn with_env(
         mut self,
         cx: &Context,
         env: &BTreeMap<String, String>,
     ) -> Result<Self, Failure> {
         for (name, text) in env {
-            let value = cx.secret(text)?;
-            if value != *text {
+            let value = cx.secret(text).await?;
+            if named(text).is_some() {
                 self.secrets.push(value.clone());
             }
             self.env.insert(name.clone(), value);
@@ -186,7 +188,7 @@ impl Program {
         }
         let there = if program.components().count() == 1 {
             let mut own = base_env(None).into_iter();
-            let path = self.env.get("PATH").cloned();
+            let path = self.env.get("PATH").map(|path| path.expose().to_owned());
             let path =
                 path.or_else(|| own.find_map(|(name, value)| (name == "PATH").then_some(value)));
             path.iter()
@@ -227,7 +229,9 @@ impl Program {
             .kill_on_drop(true)
             .env_clear();
         let user = self.user.as_deref().map(User::find).transpose()?;
-        command.envs(base_env(user.as_ref())).envs(&self.env);
+        command.envs(base_env(user.as_ref()));
+        let own = self.env.iter();
+        command.envs(own.map(|(name, value)| (name, value.expose())));
         if let Some(dir) = &self.dir {
             command.current_dir(dir);
         }
@@ -429,6 +433,7 @@ mod tests {
         let program = script("import os; [print(k, v) for k, v in sorted(os.environ.items())]");
         let ended = program
             .with_env(&cx, &env)
+            .await
             .unwrap()
             .succeed(&cx)
             .await
@@ -515,7 +520,7 @@ mod tests {
     async fn a_missing_tool_is_named_with_its_package() {
         let host = Host::new();
         let cx = host.context();
-        let env = BTreeMap::from([("PATH".to_owned(), "/nowhere".to_owned())]);
+        let env = BTreeMap::from([("PATH".to_owned(), "/nowhere".into())]);
         let failed = Program {
             env,
             ..program(&["git", "status"])

@@ -164,6 +164,8 @@ impl Agent {
                 policy: Some(policy),
                 link_user: None,
                 secrets_dir: None,
+                secrets: BTreeMap::new(),
+                vault: None,
                 tls: Tls {
                     controller_ca: tls.clone(),
                     cert: tls.clone(),

@@ -21,6 +21,7 @@ use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage};
 
 use crate::config::Postgres;
 use crate::faults::reached;
+use crate::secrets::{self, Secret};
 use crate::step::{Context, failure};
 
 #[cfg(test)]
@@ -87,11 +88,13 @@ impl Database {
     }
 
     /// The role's password, if the configuration names a secret for it.
-    pub(crate) fn password(&self, cx: &Context) -> Result<Option<String>, Failure> {
-        let secret = self.config.password.as_deref();
-        let name = secret.map(|secret| secret.strip_prefix("secret://").unwrap_or(secret));
-        name.map(|name| cx.secret(&format!("secret://{name}")))
-            .transpose()
+    pub(crate) async fn password(&self, cx: &Context) -> Result<Option<Secret>, Failure> {
+        let Some(secret) = self.config.password.as_deref() else {
+            return Ok(None);
+        };
+        let name = secrets::named(secret).unwrap_or(secret);
+        let text = format!("{}{name}", secrets::SCHEME);
+        cx.secret(&text).await.map(Some)
     }
 
     /// Whether the server is on this host.
@@ -129,8 +132,8 @@ impl Database {
         } else {
             config.host(host);
         }
-        if let Some(password) = self.password(cx)? {
-            config.password(password);
+        if let Some(password) = self.password(cx).await? {
+            config.password(password.expose());
         }
         let connected = timeout(CONNECT, config.connect(NoTls)).await;
         let (client, connection) = connected

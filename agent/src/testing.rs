@@ -46,6 +46,8 @@ impl Host {
             link_user: None,
             policy: None,
             secrets_dir: Some(at("secrets")),
+            secrets: BTreeMap::new(),
+            vault: None,
             tls,
             labels: BTreeMap::new(),
             vars: BTreeMap::new(),
@@ -99,6 +101,7 @@ impl Host {
             fact,
         });
         Context {
+            secrets: Arc::default(),
             bindings: bindings.collect(),
             key,
             config: Arc::new(self.config.clone()),

@@ -40,6 +40,7 @@ use crate::enroll::{Enrolment, list};
 use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::journal::sled::SledJournal;
+use crate::limits;
 use crate::logs::Logs;
 use crate::notify::{self, Notifier};
 use crate::secrets::Secrets;
@@ -47,7 +48,7 @@ use crate::session::Agents;
 use crate::suspensions::Suspensions;
 use crate::tls::{Settings, spawn_accepting};
 pub(crate) use error::ServeError;
-use host::{Asked, Signals, notify_systemd, raise_descriptor_limit};
+use host::{Asked, Signals, notify_systemd};
 
 /// From the first signal to the end. Agents do without the controller meanwhile; systemd kills
 /// what takes longer.
@@ -112,7 +113,8 @@ pub(crate) fn serve(options: &ServeOptions) -> Result<Drained, ServeError> {
     let config = Config::load(&options.config)?;
     // One provider for TLS of every kind; an error says that it is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    raise_descriptor_limit();
+    limits::turn_off_cores();
+    limits::raise_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -16,6 +16,7 @@ mod faults;
 mod hub;
 mod identity;
 mod journal;
+mod limits;
 mod logs;
 mod notify;
 mod pki;

@@ -2,13 +2,15 @@
 //!
 //! A plan or the configuration names one as `secret://NAME`; its value is the content of the file
 //! NAME in the secrets directory, without a last line break. Values are read when they are used,
-//! and are kept nowhere (INV-10).
+//! and are wiped from memory afterwards (INV-10).
 
 use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+
+use zeroize::Zeroizing;
 
 /// Where secrets are found.
 #[derive(Debug, Clone)]
@@ -19,7 +21,7 @@ pub(crate) struct Secrets {
 /// A value that may be secret.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Value {
-    text: String,
+    text: Zeroizing<String>,
     secret: bool,
 }
 
@@ -37,7 +39,11 @@ impl Value {
 
 impl fmt::Debug for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.secret { "<secret>" } else { &self.text })
+        f.write_str(if self.secret {
+            "<secret>"
+        } else {
+            self.expose()
+        })
     }
 }
 
@@ -81,7 +87,7 @@ impl Secrets {
     pub(crate) fn resolve(&self, text: &str) -> Result<Value, SecretError> {
         let Some(name) = text.strip_prefix("secret://") else {
             return Ok(Value {
-                text: text.to_owned(),
+                text: Zeroizing::new(text.to_owned()),
                 secret: false,
             });
         };
@@ -96,7 +102,7 @@ impl Secrets {
     }
 }
 
-fn read(dir: &Path, name: &str) -> Result<String, SecretError> {
+fn read(dir: &Path, name: &str) -> Result<Zeroizing<String>, SecretError> {
     let path = dir.join(name);
     let unreadable = |source| SecretError::Unreadable {
         name: name.to_owned(),
@@ -113,7 +119,8 @@ fn read(dir: &Path, name: &str) -> Result<String, SecretError> {
             path,
         });
     }
-    let mut text = fs::read_to_string(&path).map_err(unreadable)?;
+    let text = fs::read_to_string(&path).map_err(unreadable)?;
+    let mut text = Zeroizing::new(text);
     if text.ends_with('\n') {
         text.pop();
     }

@@ -1,5 +1,7 @@
 //! How hosts get in, and how they are put out: real connections to the real controller.
 
+#![allow(clippy::print_stdout, reason = "figures")]
+
 #[allow(dead_code, reason = "other tests of this crate use the rest of it")]
 mod support;
 

@@ -21,6 +21,8 @@ pub struct Host {
     pub root: PathBuf,
     /// The loopback address that its services bind.
     pub address: String,
+    /// The agent's own environment.
+    pub agent_env: Vec<(String, String)>,
     agent: Option<Daemon>,
     /// The network side, if the agent is two processes.
     link: Option<Daemon>,
@@ -56,6 +58,7 @@ impl Host {
             name: name.to_owned(),
             root,
             address,
+            agent_env: vec![],
             agent: None,
             link: None,
             halves: false,
@@ -180,7 +183,13 @@ impl Host {
         Daemon::spawn(Launch {
             name: &format!("the agent of {} ({command})", self.name),
             argv,
-            env: vec![("NO_COLOR".to_owned(), "1".into())],
+            env: std::iter::once(("NO_COLOR".to_owned(), "1".into()))
+                .chain(
+                    self.agent_env
+                        .iter()
+                        .map(|(name, value)| (name.clone(), value.into())),
+                )
+                .collect(),
             dir: &self.root,
             log: &self.agent_log(),
             user: None,

@@ -1,6 +1,8 @@
 //! A machine becomes a host in two commands, stays one while its certificates come and go, and is
 //! put out in one.
 
+#![allow(clippy::print_stdout, reason = "figures")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;

@@ -372,7 +372,7 @@ async fn command(check: &Command, cx: &Context, until: Instant) -> Result<Done, 
         matches: check.matches.as_deref(),
     };
     let pattern = expected.pattern()?;
-    let program = exec::program(cx, &check.argv, check.dir.as_deref(), &check.env)?;
+    let program = exec::program(cx, &check.argv, check.dir.as_deref(), &check.env).await?;
     let name = check.argv.first().map_or("", String::as_str);
     loop {
         let ran = expected.hold(pattern.as_ref(), &program.run(cx).await?);

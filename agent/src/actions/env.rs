@@ -12,11 +12,13 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use zeroize::Zeroizing;
 
 use super::exec::app_of;
 use super::files::{self, OrFailed as _};
 use super::{Act, Done, Probe};
 use crate::process::User;
+use crate::secrets::{Secret, named};
 use crate::step::{Context, failure};
 
 /// The first line of a rendered file.
@@ -57,7 +59,7 @@ fn parse_before(before: &Value) -> Result<Before, Failure> {
 
 /// A file as it is.
 struct Found {
-    content: Vec<u8>,
+    content: Zeroizing<Vec<u8>>,
     mode: u32,
     user: u32,
     group: u32,
@@ -65,14 +67,14 @@ struct Found {
 
 /// A file as it should be.
 struct Wanted {
-    content: String,
+    content: Zeroizing<String>,
     mode: u32,
     owner: files::Owner,
 }
 
 /// Reads an environment file as systemd does: `#` and `;` begin a comment line, values may be
 /// quoted, lines that are no assignment are passed over.
-pub(crate) fn parse_env(text: &str) -> BTreeMap<String, String> {
+pub(crate) fn parse_env(text: &str) -> BTreeMap<String, Secret> {
     let mut env = BTreeMap::new();
     let mut rest = text;
     while !rest.is_empty() {
@@ -84,7 +86,7 @@ pub(crate) fn parse_env(text: &str) -> BTreeMap<String, String> {
                 let (value, after) = parse_value(&rest[name.len() + 1..]);
                 let name = name.trim();
                 if is_name(name) {
-                    env.insert(name.to_owned(), value);
+                    env.insert(name.to_owned(), value.into());
                 }
                 rest = after;
             }
@@ -146,12 +148,13 @@ fn is_name(name: &str) -> bool {
 }
 
 /// Writes a value so that systemd, a shell and [`parse_env`] read the same.
-fn quoted(value: &str) -> String {
+fn quote(value: &str, text: &mut String) {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:@%+=,".contains(c);
     if !value.is_empty() && value.chars().all(plain) {
-        return value.to_owned();
+        text.push_str(value);
+        return;
     }
-    let mut text = String::from('"');
+    text.push('"');
     for c in value.chars() {
         if NEED_ESCAPE.contains(c) {
             text.push('\\');
@@ -159,14 +162,13 @@ fn quoted(value: &str) -> String {
         text.push(c);
     }
     text.push('"');
-    text
 }
 
 /// The variables with their secrets.
-fn resolve(
+async fn resolve(
     cx: &Context,
     set: &BTreeMap<String, String>,
-) -> Result<BTreeMap<String, String>, Failure> {
+) -> Result<BTreeMap<String, Secret>, Failure> {
     let mut resolved = BTreeMap::new();
     for (name, text) in set {
         if !is_name(name) {
@@ -175,8 +177,8 @@ fn resolve(
                 format!("`{name}` cannot name a variable"),
             ));
         }
-        let value = cx.secret(text)?;
-        if value.contains(['\n', '\r', '\0']) {
+        let value = cx.secret(text).await?;
+        if value.expose().contains(['\n', '\r', '\0']) {
             return Err(Failure {
                 hint: Some("an environment file has one line for each variable".into()),
                 ..failure(
@@ -190,11 +192,19 @@ fn resolve(
     Ok(resolved)
 }
 
-fn render(variables: &BTreeMap<String, String>) -> String {
-    let lines = variables
-        .iter()
-        .map(|(name, value)| format!("{name}={}\n", quoted(value)));
-    std::iter::once(HEADER.to_owned()).chain(lines).collect()
+fn render(variables: &BTreeMap<String, Secret>) -> Zeroizing<String> {
+    // With all its room from the start: a text that grows leaves its content behind.
+    let lines = variables.iter();
+    let room = lines.map(|(name, value)| name.len() + 2 * value.expose().len() + 4);
+    let mut text = Zeroizing::new(String::with_capacity(HEADER.len() + room.sum::<usize>()));
+    text.push_str(HEADER);
+    for (name, value) in variables {
+        text.push_str(name);
+        text.push('=');
+        quote(value.expose(), &mut text);
+        text.push('\n');
+    }
+    text
 }
 
 /// A path that can only mean one file.
@@ -240,7 +250,7 @@ fn read_found(file: &File) -> std::io::Result<Found> {
     if metadata.len() > MAX_BYTES {
         return Err(std::io::Error::other("not a file of a reasonable size"));
     }
-    let mut content = vec![];
+    let mut content = Zeroizing::new(vec![]);
     file.take(MAX_BYTES).read_to_end(&mut content)?;
     let (user, group) = (metadata.uid(), metadata.gid());
     Ok(Found {
@@ -261,9 +271,9 @@ impl Found {
             user,
             group,
         } = self;
-        let mut bytes = salt(cx)?;
+        let mut bytes = Zeroizing::new(salt(cx)?);
         bytes.extend(format!("{mode:o} {user} {group}\n").bytes());
-        bytes.extend(content);
+        bytes.extend_from_slice(content);
         Ok(Digest::of(&bytes))
     }
 }
@@ -291,8 +301,8 @@ struct Changes {
 }
 
 impl Changes {
-    fn between(old: &BTreeMap<String, String>, new: &BTreeMap<String, String>) -> Self {
-        let names = |from: &BTreeMap<String, String>, pick: &dyn Fn(&str, &str) -> bool| {
+    fn between(old: &BTreeMap<String, Secret>, new: &BTreeMap<String, Secret>) -> Self {
+        let names = |from: &BTreeMap<String, Secret>, pick: &dyn Fn(&str, &Secret) -> bool| {
             let picked = from.iter().filter(|(name, value)| pick(name, value));
             picked.map(|(name, _)| name.clone()).collect()
         };
@@ -329,22 +339,26 @@ impl std::fmt::Display for Changes {
     }
 }
 
-fn changes(cx: &Context, path: &Path, set: &BTreeMap<String, String>) -> Result<Changes, Failure> {
+async fn changes(
+    cx: &Context,
+    path: &Path,
+    set: &BTreeMap<String, String>,
+) -> Result<Changes, Failure> {
     let old = find(path)?.map(|found| parse_env(&String::from_utf8_lossy(&found.content)));
     Ok(Changes::between(
         &old.unwrap_or_default(),
-        &resolve(cx, set)?,
+        &resolve(cx, set).await?,
     ))
 }
 
 impl Act for Diff {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let changes = changes(cx, checked_path(&self.path)?, &self.set)?;
+        let changes = changes(cx, checked_path(&self.path)?, &self.set).await?;
         Ok(Probe::Present(format!("{}: {changes}", self.path)))
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let changes = changes(cx, checked_path(&self.path)?, &self.set)?;
+        let changes = changes(cx, checked_path(&self.path)?, &self.set).await?;
         let fact = Fact::Note {
             name: format!("env {}", self.path),
             value: changes.to_string(),
@@ -362,7 +376,7 @@ impl Act for Diff {
 }
 
 impl Wanted {
-    fn of(cx: &Context, act: &Render) -> Result<Self, Failure> {
+    async fn of(cx: &Context, act: &Render) -> Result<Self, Failure> {
         let mode = u32::from_str_radix(&act.mode, 8)
             .ok()
             .filter(|mode| *mode <= 0o777);
@@ -370,7 +384,7 @@ impl Wanted {
             let message = format!("`{}` is no file mode such as 0600 or 0640", act.mode);
             return Err(failure(Cause::Refused, message));
         };
-        let secret = act.set.values().any(|value| value.starts_with("secret://"));
+        let secret = act.set.values().any(|value| named(value).is_some());
         if secret && mode & 0o007 != 0 {
             let message = format!("{} holds secrets and everybody could read it", act.path);
             return Err(Failure {
@@ -389,14 +403,14 @@ impl Wanted {
             ),
         };
         Ok(Self {
-            content: render(&resolve(cx, &act.set)?),
+            content: render(&resolve(cx, &act.set).await?),
             mode,
             owner,
         })
     }
 
     fn is(&self, found: &Found) -> bool {
-        found.content == self.content.as_bytes()
+        found.content.as_slice() == self.content.as_bytes()
             && found.mode == self.mode
             && (found.user, found.group) == self.owner
     }
@@ -415,7 +429,7 @@ fn no_directory(parent: &Path) -> Failure {
 impl Act for Render {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         let path = checked_path(&self.path)?;
-        let wanted = Wanted::of(cx, self)?;
+        let wanted = Wanted::of(cx, self).await?;
         Ok(match find(path)? {
             None if cx.dry_run && !files::parent(path).is_dir() => {
                 Probe::Unmet(no_directory(files::parent(path)))
@@ -428,7 +442,11 @@ impl Act for Render {
             Some(found) if wanted.is(&found) => {
                 Probe::Present(format!("{} is as it should be", self.path))
             }
-            Some(_) => Probe::Absent(format!("{}: {}", self.path, changes(cx, path, &self.set)?)),
+            Some(_) => Probe::Absent(format!(
+                "{}: {}",
+                self.path,
+                changes(cx, path, &self.set).await?
+            )),
         })
     }
 
@@ -469,7 +487,7 @@ impl Act for Render {
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let path = checked_path(&self.path)?;
-        let wanted = Wanted::of(cx, self)?;
+        let wanted = Wanted::of(cx, self).await?;
         files::remove_left_over(path).or_failed(|| format!("tidy up beside {}", self.path))?;
         if find(path)?.is_some_and(|found| wanted.is(&found)) {
             return Ok(Done {
@@ -477,7 +495,7 @@ impl Act for Render {
                 ..Done::default()
             });
         }
-        let changes = changes(cx, path, &self.set)?;
+        let changes = changes(cx, path, &self.set).await?;
         let parent = files::parent(path);
         if !parent.is_dir() {
             return Err(no_directory(parent));
@@ -527,6 +545,7 @@ impl Act for Render {
             } => {
                 let content =
                     std::fs::read(&copy).or_failed(|| format!("read {}", copy.display()))?;
+                let content = Zeroizing::new(content);
                 let old = Found {
                     content,
                     mode,

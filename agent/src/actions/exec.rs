@@ -72,7 +72,7 @@ pub(crate) fn pattern(text: &str) -> Result<Regex, Failure> {
 /// The command as it is run: from the root directory unless another is named. What belongs to an
 /// application, by its directory or its program, runs as the application's user: others than root
 /// can change it.
-pub(crate) fn program(
+pub(crate) async fn program(
     cx: &Context,
     argv: &[String],
     dir: Option<&str>,
@@ -108,9 +108,9 @@ pub(crate) fn program(
     }
     if let Some(app) = of_dir.or(of_program) {
         program.user.clone_from(&app.user);
-        program = program.with_env(cx, &app.env)?;
+        program = program.with_env(cx, &app.env).await?;
     }
-    program.with_env(cx, env)
+    program.with_env(cx, env).await
 }
 
 /// The application whose directory a path lies in, by its name or by where its links lead.
@@ -161,7 +161,9 @@ fn file_of(argv: &[String], dir: &Path, path: Option<&str>) -> Option<PathBuf> {
 impl Act for Run {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         Ok(if cx.dry_run {
-            program(cx, &self.argv, self.dir.as_deref(), &self.env)?.check()?;
+            program(cx, &self.argv, self.dir.as_deref(), &self.env)
+                .await?
+                .check()?;
             Probe::Absent(format!("runs {}: {:?}", self.name, self.argv))
         } else {
             Probe::NoProof(format!(
@@ -177,7 +179,7 @@ impl Act for Run {
             matches: self.matches.as_deref(),
         };
         let pattern = expected.pattern()?;
-        let program = program(cx, &self.argv, self.dir.as_deref(), &self.env)?;
+        let program = program(cx, &self.argv, self.dir.as_deref(), &self.env).await?;
         let ended = program.run(cx).await?;
         let ran = expected.hold(pattern.as_ref(), &ended);
         let summary = format!("{} {}", self.name, ran.words);

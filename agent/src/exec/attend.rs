@@ -82,6 +82,7 @@ impl Host {
         Context {
             key: job.key.clone(),
             config: self.config.clone(),
+            secrets: Arc::default(),
             bindings: job.bindings.clone().into(),
             dir,
             log: StepLog::nowhere(),

@@ -1,5 +1,5 @@
 //! Consent: before anything happens anywhere, the host holds every step that is meant for it
-//! against its own configuration and policy (INV-9). Pure.
+//! against its own configuration and policy (INV-9).
 
 use std::collections::BTreeMap;
 
@@ -63,6 +63,12 @@ pub(crate) fn review(
             show_labels(&config.labels)
         )));
     }
+    let actions: Vec<&Action> = steps.iter().map(|step| &step.action).collect();
+    let never = policy.never(&actions, wall, plan.expires);
+    refusals.extend(never.into_iter().map(|(place, reason)| Refusal {
+        at: Some(steps[place].at),
+        reason,
+    }));
     if refusals.is_empty() {
         Ok(steps)
     } else {
@@ -113,7 +119,10 @@ fn review_step(
 }
 
 /// Puts the host's variables in for `${host.NAME}`.
-fn put_in_variables(action: &Action, vars: &BTreeMap<String, String>) -> Result<Action, String> {
+pub(super) fn put_in_variables(
+    action: &Action,
+    vars: &BTreeMap<String, String>,
+) -> Result<Action, String> {
     let mut value = serde_json::to_value(action).expect("an action is plain data");
     replace_in(&mut value, vars)?;
     serde_json::from_value(value)
@@ -158,7 +167,7 @@ fn replace_text(text: &str, vars: &BTreeMap<String, String>) -> Result<String, S
 }
 
 /// Names that the action uses and the host's configuration does not know.
-fn missing_names(action: &Action, config: &Config) -> Vec<String> {
+pub(super) fn missing_names(action: &Action, config: &Config) -> Vec<String> {
     let args = action.args();
     let named = |argument: &str| args.get(argument).and_then(Value::as_str);
     let mut reasons = Vec::new();

@@ -18,7 +18,9 @@ use lockstep_proto::plan::Undo;
 use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
+use super::admit;
 use super::consent::HeldStep;
+use super::policy::Begun;
 use crate::faults::planted;
 use crate::journal::{Position, Record, Seen};
 use crate::step::{LogMark, failure};
@@ -46,6 +48,8 @@ pub(crate) struct Memory {
     pub(crate) seen: Option<Seen>,
     /// Where the reports after that are.
     pub(crate) outstanding: VecDeque<(u64, Position)>,
+    /// Attempts that the policy's rates count.
+    pub(crate) begun: Begun,
 }
 
 /// The hold for a rollout, with what happened in it.
@@ -165,6 +169,10 @@ impl Memory {
                 self.released.push_back(rollout.clone());
             }
             Record::Intent(intent) => {
+                if let Some(counted) = &intent.counted {
+                    let at = admit::began(intent, counted);
+                    self.begun.note(&counted.rules, &at);
+                }
                 if let Some(attempt) = self.attempt_mut(&intent.key) {
                     attempt.began = Some(position);
                 }

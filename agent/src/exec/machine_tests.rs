@@ -101,6 +101,7 @@ impl Agent {
             before: json!({"of": key.to_string()}),
             boot: BootId::from_bytes([1; 8]),
             at: Timestamp(1),
+            counted: None,
         }));
     }
 

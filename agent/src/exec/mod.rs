@@ -34,9 +34,11 @@ use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
 use crate::watchdog::{Due, beat};
 
+mod admit;
 mod ahead;
 mod attend;
 mod consent;
+mod explain;
 mod machine;
 mod offers;
 mod orders;
@@ -49,9 +51,10 @@ mod tail;
 
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
+pub(crate) use explain::explain;
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
-pub(crate) use policy::{Policy, check_owner};
+pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
 
@@ -159,6 +162,8 @@ impl Clock {
 struct Preparing {
     key: StepKey,
     cancelled: bool,
+    /// What it is counted under.
+    counted: Option<Counted>,
     /// By this its order becomes too old, whether or not the session lasts.
     clock: Clock,
 }

@@ -15,7 +15,7 @@ use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
 use super::{Event, Exec, ExecError, Preparing};
-use crate::actions;
+use crate::actions::{self, Probe};
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
 use crate::step::{Ended, Job, StepDir, failure};
@@ -53,8 +53,13 @@ impl Exec {
     }
 
     fn begin(&mut self, order: Order, begin: Begin) -> Result<(), ExecError> {
-        let step = match self.step_for(&order) {
-            Ok(step) => step.clone(),
+        let step = self.step_for(&order).cloned();
+        let admitted = step.and_then(|step| {
+            let counted = self.admit_step(&order.key, &step)?;
+            Ok((step, counted))
+        });
+        let (step, counted) = match admitted {
+            Ok(admitted) => admitted,
             Err(failure) => return self.finish(order.key, failed(failure)),
         };
         let hold = self.memory.hold.as_ref().expect("begun under the hold");
@@ -77,6 +82,7 @@ impl Exec {
         self.preparing = Some(Preparing {
             key: order.key.clone(),
             cancelled: false,
+            counted,
             clock: session.clock,
         });
         if let Some(position) = begin.before {
@@ -161,6 +167,7 @@ impl Exec {
             before: job.before,
             boot: self.host.boot.clone(),
             at: wall_clock(),
+            counted: preparing.counted,
         });
         let started = self.numbered(ReportBody::Started { key: key.clone() });
         match self.commit(vec![intent, started], Need::Opens) {
@@ -323,6 +330,9 @@ impl Exec {
             timeout: step.timeout,
             log_offsets: std::collections::BTreeMap::new(),
         };
+        let limited = self
+            .policy()
+            .is_ok_and(|policy| policy.limits_asking(&job.action));
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
             let begun = tokio::time::Instant::now();
@@ -330,8 +340,14 @@ impl Exec {
                 .look(&job, async |cx| {
                     // No step brings a secret, and each is looked up only when it is needed.
                     cx.check_secrets(&job.action.args())
+                        .await
                         .map_err(ahead::would_fail)?;
-                    let probe = actions::probe(&job.action, cx).await;
+                    let probe = if limited {
+                        let why = "the policy limits how often and when it may be done";
+                        Ok(Probe::NoProof(why.to_owned()))
+                    } else {
+                        actions::probe(&job.action, cx).await
+                    };
                     ahead::settle(&job.action, &earlier, probe)
                 })
                 .await;

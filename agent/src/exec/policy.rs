@@ -26,20 +26,35 @@
 //! host, port, and path with query. A rule for `check.http` holds for each request of a chain.
 //! Secrets reach the commands of `exec.run` and `check.command` only where `env` lists them, name
 //! by name: `env = [{ TOKEN = "secret://smoke_token" }]`.
+//!
+//! `per_hour` and `windows` limit how often and when a rule allows ([`limits`]); `deny` holds for
+//! what has another name on this host, too ([`names`]).
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::{Action, CATALOGUE, Class};
+use lockstep_proto::ids::Digest;
+use lockstep_proto::values::Timestamp;
 use serde::Deserialize;
 use serde_json::Value;
-use toml::Spanned;
-
-use crate::process::head;
 
 mod arguments;
+mod limits;
+mod matching;
+mod names;
+mod rule;
 mod url;
+
+use limits::Limits;
+pub(crate) use limits::{Begun, Counted, Moment, parse_utc, utc};
+use matching::glob;
+use names::Names;
+use rule::{Rule, SECRET, Written, rule_for, values_of};
+
+/// Stands for an argument that the plan leaves out.
+const DEFAULT: &str = "(default)";
 
 /// Probes that run a program or a statement that the plan names, or show what is in a file.
 const MUST_BE_LISTED: [&str; 8] = [
@@ -52,15 +67,6 @@ const MUST_BE_LISTED: [&str; 8] = [
     "migration.verify",
     "postgres.assert",
 ];
-
-/// Actions whose commands get secrets only if a rule lists them.
-const SECRETS_BY_NAME: [&str; 2] = ["check.command", "exec.run"];
-
-/// What a value begins with that stands for a secret.
-const SECRET: &str = "secret://";
-
-/// Stands for an argument that the plan leaves out.
-const DEFAULT: &str = "(default)";
 
 /// A policy that cannot be used. Then nothing is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -98,13 +104,6 @@ pub(crate) enum PolicyError {
     Unsafe(String),
 }
 
-/// What a rule does. A value that may be read in two ways is not allowed, and is denied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Allow,
-    Deny,
-}
-
 /// The file as it is written.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -115,25 +114,10 @@ struct File {
     deny: Vec<Written>,
 }
 
-/// A rule with the places of its words.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Written {
-    action: Spanned<String>,
-    #[serde(default, rename = "where")]
-    only: BTreeMap<Spanned<String>, Vec<Value>>,
-}
-
 #[derive(Debug, Default)]
 struct Rules {
     allow: Vec<Rule>,
     deny: Vec<Rule>,
-}
-
-#[derive(Debug)]
-struct Rule {
-    action: String,
-    only: BTreeMap<String, Vec<Value>>,
 }
 
 /// What the host allows.
@@ -142,6 +126,9 @@ pub(crate) struct Policy {
     path: PathBuf,
     exists: bool,
     rules: Rules,
+    /// Where each line of the file begins, in bytes.
+    lines: Vec<usize>,
+    names: Names,
 }
 
 impl Policy {
@@ -170,14 +157,14 @@ impl Policy {
             path: path.clone(),
             source: Box::new(source),
         })?;
-        let rules = |written: Vec<Written>| {
-            let rules = written.into_iter().map(Written::check);
-            rules.collect::<Result<Vec<_>, _>>()
-        };
-        let rules = rules(allow).and_then(|allow| {
-            let deny = rules(deny)?;
+        let rules = || {
+            let allow = allow.into_iter().map(Written::allow);
+            let allow = allow.collect::<Result<_, _>>()?;
+            let deny = deny.into_iter().map(Written::deny);
+            let deny = deny.collect::<Result<_, _>>()?;
             Ok(Rules { allow, deny })
-        });
+        };
+        let rules = rules();
         let rules = rules.map_err(|(at, why)| PolicyError::Rule {
             path: path.clone(),
             line: text[..at].matches('\n').count() + 1,
@@ -187,6 +174,10 @@ impl Policy {
             path,
             exists: true,
             rules,
+            lines: std::iter::once(0)
+                .chain(text.match_indices('\n').map(|(at, _)| at + 1))
+                .collect(),
+            names: Names::default(),
         })
     }
 
@@ -199,7 +190,7 @@ impl Policy {
     pub(crate) fn check(&self, action: &Action) -> Result<(), String> {
         let (name, args) = (action.name(), action.args());
         let file = self.path.display();
-        if let Some(rule) = self.rules.deny.iter().find(|rule| rule.denies(name, &args)) {
+        if let Some(rule) = self.denied_by(name, &args) {
             let only = if rule.only.is_empty() {
                 ""
             } else {
@@ -237,6 +228,141 @@ impl Policy {
         }
     }
 
+    fn denied_by(&self, name: &str, args: &Value) -> Option<&Rule> {
+        let mut rules = self.rules.deny.iter();
+        rules.find(|rule| rule.denies(name, args, &self.names))
+    }
+
+    /// The rules that allow an action at some time; empty if it needs none.
+    fn allowing(&self, action: &Action) -> Vec<&Rule> {
+        if is_harmless(action) {
+            return vec![];
+        }
+        let (name, args) = (action.name(), action.args());
+        let rules = self.rules.allow.iter();
+        rules.filter(|rule| rule.allows(name, &args)).collect()
+    }
+
+    /// Refuses what is not allowed at this moment, saying when it will be. Says under which rules an
+    /// attempt that begins now is counted.
+    pub(crate) fn admit(
+        &self,
+        action: &Action,
+        begun: &Begun,
+        now: &Moment,
+    ) -> Result<Vec<Digest>, Refused> {
+        self.check(action).map_err(Refused::Never)?;
+        let rules = self.allowing(action);
+        let waits = rules.iter().map(|rule| begun.wait(rule, now));
+        let waits: Vec<_> = waits.collect();
+        if let Some(soonest) = waits
+            .into_iter()
+            .min_by_key(|wait| wait.as_ref().map(|w| w.until))
+            && let Some(wait) = soonest
+        {
+            return Err(Refused::Later(format!(
+                "{} does not allow `{}` now: {}",
+                self.path.display(),
+                action.name(),
+                wait.words(now.wall)
+            )));
+        }
+        let limited = rules.iter().filter(|rule| rule.limits.per_hour.is_some());
+        Ok(limited.map(|rule| rule.id()).collect())
+    }
+
+    /// Whether asking the host about an action would do what the policy limits: run a command or a
+    /// statement, or send a request. An ask is not counted, so it must not be a way around.
+    pub(crate) fn limits_asking(&self, action: &Action) -> bool {
+        let info = action.info();
+        let asks = info.class == Class::Observing || info.name == "check.http";
+        let rules = self.allowing(action);
+        asks && !rules.is_empty() && rules.iter().all(|rule| rule.limits != Limits::default())
+    }
+
+    /// What speaks against these actions of one plan together, by their places: more than the rates
+    /// admit within an hour, or no window before the plan expires.
+    pub(crate) fn never(
+        &self,
+        actions: &[&Action],
+        now: Timestamp,
+        expires: Timestamp,
+    ) -> Vec<(usize, String)> {
+        let mut refusals = vec![];
+        let mut counts: BTreeMap<Vec<usize>, u32> = BTreeMap::new();
+        for (place, action) in actions.iter().enumerate() {
+            let rules = self.allowing(action);
+            if rules.is_empty() {
+                continue;
+            }
+            let opens = rules.iter().filter_map(|rule| rule.limits.opens(now)).min();
+            if opens.is_none_or(|opens| opens > expires) {
+                let windows = rules
+                    .iter()
+                    .filter_map(|rule| rule.limits.describe_windows());
+                let windows = windows.collect::<Vec<_>>().join(", or ");
+                refusals.push((
+                    place,
+                    format!(
+                        "{} allows `{}` only {windows}, and the plan expires at {} before that; \
+                         compile it again nearer to its time",
+                        self.path.display(),
+                        action.name(),
+                        utc(expires)
+                    ),
+                ));
+                continue;
+            }
+            let rates = rules.iter().map(|rule| rule.limits.per_hour);
+            let Some(most) = rates.sum::<Option<u32>>() else {
+                continue;
+            };
+            let set = rules.iter().map(|rule| rule.place).collect();
+            let count = counts.entry(set).or_default();
+            *count += 1;
+            if *count > most {
+                let times = match most {
+                    1 => "once".to_owned(),
+                    most => format!("{most} times"),
+                };
+                refusals.push((
+                    place,
+                    format!(
+                        "{} allows `{}` {times} in an hour, and this is the plan's {} of its \
+                         kind; raise `per_hour` in line {}, or split the plan",
+                        self.path.display(),
+                        action.name(),
+                        ordinal(*count),
+                        self.line_of(rules[0])
+                    ),
+                ));
+            }
+        }
+        refusals
+    }
+
+    /// Under which rule an action is allowed, in words.
+    pub(crate) fn explain(&self, action: &Action) -> String {
+        let rules = self.allowing(action);
+        let words = rules.iter().map(|rule| {
+            let limits: Vec<String> = rule.limits.describe().collect();
+            let line = self.line_of(rule);
+            match limits.as_slice() {
+                [] => format!("line {line}"),
+                limits => format!("line {line}, {}", limits.join(", ")),
+            }
+        });
+        match words.collect::<Vec<_>>().as_slice() {
+            [] => "allowed: it only looks".to_owned(),
+            words => format!("allowed by {}", words.join("; or by ")),
+        }
+    }
+
+    /// The line in which a rule begins, counted from 1.
+    fn line_of(&self, rule: &Rule) -> usize {
+        self.lines.partition_point(|begin| *begin <= rule.place)
+    }
+
     /// For each action that hosts carry out, what the policy says of it.
     pub(crate) fn overview(&self) -> Vec<(&'static str, String)> {
         let on_hosts = CATALOGUE
@@ -250,14 +376,14 @@ impl Policy {
                     .allow
                     .iter()
                     .filter(about)
-                    .map(Rule::limits)
+                    .map(Rule::describe)
                     .collect();
                 let denied: Vec<String> = self
                     .rules
                     .deny
                     .iter()
                     .filter(about)
-                    .map(Rule::limits)
+                    .map(Rule::describe)
                     .collect();
                 let says = if denied.iter().any(String::is_empty) {
                     return (row.name, "denied".to_owned());
@@ -277,6 +403,25 @@ impl Policy {
                 (row.name, says + &but)
             })
             .collect()
+    }
+}
+
+/// Why an action is not admitted.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Not as the policy is.
+    Never(String),
+    /// Not at this moment.
+    Later(String),
+}
+
+fn ordinal(number: u32) -> String {
+    match (number % 100, number % 10) {
+        (11..=13, _) => format!("{number}th"),
+        (_, 1) => format!("{number}st"),
+        (_, 2) => format!("{number}nd"),
+        (_, 3) => format!("{number}rd"),
+        _ => format!("{number}th"),
     }
 }
 
@@ -305,329 +450,6 @@ pub(crate) fn check_owner(path: &Path) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-impl Written {
-    /// The rule, or what is wrong with it and where in the file, in bytes.
-    fn check(self) -> Result<Rule, (usize, String)> {
-        let Self { action, only } = self;
-        let at = action.span().start;
-        let action = action.into_inner();
-        let meant = || CATALOGUE.iter().filter(|row| glob(&action, row.name));
-        if meant().next().is_none() {
-            let near = arguments::suggestion(&action, arguments::actions_of_hosts());
-            return Err((at, format!("there is no action `{action}`{near}")));
-        }
-        let known = || meant().flat_map(|row| arguments::of(row.name)).copied();
-        for argument in only.keys() {
-            let name = argument.get_ref().as_str();
-            if !known().any(|known| known == name) {
-                let near = arguments::suggestion(name, known());
-                let why = format!("`{action}` has no argument `{name}`{near}");
-                return Err((argument.span().start, why));
-            }
-        }
-        let only = only
-            .into_iter()
-            .map(|(name, values)| (name.into_inner(), values));
-        let rule = Rule {
-            only: only.collect(),
-            action,
-        };
-        rule.check().map(|()| rule).map_err(|why| (at, why))
-    }
-}
-
-impl Rule {
-    fn check(&self) -> Result<(), String> {
-        if let Some(commands) = self.only.get("argv")
-            && !commands.iter().all(Value::is_array)
-        {
-            return Err(format!(
-                "`argv` of `{}` lists commands, each a list of words: [[\"/usr/bin/true\"]]",
-                self.action
-            ));
-        }
-        if let Some(urls) = self.only.get("url") {
-            for pattern in urls.iter().filter(|pattern| *pattern != DEFAULT) {
-                let Some(pattern) = pattern.as_str() else {
-                    return Err(format!("`url` of `{}` lists texts", self.action));
-                };
-                url::check(pattern).map_err(|why| format!("`{}`: {why}", self.action))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether this rule, as one that denies, speaks of the action: one forbidden value among
-    /// several is enough.
-    fn denies(&self, name: &str, args: &Value) -> bool {
-        glob(&self.action, name)
-            && self.only.iter().all(|(argument, denied)| {
-                values_of(name, args, argument)
-                    .into_iter()
-                    .any(|value| is_any_of(argument, value, denied))
-            })
-    }
-
-    /// The arguments that speak against this rule, as one that allows; none if it allows the
-    /// action. `None` if it is about other actions.
-    fn misfits(&self, name: &str, args: &Value) -> Option<Vec<&str>> {
-        if !glob(&self.action, name) {
-            return None;
-        }
-        let unfit = self.only.iter().filter(|(argument, allowed)| {
-            !values_of(name, args, argument)
-                .into_iter()
-                .all(|value| is_one_of(argument, value, allowed))
-        });
-        let mut unfit: Vec<&str> = unfit.map(|(argument, _)| argument.as_str()).collect();
-        if !self.only.contains_key("env") && has_secrets(name, args) {
-            unfit.push("env");
-        }
-        Some(unfit)
-    }
-
-    /// What to change so that this rule allows what it does not allow now.
-    fn refusal(&self, name: &str, args: &Value, misfits: &[&str]) -> String {
-        if misfits == ["env"] && !self.only.contains_key("env") {
-            let env = toml(&args["env"]);
-            let add = if self.action == name {
-                format!("`env = [{env}]` to its `where`")
-            } else {
-                format!("to it:\n{}", rule_for(name, args))
-            };
-            return format!(
-                "allows `{}` without secrets in `env`; if they are right on this host, add {add}",
-                self.action
-            );
-        }
-        let add = misfits.iter().map(|&argument| {
-            // Of a chain, the value of the first request that does not fit.
-            let values = values_of(name, args, argument);
-            let allowed = self.only.get(argument).map_or(&[][..], Vec::as_slice);
-            let mut wrong = values
-                .into_iter()
-                .filter(|value| !is_one_of(argument, *value, allowed));
-            let value = wrong.next().flatten();
-            let value = value.map_or_else(|| format!("\"{DEFAULT}\""), short);
-            format!("{value} to `{argument}`")
-        });
-        let add: Vec<String> = add.collect();
-        format!(
-            "allows `{}` only with other values of `{}`; if it is right on this host, add {} there",
-            self.action,
-            misfits.join("`, `"),
-            add.join(" and ")
-        )
-    }
-
-    fn limits(&self) -> String {
-        let one = |(argument, values): (&String, &Vec<Value>)| {
-            let values: Vec<String> = values.iter().map(short).collect();
-            format!("{argument}: {}", values.join(" | "))
-        };
-        self.only.iter().map(one).collect::<Vec<_>>().join("; ")
-    }
-}
-
-/// The values of an argument. A chain of requests has one for each of them: what holds for the
-/// first request holds for those that follow and those that clean up.
-fn values_of<'a>(name: &str, args: &'a Value, argument: &str) -> Vec<Option<&'a Value>> {
-    let mut values = vec![args.get(argument)];
-    if name == "check.http" && OF_REQUESTS.contains(&argument) {
-        let more = ["then", "cleanup"]
-            .into_iter()
-            .filter_map(|list| args[list].as_array());
-        values.extend(more.flatten().map(|request| request.get(argument)));
-    }
-    values
-}
-
-/// Arguments that each request of a chain has.
-const OF_REQUESTS: [&str; 5] = ["url", "method", "headers", "form", "json"];
-
-/// Whether a command would get secrets in its environment.
-fn has_secrets(name: &str, args: &Value) -> bool {
-    let is_secret = |value: &Value| value.as_str().is_some_and(|text| text.starts_with(SECRET));
-    SECRETS_BY_NAME.contains(&name)
-        && args["env"]
-            .as_object()
-            .is_some_and(|env| env.values().any(is_secret))
-}
-
-/// Whether a value is one of those listed; a list also if each of its items is.
-fn is_one_of(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
-    let fits_some = |value| fits_some(argument, value, listed, Way::Allow);
-    if fits_some(value) {
-        return true;
-    }
-    match value {
-        Some(Value::Array(items)) if argument != "argv" => {
-            let mut items = items.iter();
-            items.all(|item| fits_some(Some(item)))
-        }
-        _ => false,
-    }
-}
-
-/// Whether a value, or one item of it, is among those listed, perhaps by another spelling.
-fn is_any_of(argument: &str, value: Option<&Value>, listed: &[Value]) -> bool {
-    let fits_some = |value| fits_some(argument, value, listed, Way::Deny);
-    if fits_some(value) {
-        return true;
-    }
-    match value {
-        Some(Value::Array(items)) if argument != "argv" => {
-            let mut items = items.iter();
-            items.any(|item| fits_some(Some(item)))
-        }
-        _ => false,
-    }
-}
-
-fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value], way: Way) -> bool {
-    listed.iter().any(|pattern| match (pattern, value) {
-        (pattern, None) => pattern == DEFAULT,
-        (Value::String(pattern), Some(Value::String(text))) => match argument {
-            "url" => url::fits(pattern, text, way),
-            "service" if way == Way::Deny => stands_for(unsuffixed(pattern), unsuffixed(text), way),
-            _ => fits_text(pattern, text, way),
-        },
-        (pattern, Some(value)) => fits(pattern, value, way),
-    })
-}
-
-/// The name of a unit as most people write it.
-fn unsuffixed(service: &str) -> &str {
-    service.strip_suffix(".service").unwrap_or(service)
-}
-
-fn fits_text(pattern: &str, text: &str, way: Way) -> bool {
-    if url::is_url(pattern) {
-        return url::is_url(text) && url::fits(pattern, text, way);
-    }
-    // `*` stands for any text, and allows nothing that is put in for it.
-    let secret = text.starts_with(SECRET) && !pattern.starts_with(SECRET);
-    stands_for(pattern, text, way) && (way == Way::Deny || !secret)
-}
-
-fn fits(pattern: &Value, value: &Value, way: Way) -> bool {
-    let fits = |pattern: &Value, value: &Value| fits(pattern, value, way);
-    match (pattern, value) {
-        (Value::String(pattern), Value::String(text)) => fits_text(pattern, text, way),
-        (Value::Array(patterns), Value::Array(items)) => match patterns.split_last() {
-            Some((last, first)) if last == "**" => {
-                first.len() <= items.len() && first.iter().zip(items).all(|(p, i)| fits(p, i))
-            }
-            _ => {
-                patterns.len() == items.len() && patterns.iter().zip(items).all(|(p, i)| fits(p, i))
-            }
-        },
-        // A command by its words alone: wherever in the release it runs.
-        (Value::Array(_), Value::Object(command)) => {
-            command.get("argv").is_some_and(|argv| fits(pattern, argv))
-        }
-        (Value::Object(patterns), Value::Object(fields)) => {
-            fields.iter().all(|(name, value)| {
-                patterns
-                    .get(name)
-                    .is_some_and(|pattern| fits(pattern, value))
-            }) && patterns.keys().all(|name| fields.contains_key(name))
-        }
-        _ => pattern == value,
-    }
-}
-
-/// `*` stands for anything. A pattern never lets `..` through: `/srv/*` means below /srv.
-fn stands_for(pattern: &str, text: &str, way: Way) -> bool {
-    let climbs = text.split(['/', '=', ':']).any(|part| part == "..");
-    match way {
-        Way::Allow if climbs => pattern == text,
-        Way::Allow => glob(pattern, text),
-        // Where a path with `..` leads, only the file system knows.
-        Way::Deny => {
-            (climbs && pattern.contains(['/', '*']))
-                || glob(pattern, text)
-                || glob(pattern, &plain(text))
-        }
-    }
-}
-
-/// A path as it is written without detours that lead nowhere: `//` and `/./`.
-fn plain(path: &str) -> String {
-    let mut parts = path.split('/');
-    let first = parts.next().filter(|first| *first != ".");
-    let parts = parts.filter(|part| !matches!(*part, "" | "."));
-    let parts: Vec<&str> = first.into_iter().chain(parts).collect();
-    parts.join("/")
-}
-
-/// `*` stands for anything.
-fn glob(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
-    };
-    let Some(mut text) = text.strip_prefix(head) else {
-        return false;
-    };
-    let mut parts: Vec<&str> = rest.split('*').collect();
-    let tail = parts.pop().expect("a split has at least one part");
-    for part in parts {
-        let Some(at) = text.find(part) else {
-            return false;
-        };
-        text = &text[at + part.len()..];
-    }
-    text.ends_with(tail)
-}
-
-/// The beginning of a value as it is written in a policy.
-fn short(value: &Value) -> String {
-    let text = toml(value);
-    match head(&text, 160) {
-        cut if cut.len() < text.len() => format!("{cut}…"),
-        _ => text,
-    }
-}
-
-/// A value as it is written in a policy.
-fn toml(value: &Value) -> String {
-    match value {
-        Value::Array(items) => {
-            let items: Vec<String> = items.iter().map(toml).collect();
-            format!("[{}]", items.join(", "))
-        }
-        Value::Object(fields) => {
-            let bare = |name: &str| {
-                let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-                !name.is_empty() && name.chars().all(plain)
-            };
-            let fields = fields.iter().map(|(name, value)| match name.as_str() {
-                name if bare(name) => format!("{name} = {}", toml(value)),
-                name => format!("{} = {}", Value::from(name), toml(value)),
-            });
-            format!("{{ {} }}", fields.collect::<Vec<_>>().join(", "))
-        }
-        other => other.to_string(),
-    }
-}
-
-/// A rule that would allow an action, narrowed to what it acts on, as TOML.
-fn rule_for(name: &str, args: &Value) -> String {
-    let narrow = [
-        "database", "service", "app", "path", "argv", "url", "address",
-    ];
-    let only: Vec<String> = narrow
-        .iter()
-        .filter_map(|argument| Some(format!("{argument} = [{}]", toml(args.get(argument)?))))
-        .chain(has_secrets(name, args).then(|| format!("env = [{}]", toml(&args["env"]))))
-        .collect();
-    let only = match only.as_slice() {
-        [] => String::new(),
-        only => format!("\nwhere = {{ {} }}", only.join(", ")),
-    };
-    format!("[[allow]]\naction = \"{name}\"{only}")
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use lockstep_proto::witness::Head;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::exec::Counted;
 use crate::step::LogMark;
 
 /// The version of this vocabulary. Readers refuse kinds of records that they do not know.
@@ -95,4 +96,7 @@ pub(crate) struct Intent {
     pub(crate) boot: BootId,
     /// When it began, on the host's own clock.
     pub(crate) at: Timestamp,
+    /// What the policy's rates count it under; none if none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) counted: Option<Counted>,
 }

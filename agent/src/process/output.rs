@@ -2,6 +2,7 @@
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
+use crate::secrets::Secret;
 use crate::step::StepLog;
 
 /// The most of standard output that is kept for the caller, in bytes.
@@ -21,22 +22,23 @@ const MIN_PART: usize = 4;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Redactor {
     /// Longest first, so that a secret which contains another goes as a whole.
-    needles: Vec<String>,
+    needles: Vec<Secret>,
 }
 
 impl Redactor {
     /// Hides these values, and, as output is read by line, each line of those that have several.
-    pub(crate) fn new(secrets: &[String]) -> Self {
-        let mut needles: Vec<String> = Vec::new();
-        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+    pub(crate) fn new(secrets: &[Secret]) -> Self {
+        let mut needles: Vec<Secret> = Vec::new();
+        for secret in secrets.iter().filter(|secret| !secret.expose().is_empty()) {
             needles.push(secret.clone());
             let parts = secret
+                .expose()
                 .lines()
                 .map(str::trim)
                 .filter(|part| part.len() >= MIN_PART);
-            needles.extend(parts.map(str::to_owned));
+            needles.extend(parts.map(Secret::from));
         }
-        needles.sort_by_key(|needle| std::cmp::Reverse(needle.len()));
+        needles.sort_by_key(|needle| std::cmp::Reverse(needle.expose().len()));
         needles.dedup();
         Self { needles }
     }
@@ -45,8 +47,8 @@ impl Redactor {
     pub(crate) fn hide(&self, text: &str) -> String {
         let mut text = text.to_owned();
         for needle in &self.needles {
-            if text.contains(needle.as_str()) {
-                text = text.replace(needle.as_str(), HIDDEN);
+            if text.contains(needle.expose()) {
+                text = text.replace(needle.expose(), HIDDEN);
             }
         }
         text
@@ -54,7 +56,9 @@ impl Redactor {
 
     /// The longest prefix of a secret that can stand at a text's end, in bytes.
     fn overlap(&self) -> usize {
-        self.needles.first().map_or(0, |needle| needle.len() - 1)
+        self.needles
+            .first()
+            .map_or(0, |needle| needle.expose().len() - 1)
     }
 }
 
@@ -145,7 +149,7 @@ mod tests {
         Redactor::new(
             &secrets
                 .iter()
-                .map(|&secret| secret.to_owned())
+                .map(|&secret| Secret::from(secret))
                 .collect::<Vec<_>>(),
         )
     }

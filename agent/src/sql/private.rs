@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::report::{Cause, Failure};
+use zeroize::Zeroizing;
 
 use crate::faults::reached;
 use crate::identity::make_enterable;
 use crate::process::User;
+use crate::secrets::Secret;
 use crate::step::{Context, failure, hinted};
 
 /// A directory that a tool's user may enter and nobody else, removed when this value is dropped.
@@ -104,15 +106,25 @@ impl PrivateDir {
     }
 
     /// A password file for libpq with one password for every connection of the tool.
-    pub(crate) fn write_password(&self, password: &str) -> Result<PathBuf, Failure> {
+    pub(crate) fn write_password(&self, password: &Secret) -> Result<PathBuf, Failure> {
+        let password = password.expose();
         if password.contains('\n') {
             return Err(failure(
                 Cause::Host,
                 "a password with a line break reaches no tool",
             ));
         }
-        let escaped = password.replace('\\', "\\\\").replace(':', "\\:");
-        self.write("pgpass", &format!("*:*:*:*:{escaped}\n"))
+        // With all its room from the start: a text that grows leaves its content behind.
+        let mut line = Zeroizing::new(String::with_capacity(2 * password.len() + 16));
+        line.push_str("*:*:*:*:");
+        for c in password.chars() {
+            if matches!(c, '\\' | ':') {
+                line.push('\\');
+            }
+            line.push(c);
+        }
+        line.push('\n');
+        self.write("pgpass", &line)
     }
 }
 
@@ -192,7 +204,7 @@ mod tests {
         chmod(0o711);
         let user = User::find("nobody").unwrap();
         let made = PrivateDir::new(&cx, Some("nobody")).unwrap();
-        let file = made.write_password("a:b").unwrap();
+        let file = made.write_password(&"a:b".into()).unwrap();
         assert_eq!(mode(made.path()), (0, user.gid, 0o710));
         assert_eq!(mode(&file), (user.uid, user.gid, 0o600));
         assert_eq!(fs::read_to_string(&file).unwrap(), "*:*:*:*:a\\:b\n");

@@ -8,11 +8,13 @@ use lockstep_proto::ids::StepKey;
 use lockstep_proto::order::Binding;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::process::head;
+use crate::secrets::{self, Fetched, Secret};
 
 /// A place in a log file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +64,8 @@ pub(crate) struct Context {
     pub(crate) key: StepKey,
     /// The host's configuration.
     pub(crate) config: Arc<Config>,
+    /// Secrets that were fetched.
+    pub(crate) secrets: Arc<Fetched>,
     /// The order's run-time facts.
     pub(crate) bindings: Arc<[Binding]>,
     /// A private directory of the attempt (0700), kept until the rollout ends.
@@ -84,60 +88,31 @@ pub(crate) struct Context {
 impl Context {
     /// The value of a text that may be `secret://NAME`; other texts are their own value. The value
     /// must never be logged, put in argv, or returned in a fact.
-    pub(crate) fn secret(&self, text: &str) -> Result<String, Failure> {
-        let Some(name) = text.strip_prefix("secret://") else {
-            return Ok(text.to_owned());
-        };
-        let unfit = name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']);
-        if unfit {
-            return Err(failure(
-                Cause::Host,
-                format!("`{name}` cannot be the name of a secret"),
-            ));
-        }
-        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-        let directories = credentials.iter().chain(self.config.secrets_dir.iter());
-        for directory in directories {
-            match std::fs::read_to_string(directory.join(name)) {
-                Ok(value) => return Ok(value.trim_end_matches('\n').to_owned()),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    let message = format!("cannot read the secret `{name}`: {error}");
-                    return Err(failure(Cause::Host, message));
-                }
-            }
-        }
-        Err(Failure {
-            hint: Some(format!(
-                "put it into {}/{name}, mode 0600",
-                self.secrets_dir().display()
-            )),
-            ..failure(
-                Cause::Host,
-                format!("there is no secret `{name}` on this host"),
-            )
-        })
-    }
-
-    /// Whether all secrets that stand in these arguments are there.
-    pub(crate) fn check_secrets(&self, args: &serde_json::Value) -> Result<(), Failure> {
-        use serde_json::Value;
-        match args {
-            Value::String(text) => self.secret(text).map(drop),
-            Value::Array(items) => items.iter().try_for_each(|item| self.check_secrets(item)),
-            Value::Object(fields) => fields
-                .values()
-                .try_for_each(|item| self.check_secrets(item)),
-            _ => Ok(()),
+    pub(crate) async fn secret(&self, text: &str) -> Result<Secret, Failure> {
+        match secrets::named(text) {
+            Some(name) => self.secrets.get(&self.config, name).await,
+            None => Ok(text.into()),
         }
     }
 
-    /// Where secrets are kept.
-    pub(crate) fn secrets_dir(&self) -> &Path {
-        self.config
-            .secrets_dir
-            .as_deref()
-            .unwrap_or_else(|| Path::new("/etc/lockstep/secrets"))
+    /// Whether all secrets that stand in these arguments can be had.
+    pub(crate) async fn check_secrets(&self, args: &Value) -> Result<(), Failure> {
+        let mut texts = vec![];
+        texts_of(args, &mut texts);
+        for text in texts {
+            self.secret(text).await?;
+        }
+        Ok(())
+    }
+}
+
+/// All texts in a value.
+fn texts_of<'a>(value: &'a Value, texts: &mut Vec<&'a str>) {
+    match value {
+        Value::String(text) => texts.push(text),
+        Value::Array(items) => items.iter().for_each(|item| texts_of(item, texts)),
+        Value::Object(fields) => fields.values().for_each(|field| texts_of(field, texts)),
+        _ => {}
     }
 }
 

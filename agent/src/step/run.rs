@@ -81,6 +81,7 @@ pub(crate) async fn perform(
     let context = Context {
         key: key.clone(),
         config: Arc::new(config),
+        secrets: Arc::default(),
         bindings: job.bindings.clone().into(),
         dir: dir.files(),
         log,

@@ -1,10 +1,9 @@
-//! What a controller has of the machine that it runs on: signals, descriptors, systemd.
+//! What a controller has of the machine that it runs on: signals and systemd.
 
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{ServeError, io_error};
@@ -46,19 +45,6 @@ impl Signals {
 pub(super) enum Asked {
     Stop,
     Reload,
-}
-
-/// Each agent is a descriptor: the soft limit of 1,024 would end a fleet's growth early.
-pub(super) fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => tracing::info!(limit = ?limit.maximum, "descriptors"),
-        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
-    }
 }
 
 /// Tells systemd of a change, if systemd asked for it. Not being heard is no reason to stop.

@@ -59,6 +59,8 @@ pub struct Builder {
     secrets: BTreeMap<String, String>,
     backup_dir: Option<PathBuf>,
     agent_path: Option<String>,
+    tables: BTreeMap<String, String>,
+    agent_env: BTreeMap<String, Vec<(String, String)>>,
     binaries: Option<Binaries>,
     enrol: Option<String>,
 }
@@ -134,6 +136,21 @@ impl Builder {
         self
     }
 
+    /// More tables of a host's agent.toml, as they stand; `@HOST@` is the host's directory.
+    #[must_use]
+    pub fn tables(mut self, host: &str, text: &str) -> Self {
+        self.tables.insert(host.to_owned(), text.to_owned());
+        self
+    }
+
+    /// A variable of a host's agent's own environment; `@HOST@` is the host's directory.
+    #[must_use]
+    pub fn agent_env(mut self, host: &str, name: &str, value: &str) -> Self {
+        let variables = self.agent_env.entry(host.to_owned()).or_default();
+        variables.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// Everything from these binaries, such as those of another release.
     #[must_use]
     pub fn binaries(mut self, binaries: &Binaries) -> Self {
@@ -190,6 +207,8 @@ impl Cluster {
             secrets: BTreeMap::new(),
             backup_dir: None,
             agent_path: None,
+            tables: BTreeMap::new(),
+            agent_env: BTreeMap::new(),
             binaries: None,
             enrol: None,
         }

@@ -132,12 +132,20 @@ impl Cluster {
         for ((name, role), number) in builder.hosts.iter().zip(10..) {
             let root = self.root().join("hosts").join(name);
             let address = format!("{network}.{number}");
-            let host = Host::new(root, name, address, self.binaries.agent.clone())?;
+            let mut host = Host::new(root, name, address, self.binaries.agent.clone())?;
+            for (variable, value) in builder.agent_env.get(*name).into_iter().flatten() {
+                let value = value.replace("@HOST@", &host.root.display().to_string());
+                host.agent_env.push((variable.clone(), value));
+            }
             let policy = match builder.policies.get(*name) {
                 Some(policy) => policy.clone(),
                 None => Some(self.example_policy(&host, role)?),
             };
-            let settings = self.settings(&host, role, policy, builder);
+            let mut settings = self.settings(&host, role, policy, builder);
+            if let Some(tables) = builder.tables.get(*name) {
+                let root = host.root.display().to_string();
+                settings.tables += &tables.replace("@HOST@", &root);
+            }
             host.configure(&settings)?;
             for (name, value) in self.host_secrets(role) {
                 let wrong = builder.secrets.get(&name).cloned();

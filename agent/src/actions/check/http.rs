@@ -23,12 +23,14 @@ use serde_json_path::JsonPath;
 use tokio::time::{Instant, sleep, timeout};
 
 use self::captures::{Captures, FILE};
-use self::client::{Answer, Prepared};
+use self::client::Prepared;
 use super::{Act, Done, Probe};
 use crate::actions::exec::pattern;
 use crate::actions::files;
 use crate::process::{Redactor, head};
+use crate::secrets::Secret;
 use crate::step::{Context, failure};
+use crate::web::{self, Answer};
 
 mod captures;
 mod client;
@@ -58,7 +60,7 @@ struct Chain<'a> {
     check: &'a Http,
     captures: Captures,
     /// Values that no message may show.
-    secrets: Vec<String>,
+    secrets: Vec<Secret>,
     /// Requests with their response times, for the report.
     times: Vec<String>,
     /// Whether the first request was met.
@@ -186,12 +188,15 @@ impl<'a> Chain<'a> {
         left: Duration,
         mark: Option<usize>,
     ) -> Result<(), Unmet> {
-        let prepared = Prepared::of(self.cx, request, &self.captures, &mut self.secrets)?;
-        let label = prepared.label.clone();
+        let prepared = Prepared::of(self.cx, request, &self.captures, &mut self.secrets);
+        let Prepared {
+            label,
+            request: asked,
+        } = prepared.await?;
         let limit = self.check.timeout.to_std().min(left);
         let began = Instant::now();
         let too_late = || format!("no answer within {limit:?}");
-        let connection = timeout(limit, client::connect(&prepared)).await;
+        let connection = timeout(limit, web::connect(&asked.uri, None)).await;
         let connection = match connection.unwrap_or_else(|_| Err(too_late())) {
             Ok(connection) => connection,
             Err(error) => return Err(Unmet::Unreached(self.failure(&label, &error, None))),
@@ -201,7 +206,7 @@ impl<'a> Chain<'a> {
             self.captures.mark(index).map_err(Unmet::Unfit)?;
         }
         let left = limit.saturating_sub(connecting);
-        let answer = timeout(left, client::send(prepared, connection)).await;
+        let answer = timeout(left, web::send(asked, connection)).await;
         let mut answer = match answer.unwrap_or_else(|_| Err(too_late())) {
             Ok(answer) => answer,
             Err(error) => return Err(self.unmet(&label, &error, None)),

@@ -1,64 +1,24 @@
-//! TLS: a server's certificate and its remaining life, and the trust of HTTPS checks.
+//! TLS: a server's certificate and its remaining life.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_proto::action::check::Tls;
-use lockstep_proto::report::{Cause, Failure};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use lockstep_proto::report::Failure;
+use rustls::pki_types::CertificateDer;
 use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::{Act, Done, Finding, Probe};
-use crate::step::{Context, failure};
+use crate::step::Context;
+use crate::web::{connector, server_name};
 
 /// The longest time for connection and handshake.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 const DAY: i64 = 86_400;
-
-/// A client that trusts the certificates in a file, or the public authorities.
-pub(super) fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, Failure> {
-    let mut roots = RootCertStore::empty();
-    if let Some(path) = ca_file {
-        let unreadable = |error: &dyn std::fmt::Display| {
-            failure(
-                Cause::Host,
-                format!("cannot read certificates from {}: {error}", path.display()),
-            )
-        };
-        let found = CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))?;
-        for certificate in found {
-            let certificate = certificate.map_err(|error| unreadable(&error))?;
-            roots.add(certificate).map_err(|error| unreadable(&error))?;
-        }
-        if roots.is_empty() {
-            return Err(unreadable(&"there is none in it"));
-        }
-    } else {
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("ring has suites for every version")
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
-}
-
-/// The name that a server's certificate must be valid for.
-pub(super) fn server_name(name: &str) -> Result<ServerName<'static>, Failure> {
-    let name = name.trim_matches(['[', ']']).to_owned();
-    ServerName::try_from(name.clone())
-        .map_err(|_| failure(Cause::Refused, format!("`{name}` is no name of a server")))
-}
 
 /// The certificates that a trusted server presents, its own first.
 async fn presented(check: &Tls) -> Result<Result<Vec<CertificateDer<'static>>, String>, Failure> {
@@ -151,6 +111,10 @@ mod tests {
     use lockstep_proto::action::Address;
     use lockstep_proto::values::Period;
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use std::sync::Arc;
+
+    use lockstep_proto::report::Cause;
+
     use rustls::ServerConfig;
     use rustls::pki_types::PrivatePkcs8KeyDer;
     use tokio::net::TcpListener;

@@ -101,13 +101,20 @@ fn app_host() -> (Host, PathBuf) {
     (host, root)
 }
 
+/// What comes without waiting: no secret is fetched.
+fn now<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    runtime.unwrap().block_on(future)
+}
+
 fn place(host: &Host, argv: &[&str], dir: Option<&Path>, env: &[(&str, &str)]) -> Program {
     let argv: Vec<String> = argv.iter().map(|&argument| argument.to_owned()).collect();
     let env = env
         .iter()
         .map(|&(name, value)| (name.to_owned(), value.to_owned()));
     let dir = dir.map(|dir| dir.to_str().unwrap());
-    program(&host.context(), &argv, dir, &env.collect()).unwrap()
+    let env = env.collect();
+    now(program(&host.context(), &argv, dir, &env)).unwrap()
 }
 
 #[test]
@@ -157,7 +164,7 @@ fn a_program_of_one_application_does_not_run_within_another() {
         .unwrap()
         .to_owned()];
     let dir = root.to_str();
-    let failed = program(&host.context(), &argv, dir, &BTreeMap::new()).unwrap_err();
+    let failed = now(program(&host.context(), &argv, dir, &BTreeMap::new())).unwrap_err();
     assert_eq!(failed.cause, Cause::Refused);
     assert!(
         failed.message.contains("different users"),

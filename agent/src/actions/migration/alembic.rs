@@ -8,6 +8,7 @@ use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Period;
 
 use crate::process::{Ended, Program};
+use crate::secrets::Secret;
 use crate::sql::{Database, PrivateDir, application_name, url};
 use crate::step::{Context, failure, hinted};
 
@@ -108,13 +109,13 @@ pub(super) struct Alembic<'a> {
     directory: PathBuf,
     user: Option<String>,
     env: BTreeMap<String, String>,
-    password: Option<String>,
+    password: Option<Secret>,
     _private: PrivateDir,
 }
 
 impl<'a> Alembic<'a> {
     /// The tool of a source. Fails if the release is not on this host.
-    pub(super) fn of(cx: &'a Context, source: Source<'_>) -> Result<Self, Failure> {
+    pub(super) async fn of(cx: &'a Context, source: Source<'_>) -> Result<Self, Failure> {
         let directory = source.directory(cx)?;
         let program = directory.join(source.program);
         if !program.exists() {
@@ -137,7 +138,7 @@ impl<'a> Alembic<'a> {
         let database = Database::find(cx, source.database)?;
         let config = &cx.config.apps[source.app];
         let private = PrivateDir::new(cx, config.user.as_deref())?;
-        let password = database.password(cx)?;
+        let password = database.password(cx).await?;
         // Without a password the file is missing, and so nobody's own ~/.pgpass is read.
         let file = match &password {
             Some(password) => private.write_password(password)?,
@@ -193,7 +194,7 @@ impl<'a> Alembic<'a> {
             secrets: self.password.iter().cloned().collect(),
             ..Program::default()
         };
-        program.with_env(self.cx, &env)?.run(self.cx).await
+        program.with_env(self.cx, &env).await?.run(self.cx).await
     }
 
     /// The same, failing with what the tool said.

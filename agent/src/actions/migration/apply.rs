@@ -38,7 +38,7 @@ async fn where_it_is(
             shown(&goal)
         )));
     }
-    let to = Alembic::of(cx, source)?.resolve(to).await?;
+    let to = Alembic::of(cx, source).await?.resolve(to).await?;
     Ok(if now == to {
         Probe::Present(format!("`{name}` is at {to}"))
     } else {
@@ -92,7 +92,7 @@ impl Act for Apply {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let session = guard::lock(cx, &tool.database).await?;
         if self.backup == RequiredBackup::Verified {
             let otherwise = ", or say `backup: none` if its data can be lost";
@@ -122,7 +122,7 @@ impl Act for Apply {
         }
         drop(session);
         // Only this release knows the revision that it brought.
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let session = guard::lock(cx, &tool.database).await?;
         if self.backup == RequiredBackup::Verified {
             guard::require_fence(cx, &session, &self.database).await?;
@@ -199,7 +199,7 @@ impl Act for Downgrade {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let session = guard::lock(cx, &tool.database).await?;
         guard::require_backup(cx, &session, &self.database, "").await?;
         let from = revision(&session).await?;
@@ -226,7 +226,7 @@ impl Act for Downgrade {
     /// only; the comparison of the database's state says whether anything of it is missed.
     async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
         let to = recorded(before)?;
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let session = guard::lock(cx, &tool.database).await?;
         let from = revision(&session).await?;
         if from == to {

@@ -32,7 +32,7 @@ impl Act for Current {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let now = revision(&tool.database.connect(cx).await?).await?;
         let head = tool.head().await?;
         let state = if now == head {
@@ -68,7 +68,7 @@ impl Act for Plan {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let from = revision(&tool.database.connect(cx).await?).await?;
         let to = tool.resolve(&self.to).await?;
         let sql = tool.render(Way::Up, &from, &to).await?;
@@ -105,7 +105,7 @@ impl Act for Verify {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into())?;
+        let tool = Alembic::of(cx, self.into()).await?;
         let now = revision(&tool.database.connect(cx).await?).await?;
         let expected = tool.resolve(&self.to).await?;
         if now != expected {

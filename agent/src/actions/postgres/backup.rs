@@ -178,7 +178,7 @@ async fn dump(
     id: String,
 ) -> Result<Manifest, Failure> {
     let server_version = session.version;
-    let tools = Tools::new(cx, database, session.major())?;
+    let tools = Tools::new(cx, database, session.major()).await?;
     let snapshot = Snapshot::take(session).await?;
     let archive = archive_in(partial);
     let path = archive.display().to_string();

@@ -165,7 +165,7 @@ pub(super) async fn state(cx: &Context, database: &Database) -> Result<Fact, Fai
     let session = database.connect(cx).await?;
     let major = session.major();
     let snapshot = Snapshot::take(session).await?;
-    let tools = Tools::new(cx, database, major)?;
+    let tools = Tools::new(cx, database, major).await?;
     let contents = snapshot.contents().await?;
     let schema = fingerprint(&tools, database.dbname(), Some(snapshot.id())).await?;
     let revisions = revisions(snapshot.session()).await?;

@@ -316,7 +316,7 @@ async fn fill(
     made: &Manifest,
     names: &Names,
 ) -> Result<(), Failure> {
-    let tools = Tools::new(cx, database, live.major())?;
+    let tools = Tools::new(cx, database, live.major()).await?;
     let archive = archive_in(&store.path(&made.id));
     scratch::restore(
         cx,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use lockstep_proto::report::{Cause, Failure};
 
 use crate::process::{Ended, Program};
+use crate::secrets::Secret;
 use crate::sql::{Database, PrivateDir, application_name, conninfo_dbname};
 use crate::step::{Context, hinted};
 
@@ -19,20 +20,20 @@ pub(super) struct Tools<'a> {
     database: &'a Database,
     bin: Option<PathBuf>,
     private: PrivateDir,
-    env: BTreeMap<String, String>,
-    secrets: Vec<String>,
+    env: BTreeMap<String, Secret>,
+    secrets: Vec<Secret>,
 }
 
 impl<'a> Tools<'a> {
     /// Tools for a server of this major version.
-    pub(super) fn new(
+    pub(super) async fn new(
         cx: &'a Context,
         database: &'a Database,
         major: u32,
     ) -> Result<Self, Failure> {
         let config = &database.config;
         let private = PrivateDir::new(cx, config.os_user.as_deref())?;
-        let password = database.password(cx)?;
+        let password = database.password(cx).await?;
         let mut env = BTreeMap::from([
             ("PGHOST", config.host.clone()),
             ("PGPORT", config.port.to_string()),
@@ -57,7 +58,7 @@ impl<'a> Tools<'a> {
         env.insert("PGPASSFILE", file.display().to_string());
         let env = env
             .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
+            .map(|(name, value)| (name.to_owned(), value.into()))
             .collect();
         let bin = config
             .bin_dir

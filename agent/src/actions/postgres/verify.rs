@@ -63,7 +63,7 @@ impl Act for VerifyBackup {
         }
         scratch::check_digest(&store.path(&made.id), &made, digest).await?;
         scratch::check_room(&session, &database).await?;
-        let tools = Tools::new(cx, &database, session.major())?;
+        let tools = Tools::new(cx, &database, session.major()).await?;
         let archive = archive_in(&store.path(&made.id));
         // All of it is read before anything is made of it.
         let path = archive.display().to_string();

@@ -110,7 +110,10 @@ impl Act for release::Build {
                 user: app.config.user.clone(),
                 ..Program::default()
             };
-            let program = program.with_env(cx, &app.config.env).map_err(changed)?;
+            let program = program
+                .with_env(cx, &app.config.env)
+                .await
+                .map_err(changed)?;
             let ended = program.succeed(cx).await;
             ended.map_err(|failed| explained(changed(failed)))?;
         }

@@ -98,13 +98,16 @@ impl Git<'_> {
             ("GIT_LFS_SKIP_SMUDGE", "0"),
         ];
         program.env = env
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .map(|(name, value)| (name.to_owned(), value.into()))
             .into();
         program
     }
 
     async fn run(&self, cx: &Context, argv: &[&str]) -> Result<String, Failure> {
-        let program = self.program(argv).with_env(cx, &self.app.config.env)?;
+        let program = self
+            .program(argv)
+            .with_env(cx, &self.app.config.env)
+            .await?;
         let ended = program.succeed(cx).await.map_err(explained)?;
         Ok(ended.stdout.trim().to_owned())
     }
@@ -177,23 +180,26 @@ impl Git<'_> {
     async fn check_out(&self, cx: &Context, commit: &str, dir: &Path) -> Result<(), Failure> {
         // Not beside the files: git runs as the application's user, who owns the mirror.
         let index = self.dir.join(format!("{INDEX}{}", cx.key));
-        let with_index = |argv: &[&str]| {
+        let with_index = async |argv: &[&str]| {
             let mut program = self.program(argv);
             program.env.insert(
                 "GIT_INDEX_FILE".into(),
-                index.to_string_lossy().into_owned(),
+                index.to_string_lossy().into_owned().into(),
             );
-            program
-                .env
-                .insert("GIT_WORK_TREE".into(), dir.to_string_lossy().into_owned());
+            program.env.insert(
+                "GIT_WORK_TREE".into(),
+                dir.to_string_lossy().into_owned().into(),
+            );
             program.dir = Some(dir.to_owned());
-            program.with_env(cx, &self.app.config.env)
+            program.with_env(cx, &self.app.config.env).await
         };
-        with_index(&["read-tree", commit])?
+        with_index(&["read-tree", commit])
+            .await?
             .succeed(cx)
             .await
             .map_err(explained)?;
-        with_index(&["checkout-index", "--all", "--force"])?
+        with_index(&["checkout-index", "--all", "--force"])
+            .await?
             .succeed(cx)
             .await
             .map_err(explained)?;

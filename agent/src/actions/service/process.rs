@@ -25,6 +25,7 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep, timeout};
+use zeroize::Zeroizing;
 
 use super::systemd;
 use super::{Phase, State};
@@ -33,6 +34,7 @@ use crate::actions::files::{self, OrFailed as _};
 use crate::config;
 use crate::faults::reached;
 use crate::process::{User, base_env};
+use crate::secrets::Secret;
 use crate::step::{Context, changed, failure};
 
 /// What `supervise` is told on its standard input.
@@ -426,12 +428,13 @@ pub(crate) fn supervise() -> Result<std::convert::Infallible, String> {
         .map(User::find)
         .transpose()
         .map_err(|failure| failure.message)?;
-    let mut env: BTreeMap<String, String> = base_env(user.as_ref())
+    let mut env: BTreeMap<String, Secret> = base_env(user.as_ref())
         .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
+        .map(|(name, value)| (name.to_owned(), value.into()))
         .collect();
     if let Some(path) = &order.env_file {
         let text = fs::read_to_string(path)
+            .map(Zeroizing::new)
             .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         env.extend(parse_env(&text));
     }
@@ -443,7 +446,8 @@ pub(crate) fn supervise() -> Result<std::convert::Infallible, String> {
         .try_clone()
         .map_err(|error| format!("cannot share the output: {error}"))?;
     let mut command = std::process::Command::new(&order.argv[0]);
-    command.args(&order.argv[1..]).env_clear().envs(env);
+    command.args(&order.argv[1..]).env_clear();
+    command.envs(env.iter().map(|(name, value)| (name, value.expose())));
     command.stdin(Stdio::null()).stdout(output).stderr(stderr);
     if let Some(dir) = &order.dir {
         command.current_dir(dir);

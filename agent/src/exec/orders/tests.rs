@@ -39,6 +39,7 @@ async fn a_cancel_that_was_recorded_and_not_carried_out_is_carried_out_later() {
             before: Value::Null,
             boot: exec.host.boot.clone(),
             at: wall_clock(),
+            counted: None,
         }),
         Record::Cancelled { key: key.clone() },
     ];

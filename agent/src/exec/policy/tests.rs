@@ -472,3 +472,16 @@ fn the_examples_policy_gives_each_script_its_own_secrets_and_nobody_else_a_reque
     assert!(login("http://evil.test:8000/api/employees").is_err());
     assert!(login(&format!("{here}/admin")).is_err());
 }
+
+#[test]
+fn the_examples_of_the_guide_are_valid() {
+    let guide = include_str!("../../../../docs/policy.md");
+    let examples = guide.split("```toml\n").skip(1);
+    let mut seen = 0;
+    for example in examples.filter_map(|rest| rest.split("```").next()) {
+        let read = Policy::parse(Path::new("policy.md"), example);
+        assert!(read.is_ok(), "{example}\n{read:?}");
+        seen += 1;
+    }
+    assert!(seen >= 4, "{seen} examples");
+}

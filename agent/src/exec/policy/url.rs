@@ -3,7 +3,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::{Way, plain, stands_for};
+use super::matching::{Way, plain, stands_for};
 
 /// A URL or a pattern for URLs, by its parts.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,9 +43,9 @@ const ANY: &str = "*";
 
 /// Whether a URL is one that a pattern stands for. One that cannot be read may be any: that is
 /// not allowed, and denied.
-pub(super) fn fits(pattern: &str, url: &str, way: Way) -> bool {
+pub(super) fn fits(pattern: &str, url: &str, way: Way<'_>) -> bool {
     let Some(url) = parts(url, false) else {
-        return way == Way::Deny;
+        return matches!(way, Way::Deny(_));
     };
     if pattern == ANY {
         return true;
@@ -59,8 +59,8 @@ pub(super) fn fits(pattern: &str, url: &str, way: Way) -> bool {
 }
 
 /// A pattern such as `127.*` allows addresses, not names that begin like one.
-fn fits_host(pattern: &str, host: &str, way: Way) -> bool {
-    if way == Way::Deny {
+fn fits_host(pattern: &str, host: &str, way: Way<'_>) -> bool {
+    if matches!(way, Way::Deny(_)) {
         // A dot at its end changes nothing about a name.
         return stands_for(pattern, host.trim_end_matches('.'), way);
     }
@@ -70,13 +70,13 @@ fn fits_host(pattern: &str, host: &str, way: Way) -> bool {
     stands_for(pattern, host, way) && (!for_addresses || host.parse::<Ipv4Addr>().is_ok())
 }
 
-fn fits_rest(pattern: &str, rest: &str, way: Way) -> bool {
+fn fits_rest(pattern: &str, rest: &str, way: Way<'_>) -> bool {
     // As servers read it: `..` must not hide behind escapes, nor anything else that is denied.
     let read = unescaped(rest).replace('\\', "/");
     let climbs = read.split(['/', '?', '=']).any(|part| part == "..");
     match way {
         Way::Allow => !(climbs && pattern.contains('*')) && stands_for(pattern, rest, way),
-        Way::Deny => {
+        Way::Deny(_) => {
             let path = read.split('?').next().unwrap_or_default();
             let query = rest.find('?').map_or("", |at| &rest[at..]);
             climbs

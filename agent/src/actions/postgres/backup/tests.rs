@@ -107,7 +107,7 @@ async fn counts_are_those_of_the_dump_although_rows_come_in_meanwhile() {
     let made = made(&bench).pop().unwrap();
     // What is in the archive, counted by reading it.
     let database = Database::find(&cx, "staff").unwrap();
-    let tools = Tools::new(&cx, &database, 15).unwrap();
+    let tools = Tools::new(&cx, &database, 15).await.unwrap();
     let store = Store::of(&cx, &database);
     let archive = archive_in(&store.path(&made.id)).display().to_string();
     let sql = tools.file("data.sql").unwrap().display().to_string();

@@ -1,0 +1,181 @@
+//! One HTTP request over a connection of its own: HTTP/1.1, no redirects, no proxies, no cookies.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Uri};
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::TokioIo;
+use lockstep_proto::report::{Cause, Failure};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use crate::step::failure;
+
+/// The largest answer that is read, in bytes.
+const MAX_BODY: usize = 1 << 20;
+
+/// A request that is ready to be sent. Its URL says scheme and host.
+pub(crate) struct Request {
+    pub(crate) uri: Uri,
+    pub(crate) method: Method,
+    /// All of them, `Host` too.
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+/// What came back.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) body: Vec<u8>,
+    /// From the sending of the request to the end of the body.
+    pub(crate) took: Duration,
+}
+
+/// A connection, with TLS if the URL says so.
+pub(crate) type Connection = Box<dyn Stream>;
+
+/// What a request is sent through.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
+
+/// A client that trusts the certificates in a file, or the public authorities.
+pub(crate) fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, Failure> {
+    let mut roots = RootCertStore::empty();
+    if let Some(path) = ca_file {
+        let unreadable = |error: &dyn std::fmt::Display| {
+            failure(
+                Cause::Host,
+                format!("cannot read certificates from {}: {error}", path.display()),
+            )
+        };
+        let found = CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))?;
+        for certificate in found {
+            let certificate = certificate.map_err(|error| unreadable(&error))?;
+            roots.add(certificate).map_err(|error| unreadable(&error))?;
+        }
+        if roots.is_empty() {
+            return Err(unreadable(&"there is none in it"));
+        }
+    } else {
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring has suites for every version")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// The name that a server's certificate must be valid for.
+pub(crate) fn server_name(name: &str) -> Result<ServerName<'static>, Failure> {
+    let name = name.trim_matches(['[', ']']).to_owned();
+    ServerName::try_from(name.clone())
+        .map_err(|_| failure(Cause::Refused, format!("`{name}` is no name of a server")))
+}
+
+/// Connects to where a URL points; nothing is sent yet. The error says in words what went wrong.
+pub(crate) async fn connect(uri: &Uri, ca_file: Option<&Path>) -> Result<Connection, String> {
+    let https = uri.scheme_str() == Some("https");
+    let host = uri
+        .host()
+        .unwrap_or_default()
+        .trim_matches(['[', ']'])
+        .to_owned();
+    let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
+    let stream = TcpStream::connect((host.as_str(), port))
+        .await
+        .map_err(|error| format!("cannot connect: {error}"))?;
+    if !https {
+        return Ok(Box::new(stream));
+    }
+    let name = server_name(&host).map_err(|failure| failure.message)?;
+    let connector = connector(ca_file).map_err(|failure| failure.message)?;
+    let stream = connector.connect(name, stream).await;
+    let stream = stream.map_err(|error| format!("TLS failed: {error}"))?;
+    Ok(Box::new(stream))
+}
+
+/// Sends a request and reads the answer. The error says in words what went wrong.
+pub(crate) async fn send(request: Request, connection: Connection) -> Result<Answer, String> {
+    let began = Instant::now();
+    let (status, body) = exchange(connection, request).await?;
+    Ok(Answer {
+        status,
+        body,
+        took: began.elapsed(),
+    })
+}
+
+async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    request: Request,
+) -> Result<(u16, Vec<u8>), String> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| format!("no HTTP connection: {error}"))?;
+    let Request {
+        uri,
+        method,
+        headers,
+        body,
+    } = request;
+    // In HTTP/1.1 the request line has the path only; the host stands in its header.
+    let path = uri.path_and_query().map_or("/", |path| path.as_str());
+    let mut request = http::Request::new(Full::new(body));
+    *request.method_mut() = method;
+    *request.uri_mut() = path
+        .parse()
+        .map_err(|_| "its path cannot be sent".to_owned())?;
+    *request.headers_mut() = headers;
+    let answer = async {
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| chain(&error))?;
+        let status = response.status().as_u16();
+        let mut body = response.into_body();
+        let mut bytes = vec![];
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| chain(&error))?;
+            if let Some(data) = frame.data_ref() {
+                if bytes.len() + data.len() > MAX_BODY {
+                    return Err("the answer is larger than 1 MiB".to_owned());
+                }
+                bytes.extend_from_slice(data);
+            }
+        }
+        Ok((status, bytes))
+    };
+    let (mut answer, mut connection) = (std::pin::pin!(answer), std::pin::pin!(connection));
+    let mut open = true;
+    loop {
+        tokio::select! {
+            answer = &mut answer => return answer,
+            ended = &mut connection, if open => {
+                ended.map_err(|error| chain(&error))?;
+                open = false;
+            }
+        }
+    }
+}
+
+/// An error with its causes: hyper's own words alone say little.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
