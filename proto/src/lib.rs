@@ -17,6 +17,8 @@ pub mod order;
 pub mod plan;
 pub mod report;
 pub mod seal;
+#[cfg(feature = "signatures")]
+pub mod sshsig;
 pub mod values;
 #[cfg(feature = "grpc")]
 pub mod wire;
