@@ -179,6 +179,9 @@ impl Found {
             " (not there: only probes are allowed)"
         };
         self.line("policy", format!("{}{note}", path.display()));
+        if let Some(seal) = policy.seal() {
+            self.line("takes only", seal.describe());
+        }
         for (action, says) in policy.overview() {
             let _ = writeln!(self.text, "  {action:<26}{says}");
         }

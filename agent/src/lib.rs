@@ -39,7 +39,7 @@ mod testing;
 mod tls;
 
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -47,6 +47,7 @@ use lockstep_proto::ids::StepKey;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Config;
+use crate::exec::{AnchorError, Anchored};
 use crate::identity::{IdentityError, StateLock};
 use crate::step::StepExit;
 
@@ -94,6 +95,18 @@ enum Command {
     /// Look at the journal while no agent runs.
     #[command(subcommand)]
     Journal(JournalCommand),
+    /// Let a host go on whose journal was put back to an earlier time, with a floor that people
+    /// have signed. Needs the agent stopped.
+    Anchor {
+        #[command(flatten)]
+        file: File,
+        /// The statement, as `lockstep floor` writes it
+        #[arg(long, value_name = "FILE")]
+        floor: PathBuf,
+        /// Its signatures, as `lockstep sign` writes them
+        #[arg(long, value_name = "FILE")]
+        sig: PathBuf,
+    },
     /// Do one attempt. Started by `run`.
     #[command(hide = true)]
     Step {
@@ -128,6 +141,9 @@ pub fn main() -> ExitCode {
         Command::Run(file) => with_config(&file, |config| daemon::run(config, &file.config)),
         Command::Check(file) => check::check(&file.config),
         Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
+        Command::Anchor { file, floor, sig } => {
+            with_config(&file, |config| anchor(&config, &floor, &sig))
+        }
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();
@@ -145,6 +161,41 @@ fn with_config(file: &File, then: impl FnOnce(Config) -> u8) -> u8 {
         Err(error) => {
             say(&errors::chain(&error));
             exit::USAGE
+        }
+    }
+}
+
+fn anchor(config: &Config, floor: &Path, sig: &Path) -> u8 {
+    let unreadable = |path: &Path, error| {
+        say(&format!("cannot read {}: {error}", path.display()));
+        exit::USAGE
+    };
+    let statement = match std::fs::read(floor) {
+        Ok(statement) => statement,
+        Err(error) => return unreadable(floor, error),
+    };
+    let signatures = match std::fs::read_to_string(sig) {
+        Ok(signatures) => signatures,
+        Err(error) => return unreadable(sig, error),
+    };
+    match exec::anchor(config, &statement, &signatures) {
+        Ok(Anchored { signers, instance }) => {
+            let signers: Vec<String> = signers.into_iter().collect();
+            let signers = signers.join(", ");
+            say(&format!(
+                "anchored as {instance}, signed by {signers}; start the agent"
+            ));
+            exit::DONE
+        }
+        Err(error) => {
+            say(&errors::chain(&error));
+            match error {
+                AnchorError::Identity(IdentityError::InUse(_)) => exit::IN_USE,
+                AnchorError::Identity(_) | AnchorError::Journal(_) | AnchorError::Append(_) => {
+                    exit::INTERNAL
+                }
+                _ => exit::USAGE,
+            }
         }
     }
 }

@@ -12,6 +12,7 @@
 //! `wire`, and wire types go no further than that module.
 
 pub mod action;
+pub mod floor;
 pub mod ids;
 pub mod order;
 pub mod plan;
@@ -19,6 +20,8 @@ pub mod report;
 pub mod seal;
 #[cfg(feature = "signatures")]
 pub mod sshsig;
+#[cfg(feature = "signatures")]
+pub mod trust;
 pub mod values;
 #[cfg(feature = "grpc")]
 pub mod wire;

@@ -17,21 +17,21 @@ use std::str::FromStr;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use ring::digest;
-use ring::signature::{ED25519, UnparsedPublicKey};
+use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 
-/// The largest armoured signature, in bytes. One of a hardware token has about 500.
-pub const MAX_SIGNATURE_BYTES: usize = 2 << 10;
+use crate::seal::{MAX_SIGNATURE_BYTES, MAX_SIGNATURES};
 
 /// The largest line that holds a public key, in bytes.
 pub const MAX_KEY_LINE: usize = 1 << 10;
-
-/// The greatest number of signatures on one document.
-pub const MAX_SIGNATURES: usize = 16;
 
 const MAGIC: &[u8; 6] = b"SSHSIG";
 const BEGIN: &str = "-----BEGIN SSH SIGNATURE-----\n";
 const END: &str = "-----END SSH SIGNATURE-----\n";
 const ARMOUR_WIDTH: usize = 70;
+
+const VERSION: u32 = 1;
+const SHA512: &str = "sha512";
+const SHA256: &str = "sha256";
 
 const SOFTWARE: &str = "ssh-ed25519";
 const TOKEN: &str = "sk-ssh-ed25519@openssh.com";
@@ -117,6 +117,24 @@ impl PublicKey {
         format!("SHA256:{}", STANDARD_NO_PAD.encode(digest))
     }
 
+    /// Whether these 64 bytes are this key's signature of `message` for this purpose, with sha512.
+    /// Only for keys held in software: a token signs more than the message.
+    pub fn verify_bare(
+        &self,
+        namespace: &str,
+        message: &[u8],
+        signature: &[u8],
+    ) -> Result<(), InvalidSignature> {
+        if self.is_on_token() {
+            return Err(InvalidSignature::Form);
+        }
+        let digest = digest::digest(&digest::SHA512, message);
+        let signed = signed(namespace, SHA512, digest.as_ref());
+        UnparsedPublicKey::new(&ED25519, &self.point)
+            .verify(&signed, signature)
+            .map_err(|_| InvalidSignature::Mismatch)
+    }
+
     fn kind(&self) -> &'static str {
         match self.application {
             None => SOFTWARE,
@@ -196,6 +214,61 @@ impl fmt::Debug for PublicKey {
     }
 }
 
+/// A key held in software, to sign with.
+pub struct SigningKey(Ed25519KeyPair);
+
+impl SigningKey {
+    /// The key that 32 random bytes stand for.
+    pub fn from_seed(seed: &[u8; 32]) -> Self {
+        let pair = Ed25519KeyPair::from_seed_unchecked(seed);
+        Self(pair.expect("any 32 bytes are a seed"))
+    }
+
+    /// Its public half.
+    pub fn public(&self) -> PublicKey {
+        let point = self.0.public_key().as_ref().try_into();
+        PublicKey::ed25519(point.expect("an Ed25519 key has 32 bytes"))
+    }
+
+    /// Only the 64 bytes that an SSH signature is built around; see [`PublicKey::verify_bare`].
+    pub fn sign_bare(&self, namespace: &str, message: &[u8]) -> [u8; 64] {
+        let digest = digest::digest(&digest::SHA512, message);
+        let signature = self.0.sign(&signed(namespace, SHA512, digest.as_ref()));
+        let bytes = signature.as_ref().try_into();
+        bytes.expect("an Ed25519 signature has 64 bytes")
+    }
+
+    /// An armoured SSH signature.
+    pub fn sign(&self, namespace: &str, message: &[u8]) -> String {
+        let mut innermost = Vec::new();
+        put(&mut innermost, SOFTWARE.as_bytes());
+        put(&mut innermost, &self.sign_bare(namespace, message));
+        envelope(&self.public(), namespace, &innermost)
+    }
+}
+
+impl fmt::Debug for SigningKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SigningKey({})", self.public().fingerprint())
+    }
+}
+
+/// An armoured signature around its innermost part.
+fn envelope(key: &PublicKey, namespace: &str, innermost: &[u8]) -> String {
+    let mut content = MAGIC.to_vec();
+    content.extend_from_slice(&VERSION.to_be_bytes());
+    let parts = [
+        &key.blob()[..],
+        namespace.as_bytes(),
+        b"",
+        SHA512.as_bytes(),
+    ];
+    for part in parts.into_iter().chain([innermost]) {
+        put(&mut content, part);
+    }
+    armour(&content)
+}
+
 /// A public key with the name that its owner wrote after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedKey {
@@ -238,7 +311,7 @@ pub fn verify(
     }
     let content = dearmour(armoured).ok_or(Form)?;
     let mut rest = Reader(&content);
-    if rest.take(MAGIC.len()) != Some(MAGIC) || rest.number() != Some(1) {
+    if rest.take(MAGIC.len()) != Some(MAGIC) || rest.number() != Some(VERSION) {
         return Err(Form);
     }
     let key = PublicKey::from_blob(rest.string().ok_or(Form)?).map_err(InvalidSignature::Key)?;
@@ -255,8 +328,8 @@ pub fn verify(
     }
     let hash = rest.text().ok_or(Form)?;
     let algorithm = match hash {
-        "sha512" => &digest::SHA512,
-        "sha256" => &digest::SHA256,
+        SHA512 => &digest::SHA512,
+        SHA256 => &digest::SHA256,
         _ => return Err(InvalidSignature::Hash),
     };
     let signature = rest.string().ok_or(Form)?;

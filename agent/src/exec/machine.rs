@@ -19,6 +19,7 @@ use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
 use super::consent::HeldStep;
+use super::licences::Licences;
 use crate::faults::planted;
 use crate::journal::{Position, Record};
 use crate::step::{LogMark, failure};
@@ -44,6 +45,11 @@ pub(crate) struct Memory {
     pub(crate) acknowledged: u64,
     /// Where the reports after that are.
     pub(crate) outstanding: VecDeque<(u64, Position)>,
+    /// The serials of sealed plans.
+    pub(crate) licences: Licences,
+    /// How many reports a controller has of which this journal knows fewer: then no order is
+    /// taken.
+    pub(crate) quarantined: Option<u64>,
 }
 
 /// The hold for a rollout, with what happened in it.
@@ -157,10 +163,25 @@ impl Memory {
             }
             Record::Released { rollout } => {
                 self.hold.take_if(|hold| hold.rollout == *rollout);
-                if self.released.len() == RELEASED {
-                    self.released.pop_front();
+                self.end(rollout.clone());
+            }
+            Record::Licensed { of, rollout } => self.licences.license(of, rollout),
+            Record::Quarantined { acknowledged } => self.quarantined = Some(*acknowledged),
+            Record::Anchored {
+                floor: _,
+                raised,
+                instance,
+            } => {
+                self.licences.raise(&raised.fleet, &raised.serials);
+                if let Some(hold) = self.hold.take() {
+                    self.end(hold.rollout);
                 }
-                self.released.push_back(rollout.clone());
+                if let Some((_, own)) = &mut self.opened {
+                    *own = instance.clone();
+                }
+                (self.last_report, self.acknowledged) = (0, 0);
+                self.outstanding.clear();
+                self.quarantined = None;
             }
             Record::Intent(intent) => {
                 if let Some(attempt) = self.attempt_mut(&intent.key) {
@@ -177,6 +198,15 @@ impl Memory {
                 self.acknowledge(*number);
             }
         }
+    }
+
+    /// A rollout has ended here, for ever.
+    fn end(&mut self, rollout: RolloutId) {
+        self.licences.end(&rollout);
+        if self.released.len() == RELEASED {
+            self.released.pop_front();
+        }
+        self.released.push_back(rollout);
     }
 
     fn apply_report(&mut self, position: Position, number: u64, body: &ReportBody) {

@@ -33,8 +33,10 @@ use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
 
 mod ahead;
+mod anchor;
 mod attend;
 mod consent;
+mod licences;
 mod machine;
 mod offers;
 mod orders;
@@ -45,8 +47,10 @@ mod runner;
 mod seam;
 mod tail;
 
+pub(crate) use anchor::{AnchorError, Anchored, anchor};
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
+pub(crate) use licences::{Raised, Serial};
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
 pub(crate) use policy::{Policy, check_owner};
@@ -170,8 +174,8 @@ pub(crate) struct Exec {
     memory: Memory,
     /// The steps of the rollout that the host holds itself for.
     held: Option<HeldPlan>,
-    /// The steps of the last plan that was looked at in a dry run.
-    looked_at: Option<(lockstep_proto::ids::PlanDigest, HeldPlan)>,
+    /// The steps of the plans that were offered for dry runs, the newest first.
+    looked_at: Vec<(lockstep_proto::ids::PlanDigest, HeldPlan)>,
     session: Option<Session>,
     /// Offers whose plan has not arrived.
     awaiting_plan: Vec<Offer>,
@@ -233,7 +237,7 @@ impl Exec {
         plans::remove_left_over(state, held_for);
         crate::identity::remove_left_over(&config.run_dir);
         let held = memory.hold.as_ref().and_then(|hold| {
-            HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps)
+            HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps, hold.plan)
                 .inspect_err(|error| {
                     tracing::error!(%error, rollout = %hold.rollout, "the steps that this host \
                         consented to cannot be read; its orders are refused");
@@ -256,7 +260,7 @@ impl Exec {
             journal,
             memory,
             held,
-            looked_at: None,
+            looked_at: vec![],
             session: None,
             awaiting_plan: vec![],
             considering: vec![],
@@ -406,6 +410,12 @@ impl Exec {
         }
         if welcome.acknowledged > self.memory.last_report {
             // INV-2: a loss is detected, never silent.
+            if self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
+                self.quarantine(welcome.acknowledged)?;
+            }
+            if self.is_quarantined() {
+                return Ok(());
+            }
             self.refuse_session(format!(
                 "the controller has {} reports of this agent, its journal has {}: the state \
                  directory was put back to an earlier time, and what was done since is not known \
@@ -433,6 +443,9 @@ impl Exec {
     /// Whether a controller of this term may be obeyed; a higher term is durable when this
     /// returns (INV-4).
     fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
+        if self.is_quarantined() {
+            return Ok(false);
+        }
         if let Err(why) = self.memory.check_epoch(epoch) {
             self.refuse_session(why);
             return Ok(false);

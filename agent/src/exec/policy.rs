@@ -26,6 +26,8 @@
 //! host, port, and path with query. A rule for `check.http` holds for each request of a chain.
 //! Secrets reach the commands of `exec.run` and `check.command` only where `env` lists them, name
 //! by name: `env = [{ TOKEN = "secret://smoke_token" }]`.
+//!
+//! Whose signatures the host asks for stands there, too: see [`trust`].
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
@@ -39,7 +41,10 @@ use toml::Spanned;
 use crate::process::head;
 
 mod arguments;
+pub(crate) mod trust;
 mod url;
+
+use trust::{Seal, WrittenSeal};
 
 /// Probes that run a program or a statement that the plan names, or show what is in a file.
 const MUST_BE_LISTED: [&str; 8] = [
@@ -113,6 +118,8 @@ struct File {
     allow: Vec<Written>,
     #[serde(default)]
     deny: Vec<Written>,
+    #[serde(default)]
+    seal: Option<WrittenSeal>,
 }
 
 /// A rule with the places of its words.
@@ -142,6 +149,7 @@ pub(crate) struct Policy {
     path: PathBuf,
     exists: bool,
     rules: Rules,
+    seal: Option<Seal>,
 }
 
 impl Policy {
@@ -166,19 +174,21 @@ impl Policy {
 
     fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
         let path = path.to_owned();
-        let File { allow, deny } = toml::from_str(text).map_err(|source| PolicyError::Parse {
-            path: path.clone(),
-            source: Box::new(source),
-        })?;
+        let File { allow, deny, seal } =
+            toml::from_str(text).map_err(|source| PolicyError::Parse {
+                path: path.clone(),
+                source: Box::new(source),
+            })?;
         let rules = |written: Vec<Written>| {
             let rules = written.into_iter().map(Written::check);
             rules.collect::<Result<Vec<_>, _>>()
         };
         let rules = rules(allow).and_then(|allow| {
             let deny = rules(deny)?;
-            Ok(Rules { allow, deny })
+            let seal = seal.map(WrittenSeal::check).transpose()?;
+            Ok((Rules { allow, deny }, seal))
         });
-        let rules = rules.map_err(|(at, why)| PolicyError::Rule {
+        let (rules, seal) = rules.map_err(|(at, why)| PolicyError::Rule {
             path: path.clone(),
             line: text[..at].matches('\n').count() + 1,
             why,
@@ -187,7 +197,13 @@ impl Policy {
             path,
             exists: true,
             rules,
+            seal,
         })
+    }
+
+    /// The seal that plans must have; none if they need none.
+    pub(crate) fn seal(&self) -> Option<&Seal> {
+        self.seal.as_ref()
     }
 
     /// Whether there is a file.

@@ -42,6 +42,8 @@ pub(crate) struct Offer {
     pub(crate) plan: PlanDigest,
     pub(crate) epoch: Epoch,
     pub(crate) dry_run: bool,
+    /// Armoured, as they came.
+    pub(crate) signatures: Vec<String>,
 }
 
 /// From exec to link.

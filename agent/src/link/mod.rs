@@ -284,12 +284,13 @@ async fn read(
         let message = match message.message {
             Some(Message::Acknowledged(number)) => Inbound::Acknowledged(number),
             Some(Message::Offer(offer)) => {
-                let (rollout, plan, epoch, dry_run) = offer.into_parts()?;
+                let (rollout, plan, epoch, dry_run, signatures) = offer.into_parts()?;
                 Inbound::Offer(Offer {
                     rollout,
                     plan,
                     epoch,
                     dry_run,
+                    signatures,
                 })
             }
             Some(Message::Order(order)) => {

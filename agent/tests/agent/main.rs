@@ -1,5 +1,6 @@
 //! The agent as people run it: the real binary, real TLS, real step processes.
 
+mod seal;
 mod session;
 mod start;
 mod step;

@@ -76,6 +76,8 @@ pub enum Call {
         plan: Arc<SealedPlan>,
         /// Only probe.
         dry_run: bool,
+        /// Armoured SSH signatures over the plan's digest.
+        signatures: Vec<String>,
     },
     /// Decide at a gate.
     Decide {
@@ -191,6 +193,8 @@ pub enum Message {
         epoch: Epoch,
         /// Only probes will follow.
         dry_run: bool,
+        /// The signatures that came with the plan.
+        signatures: Arc<[String]>,
     },
     /// One step to do now.
     Order(Order),

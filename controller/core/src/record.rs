@@ -94,7 +94,7 @@ pub enum Record {
         /// What it says.
         body: ReportBody,
     },
-    /// A plan was submitted: its serial is used up.
+    /// A plan was submitted: its serial is used up, unless it is a dry run.
     Submitted {
         /// The rollout that it licenses.
         rollout: RolloutId,
@@ -104,6 +104,13 @@ pub enum Record {
         requester: OperatorName,
         /// Only probe.
         dry_run: bool,
+    },
+    /// A signature that came with the plan. The hosts judge it; the controller keeps it.
+    Signed {
+        /// The rollout.
+        rollout: RolloutId,
+        /// An armoured SSH signature over the plan's digest, of at most 2 KiB.
+        signature: String,
     },
     /// Hosts that the plan means, at the time it was submitted. Together these records hold the
     /// matched list.
@@ -368,6 +375,7 @@ impl Record {
                 ReportBody::Started { key } | ReportBody::Finished { key, .. } => &key.rollout,
             }),
             Self::Submitted { rollout, .. }
+            | Self::Signed { rollout, .. }
             | Self::Matched { rollout, .. }
             | Self::Consented { rollout }
             | Self::PhaseOpened { rollout, .. }
@@ -402,7 +410,7 @@ impl Record {
 pub struct Archived {
     /// The rollout.
     pub rollout: RolloutId,
-    /// The serial that it used up, for ever.
+    /// The serial that it used up, for ever; 0 for a dry run, which uses up none.
     pub serial: u64,
     /// Its plan.
     pub plan: PlanDigest,

@@ -11,8 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT};
 use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId};
 use lockstep_proto::seal;
-use lockstep_proto::wire::control_v1 as wire;
 use lockstep_proto::wire::control_v1::control_service_server::ControlService;
+use lockstep_proto::wire::{control_v1 as wire, signatures as signatures_of};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -72,7 +72,10 @@ impl ControlService for Control {
             compiled_plan,
             source,
             dry_run,
+            signatures,
         } = request.into_inner();
+        let signatures = signatures_of(signatures);
+        let signatures = signatures.map_err(|error| Status::invalid_argument(error.to_string()))?;
         if source.len() > MAX_SOURCE {
             let why = format!("the plan file has more than {MAX_SOURCE} bytes");
             return Err(Status::invalid_argument(why));
@@ -104,6 +107,7 @@ impl ControlService for Control {
             rollout: rollout.clone(),
             plan,
             dry_run,
+            signatures,
         };
         self.call(&peer, call).await?;
         Ok(Response::new(wire::SubmitResponse {

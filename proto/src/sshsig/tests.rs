@@ -2,8 +2,6 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use ring::signature::{Ed25519KeyPair, KeyPair as _};
-
 use super::*;
 
 /// Signatures by the real `ssh-keygen`.
@@ -206,18 +204,7 @@ impl Token {
         put(&mut innermost, TOKEN.as_bytes());
         put(&mut innermost, self.pair.sign(&whole).as_ref());
         innermost.extend_from_slice(&extra);
-        let mut content = MAGIC.to_vec();
-        content.extend_from_slice(&1_u32.to_be_bytes());
-        for part in [
-            &self.public().blob()[..],
-            namespace.as_bytes(),
-            b"",
-            b"sha512",
-            &innermost,
-        ] {
-            put(&mut content, part);
-        }
-        armour(&content).into_bytes()
+        envelope(&self.public(), namespace, &innermost).into_bytes()
     }
 }
 
@@ -250,6 +237,24 @@ fn a_token_must_have_been_touched() {
         .unwrap();
     child.stdin.take().unwrap().write_all(MESSAGE).unwrap();
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_key_of_our_own_signs_as_ssh_keygen_does() {
+    let key = SigningKey::from_seed(&[4; 32]);
+    let armoured = key.sign(NAMESPACE, MESSAGE);
+    assert_eq!(
+        verify(armoured.as_bytes(), NAMESPACE, MESSAGE),
+        Ok(key.public())
+    );
+    let bare = key.sign_bare(NAMESPACE, MESSAGE);
+    let holds = |namespace, message: &[u8], bare: &[u8]| {
+        key.public().verify_bare(namespace, message, bare).is_ok()
+    };
+    assert!(holds(NAMESPACE, MESSAGE, &bare));
+    assert!(!holds("other", MESSAGE, &bare));
+    assert!(!holds(NAMESPACE, b"other", &bare));
+    assert!(!holds(NAMESPACE, MESSAGE, &bare[..63]));
 }
 
 #[test]

@@ -363,19 +363,23 @@ impl wire::FetchBlobRequest {
 }
 
 impl wire::Offer {
-    /// Rollout, plan, term and whether it is a dry run.
-    pub fn into_parts(self) -> Result<(RolloutId, Digest, Epoch, bool), InvalidMessage> {
+    /// Rollout, plan, term, whether it is a dry run, and the plan's signatures.
+    pub fn into_parts(
+        self,
+    ) -> Result<(RolloutId, Digest, Epoch, bool, Vec<String>), InvalidMessage> {
         let Self {
             rollout,
             plan_digest,
             epoch: term,
             dry_run,
+            signatures,
         } = self;
         Ok((
             rollout.parse()?,
             digest(&plan_digest)?,
             epoch(term)?,
             dry_run,
+            super::signatures(signatures)?,
         ))
     }
 }

@@ -160,6 +160,7 @@ async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
     let plan = HeldPlan {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
+        seal: None,
     };
     let held = Record::Held(Held {
         rollout: rollout.clone(),
@@ -247,12 +248,14 @@ fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
     let held = HeldPlan {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
+        seal: None,
     };
     let offer = Offer {
         rollout: RolloutId::from_random([1; 6]),
         plan: Digest::of(b"plan"),
         epoch: A,
         dry_run: false,
+        signatures: vec![],
     };
     exec.considering.push(offer.clone());
     meanwhile(&mut exec, offer.clone());

@@ -6,13 +6,21 @@ use std::sync::Arc;
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
-use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::seal::{SealedPlan, check_size};
 use lockstep_proto::values::Timestamp;
 
 use super::Coordinator;
 use crate::event::{Answer, Call, Effects, Lock, Refused};
 use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
 use crate::rollout::{Mode, Rollout};
+
+/// What is submitted, and by whom.
+struct Submission {
+    plan: Arc<SealedPlan>,
+    requester: OperatorName,
+    dry_run: bool,
+    signatures: Vec<String>,
+}
 
 impl Coordinator {
     pub(super) fn handle_call(
@@ -29,8 +37,15 @@ impl Coordinator {
                 rollout,
                 plan,
                 dry_run,
+                signatures,
             } => {
-                return self.submit(now, &rollout, &plan, operator, dry_run, effects);
+                let submission = Submission {
+                    plan,
+                    requester: operator,
+                    dry_run,
+                    signatures,
+                };
+                return self.submit(now, &rollout, submission, effects);
             }
             Call::Decide {
                 rollout,
@@ -218,11 +233,16 @@ impl Coordinator {
         &mut self,
         now: Timestamp,
         id: &RolloutId,
-        plan: &Arc<SealedPlan>,
-        requester: OperatorName,
-        dry_run: bool,
+        submission: Submission,
         effects: &mut Effects,
     ) -> Result<Answer, Refused> {
+        let Submission {
+            plan,
+            requester,
+            dry_run,
+            signatures,
+        } = submission;
+        check_size(&signatures).map_err(Refused::Invalid)?;
         let compiled = plan.plan();
         if let Some(other) = self.serials.get(&compiled.serial) {
             return Err(Refused::SerialUsed(compiled.serial, other.clone()));
@@ -285,6 +305,10 @@ impl Coordinator {
         let entry = Entry { at: now, record };
         self.begin(&entry, plan.clone());
         effects.persist.push(entry);
+        for signature in signatures {
+            let rollout = id.clone();
+            self.commit(now, Record::Signed { rollout, signature }, effects);
+        }
         let hosts: Vec<HostId> = matched.into_iter().collect();
         for hosts in hosts.chunks(MAX_HOSTS_PER_RECORD) {
             let record = Record::Matched {

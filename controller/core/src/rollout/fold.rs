@@ -48,6 +48,10 @@ impl Rollout {
             | Record::HostForgotten { .. }
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
+            Record::Signed { signature, .. } => {
+                let known = self.signatures.iter().cloned();
+                self.signatures = known.chain([signature.clone()]).collect();
+            }
             Record::Reported { host, body, .. } => self.fold_report(now, host, body),
             Record::Consented { .. } => match self.mode {
                 Mode::Consenting => self.mode = Mode::Forward(Cursor::default()),

@@ -21,6 +21,8 @@ pub struct Rollout {
     pub(crate) plan: Arc<SealedPlan>,
     pub(crate) requester: OperatorName,
     pub(crate) dry_run: bool,
+    /// The signatures that came with the plan.
+    pub(crate) signatures: Arc<[String]>,
     pub(crate) submitted: Timestamp,
     /// The deadline counts from here: from the submission, or from when a person last decided
     /// that an ended or running rollout goes on.

@@ -72,6 +72,7 @@ fn plan(serial: u64, stages: Vec<Stage>) -> CompiledPlan {
         format: 1,
         plan: "story".into(),
         serial,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX),
         deadline: Period::seconds(3600),
@@ -192,6 +193,7 @@ impl Fleet {
                 rollout: rollout(number),
                 plan,
                 dry_run: false,
+                signatures: vec![],
             },
         )
     }

@@ -42,6 +42,7 @@ fn plan(serial: u64) -> Arc<SealedPlan> {
         format: FORMAT,
         plan: "ports".into(),
         serial,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX / 2),
         deadline: Period::seconds(600),
@@ -183,6 +184,7 @@ impl<'a> Life<'a> {
                 rollout: rollout(serial),
                 plan,
                 dry_run: false,
+                signatures: vec![],
             },
         })
     }
@@ -215,6 +217,7 @@ fn live(state: &Path, serials: std::ops::RangeInclusive<u8>, term: u64) {
         rollout: rollout(waiting),
         plan,
         dry_run: true,
+        signatures: vec![],
     };
     let effects = life.core.handle(
         Timestamp(life.now),

@@ -222,6 +222,7 @@ impl<'a> Play<'a> {
                 plan_digest: self.plan.digest().0.to_vec().into(),
                 epoch: Some(EPOCH.into()),
                 dry_run: false,
+                signatures: vec![],
             }),
             Pending::Order(key) => {
                 let order = Order {
