@@ -107,6 +107,9 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         sig: PathBuf,
     },
+    /// Print the public half of this host's own key, for `[[evidence]]` in other hosts' policies.
+    /// Makes the key if there is none.
+    EvidenceKey(File),
     /// Do one attempt. Started by `run`.
     #[command(hide = true)]
     Step {
@@ -144,6 +147,7 @@ pub fn main() -> ExitCode {
         Command::Anchor { file, floor, sig } => {
             with_config(&file, |config| anchor(&config, &floor, &sig))
         }
+        Command::EvidenceKey(file) => with_config(&file, |config| evidence_key(&config)),
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();
@@ -196,6 +200,23 @@ fn anchor(config: &Config, floor: &Path, sig: &Path) -> u8 {
                 }
                 _ => exit::USAGE,
             }
+        }
+    }
+}
+
+fn evidence_key(config: &Config) -> u8 {
+    let key = identity::private_dir(&config.state_dir)
+        .map_err(std::io::Error::other)
+        .and_then(|()| exec::own_key(&config.state_dir));
+    match key {
+        Ok(key) => {
+            let line = format!("{} {}\n", key.public(), config.host);
+            let _ = std::io::stdout().write_all(line.as_bytes());
+            exit::DONE
+        }
+        Err(error) => {
+            say(&errors::chain(&error));
+            exit::INTERNAL
         }
     }
 }

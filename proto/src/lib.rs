@@ -12,6 +12,8 @@
 //! `wire`, and wire types go no further than that module.
 
 pub mod action;
+pub mod approval;
+pub mod evidence;
 pub mod floor;
 pub mod ids;
 pub mod order;

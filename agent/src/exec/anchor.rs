@@ -66,7 +66,7 @@ pub(crate) fn anchor(
     }
     let _lock = StateLock::take(&config.state_dir)?;
     let policy = Policy::load(config.policy_path())?;
-    let seal = policy.seal().ok_or(AnchorError::NoSeal)?;
+    let seal = policy.trust().seal().ok_or(AnchorError::NoSeal)?;
     let mut memory = Memory::default();
     let mut journal = Journal::open(&config.state_dir, |at, record| memory.apply(at, &record))?;
     let Some((_, own)) = memory.opened.clone() else {
@@ -116,7 +116,8 @@ pub(crate) fn anchor(
 impl Exec {
     /// Whether the host asks for sealed plans. A policy that cannot be read allows nothing anyway.
     pub(super) fn is_sealed(&self) -> bool {
-        self.policy().is_ok_and(|policy| policy.seal().is_some())
+        self.policy()
+            .is_ok_and(|policy| policy.trust().seal().is_some())
     }
 
     /// From here on no order is taken, also after a restart.
@@ -134,7 +135,7 @@ impl Exec {
         };
         let config = &self.host.config;
         let policy = self.policy().ok();
-        let fleet = policy.as_ref().and_then(|policy| policy.seal());
+        let fleet = policy.as_ref().and_then(|policy| policy.trust().seal());
         let fleet = fleet.map_or("FLEET", |seal| seal.fleet());
         self.refuse_session(format!(
             "this host is quarantined: a controller had {acknowledged} reports of this agent, and \

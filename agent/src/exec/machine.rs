@@ -379,6 +379,13 @@ impl Hold {
             .find(|a| a.direction == key.direction && a.number == key.attempt)
     }
 
+    /// Whether a step after this place has begun.
+    pub(crate) fn has_begun_after(&self, at: StepRef) -> bool {
+        let began = |attempt: &Attempt| attempt.began.is_some();
+        let mut later = self.attempts.range(at..).filter(|(later, _)| **later > at);
+        later.any(|(_, attempts)| attempts.iter().any(began))
+    }
+
     /// The attempts that began and have no outcome.
     pub(crate) fn running(&self) -> impl Iterator<Item = (StepRef, &Attempt)> {
         self.attempts.iter().flat_map(|(at, attempts)| {

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey, StepRef};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
+use lockstep_proto::sshsig::SigningKey;
 use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::{Hello, PROTOCOL_VERSIONS, Welcome};
 use serde_json::Value;
@@ -34,8 +35,10 @@ use crate::step::{Ended, Job, StepDir};
 
 mod ahead;
 mod anchor;
+mod approvals;
 mod attend;
 mod consent;
+mod evidence;
 mod licences;
 mod machine;
 mod offers;
@@ -50,6 +53,7 @@ mod tail;
 pub(crate) use anchor::{AnchorError, Anchored, anchor};
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
+pub(crate) use evidence::own_key;
 pub(crate) use licences::{Raised, Serial};
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
@@ -90,6 +94,9 @@ pub(crate) enum ExecError {
         /// The domain in the certificate.
         certificate: String,
     },
+    /// The host's own key cannot be had.
+    #[error("cannot read or make the host's own key, `evidence.key` in the state directory")]
+    Key(#[source] std::io::Error),
     /// The operating system refused.
     #[error("cannot find out how to start step processes")]
     Runner(#[source] std::io::Error),
@@ -169,6 +176,8 @@ struct Preparing {
 #[derive(Debug)]
 pub(crate) struct Exec {
     host: Rc<Host>,
+    /// The host signs with it what its steps prove.
+    key: SigningKey,
     instance: InstanceId,
     journal: Journal,
     memory: Memory,
@@ -229,6 +238,8 @@ impl Exec {
             config: config.clone(),
             logs,
         });
+        evidence::remove_left_over(state);
+        let key = own_key(state).map_err(ExecError::Key)?;
         // Nobody awaits what an earlier daemon was probing for a dry run.
         remove_left_over(&config.run_dir, |of| of.direction == Direction::Probe);
         // A rollout that has ended leaves nothing, even if its end was cut short.
@@ -256,6 +267,7 @@ impl Exec {
         );
         Ok(Self {
             host,
+            key,
             instance,
             journal,
             memory,
@@ -506,9 +518,11 @@ impl Exec {
     }
 
     fn numbered(&self, body: ReportBody) -> Record {
+        let mut body = report::fit(body);
+        evidence::sign(&self.key, &mut body);
         Record::Report {
             number: self.memory.last_report + 1,
-            body: report::fit(body),
+            body,
         }
     }
 
@@ -534,6 +548,7 @@ impl Exec {
             key,
             outcome,
             facts,
+            signatures: vec![],
             took,
         })
     }

@@ -10,6 +10,7 @@ use lockstep_proto::report::{Failure, HOLDS_NOT, Refusal, ReportBody};
 use lockstep_proto::seal::SealedPlan;
 use serde_json::Value;
 
+use super::approvals::Gates;
 use super::attend::{Host, wall_clock};
 use super::consent;
 use super::plans::{self, HeldPlan, HeldSeal};
@@ -126,9 +127,10 @@ impl Exec {
                 labels: config.labels.clone(),
                 vars: config.vars.clone(),
             }),
+            gates: Some(Gates::of(compiled)),
         };
         let mut refusals = vec![];
-        if let Some(seal) = policy.seal() {
+        if let Some(seal) = policy.trust().seal() {
             let of = plans::serial_of(compiled);
             let sealed = seal.check(&of.fleet, plan.digest(), &offer.signatures);
             let licensed = || self.memory.licences.check(&of, &offer.rollout);

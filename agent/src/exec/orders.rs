@@ -9,8 +9,10 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
 use super::ahead::{self, Earlier};
+use super::approvals::{self, Asked};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
+use super::evidence;
 use super::machine::{Begin, Decision, Now, check_freshness, refused};
 use super::plans::{self, HeldPlan};
 use super::policy::Policy;
@@ -114,7 +116,9 @@ impl Exec {
             .expect("decided to begin a step of this host");
         if order.key.direction != Direction::Undo {
             self.check_allowed(held, order.plan, &step.action)?;
+            self.check_approved(held, order, &step.action)?;
         }
+        self.check_bindings(order)?;
         Ok(step)
     }
 
@@ -133,6 +137,46 @@ impl Exec {
         held.check_seal(&policy, plan)
             .and_then(|()| policy.check(action))
             .map_err(|why| refused(why, changed))
+    }
+
+    /// Refuses what people have not approved, where the host asks for their signatures.
+    fn check_approved(
+        &self,
+        held: &HeldPlan,
+        order: &Order,
+        action: &Action,
+    ) -> Result<(), Failure> {
+        let policy = self
+            .policy()
+            .map_err(|why| refused(why, "repair it first"))?;
+        let Some(approvers) = policy.trust().approvers() else {
+            return Ok(());
+        };
+        let hold = self.memory.hold.as_ref();
+        let asked = Asked {
+            host: &self.host.config.host,
+            order,
+            action,
+            now: wall_clock(),
+            begun_after: &|gate| hold.is_some_and(|hold| hold.has_begun_after(gate)),
+        };
+        approvals::check(held.gates.as_ref(), approvers, &asked)
+            .map_err(|why| refused(why, "whose signatures count stands in the host's policy"))
+    }
+
+    /// Refuses facts that nobody has signed, where the host asks for that; also of an undo, which
+    /// may bring back what a fact names.
+    fn check_bindings(&self, order: &Order) -> Result<(), Failure> {
+        let policy = self
+            .policy()
+            .map_err(|why| refused(why, "repair it first"))?;
+        let own = (&self.host.config.host, &self.key.public());
+        evidence::check(&policy, own, order).map_err(|why| {
+            refused(
+                why,
+                "`bindings` in the host's policy says whose facts it takes",
+            )
+        })
     }
 
     pub(super) fn policy(&self) -> Result<Policy, String> {

@@ -12,6 +12,7 @@ use lockstep_proto::seal::{self, InvalidPlan, SealedPlan};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::approvals::Gates;
 use super::consent::{self, HeldStep};
 use super::licences::Serial;
 use super::policy::Policy;
@@ -31,6 +32,9 @@ pub(crate) struct HeldPlan {
     /// The seal that came with the plan; none if it has no signatures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) seal: Option<HeldSeal>,
+    /// The plan's gates; none from an agent that did not keep them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gates: Option<Gates>,
 }
 
 /// The seal that came with a plan, and what is needed to find its steps in it again.
@@ -148,7 +152,7 @@ impl HeldPlan {
 
     /// Refuses a plan that is not sealed as the host's policy asks for now.
     pub(super) fn check_seal(&self, policy: &Policy, plan: PlanDigest) -> Result<(), String> {
-        let Some(asked) = policy.seal() else {
+        let Some(asked) = policy.trust().seal() else {
             return Ok(());
         };
         match &self.seal {

@@ -44,7 +44,7 @@ mod arguments;
 pub(crate) mod trust;
 mod url;
 
-use trust::{Seal, WrittenSeal};
+use trust::{Trust, Word, WrittenApprover, WrittenEvidence, WrittenSeal, WrittenTrust};
 
 /// Probes that run a program or a statement that the plan names, or show what is in a file.
 const MUST_BE_LISTED: [&str; 8] = [
@@ -120,6 +120,14 @@ struct File {
     deny: Vec<Written>,
     #[serde(default)]
     seal: Option<WrittenSeal>,
+    #[serde(default)]
+    approvals: Word,
+    #[serde(default)]
+    approver: Vec<WrittenApprover>,
+    #[serde(default)]
+    bindings: Word,
+    #[serde(default)]
+    evidence: Vec<WrittenEvidence>,
 }
 
 /// A rule with the places of its words.
@@ -149,7 +157,7 @@ pub(crate) struct Policy {
     path: PathBuf,
     exists: bool,
     rules: Rules,
-    seal: Option<Seal>,
+    trust: Trust,
 }
 
 impl Policy {
@@ -174,21 +182,34 @@ impl Policy {
 
     fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
         let path = path.to_owned();
-        let File { allow, deny, seal } =
-            toml::from_str(text).map_err(|source| PolicyError::Parse {
-                path: path.clone(),
-                source: Box::new(source),
-            })?;
+        let File {
+            allow,
+            deny,
+            seal,
+            approvals,
+            approver,
+            bindings,
+            evidence,
+        } = toml::from_str(text).map_err(|source| PolicyError::Parse {
+            path: path.clone(),
+            source: Box::new(source),
+        })?;
         let rules = |written: Vec<Written>| {
             let rules = written.into_iter().map(Written::check);
             rules.collect::<Result<Vec<_>, _>>()
         };
         let rules = rules(allow).and_then(|allow| {
             let deny = rules(deny)?;
-            let seal = seal.map(WrittenSeal::check).transpose()?;
-            Ok((Rules { allow, deny }, seal))
+            let trust = WrittenTrust {
+                seal,
+                approvals,
+                approver,
+                bindings,
+                evidence,
+            };
+            Ok((Rules { allow, deny }, trust.check()?))
         });
-        let (rules, seal) = rules.map_err(|(at, why)| PolicyError::Rule {
+        let (rules, trust) = rules.map_err(|(at, why)| PolicyError::Rule {
             path: path.clone(),
             line: text[..at].matches('\n').count() + 1,
             why,
@@ -197,13 +218,13 @@ impl Policy {
             path,
             exists: true,
             rules,
-            seal,
+            trust,
         })
     }
 
-    /// The seal that plans must have; none if they need none.
-    pub(crate) fn seal(&self) -> Option<&Seal> {
-        self.seal.as_ref()
+    /// Whose signatures the host asks for.
+    pub(crate) fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// Whether there is a file.

@@ -11,7 +11,8 @@ use super::{Broken, Hash, JournalError, Record, Scan, ScanError, genesis, io_err
 /// What is found in a journal.
 #[derive(Debug)]
 pub(crate) struct Verified {
-    /// The first record's content: format, domain and instance; none if there is no such record.
+    /// The first record's content: format, domain and instance, as it is now; none if there is no
+    /// such record.
     pub(crate) opened: Option<Record>,
     /// The last record that is what was written, with all before it; number 0 if there is none.
     pub(crate) last: (u64, Hash),
@@ -35,8 +36,14 @@ pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
     };
     let size = file.metadata().map_err(io_error("read", &path))?.len();
     let mut opened = None;
-    let scan = Scan::run(&file, head.number(), &mut |_, record| {
-        opened.get_or_insert(record);
+    let scan = Scan::run(&file, head.number(), &mut |_, record| match record {
+        // From here on it is another installation's.
+        Record::Anchored { instance: new, .. } => {
+            if let Some(Record::Opened { instance, .. }) = &mut opened {
+                *instance = new;
+            }
+        }
+        record => _ = opened.get_or_insert(record),
     });
     let (last, torn, broken) = match scan {
         Ok(scan) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{
-    Digest, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
+    Digest, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepKey, StepRef,
 };
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
@@ -93,6 +93,8 @@ pub enum Call {
         items: Vec<u32>,
         /// A comment.
         comment: String,
+        /// A signed approval: until when it is good, and its armoured SSH signature.
+        signed: Option<(Timestamp, String)>,
     },
     /// Send nothing new.
     Pause {
@@ -122,6 +124,8 @@ pub enum Call {
         done: bool,
         /// How that is known.
         reason: String,
+        /// The attempt that a signed word is about, and its armoured SSH signature.
+        signed: Option<(StepKey, String)>,
     },
     /// End it where it stands.
     Cancel {

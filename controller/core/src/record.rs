@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use lockstep_proto::approval::Signature;
 use lockstep_proto::ids::{
     Digest, Direction, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
 };
@@ -217,6 +218,9 @@ pub enum Record {
         operator: OperatorName,
         /// How that is known.
         reason: String,
+        /// An armoured SSH signature of that word. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signature: Option<String>,
     },
     /// A host gets no further orders but its undo.
     Quarantined {
@@ -256,6 +260,9 @@ pub enum Record {
         evidence: Digest,
         /// A comment.
         comment: String,
+        /// The signature of an approval. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed: Option<Signature>,
     },
     /// A gate is closed.
     GateClosed {

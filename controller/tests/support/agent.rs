@@ -154,6 +154,7 @@ impl Agent {
                 summary: "port 8000 is open".into(),
             },
             facts: vec![],
+            signatures: vec![],
             took: Period(12),
         })
         .await;

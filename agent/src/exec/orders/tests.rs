@@ -75,6 +75,8 @@ async fn what_a_killed_agent_had_still_to_remove_goes_at_its_next_start() {
     let plan = HeldPlan {
         expires: Timestamp(0),
         steps: vec![],
+        seal: None,
+        gates: None,
     };
     let mut exec = open();
     let record = Record::Held(Held {
@@ -161,6 +163,7 @@ async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
         seal: None,
+        gates: None,
     };
     let held = Record::Held(Held {
         rollout: rollout.clone(),
@@ -249,6 +252,7 @@ fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
         seal: None,
+        gates: None,
     };
     let offer = Offer {
         rollout: RolloutId::from_random([1; 6]),

@@ -6,13 +6,30 @@
 //! threshold = 2
 //! keys = ["ssh-ed25519 AAAA... ann", "sk-ssh-ed25519@openssh.com AAAA... ben"]
 //! ```
+//!
+//! ```toml
+//! approvals = "signed"
+//!
+//! [[approver]]
+//! name = "bob"
+//! groups = ["dba"]
+//! key = "ssh-ed25519 AAAA..."
+//! ```
+//!
+//! ```toml
+//! bindings = "signed"
+//!
+//! [[evidence]]
+//! host = "db-1"
+//! key = "ssh-ed25519 AAAA..."
+//! ```
 
 use std::collections::BTreeSet;
 
-use lockstep_proto::ids::PlanDigest;
+use lockstep_proto::ids::{HostId, PlanDigest};
 use lockstep_proto::plan::check_fleet_name;
 use lockstep_proto::seal;
-use lockstep_proto::sshsig::NamedKey;
+use lockstep_proto::sshsig::{NamedKey, PublicKey};
 use lockstep_proto::trust::Keyring;
 use serde::Deserialize;
 use toml::Spanned;
@@ -27,6 +44,150 @@ pub(super) struct WrittenSeal {
     fleet: Spanned<String>,
     threshold: Spanned<usize>,
     keys: Vec<Spanned<String>>,
+}
+
+/// An approver as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WrittenApprover {
+    name: Spanned<String>,
+    groups: Vec<String>,
+    key: Spanned<String>,
+}
+
+/// How the host knows of something that it has not seen itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Word {
+    /// By the controller's word.
+    #[default]
+    Told,
+    /// By what was signed.
+    Signed,
+}
+
+/// A host's own key as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WrittenEvidence {
+    host: Spanned<HostId>,
+    key: Spanned<String>,
+}
+
+/// A host whose signed facts count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Evidence {
+    /// Its name.
+    pub(crate) host: HostId,
+    /// The key that its agent made.
+    pub(crate) key: PublicKey,
+}
+
+/// Everything about trust as it is written.
+#[derive(Debug)]
+pub(super) struct WrittenTrust {
+    pub(super) seal: Option<WrittenSeal>,
+    pub(super) approvals: Word,
+    pub(super) approver: Vec<WrittenApprover>,
+    pub(super) bindings: Word,
+    pub(super) evidence: Vec<WrittenEvidence>,
+}
+
+/// Whose signatures the host asks for.
+#[derive(Debug, Default)]
+pub(crate) struct Trust {
+    seal: Option<Seal>,
+    approvals: Word,
+    approvers: Vec<Approver>,
+    bindings: Word,
+    evidence: Vec<Evidence>,
+}
+
+impl WrittenTrust {
+    pub(super) fn check(self) -> Result<Trust, Wrong> {
+        let Self {
+            seal,
+            approvals,
+            approver,
+            bindings,
+            evidence,
+        } = self;
+        Ok(Trust {
+            seal: seal.map(WrittenSeal::check).transpose()?,
+            approvals,
+            approvers: check_approvers(approver)?,
+            bindings,
+            evidence: check_evidence(evidence)?,
+        })
+    }
+}
+
+impl Trust {
+    /// The seal that plans must have; none if they need none.
+    pub(crate) fn seal(&self) -> Option<&Seal> {
+        self.seal.as_ref()
+    }
+
+    /// The people whose signed approvals count; none if the host takes the controller's word.
+    pub(crate) fn approvers(&self) -> Option<&[Approver]> {
+        (self.approvals == Word::Signed).then_some(&self.approvers)
+    }
+
+    /// The people whose word on an outcome counts.
+    pub(crate) fn people(&self) -> &[Approver] {
+        &self.approvers
+    }
+
+    /// The hosts whose signed facts count; none if the host takes the controller's word.
+    pub(crate) fn evidence(&self) -> Option<&[Evidence]> {
+        (self.bindings == Word::Signed).then_some(&self.evidence)
+    }
+}
+
+fn check_evidence(written: Vec<WrittenEvidence>) -> Result<Vec<Evidence>, Wrong> {
+    let mut evidence: Vec<Evidence> = Vec::new();
+    for WrittenEvidence { host, key } in written {
+        let public = read_key(&key)?.key;
+        if public.is_on_token() {
+            let at = key.span().start;
+            return Err((at, "an agent's own key is not on a token".to_owned()));
+        }
+        let at = host.span().start;
+        let host = host.into_inner();
+        if evidence.iter().any(|other| other.host == host) {
+            return Err((at, format!("{host} has two keys")));
+        }
+        evidence.push(Evidence { host, key: public });
+    }
+    Ok(evidence)
+}
+
+/// Somebody whose signed approvals count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Approver {
+    /// As in the operator's certificate.
+    pub(crate) name: String,
+    /// What the person may approve.
+    pub(crate) groups: BTreeSet<String>,
+    /// The person's key.
+    pub(crate) key: PublicKey,
+}
+
+fn check_approvers(written: Vec<WrittenApprover>) -> Result<Vec<Approver>, Wrong> {
+    let mut approvers: Vec<Approver> = Vec::new();
+    for WrittenApprover { name, groups, key } in written {
+        let public = read_key(&key)?.key;
+        if approvers.iter().any(|other| other.key == public) {
+            let at = key.span().start;
+            return Err((at, "two approvers have the same key".to_owned()));
+        }
+        approvers.push(Approver {
+            name: name.into_inner(),
+            groups: groups.into_iter().collect(),
+            key: public,
+        });
+    }
+    Ok(approvers)
 }
 
 /// The seal that a plan must have.
@@ -148,8 +309,14 @@ pub(crate) mod tests {
 
     #[test]
     fn a_table_that_cannot_hold_is_refused_with_its_line() {
-        assert!(parse("").unwrap().seal().is_none());
-        assert!(parse(&table("prod", 2, &[1, 2])).unwrap().seal().is_some());
+        assert!(parse("").unwrap().trust().seal().is_none());
+        assert!(
+            parse(&table("prod", 2, &[1, 2]))
+                .unwrap()
+                .trust()
+                .seal()
+                .is_some()
+        );
         let said = refused(&table("prod", 3, &[1, 2]));
         assert!(
             said.contains("line 3") && said.contains("there are 2"),
@@ -169,9 +336,37 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn approvers_are_told_apart_by_their_keys() {
+        let person = |name: &str, seed: u8| {
+            let key = key(seed).public();
+            format!("[[approver]]\nname = \"{name}\"\ngroups = [\"dba\"]\nkey = \"{key}\"\n")
+        };
+        let told = parse(&person("ann", 1)).unwrap();
+        assert!(told.trust().approvers().is_none());
+        let signed = format!("approvals = \"signed\"\n{}", person("ann", 1));
+        assert_eq!(
+            parse(&signed).unwrap().trust().approvers().unwrap().len(),
+            1
+        );
+        let said = refused(&format!("{signed}{}", person("ben", 1)));
+        assert!(said.contains("line 9"), "{said}");
+        assert!(refused("approvals = \"no\"").contains("signed"));
+        let key = key(1).public();
+        let host = format!("[[evidence]]\nhost = \"db-1\"\nkey = \"{key}\"\n");
+        assert!(parse(&host).unwrap().trust().evidence().is_none());
+        let signed = format!("bindings = \"signed\"\n{host}");
+        assert_eq!(parse(&signed).unwrap().trust().evidence().unwrap().len(), 1);
+        let said = refused(&format!("{signed}{host}"));
+        assert!(
+            said.contains("line 6") && said.contains("two keys"),
+            "{said}"
+        );
+    }
+
+    #[test]
     fn a_plan_runs_where_enough_people_sealed_it_for_this_fleet() {
         let policy = parse(&table("prod", 2, &[1, 2, 3])).unwrap();
-        let seal = policy.seal().unwrap();
+        let seal = policy.trust().seal().unwrap();
         let digest = Digest::of(b"plan");
         let sign = |seed: u8| key(seed).sign(seal::NAMESPACE, seal::message(digest).as_bytes());
         let check = |fleet: &str, signatures: &[String]| seal.check(fleet, digest, signatures);

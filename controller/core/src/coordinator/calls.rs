@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::approval::{MAX_HOSTS_BYTES, Signature};
+use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::{SealedPlan, check_size};
 use lockstep_proto::values::Timestamp;
@@ -54,10 +55,19 @@ impl Coordinator {
                 approve,
                 items,
                 comment,
+                signed,
             } => {
                 let state = self.live(&rollout)?;
                 let at = state.gate_for(gate)?;
                 let items = state.may_decide(at, &operator, &groups, evidence, approve, &items)?;
+                let signed = signed.map(|(expires, signature)| Signature {
+                    approver: operator.clone(),
+                    expires,
+                    signature,
+                });
+                if let Some(signed) = &signed {
+                    state.may_sign(at, signed, now)?;
+                }
                 let missing = format!("{rollout}/{at}");
                 let record = Record::GateDecided {
                     rollout,
@@ -68,6 +78,7 @@ impl Coordinator {
                     items,
                     evidence,
                     comment,
+                    signed,
                 };
                 self.commit(now, record, effects);
                 return Ok(Answer::Missing(missing));
@@ -109,8 +120,25 @@ impl Coordinator {
                 at,
                 done,
                 reason,
+                signed,
             } => {
                 let (direction, attempt) = self.rollout(&rollout)?.unsettled(&host, at)?;
+                let of = StepKey {
+                    rollout: rollout.clone(),
+                    host: host.clone(),
+                    at,
+                    direction,
+                    attempt,
+                };
+                if let Some((other, signature)) = &signed {
+                    check_size(&[signature]).map_err(Refused::Invalid)?;
+                    if *other != of {
+                        return Err(Refused::NotNow(format!(
+                            "what was signed is about {other}, and it is {of} that nobody knows \
+                             of; look again"
+                        )));
+                    }
+                }
                 Record::Resolved {
                     rollout,
                     at,
@@ -120,6 +148,7 @@ impl Coordinator {
                     done,
                     operator,
                     reason,
+                    signature: signed.map(|(_, signature)| signature),
                 }
             }
             Call::Cancel { rollout, reason } => {
@@ -452,6 +481,25 @@ impl Rollout {
                 self.state()
             )),
         })
+    }
+
+    /// Whether a signature can travel with orders. Whether it is good, the hosts say.
+    fn may_sign(&self, at: StepRef, signed: &Signature, now: Timestamp) -> Result<(), Refused> {
+        if !matches!(self.placed(at).step.action, Action::GateApproval(_)) {
+            return Err(Refused::Invalid("only approvals are signed".into()));
+        }
+        check_size(&[&signed.signature]).map_err(Refused::Invalid)?;
+        if signed.expires <= now {
+            return Err(Refused::Invalid("the signed approval has expired".into()));
+        }
+        let names: usize = self.members.keys().map(|host| host.as_str().len()).sum();
+        if names > MAX_HOSTS_BYTES {
+            return Err(Refused::Invalid(format!(
+                "the names of the matched hosts have {names} bytes, and a signed approval is for \
+                 at most {MAX_HOSTS_BYTES}: split the fleet into several plans"
+            )));
+        }
+        Ok(())
     }
 
     /// Who may decide, and upon what (INV-12). Returns the items that the decision adds: nothing

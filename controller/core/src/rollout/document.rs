@@ -220,6 +220,7 @@ impl Rollout {
                 "items": decision.items,
                 "comment": decision.comment,
                 "at": decision.at,
+                "signed": decision.signed,
             })).collect::<Vec<_>>(),
         })
     }

@@ -9,7 +9,7 @@ use lockstep_proto::values::Timestamp;
 use super::retry::Retry;
 use super::state::{
     Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
-    SignOff, States, Survey,
+    Resolved, SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
@@ -190,6 +190,7 @@ impl Rollout {
                 done,
                 operator,
                 reason,
+                signature,
                 ..
             } => {
                 let attempt = self.attempt_mut(*at, *direction, host, *attempt);
@@ -214,7 +215,11 @@ impl Rollout {
                         changed: false,
                     });
                 }
-                attempt.resolved = Some((*done, operator.clone()));
+                attempt.resolved = Some(Resolved {
+                    done: *done,
+                    by: operator.clone(),
+                    signature: signature.clone(),
+                });
             }
             Record::Quarantined { host, why, .. } => {
                 let Some(member) = self.members.get_mut(host) else {
@@ -244,6 +249,7 @@ impl Rollout {
                 approve,
                 items,
                 comment,
+                signed,
                 ..
             } => {
                 let Some(gate) = self.gates.get_mut(at) else {
@@ -256,6 +262,7 @@ impl Rollout {
                     approve: *approve,
                     items: items.clone(),
                     comment: comment.clone(),
+                    signed: signed.clone(),
                 });
             }
             Record::GateClosed { at, met, why, .. } => {
@@ -374,6 +381,7 @@ impl Rollout {
                 outcome,
                 facts,
                 took,
+                signatures,
             } => {
                 let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt)
                 else {
@@ -398,6 +406,7 @@ impl Rollout {
                         StepOutcome::Unknown { why } => Outcome::Unknown { why },
                     },
                     facts: facts.clone(),
+                    signatures: signatures.clone(),
                 });
                 let Some(member) = self.members.get_mut(host) else {
                     return;

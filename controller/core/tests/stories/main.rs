@@ -256,6 +256,7 @@ impl Fleet {
                 key,
                 outcome,
                 facts,
+                signatures: vec![],
                 took: Period(5),
             },
         );
@@ -303,6 +304,7 @@ impl Fleet {
             approve: true,
             items: vec![],
             comment: String::new(),
+            signed: None,
         };
         self.call(operator, groups, call)
     }

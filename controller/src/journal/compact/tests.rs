@@ -154,6 +154,7 @@ impl<'a> Life<'a> {
                             key,
                             outcome,
                             facts: vec![],
+                            signatures: vec![],
                             took: Period(5),
                         },
                     );

@@ -141,6 +141,7 @@ impl<'a> Play<'a> {
                 self.bindings.push(Binding {
                     origin: key.clone(),
                     fact: fact.clone(),
+                    signature: None,
                 });
             }
             return Ok(Ended {
