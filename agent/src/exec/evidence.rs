@@ -74,9 +74,12 @@ pub(super) fn sign(key: &SigningKey, body: &mut ReportBody) {
     if !facts.iter().any(Fact::may_be_bound) {
         return;
     }
-    let sign = |fact: &Fact| match fact.may_be_bound() {
-        true => hex::encode(key.sign_bare(NAMESPACE, &evidence::statement(origin, fact))),
-        false => String::new(),
+    let sign = |fact: &Fact| {
+        if fact.may_be_bound() {
+            hex::encode(key.sign_bare(NAMESPACE, &evidence::statement(origin, fact)))
+        } else {
+            String::new()
+        }
     };
     *signatures = facts.iter().map(sign).collect();
 }

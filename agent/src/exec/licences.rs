@@ -16,8 +16,8 @@ pub(crate) struct Serial {
     pub(crate) fleet: String,
     /// Its name.
     pub(crate) plan: String,
-    /// The serial.
-    pub(crate) serial: u64,
+    /// Its number.
+    pub(crate) number: u64,
 }
 
 /// What is known of all plans, by fleet and name.
@@ -51,7 +51,7 @@ impl Licences {
         let Serial {
             fleet,
             plan,
-            serial,
+            number: serial,
         } = of;
         let known = self.plans.get(&(fleet.clone(), plan.clone()));
         let lowest = known.map_or(0, |known| known.lowest);
@@ -80,9 +80,9 @@ impl Licences {
     pub(super) fn license(&mut self, of: &Serial, rollout: &RolloutId) {
         let key = (of.fleet.clone(), of.plan.clone());
         let known = self.plans.entry(key).or_default();
-        known.lowest = known.lowest.max(of.serial);
+        known.lowest = known.lowest.max(of.number);
         known.newest = Some(Licence {
-            serial: of.serial,
+            serial: of.number,
             rollout: rollout.clone(),
             over: false,
         });
@@ -134,7 +134,7 @@ mod tests {
         Serial {
             fleet: "prod".into(),
             plan: plan.into(),
-            serial,
+            number: serial,
         }
     }
 

@@ -127,7 +127,7 @@ enum Event {
 /// What the host's state was gathered for.
 #[derive(Debug)]
 enum Gathered {
-    Consent(Offer, HeldPlan),
+    Consent(Box<(Offer, HeldPlan)>),
     Survey(lockstep_proto::ids::RolloutId),
 }
 

@@ -158,7 +158,8 @@ impl Exec {
         }
         self.considering.push(offer.clone());
         let rollout = offer.rollout.clone();
-        self.gather(Gathered::Consent(offer, held.clone()), rollout, held);
+        let purpose = Gathered::Consent(Box::new((offer, held.clone())));
+        self.gather(purpose, rollout, held);
         Ok(())
     }
 
@@ -176,7 +177,10 @@ impl Exec {
         state: Result<Vec<Fact>, Failure>,
     ) -> Result<(), ExecError> {
         match purpose {
-            Gathered::Consent(offer, held) => self.conclude(offer, &held, state),
+            Gathered::Consent(of) => {
+                let (offer, held) = *of;
+                self.conclude(offer, &held, state)
+            }
             Gathered::Survey(rollout) => {
                 let state = state.unwrap_or_else(|failure| vec![not_surveyed(&failure.message)]);
                 self.report(ReportBody::Surveyed { rollout, state })

@@ -55,7 +55,7 @@ pub(crate) fn serial_of(plan: &CompiledPlan) -> Serial {
     Serial {
         fleet: plan.fleet_name.clone(),
         plan: plan.plan.clone(),
-        serial: plan.serial,
+        number: plan.serial,
     }
 }
 

@@ -180,7 +180,7 @@ impl Policy {
         Self::parse(path, &text)
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
+    pub(super) fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
         let path = path.to_owned();
         let File {
             allow,

@@ -221,7 +221,6 @@ mod tests {
         let ReportBody::Finished {
             outcome: StepOutcome::Failed(failure),
             facts,
-            signatures: vec![],
             ..
         } = body
         else {

@@ -393,7 +393,7 @@ async fn a_host_that_was_put_back_waits_for_a_signed_floor() {
         })
     };
     for (of, plan, words) in [
-        (1, five, "below 100"),
+        (3, five, "below 100"),
         (2, serial(99), "below 100"),
         (2, new(99), "below 100"),
     ] {

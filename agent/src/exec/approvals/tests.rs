@@ -216,7 +216,7 @@ fn only_what_comes_after_a_gate_needs_it() {
 
 #[test]
 fn a_migration_runs_the_sql_that_was_approved() {
-    let args = json!({"tool": "alembic", "app": "shop", "release": "v1", "database": "sales", "to": "head"});
+    let args = json!({"tool": "alembic", "app": "shop", "release": "v1", "dir": "backend", "database": "sales", "to": "head"});
     let apply = action("migration.apply", args);
     let order = |digests: &[&[u8]]| {
         let bindings = digests.iter().map(|sql| Binding {

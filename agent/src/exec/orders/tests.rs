@@ -263,7 +263,7 @@ fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
     };
     exec.considering.push(offer.clone());
     meanwhile(&mut exec, offer.clone());
-    let gathered = Gathered::Consent(offer, held);
+    let gathered = Gathered::Consent(Box::new((offer, held)));
     exec.handle_gathered(gathered, Ok(vec![])).unwrap();
     assert!(exec.considering.is_empty());
     exec.memory.hold.is_some()

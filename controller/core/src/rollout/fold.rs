@@ -180,6 +180,7 @@ impl Rollout {
                     took: now.since(since),
                     outcome: Outcome::Lost(*why),
                     facts: vec![],
+                    signatures: vec![],
                 });
             }
             Record::Resolved {

@@ -26,6 +26,7 @@ fn resolve(done: bool) -> Call {
         at: StepRef { phase: 0, step: 0 },
         done,
         reason: "seen".into(),
+        signed: None,
     }
 }
 
