@@ -19,6 +19,7 @@
 //! `exec::machine`.
 
 mod actions;
+mod audit;
 mod check;
 mod config;
 mod daemon;
@@ -46,6 +47,7 @@ use clap::{Parser, Subcommand};
 use lockstep_proto::ids::StepKey;
 use tracing_subscriber::EnvFilter;
 
+use crate::audit::Audit;
 use crate::config::Config;
 use crate::exec::{AnchorError, Anchored};
 use crate::identity::{IdentityError, StateLock};
@@ -75,7 +77,7 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line, the configuration or the policy cannot be used
   3  another agent runs with the same state directory
   4  the operating system failed; start it again
- 10  journal verify: the journal is broken; step: the attempt was claimed before, and nothing
+ 10  journal verify, audit: the journal is broken; step: the attempt was claimed before, and nothing
      was done";
 
 /// Lockstep's agent: does on this host what a plan says and the host's own policy allows.
@@ -110,6 +112,9 @@ enum Command {
     /// Print the public half of this host's own key, for `[[evidence]]` in other hosts' policies.
     /// Makes the key if there is none.
     EvidenceKey(File),
+    /// Hold the journal against what the controller was told of it.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Do one attempt. Started by `run`.
     #[command(hide = true)]
     Step {
@@ -127,6 +132,25 @@ enum JournalCommand {
     /// Say whether the journal is whole, and which record is the first that is not. Changes
     /// nothing.
     Verify(File),
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// Say whether the journal is what was written, and what its controller was told of it.
+    ///
+    /// Whoever can change a journal can also chain it anew, so that it is whole by itself. The
+    /// controller keeps heads of it in its own journal: `lockstep audit heads` prints them.
+    Verify {
+        #[command(flatten)]
+        file: File,
+        /// Heads that a controller has written down, one in JSON on each line; may be repeated.
+        #[arg(long, value_name = "HEADS")]
+        witness: Vec<PathBuf>,
+    },
+    /// Print the heads of the controller's journal that this one has, for `lockstep audit verify`.
+    Heads(File),
+    /// Print every record as JSON lines, with its number and hash.
+    Export(File),
 }
 
 #[derive(Debug, clap::Args)]
@@ -148,6 +172,15 @@ pub fn main() -> ExitCode {
             with_config(&file, |config| anchor(&config, &floor, &sig))
         }
         Command::EvidenceKey(file) => with_config(&file, |config| evidence_key(&config)),
+        Command::Audit(AuditCommand::Verify { file, witness }) => with_config(&file, |config| {
+            audit::run(&config, &Audit::Verify(&witness))
+        }),
+        Command::Audit(AuditCommand::Heads(file)) => {
+            with_config(&file, |config| audit::run(&config, &Audit::Heads))
+        }
+        Command::Audit(AuditCommand::Export(file)) => {
+            with_config(&file, |config| audit::run(&config, &Audit::Export))
+        }
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();

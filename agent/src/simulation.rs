@@ -221,7 +221,7 @@ impl Agent {
             Record::Report { number, body } => {
                 account.reports.insert(number, body);
             }
-            Record::Acknowledged { number } => account.acknowledged = number,
+            Record::Acknowledged { number, .. } => account.acknowledged = number,
             Record::Held(held) => account.hold = Some(held.rollout),
             Record::Released { rollout } => {
                 account.hold.take_if(|held| *held == rollout);

@@ -468,8 +468,18 @@ impl Driver {
         if !planted!(SendBeforePersist) {
             self.journal.append(&payloads)?;
         }
+        // What is told to be durable comes with the head that reaches it, for the agent to keep.
+        let head = self.journal.head();
+        let witnessed = wire::Head {
+            journal: self.journal.id().to_string(),
+            number: head.number,
+            hash: head.hash.0.to_vec().into(),
+        };
 
-        for (host, number, message) in round.sends {
+        for (host, number, mut message) in round.sends {
+            if says_what_is_durable(&message) {
+                message.head = Some(witnessed.clone());
+            }
             if self.sessions.send(&host, number, message) {
                 self.own.push_back(Event::HostDown { host });
             }
@@ -564,6 +574,14 @@ impl Round {
         self.notify.extend(notify);
         self.published.extend(published);
     }
+}
+
+fn says_what_is_durable(message: &wire::Down) -> bool {
+    use wire::down::Message as Wire;
+    matches!(
+        message.message,
+        Some(Wire::Welcome(_) | Wire::Acknowledged(_) | Wire::Release(_))
+    )
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

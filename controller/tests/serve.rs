@@ -204,6 +204,7 @@ async fn an_agent_speaks_for_its_own_host_only() {
     let report = Report {
         number: 1,
         body_json: format!(r#"{{"started":{{"key":{key}}}}}"#).into(),
+        head: None,
     };
     let report = up::Message::Report(report);
     let message = Some(report);

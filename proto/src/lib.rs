@@ -27,3 +27,4 @@ pub mod trust;
 pub mod values;
 #[cfg(feature = "grpc")]
 pub mod wire;
+pub mod witness;

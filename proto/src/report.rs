@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{PlanDigest, RolloutId, StepKey, StepRef};
 use crate::order::Fact;
 use crate::values::Period;
+use crate::witness::Head;
 
 /// The largest report in its JSON form, in bytes. Journals keep values up to 32 KiB, so an agent
 /// shortens last lines, then notes, before it journals a larger one.
@@ -18,6 +19,8 @@ pub struct Report {
     pub number: u64,
     /// What happened.
     pub body: ReportBody,
+    /// The agent's journal when this was its newest record; none from an agent that does not say.
+    pub head: Option<Head>,
 }
 
 /// What happened.

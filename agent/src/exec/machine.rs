@@ -21,7 +21,7 @@ use lockstep_proto::values::Timestamp;
 use super::consent::HeldStep;
 use super::licences::Licences;
 use crate::faults::planted;
-use crate::journal::{Position, Record};
+use crate::journal::{Position, Record, Seen};
 use crate::step::{LogMark, failure};
 
 /// How many ended rollouts are remembered by name, so that a late offer of one does not bring it
@@ -43,6 +43,8 @@ pub(crate) struct Memory {
     pub(crate) last_report: u64,
     /// The newest report that is durable at the controller.
     pub(crate) acknowledged: u64,
+    /// What a controller has said last of its journal.
+    pub(crate) seen: Option<Seen>,
     /// Where the reports after that are.
     pub(crate) outstanding: VecDeque<(u64, Position)>,
     /// The serials of sealed plans.
@@ -194,8 +196,11 @@ impl Memory {
                 }
             }
             Record::Report { number, body } => self.apply_report(position, *number, body),
-            Record::Acknowledged { number } => {
+            Record::Acknowledged { number, seen } => {
                 self.acknowledge(*number);
+                if seen.is_some() {
+                    self.seen.clone_from(seen);
+                }
             }
         }
     }

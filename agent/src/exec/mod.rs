@@ -21,6 +21,7 @@ use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
 use lockstep_proto::sshsig::SigningKey;
 use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::{Hello, PROTOCOL_VERSIONS, Welcome};
+use lockstep_proto::witness::Head;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -29,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::faults::planted;
 use crate::identity::{IdentityError, boot_id, private_dir};
-use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record};
+use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record, Seen};
 use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
 
@@ -195,6 +196,8 @@ pub(crate) struct Exec {
     release_later: Option<lockstep_proto::ids::RolloutId>,
     /// Whether an acknowledgement waits to be written with the next records.
     acknowledged: bool,
+    /// What the controller has said of its journal, and is to be written with the next records.
+    seen: Option<Seen>,
     events: mpsc::Receiver<Event>,
     answers: mpsc::Sender<Event>,
 }
@@ -279,6 +282,7 @@ impl Exec {
             preparing: None,
             release_later: None,
             acknowledged: false,
+            seen: None,
             events,
             answers,
         })
@@ -302,7 +306,7 @@ impl Exec {
             };
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => return self.keep_seen(),
                 Some(event) = self.events.recv() => self.handle_event(event)?,
                 message = inbound.recv() => match message {
                     Some(message) => self.handle_inbound(message)?,
@@ -372,6 +376,10 @@ impl Exec {
             Inbound::Disconnected => {
                 self.session = None;
                 self.awaiting_plan.clear();
+                self.keep_seen()
+            }
+            Inbound::Witness(head) => {
+                self.handle_witness(head);
                 Ok(())
             }
             Inbound::Acknowledged(number) => {
@@ -452,6 +460,39 @@ impl Exec {
         }
     }
 
+    /// The next records are written with it: it is worth no write of its own.
+    fn handle_witness(&mut self, head: Head) {
+        let Some(session) = &self.session else { return };
+        if self.memory.epoch != Some(session.epoch) {
+            return;
+        }
+        let older =
+            |seen: &Seen| seen.head.journal == head.journal && seen.head.number >= head.number;
+        if self
+            .seen
+            .as_ref()
+            .or(self.memory.seen.as_ref())
+            .is_some_and(older)
+        {
+            return;
+        }
+        self.seen = Some(Seen {
+            term: session.epoch.counter,
+            head,
+        });
+    }
+
+    /// When nothing more comes for a while, what was seen last is written all the same.
+    fn keep_seen(&mut self) -> Result<(), ExecError> {
+        if self.seen.is_none() {
+            return Ok(());
+        }
+        match self.commit(vec![], Need::Opens) {
+            Err(AppendError::Full(_)) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
     /// Whether a controller of this term may be obeyed; a higher term is durable when this
     /// returns (INV-4).
     fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
@@ -490,11 +531,12 @@ impl Exec {
 
     /// Appends records and folds them in.
     fn commit(&mut self, mut records: Vec<Record>, need: Need) -> Result<(), AppendError> {
-        if self.acknowledged {
+        if self.acknowledged || self.seen.is_some() {
             records.insert(
                 0,
                 Record::Acknowledged {
                     number: self.memory.acknowledged,
+                    seen: self.seen.clone(),
                 },
             );
         }
@@ -503,6 +545,7 @@ impl Exec {
             self.memory.apply(position, record);
         }
         self.acknowledged = false;
+        self.seen = None;
         if self.memory.outstanding.len() > OUTSTANDING {
             self.refuse_session(format!(
                 "more than {OUTSTANDING} reports are not acknowledged"
@@ -586,9 +629,13 @@ impl Exec {
             return Ok(None);
         };
         session.sent = number;
-        match self.journal.read(position)? {
-            Record::Report { number, body } => Ok(Some(Outbound::Report(Report { number, body }))),
-            other => unreachable!("{other:?} stands where report {number} was written"),
+        match self.journal.read_linked(position)? {
+            (link, Record::Report { number, body }) => {
+                let head = Some(crate::audit::head(&self.instance, link));
+                let report = Report { number, body, head };
+                Ok(Some(Outbound::Report(Box::new(report))))
+            }
+            (_, other) => unreachable!("{other:?} stands where report {number} was written"),
         }
     }
 }

@@ -5,6 +5,7 @@ use lockstep_proto::ids::{Epoch, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
 use lockstep_proto::wire::{Hello, Welcome};
+use lockstep_proto::witness::Head;
 use tokio::sync::{mpsc, oneshot};
 
 /// From link to exec. Exec never waits for the link, so that the link may wait here.
@@ -21,6 +22,8 @@ pub(crate) enum Inbound {
     Disconnected,
     /// Reports up to this one are durable at the controller.
     Acknowledged(u64),
+    /// The controller's journal, as it says.
+    Witness(Head),
     /// The controller asks for consent.
     Offer(Offer),
     /// The controller orders a step.
@@ -50,7 +53,7 @@ pub(crate) struct Offer {
 #[derive(Debug)]
 pub(crate) enum Outbound {
     /// A report for the controller.
-    Report(Report),
+    Report(Box<Report>),
     /// A compiled plan is needed.
     Fetch(PlanDigest),
     /// This controller is not to be obeyed: end the stream.

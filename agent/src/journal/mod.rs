@@ -28,11 +28,11 @@ mod reserve;
 mod verify;
 
 use head::{Head, Known};
-pub(crate) use record::{FORMAT, Held, Intent, Record};
+pub(crate) use record::{FORMAT, Held, Intent, Record, Seen};
 use reserve::Reserve;
 #[cfg(feature = "faults")]
 pub(crate) use verify::look;
-pub(crate) use verify::verify;
+pub(crate) use verify::{Verified, verify, walk};
 
 /// The largest payload, in bytes.
 pub(crate) const MAX_RECORD: usize = 32 << 10;
@@ -49,11 +49,20 @@ const FIRST: u64 = (FRAME + MAX_RECORD) as u64;
 /// The hash before the first record.
 const GENESIS: &[u8] = b"lockstep agent journal 1\n";
 
-type Hash = [u8; 32];
+pub(crate) type Hash = [u8; 32];
 
 /// Where a record begins in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Position(u64);
+
+/// A record's place in the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Link {
+    pub(crate) position: Position,
+    /// From 1.
+    pub(crate) number: u64,
+    pub(crate) hash: Hash,
+}
 
 /// How much a record matters when the disk is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,8 +169,10 @@ impl Journal {
             sync_dir(dir).map_err(io_error("synchronise", dir))?;
         }
         let size = file.metadata().map_err(io_error("read", &path))?.len();
-        let scan =
-            Scan::run(&file, known.number(), &mut visit).map_err(|error| error.locate(&path))?;
+        let scan = Scan::run(&file, known.number(), &mut |at, record| {
+            visit(at.position, record);
+        })
+        .map_err(|error| error.locate(&path))?;
         judge(known, &scan, size).map_err(quarantined)?;
         if scan.length < size {
             tracing::warn!(
@@ -291,6 +302,11 @@ impl Journal {
 
     /// Reads one record again.
     pub(crate) fn read(&self, position: Position) -> Result<Record, JournalError> {
+        self.read_linked(position).map(|(_, record)| record)
+    }
+
+    /// Reads one record again, with its place in the chain.
+    pub(crate) fn read_linked(&self, position: Position) -> Result<(Link, Record), JournalError> {
         let io_error = |source| JournalError::Io {
             what: "read",
             path: self.path.clone(),
@@ -305,11 +321,18 @@ impl Journal {
         self.file
             .read_exact_at(&mut payload, position.0 + FRAME as u64)
             .map_err(io_error)?;
-        serde_json::from_slice(&payload).map_err(|source| JournalError::Newer {
+        let Frame { number, hash, .. } = frame;
+        let record = serde_json::from_slice(&payload).map_err(|source| JournalError::Newer {
             path: self.path.clone(),
-            number: frame.number,
+            number,
             source,
-        })
+        })?;
+        let link = Link {
+            position,
+            number,
+            hash,
+        };
+        Ok((link, record))
     }
 }
 
@@ -496,7 +519,7 @@ impl Scan {
     fn run(
         file: &File,
         known: Option<u64>,
-        visit: &mut impl FnMut(Position, Record),
+        visit: &mut impl FnMut(Link, Record),
     ) -> Result<Self, ScanError> {
         let mut reader = BufReader::new(file);
         let mut scan = Self {
@@ -508,7 +531,7 @@ impl Scan {
             stopped: None,
         };
         // Records whose append may not have come to its end.
-        let mut waiting: Vec<(Position, Record)> = vec![];
+        let mut waiting: Vec<(Link, Record)> = vec![];
         let mut last = (scan.length, scan.number, scan.hash);
         loop {
             let mut frame = [0; FRAME];
@@ -531,14 +554,19 @@ impl Scan {
             }
             let record = serde_json::from_slice(&payload)
                 .map_err(|e| ScanError::Newer(frame.number, frame.hash, e))?;
-            waiting.push((Position(length), record));
+            let link = Link {
+                position: Position(length),
+                number: frame.number,
+                hash: frame.hash,
+            };
+            waiting.push((link, record));
             let whole = (FRAME + payload.len()) as u64;
             last = (length + whole, frame.number, frame.hash);
             if frame.has_more() {
                 continue;
             }
-            for (position, record) in waiting.drain(..) {
-                visit(position, record);
+            for (link, record) in waiting.drain(..) {
+                visit(link, record);
             }
             (scan.length, scan.number, scan.hash) = last;
             if known == Some(scan.number) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use lockstep_proto::ids::{BootId, Digest, Epoch, InstanceId, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::values::Timestamp;
+use lockstep_proto::witness::Head;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -78,7 +79,19 @@ pub(crate) enum Record {
     Acknowledged {
         /// The number.
         number: u64,
+        /// The controller's journal, which reaches them: this one is its witness (INV-11).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<Seen>,
     },
+}
+
+/// A controller's journal, as it said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Seen {
+    /// The controller's term.
+    pub(crate) term: u64,
+    /// The newest record of its journal.
+    pub(crate) head: Head,
 }
 
 /// A hold on the host.

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use super::head::{Head, Known};
-use super::{Broken, Hash, JournalError, Record, Scan, ScanError, genesis, io_error, judge};
+use super::{Broken, Hash, JournalError, Link, Record, Scan, ScanError, genesis, io_error, judge};
 
 /// What is found in a journal.
 #[derive(Debug)]
@@ -27,6 +27,14 @@ pub(crate) struct Verified {
 
 /// Reads the journal of a state directory, and changes nothing. The caller holds the state lock.
 pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
+    walk(dir, |_, _| {})
+}
+
+/// The same, with every record that is whole.
+pub(crate) fn walk(
+    dir: &Path,
+    mut visit: impl FnMut(Link, Record),
+) -> Result<Verified, JournalError> {
     let (path, head_path) = (dir.join("journal"), dir.join("head"));
     let head = Head::read(&head_path).map_err(io_error("read", &head_path))?;
     let file = match File::open(&path) {
@@ -36,14 +44,15 @@ pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
     };
     let size = file.metadata().map_err(io_error("read", &path))?.len();
     let mut opened = None;
-    let scan = Scan::run(&file, head.number(), &mut |_, record| match record {
-        // From here on it is another installation's.
-        Record::Anchored { instance: new, .. } => {
-            if let Some(Record::Opened { instance, .. }) = &mut opened {
-                *instance = new;
+    let scan = Scan::run(&file, head.number(), &mut |link, record: Record| {
+        match (&record, &mut opened) {
+            // From here on it is another installation's.
+            (Record::Anchored { instance: new, .. }, Some(Record::Opened { instance, .. })) => {
+                instance.clone_from(new);
             }
+            _ => _ = opened.get_or_insert_with(|| record.clone()),
         }
-        record => _ = opened.get_or_insert(record),
+        visit(link, record);
     });
     let (last, torn, broken) = match scan {
         Ok(scan) => {

@@ -221,14 +221,15 @@ impl Link {
                 .session(ReceiverStream::new(messages))
                 .await?
                 .into_inner();
-            let welcome = welcome(&mut down).await?;
-            Ok::<_, LinkError>((down, welcome))
+            let (welcome, head) = welcome(&mut down).await?;
+            Ok::<_, LinkError>((down, welcome, head))
         };
-        let (down, welcome) = timeout(WELCOME_WITHIN, begin)
+        let (down, welcome, head) = timeout(WELCOME_WITHIN, begin)
             .await
             .map_err(|_| LinkError::Silent(WELCOME_WITHIN))??;
         let (outbox, from_exec) = mpsc::channel(OUTBOX);
         self.tell(Inbound::Connected { welcome, outbox }).await?;
+        witness(&self.exec, head).await?;
         notify("STATUS=connected to the controller");
         // Reading, writing and logs wait for the network each on its own: a controller that does
         // not read must not keep this side from reading.
@@ -262,11 +263,22 @@ async fn send_up(up: &mpsc::Sender<wire::Up>, message: up::Message) -> Result<()
     up.send(message).await.map_err(|_| LinkError::Closed)
 }
 
-async fn welcome(down: &mut Streaming<wire::Down>) -> Result<Welcome, LinkError> {
-    match down.message().await?.and_then(|down| down.message) {
-        Some(down::Message::Welcome(welcome)) => Ok(welcome.try_into()?),
+async fn welcome(
+    down: &mut Streaming<wire::Down>,
+) -> Result<(Welcome, Option<wire::Head>), LinkError> {
+    let down = down.message().await?.unwrap_or_default();
+    match down.message {
+        Some(down::Message::Welcome(welcome)) => Ok((welcome.try_into()?, down.head)),
         Some(_) => Err(InvalidMessage::Field("the first message").into()),
         None => Err(LinkError::Closed),
+    }
+}
+
+/// What the controller says of its journal; an earlier release says nothing.
+async fn witness(exec: &mpsc::Sender<Inbound>, head: Option<wire::Head>) -> Result<(), LinkError> {
+    match head {
+        Some(head) => tell(exec, Inbound::Witness(head.try_into()?)).await,
+        None => Ok(()),
     }
 }
 
@@ -281,6 +293,7 @@ async fn read(
         let Some(message) = down.message().await? else {
             return Err(LinkError::Closed);
         };
+        witness(exec, message.head).await?;
         let message = match message.message {
             Some(Message::Acknowledged(number)) => Inbound::Acknowledged(number),
             Some(Message::Offer(offer)) => {
@@ -336,7 +349,7 @@ async fn write(
         while fetches.try_join_next().is_some() {}
         match message {
             Outbound::Report(report) => {
-                send_up(up, up::Message::Report(report.into())).await?;
+                send_up(up, up::Message::Report((*report).into())).await?;
             }
             Outbound::Fetch(digest) => {
                 let (exec, client) = (exec.clone(), client.clone());

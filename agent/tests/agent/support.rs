@@ -307,6 +307,7 @@ impl Session {
     pub(crate) async fn send(&self, message: down::Message) {
         let down = wire::Down {
             message: Some(message),
+            head: None,
         };
         self.downs.send(Ok(down)).await.unwrap();
     }

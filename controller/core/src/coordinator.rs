@@ -438,6 +438,7 @@ impl Coordinator {
                 host: host.clone(),
                 number: report.number,
                 body: report.body,
+                head: report.head,
             };
             let consented = match &record {
                 Record::Reported {

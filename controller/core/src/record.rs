@@ -10,6 +10,7 @@ use lockstep_proto::ids::{
 };
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::values::Timestamp;
+use lockstep_proto::witness::Head;
 use serde::{Deserialize, Serialize};
 
 /// A record with its time on the controller's clock.
@@ -94,6 +95,9 @@ pub enum Record {
         number: u64,
         /// What it says.
         body: ReportBody,
+        /// The host's journal when this was its newest record (INV-11).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        head: Option<Head>,
     },
     /// A plan was submitted: its serial is used up, unless it is a dry run.
     Submitted {

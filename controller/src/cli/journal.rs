@@ -88,7 +88,7 @@ pub(crate) struct Ended {
 pub(crate) struct State {
     /// The controller's state directory, `state_dir` in its configuration
     #[arg(long, value_name = "STATE")]
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
 }
 
 /// `lockstep journal`.
@@ -206,17 +206,22 @@ fn lines(found: &Inspection) -> Vec<String> {
 
 fn export(state: &Path, printer: Printer) -> Result<Exit, CliError> {
     let mut out = BufWriter::new(io::stdout().lock());
-    let head = offline::export(state, &mut out).map_err(|error| match error {
-        ExportError::Open(error) => CliError::Journal(error),
-        ExportError::Output(error) => CliError::Output(error),
-        error @ ExportError::Record { .. } => CliError::Export(error),
-    })?;
+    let head = offline::export(state, &mut out).map_err(failed)?;
     printer.say(format!("exported {} records; head {head}", head.number));
     printer.say(format!(
         "  the plans that they name are in {}; copy them too",
         state.join("blobs").display()
     ));
     Ok(Exit::Done)
+}
+
+/// Why records cannot be read or written out.
+pub(super) fn failed(error: ExportError) -> CliError {
+    match error {
+        ExportError::Open(error) => CliError::Journal(error),
+        ExportError::Output(error) => CliError::Output(error),
+        error @ ExportError::Record { .. } => CliError::Export(error),
+    }
 }
 
 fn compact(state: &Path, ended: &Ended, printer: Printer) -> Result<Exit, CliError> {

@@ -9,6 +9,7 @@
 //! ([`clean`]), so nothing that a host wrote reaches a terminal as it is. Start with [`run`].
 
 mod apply;
+mod audit;
 mod clean;
 mod client;
 mod control;
@@ -138,6 +139,9 @@ enum Command {
     /// Verify, export or import the journal of a controller that does not run
     #[command(subcommand)]
     Journal(journal::Journal),
+    /// Hold a controller's journal against what agents were told of it
+    #[command(subcommand)]
+    Audit(audit::Audit),
     /// Print a completion script for a shell
     Completions {
         /// Which
@@ -186,6 +190,7 @@ fn run(arguments: Arguments, printer: Printer) -> Result<Exit, CliError> {
         Command::Pki(command) => pki::run(&command, printer),
         Command::Completions { shell } => completions(shell, printer),
         Command::Journal(command) => journal::run(&command, printer),
+        Command::Audit(command) => audit::run(&command, printer),
         Command::Serve(serve) => Ok(serve::serve(serve)),
         command => {
             let session = Session {
@@ -237,6 +242,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         | Command::Pki(_)
         | Command::Completions { .. }
         | Command::Journal(_)
+        | Command::Audit(_)
         | Command::Serve(_) => unreachable!("these need no controller, and were run before"),
     }
 }

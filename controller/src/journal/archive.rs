@@ -9,8 +9,9 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use super::offline::{ImportError, verify_export};
-use super::{Head, JournalId};
+use super::disk::io_error;
+use super::offline::{ExportError, ImportError, Records, read_export, verify_export};
+use super::{Head, JournalId, begins_after};
 
 /// Archives that one journal goes back to: more than a journal that is compacted daily has in a
 /// hundred years, so that files that name each other end somewhere.
@@ -63,6 +64,22 @@ pub(super) fn follow(state: &Path, id: JournalId, last: Head, name: String) -> V
         found.push(ArchiveFound { name, last, state });
     }
     found
+}
+
+/// The archives that the records of a journal go back to, the newest first.
+pub(super) fn follow_from(state: &Path, records: &Records) -> Vec<ArchiveFound> {
+    let first = records.payloads.first().filter(|_| records.base.number > 0);
+    let before = first.and_then(|first| begins_after(first));
+    before.map_or_else(Vec::new, |(last, name)| {
+        follow(state, records.id, last, name)
+    })
+}
+
+/// Reads the records of an archive that was found whole.
+pub(super) fn read(state: &Path, name: &str) -> Result<Records, ExportError> {
+    let path = directory(state).join(name);
+    let file = File::open(&path).map_err(io_error("read", &path))?;
+    read_export(&mut BufReader::new(file))
 }
 
 /// Verifies an archive; answers with what is before it, if that is another one.

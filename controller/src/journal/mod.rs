@@ -13,6 +13,7 @@
 //! something that was acknowledged, and is quarantined: never repaired, never started over.
 
 pub(crate) mod archive;
+pub(crate) mod audit;
 pub(crate) mod compact;
 #[cfg(test)]
 mod contract;

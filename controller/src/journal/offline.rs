@@ -429,6 +429,27 @@ pub(super) fn verify_export(
     Ok(before)
 }
 
+/// Reads all records of an export that was verified.
+pub(super) fn read_export(input: &mut impl BufRead) -> Result<Records, ExportError> {
+    let mut lines = Lines { input, number: 0 };
+    let read = |error: ImportError| ExportError::Output(io::Error::other(error.to_string()));
+    let (header, id, base) = read_header(&mut lines).map_err(read)?;
+    let mut payloads = vec![];
+    while let Some(record) = lines.next::<ExportedRecord>().map_err(read)? {
+        payloads.push(record.payload.into_bytes());
+    }
+    Ok(Records {
+        id,
+        base,
+        head: Head {
+            number: header.records,
+            hash: header.head,
+        },
+        entries: read_entries(&payloads, base.number)?,
+        payloads,
+    })
+}
+
 /// Reads the first line: whose journal it is, and what its first record is chained to.
 fn read_header<R: BufRead>(
     lines: &mut Lines<'_, R>,

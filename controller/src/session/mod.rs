@@ -343,6 +343,7 @@ mod tests {
             )
             .into_bytes()
             .into(),
+            head: None,
         };
         let host: HostId = "app-1".parse().expect("a host's name");
         read_report(&host, report(1)).unwrap();

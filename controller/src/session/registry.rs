@@ -195,6 +195,7 @@ impl Registry {
 pub(crate) fn down(message: wire::down::Message) -> wire::Down {
     wire::Down {
         message: Some(message),
+        head: None,
     }
 }
 

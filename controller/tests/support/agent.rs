@@ -109,6 +109,7 @@ impl Agent {
         let report = Report {
             number: self.reported,
             body,
+            head: None,
         };
         let message = Some(up::Message::Report(report.into()));
         self.session.up.send(Up { message }).await.unwrap();

@@ -11,6 +11,7 @@ use crate::order::{Binding, Fact, MAX_FACT_BYTES, Order};
 use crate::report::{MAX_REPORT_BYTES, Report, ReportBody};
 use crate::seal::MAX_SIGNATURE_BYTES;
 use crate::values::Timestamp;
+use crate::witness::Head;
 
 /// The protocol versions that this release speaks.
 pub const PROTOCOL_VERSIONS: VersionRange = VersionRange { min: 1, max: 1 };
@@ -347,13 +348,51 @@ impl TryFrom<wire::Binding> for Binding {
     }
 }
 
+impl From<Head> for wire::Head {
+    fn from(head: Head) -> Self {
+        let Head {
+            journal,
+            number,
+            hash,
+        } = head;
+        Self {
+            journal,
+            number,
+            hash: hash.0.to_vec().into(),
+        }
+    }
+}
+
+impl TryFrom<wire::Head> for Head {
+    type Error = InvalidMessage;
+    fn try_from(head: wire::Head) -> Result<Self, InvalidMessage> {
+        let wire::Head {
+            journal,
+            number,
+            hash,
+        } = head;
+        let head = Self {
+            journal,
+            number,
+            hash: digest(&hash)?,
+        };
+        if head.is_named() {
+            Ok(head)
+        } else {
+            Err(InvalidMessage::Field("head"))
+        }
+    }
+}
+
 impl From<Report> for wire::Report {
-    fn from(Report { number, body }: Report) -> Self {
+    fn from(report: Report) -> Self {
+        let Report { number, body, head } = report;
         let json =
             serde_json::to_vec(&body).expect("a report has no map with other keys than text");
         Self {
             number,
             body_json: json.into(),
+            head: head.map(Into::into),
         }
     }
 }
@@ -361,13 +400,18 @@ impl From<Report> for wire::Report {
 impl TryFrom<wire::Report> for Report {
     type Error = InvalidMessage;
     fn try_from(report: wire::Report) -> Result<Self, InvalidMessage> {
-        let wire::Report { number, body_json } = report;
+        let wire::Report {
+            number,
+            body_json,
+            head,
+        } = report;
         if body_json.len() > MAX_REPORT_BYTES {
             return Err(InvalidMessage::Field("report"));
         }
         let body: ReportBody = serde_json::from_slice(&body_json)
             .map_err(|error| InvalidMessage::Json("report", error))?;
-        Ok(Self { number, body })
+        let head = head.map(TryInto::try_into).transpose()?;
+        Ok(Self { number, body, head })
     }
 }
 

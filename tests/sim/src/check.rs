@@ -50,7 +50,9 @@ impl Index {
     pub(crate) fn add(&mut self, entry: &Entry, now: u64, labels: &Hosts) -> Vec<String> {
         let mut broken = vec![];
         match &entry.record {
-            Record::Reported { host, number, body } => {
+            Record::Reported {
+                host, number, body, ..
+            } => {
                 let reports = self.reports.entry(host.clone()).or_default();
                 let last = reports.last_key_value().map_or(0, |(number, _)| *number);
                 let last = last.max(self.skipped.get(host).copied().unwrap_or(0));

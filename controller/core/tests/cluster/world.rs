@@ -185,7 +185,8 @@ impl World {
             }
             let number = acknowledged + 1;
             let body = agent.reports[usize::try_from(acknowledged).unwrap()].clone();
-            let report = Report { number, body };
+            let head = None;
+            let report = Report { number, body, head };
             self.event(Event::Report {
                 host: host.clone(),
                 report: report.clone(),

@@ -228,6 +228,7 @@ impl Fleet {
         let report = Report {
             number: *number,
             body,
+            head: None,
         };
         self.event(Event::Report {
             host: host(name),

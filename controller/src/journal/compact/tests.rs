@@ -17,7 +17,8 @@ use rand::seq::IndexedRandom as _;
 use super::super::contract::copy;
 use super::super::offline::{self, inspect};
 use super::*;
-use archive::ArchiveState;
+use crate::journal::archive::ArchiveState;
+use crate::journal::audit::Chain;
 
 const HOSTS: [&str; 3] = ["app-1", "app-2", "db-1"];
 
@@ -168,7 +169,8 @@ impl<'a> Life<'a> {
     fn report(&mut self, host: &HostId, body: ReportBody) {
         let number = self.reports[host] + 1;
         self.reports.insert(host.clone(), number);
-        let report = Report { number, body };
+        let head = None;
+        let report = Report { number, body, head };
         self.event(Event::Report {
             host: host.clone(),
             report,
@@ -254,8 +256,14 @@ fn a_compacted_journal_says_the_same_and_the_archive_has_the_rest() {
     let state = dir.path();
     let before = inspect(state).unwrap();
     let all = payloads(state);
+    let audited = Chain::read(state).unwrap();
     let done = compact(state, keep_newest(2)).unwrap();
     assert_eq!(done.rollouts.len(), 10);
+    let with_archive = Chain::read(state).unwrap();
+    assert_eq!(with_archive.id, audited.id);
+    let (same, new) = with_archive.records.split_at(audited.records.len());
+    assert_eq!(same, audited.records);
+    assert_eq!(new.len(), payloads(state).len());
     assert_eq!(Some(done.archived), before.last);
 
     let after = inspect(state).unwrap();

@@ -103,7 +103,10 @@ fn once(ledger: &[Effect], found: &mut Vec<Violation>) {
 fn reports(world: &World, records: &[Record], found: &mut Vec<Violation>) {
     let mut kept: BTreeMap<&HostId, Vec<(u64, &ReportBody)>> = BTreeMap::new();
     for record in records {
-        if let Record::Reported { host, number, body } = record {
+        if let Record::Reported {
+            host, number, body, ..
+        } = record
+        {
             kept.entry(host).or_default().push((*number, body));
             let unknown = matches!(
                 body,

@@ -469,6 +469,7 @@ impl Session {
                 new.map(|(body, number)| Report {
                     number,
                     body: body.clone(),
+                    head: None,
                 })
                 .collect()
             };

@@ -246,6 +246,7 @@ impl<'a> Play<'a> {
     async fn send(&mut self, message: down::Message) {
         let down = wire::Down {
             message: Some(message),
+            head: None,
         };
         if let Some(session) = &self.session {
             let _ = session.downs.send(Ok(down)).await;
