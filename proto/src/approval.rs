@@ -17,9 +17,9 @@ pub const NAMESPACE: &str = "lockstep-approval";
 /// The statement's name and version.
 pub const STATEMENT: &str = "lockstep.approval/1";
 
-/// The most bytes that the names of the matched hosts may have for a signed approval: they travel
-/// with each order.
-pub const MAX_HOSTS_BYTES: usize = 16 << 10;
+/// The largest [`Signed`] in its JSON form, in bytes: it fits into a fact with room for the rest,
+/// and travels with each order after the gate.
+pub const MAX_SIGNED_BYTES: usize = 20 << 10;
 
 /// The statement. Its canonical form is JSON without white space, fields in this order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

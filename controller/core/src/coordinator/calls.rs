@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::approval::{MAX_HOSTS_BYTES, Signature};
+use lockstep_proto::approval::{MAX_SIGNED_BYTES, Signature};
 use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::{SealedPlan, check_size};
@@ -492,11 +492,11 @@ impl Rollout {
         if signed.expires <= now {
             return Err(Refused::Invalid("the signed approval has expired".into()));
         }
-        let names: usize = self.members.keys().map(|host| host.as_str().len()).sum();
-        if names > MAX_HOSTS_BYTES {
+        let size = self.size_with(at, signed);
+        if size > MAX_SIGNED_BYTES {
             return Err(Refused::Invalid(format!(
-                "the names of the matched hosts have {names} bytes, and a signed approval is for \
-                 at most {MAX_HOSTS_BYTES}: split the fleet into several plans"
+                "with the names of the hosts, the signed approvals at {at} would have {size} bytes, \
+                 more than {MAX_SIGNED_BYTES}: split the fleet into several plans"
             )));
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::approval::Signed;
+use lockstep_proto::approval::{Signature, Signed};
 use lockstep_proto::ids::{Direction, HostId, StepKey, StepRef};
 use lockstep_proto::order::{Binding, Fact, Order, controller_host};
 
@@ -155,15 +155,26 @@ impl Rollout {
     fn signed(&self, at: StepRef, gate: &Gate) -> Option<Signed> {
         let approvals = gate.decisions.iter().filter(|decision| decision.approve);
         let signatures: Vec<_> = approvals.filter_map(|it| it.signed.clone()).collect();
-        if signatures.is_empty() {
-            return None;
-        }
-        Some(Signed {
+        (!signatures.is_empty()).then(|| self.signed_by(at, signatures))
+    }
+
+    fn signed_by(&self, at: StepRef, signatures: Vec<Signature>) -> Signed {
+        Signed {
             hosts: self.members.keys().cloned().collect(),
             sql: self.sql_shown(Some(at)),
             requester: self.requester.clone(),
             signatures,
-        })
+        }
+    }
+
+    /// How large the signed approvals at a gate are with one more, in bytes: they travel with
+    /// every order after the gate.
+    pub(crate) fn size_with(&self, at: StepRef, one: &Signature) -> usize {
+        let gate = self.gates.get(&at);
+        let decisions = gate.into_iter().flat_map(|gate| &gate.decisions);
+        let had = decisions.filter_map(|decision| decision.signed.clone());
+        let signed = self.signed_by(at, had.chain([one.clone()]).collect());
+        serde_json::to_vec(&signed).map_or(usize::MAX, |json| json.len())
     }
 }
 
