@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use lockstep_tests::cluster::{Cluster, REQUESTER};
-use lockstep_tests::operator::{Said, text};
-use lockstep_tests::wait;
+use lockstep_tests::operator::{Said, attempts, text};
+use lockstep_tests::{story, wait};
 use serde_json::Value;
 
 const HOSTS: [&str; 2] = ["app-1", "app-2"];
@@ -262,4 +262,36 @@ fn what_follows_a_gate_waits_for_signed_approvals() {
         assert_eq!(whole.contains("1 of dba missing"), !bob_signs, "{whole}");
     }
     place.noted(&["signed"]);
+}
+
+/// Puts a line before a host's policy and tables after it: it is read again for each step.
+fn add_to_policy(cluster: &Cluster, host: &str, first: &str, tables: &str) {
+    let path = cluster.host(host).root.join("policy.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, format!("{first}\n{text}\n{tables}")).unwrap();
+}
+
+#[test]
+fn facts_travel_with_the_signature_of_the_host_that_proved_them() {
+    let cluster = Cluster::builder().start().unwrap();
+    cluster.install().unwrap();
+    let mut evidence = String::new();
+    for host in cluster.hosts() {
+        let output = Command::new(&cluster.binaries().agent)
+            .args(["evidence-key", "--config"])
+            .arg(host.config())
+            .output()
+            .unwrap();
+        let line = String::from_utf8(output.stdout).unwrap();
+        let key = line.trim();
+        assert!(key.ends_with(&host.name), "{key}");
+        evidence += &format!("[[evidence]]\nhost = \"{}\"\nkey = \"{key}\"\n", host.name);
+    }
+    for host in cluster.hosts() {
+        add_to_policy(&cluster, &host.name, "bindings = \"signed\"", &evidence);
+    }
+    let document = story::deploy(&cluster, "v1.0.0");
+    let ended = text(&document["state"]);
+    assert_eq!(ended, "succeeded", "{}", cluster.explain(&document));
+    assert!(!attempts(&document, "migration.apply").is_empty());
 }
