@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use lockstep_proto::evidence;
 use lockstep_proto::floor::{self, Floor, OTHERS, STATEMENT};
 use lockstep_proto::ids::{Direction, Epoch, InstanceId, RolloutId, StepKey};
+use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::plan::CompiledPlan;
 use lockstep_proto::report::{Failure, ReportBody, StepOutcome};
 use lockstep_proto::seal::{self, SealedPlan};
@@ -414,4 +416,54 @@ async fn a_host_that_was_put_back_waits_for_a_signed_floor() {
     )
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn nothing_is_taken_from_an_order_that_nobody_has_signed() {
+    let mut controller = Controller::start().await;
+    let key_of_db = signer(8).public();
+    let policy = format!(
+        "bindings = 'signed'\n[[evidence]]\nhost = 'db-1'\nkey = '{key_of_db}'\n[[allow]]\naction = \
+         'exec.run'\n"
+    );
+    let mut host = Host::new(&controller, &policy);
+    host.start();
+    let mut session = controller.accept(epoch(1), 0).await;
+    let plan = two_lines();
+    session.consented(&controller, &rollout(1), &plan).await;
+    let bound = |from: &str, signature: Option<String>| Binding {
+        origin: StepKey {
+            host: from.parse().unwrap(),
+            ..do_key(1, 0)
+        },
+        fact: Fact::Fenced {
+            database: "sales".into(),
+            fence: "t".into(),
+        },
+        signature,
+    };
+    let sign = |seed: u8| {
+        let binding = bound("db-1", None);
+        let statement = evidence::statement(&binding.origin, &binding.fact);
+        let signature = signer(seed).sign_bare(evidence::NAMESPACE, &statement);
+        Some(signature.iter().map(|byte| format!("{byte:02x}")).collect())
+    };
+    for (attempt, binding, words) in [
+        (1, bound("db-1", None), "not signed by its host"),
+        (2, bound("db-1", sign(9)), "not what db-1 has signed"),
+        (3, bound("db-2", sign(8)), "`[[evidence]]` for db-2"),
+        (4, bound(HOST, sign(8)), "not what app-1 has signed"),
+    ] {
+        let of = key(&rollout(1), 0, Direction::Do, attempt);
+        session.order_with(&plan, &of, vec![binding]).await;
+        let refused = failed(session.outcome(&of).await);
+        assert!(refused.message.contains(words), "{words}: {refused:?}");
+    }
+    assert_eq!(effects(&host), "");
+    let of = key(&rollout(1), 0, Direction::Do, 5);
+    session
+        .order_with(&plan, &of, vec![bound("db-1", sign(8))])
+        .await;
+    assert!(matches!(session.outcome(&of).await, StepOutcome::Ok { .. }));
+    assert_eq!(effects(&host), "one\n");
 }

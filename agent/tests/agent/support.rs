@@ -334,12 +334,21 @@ impl Session {
     }
 
     pub(crate) async fn order(&self, plan: &SealedPlan, key: &StepKey) {
+        self.order_with(plan, key, vec![]).await;
+    }
+
+    pub(crate) async fn order_with(
+        &self,
+        plan: &SealedPlan,
+        key: &StepKey,
+        bindings: Vec<Binding>,
+    ) {
         let order = Order {
             key: key.clone(),
             plan: plan.digest(),
             epoch: self.epoch,
             not_after: Timestamp(CLOCK + 60_000),
-            bindings: Vec::<Binding>::new(),
+            bindings,
         };
         self.send(down::Message::Order(order.into())).await;
     }
