@@ -25,6 +25,9 @@ pub(crate) struct Config {
     /// Forgotten at a reboot.
     #[serde(default = "run_dir")]
     pub(crate) run_dir: PathBuf,
+    /// Who the link runs as, where it and exec are two processes. Default: whoever exec runs as.
+    #[serde(default)]
+    pub(crate) link_user: Option<String>,
     /// What the host allows. Default: `policy.toml` beside this file.
     #[serde(default)]
     pub(crate) policy: Option<PathBuf>,
@@ -270,6 +273,11 @@ impl Config {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Where link and exec meet, if they are two processes.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run_dir.join("exec.sock")
     }
 
     /// What the host allows.

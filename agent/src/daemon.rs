@@ -1,4 +1,5 @@
-//! `lockstep-agent run`: builds the parts, runs them on one thread, stops them in order.
+//! `lockstep-agent run`, `exec` and `link`: build the parts, run them on one thread, stop them in
+//! order.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::bridge::{self, Listening};
 use crate::config::{Config, ConfigError};
 use crate::errors::chain;
 use crate::exec::{Exec, ExecError, Policy};
@@ -16,7 +18,9 @@ use crate::identity::{IdentityError, StateLock, private_dir};
 use crate::journal::JournalError;
 use crate::link::Link;
 use crate::notify::notify;
+use crate::process::User;
 use crate::tls::Identity;
+use crate::watchdog::{Due, WELL};
 use crate::{exit, runtime, say};
 
 /// Messages of the controller that wait for exec. It answers each in the time of a disk write.
@@ -28,18 +32,31 @@ const LOGS: usize = 32;
 /// A quarantined agent says so again after this: the log of the first time may be gone.
 const REMIND: Duration = Duration::from_hours(1);
 
+/// Which half of the agent a process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Half {
+    /// Both: for development, and for hosts on which nothing else is wanted.
+    Both,
+    /// It decides, remembers and starts steps, and has no network.
+    Exec,
+    /// It has the network and the certificate, and no privilege.
+    Link,
+}
+
 /// Runs until SIGTERM or SIGINT. Step processes go on without it.
-pub(crate) fn run(config: Config, config_path: &Path) -> u8 {
+pub(crate) fn run(config: Config, config_path: &Path, half: Half) -> u8 {
     let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error, exit::INTERNAL),
     };
     let local = LocalSet::new();
+    let config = Arc::new(config);
     local.block_on(&runtime, async {
-        match serve(Arc::new(config), config_path).await {
-            Ok(()) => exit::DONE,
-            Err(code) => code,
-        }
+        let served = match half {
+            Half::Both | Half::Exec => serve(config, config_path, half).await,
+            Half::Link => link(config, config_path).await,
+        };
+        served.err().unwrap_or(exit::DONE)
     })
 }
 
@@ -50,17 +67,12 @@ fn failed(error: &dyn std::error::Error, code: u8) -> u8 {
     code
 }
 
-async fn serve(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
+async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<(), u8> {
     let code = |error: &IdentityError| match error {
         IdentityError::InUse(_) => exit::IN_USE,
         IdentityError::Io { .. } => exit::INTERNAL,
     };
-    // What others can change or read is not relied on, and people see it at once.
-    let found = crate::check::unsafe_files(&config, config_path);
-    if !found.is_empty() {
-        let error = ConfigError::Unsafe(found.join("; "));
-        return Err(failed(&error, exit::USAGE));
-    }
+    check_files(&config, config_path)?;
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     private_dir(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
     let _lock = StateLock::take(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
@@ -83,14 +95,60 @@ async fn serve(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
         Err(error) => return Err(failed(&error, exit::INTERNAL)),
     };
     let (to_exec, inbound) = mpsc::channel(INBOUND);
-    let link = tokio::task::spawn_local(Link::new(config, to_exec, pieces).run(stop.clone()));
-    notify("READY=1\nSTATUS=connecting to the controller");
+    let link = if half == Half::Exec {
+        let listening = listen(&config).map_err(|why| {
+            say(&why);
+            exit::INTERNAL
+        })?;
+        notify("READY=1\nSTATUS=waiting for the link");
+        tokio::task::spawn_local(listening.serve(to_exec, pieces, stop.clone()))
+    } else {
+        notify("READY=1\nSTATUS=connecting to the controller");
+        tokio::task::spawn_local(Link::new(config, to_exec, pieces).run(stop.clone()))
+    };
     let ended = exec.run(inbound, stop.clone()).await;
     notify("STOPPING=1");
     stop.cancel();
     // It closes its stream; a panic in it has been printed already.
     let _ = link.await;
     ended.map_err(|error| failed(&error, exit::INTERNAL))
+}
+
+/// The network side alone. It has nothing to remember, and begins anew whenever it is started.
+async fn link(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
+    check_files(&config, config_path)?;
+    let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
+    let (to_exec, said) = mpsc::channel(INBOUND);
+    let (logs, pieces) = mpsc::channel(LOGS);
+    let (socket, stopped) = (config.socket(), stop.clone());
+    let relay = tokio::task::spawn_local(async move {
+        bridge::relay(&socket, said, logs, stopped).await;
+    });
+    Link::new(config, to_exec, pieces).run(stop.clone()).await;
+    notify("STOPPING=1");
+    stop.cancel();
+    let _ = relay.await;
+    Ok(())
+}
+
+/// What others can change or read is not relied on, and people see it at once.
+fn check_files(config: &Config, config_path: &Path) -> Result<(), u8> {
+    let found = crate::check::unsafe_files(config, config_path);
+    if found.is_empty() {
+        return Ok(());
+    }
+    let error = ConfigError::Unsafe(found.join("; "));
+    Err(failed(&error, exit::USAGE))
+}
+
+fn listen(config: &Config) -> Result<Listening, String> {
+    let user = match &config.link_user {
+        Some(name) => User::find(name).map_err(|failure| failure.message)?.uid,
+        None => rustix::process::geteuid().as_raw(),
+    };
+    let socket = config.socket();
+    Listening::bind(&socket, user, config.host.clone())
+        .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
 }
 
 /// The journal has lost something: nothing can be done safely, and nothing is repaired. The agent
@@ -102,7 +160,17 @@ async fn quarantined(
 ) -> Result<(), u8> {
     let why = chain(error);
     notify(&format!("READY=1\nSTATUS=quarantined: {why}"));
+    let mut due = Due::new();
+    let mut remind = tokio::time::interval(REMIND);
     loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = due.come() => {
+                notify(WELL);
+                continue;
+            }
+            _ = remind.tick() => {}
+        }
         tracing::error!(
             why,
             hint = format!(
@@ -113,10 +181,6 @@ async fn quarantined(
             ),
             "quarantined"
         );
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(REMIND) => {}
-        }
     }
 }
 

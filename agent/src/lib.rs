@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! controller <--- TLS 1.3, agent dials ---> link
-//!                                            |  Inbound / Outbound: domain types only
+//!                                            |  Inbound / Outbound: domain types only; within
+//!                                            |  one process, or over a Unix socket (`bridge`)
 //!                                           exec      consent, policy, journal, order of steps
 //!                                            |  job file, claim, outcome file
 //!                                       step process  one action, in a session or unit of its own
@@ -20,6 +21,7 @@
 
 mod actions;
 mod audit;
+mod bridge;
 mod check;
 mod config;
 mod daemon;
@@ -38,6 +40,7 @@ mod step;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod watchdog;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -49,6 +52,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::audit::Audit;
 use crate::config::Config;
+use crate::daemon::Half;
 use crate::exec::{AnchorError, Anchored};
 use crate::identity::{IdentityError, StateLock};
 use crate::step::StepExit;
@@ -92,6 +96,10 @@ struct Arguments {
 enum Command {
     /// Connect to the controller and take its orders, until stopped.
     Run(File),
+    /// Decide, remember and start steps, and leave the network to `link`: for root.
+    Exec(File),
+    /// Connect to the controller, and leave everything else to `exec`: for a user without rights.
+    Link(File),
     /// Read configuration, policy and certificates, and say what is allowed and what is wrong.
     Check(File),
     /// Look at the journal while no agent runs.
@@ -165,7 +173,9 @@ pub fn main() -> ExitCode {
     // Before anything uses TLS: with no default, rustls would have to guess.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let code = match Arguments::parse().command {
-        Command::Run(file) => with_config(&file, |config| daemon::run(config, &file.config)),
+        Command::Run(file) => daemon(&file, Half::Both),
+        Command::Exec(file) => daemon(&file, Half::Exec),
+        Command::Link(file) => daemon(&file, Half::Link),
         Command::Check(file) => check::check(&file.config),
         Command::Journal(JournalCommand::Verify(file)) => with_config(&file, verify),
         Command::Anchor { file, floor, sig } => {
@@ -189,6 +199,10 @@ pub fn main() -> ExitCode {
         }
     };
     code.into()
+}
+
+fn daemon(file: &File, half: Half) -> u8 {
+    with_config(file, |config| daemon::run(config, &file.config, half))
 }
 
 fn with_config(file: &File, then: impl FnOnce(Config) -> u8) -> u8 {

@@ -162,6 +162,7 @@ impl Agent {
                 state_dir: dir.join("state"),
                 run_dir: dir.join("run"),
                 policy: Some(policy),
+                link_user: None,
                 secrets_dir: None,
                 tls: Tls {
                     controller_ca: tls.clone(),

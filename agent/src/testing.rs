@@ -43,6 +43,7 @@ impl Host {
             controller_name: None,
             state_dir: at("state"),
             run_dir: at("run"),
+            link_user: None,
             policy: None,
             secrets_dir: Some(at("secrets")),
             tls,

@@ -22,6 +22,9 @@ pub struct Host {
     /// The loopback address that its services bind.
     pub address: String,
     agent: Option<Daemon>,
+    /// The network side, if the agent is two processes.
+    link: Option<Daemon>,
+    halves: bool,
     binary: PathBuf,
 }
 
@@ -54,6 +57,8 @@ impl Host {
             root,
             address,
             agent: None,
+            link: None,
+            halves: false,
             binary,
         })
     }
@@ -144,29 +149,54 @@ impl Host {
         binary.clone_into(&mut self.binary);
     }
 
+    /// From the next start on, link and exec are two processes.
+    pub fn split(&mut self) {
+        self.halves = true;
+    }
+
     /// Starts the agent.
     pub fn start_agent(&mut self) -> Result<()> {
-        let argv = vec![
-            self.binary.clone().into_os_string(),
-            "run".into(),
-            "--config".into(),
-            self.config().into_os_string(),
-        ];
-        let log = self.agent_log();
-        let daemon = Daemon::spawn(Launch {
-            name: &format!("the agent of {}", self.name),
-            argv,
-            env: vec![("NO_COLOR".to_owned(), "1".into())],
-            dir: &self.root,
-            log: &log,
-            user: None,
-            stop: Signal::TERM,
-        })?;
-        self.agent = Some(daemon);
+        if !self.halves {
+            self.agent = Some(self.spawn("run")?);
+            return Ok(());
+        }
+        self.agent = Some(self.spawn("exec")?);
+        self.start_link()
+    }
+
+    /// Starts the link of an agent that is two processes, in place of one that runs.
+    pub fn start_link(&mut self) -> Result<()> {
+        self.link = Some(self.spawn("link")?);
         Ok(())
     }
 
-    /// Ends the agent as a crash does; what it started goes on.
+    fn spawn(&self, command: &str) -> Result<Daemon> {
+        let argv = vec![
+            self.binary.clone().into_os_string(),
+            command.into(),
+            "--config".into(),
+            self.config().into_os_string(),
+        ];
+        Daemon::spawn(Launch {
+            name: &format!("the agent of {} ({command})", self.name),
+            argv,
+            env: vec![("NO_COLOR".to_owned(), "1".into())],
+            dir: &self.root,
+            log: &self.agent_log(),
+            user: None,
+            stop: Signal::TERM,
+        })
+    }
+
+    /// Ends the link as a crash does.
+    pub fn kill_link(&mut self) {
+        if let Some(mut link) = self.link.take() {
+            link.kill();
+        }
+    }
+
+    /// Ends the agent as a crash does; what it started goes on, and so does the link of one that is
+    /// two processes.
     pub fn kill_agent(&mut self) {
         if let Some(mut agent) = self.agent.take() {
             agent.kill();
@@ -175,6 +205,7 @@ impl Host {
 
     /// Ends the agent in good order.
     pub fn stop_agent(&mut self) {
+        self.link = None;
         self.agent = None;
     }
 

@@ -33,6 +33,7 @@ use crate::identity::{IdentityError, boot_id, private_dir};
 use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record, Seen};
 use crate::sql::remove_left_over;
 use crate::step::{Ended, Job, StepDir};
+use crate::watchdog::{Due, beat};
 
 mod ahead;
 mod anchor;
@@ -296,6 +297,7 @@ impl Exec {
         stop: CancellationToken,
     ) -> Result<(), ExecError> {
         self.take_up();
+        let mut due = Due::new();
         loop {
             let outbox = self.outgoing();
             let room = async {
@@ -307,6 +309,7 @@ impl Exec {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return self.keep_seen(),
+                () = due.come() => beat(&self.host.config.state_dir),
                 Some(event) = self.events.recv() => self.handle_event(event)?,
                 message = inbound.recv() => match message {
                     Some(message) => self.handle_inbound(message)?,

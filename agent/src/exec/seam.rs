@@ -1,10 +1,10 @@
 //! What link and exec say to each other: values of the domain, no transport. They run in one
-//! process today; nothing here keeps them there.
+//! process, or in two with the `bridge` between them.
 
-use lockstep_proto::ids::{Epoch, PlanDigest, RolloutId, StepKey};
+use lockstep_proto::ids::{Epoch, HostId, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
-use lockstep_proto::wire::{Hello, Welcome};
+use lockstep_proto::wire::{Hello, InvalidMessage, Welcome, agent_v1 as wire};
 use lockstep_proto::witness::Head;
 use tokio::sync::{mpsc, oneshot};
 
@@ -38,6 +38,44 @@ pub(crate) enum Inbound {
     Plan(PlanDigest, Result<Vec<u8>, String>),
 }
 
+impl Inbound {
+    /// Reads what a controller says to exec, on this host; its `Welcome` and `Drain` are the link's
+    /// business, and not understood here.
+    pub(crate) fn read(down: wire::Down, host: &HostId) -> Result<Self, InvalidMessage> {
+        use wire::down::Message;
+        // A newer controller that says something else relies on its being understood.
+        let message = down.message.ok_or(InvalidMessage::Missing("message"))?;
+        Ok(match message {
+            Message::Acknowledged(number) => Self::Acknowledged(number),
+            Message::Offer(offer) => {
+                let (rollout, plan, epoch, dry_run, signatures) = offer.into_parts()?;
+                Self::Offer(Offer {
+                    rollout,
+                    plan,
+                    epoch,
+                    dry_run,
+                    signatures,
+                })
+            }
+            Message::Order(order) => Self::Order(Box::new(order.into_order(host.clone())?)),
+            Message::Release(release) => {
+                let (rollout, epoch) = release.into_parts()?;
+                Self::Release(rollout, epoch)
+            }
+            Message::Cancel(cancel) => {
+                let (rollout, epoch) = cancel.into_parts()?;
+                Self::Cancel(rollout, epoch)
+            }
+            Message::Survey(survey) => {
+                let (rollout, epoch) = survey.into_parts()?;
+                Self::Survey(rollout, epoch)
+            }
+            Message::Welcome(_) => return Err(InvalidMessage::Field("a second welcome")),
+            Message::Drain(_) => return Err(InvalidMessage::Field("drain")),
+        })
+    }
+}
+
 /// Asks for consent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Offer {
@@ -69,4 +107,42 @@ pub(crate) struct LogPiece {
     pub(crate) data: Vec<u8>,
     /// How far the step is, from 0 to 1000, and what it is at.
     pub(crate) progress: Option<(u32, String)>,
+}
+
+impl From<LogPiece> for wire::LogChunk {
+    fn from(piece: LogPiece) -> Self {
+        let LogPiece {
+            key,
+            offset,
+            data,
+            progress,
+        } = piece;
+        let (permille, text) = progress.unzip();
+        Self {
+            key: key.to_string(),
+            offset,
+            data: data.into(),
+            progress_permille: permille,
+            progress_text: text.unwrap_or_default(),
+        }
+    }
+}
+
+impl TryFrom<wire::LogChunk> for LogPiece {
+    type Error = InvalidMessage;
+    fn try_from(chunk: wire::LogChunk) -> Result<Self, InvalidMessage> {
+        let wire::LogChunk {
+            key,
+            offset,
+            data,
+            progress_permille,
+            progress_text,
+        } = chunk;
+        Ok(Self {
+            key: key.parse()?,
+            offset,
+            data: data.into(),
+            progress: progress_permille.map(|permille| (permille, progress_text)),
+        })
+    }
 }

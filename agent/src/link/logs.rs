@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use lockstep_proto::wire::agent_v1 as wire;
 use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -50,7 +49,7 @@ async fn stream(
     let feed = async move {
         let mut next = Some(first);
         while let Some(piece) = next {
-            if up.send(chunk(piece)).await.is_err() {
+            if up.send(piece.into()).await.is_err() {
                 break;
             }
             next = timeout(IDLE, pieces.recv()).await.ok().flatten();
@@ -65,22 +64,5 @@ async fn stream(
     match timeout(SUMMARY_WITHIN, call).await {
         Ok(result) => result.map(|_| ()),
         Err(_) => Ok(()),
-    }
-}
-
-fn chunk(piece: LogPiece) -> wire::LogChunk {
-    let LogPiece {
-        key,
-        offset,
-        data,
-        progress,
-    } = piece;
-    let (permille, text) = progress.unzip();
-    wire::LogChunk {
-        key: key.to_string(),
-        offset,
-        data: data.into(),
-        progress_permille: permille,
-        progress_text: text.unwrap_or_default(),
     }
 }

@@ -23,7 +23,7 @@ use tonic::{Code, Status, Streaming};
 
 use crate::config::Config;
 use crate::errors::chain;
-use crate::exec::{Inbound, LogPiece, Offer, Outbound};
+use crate::exec::{Inbound, LogPiece, Outbound};
 use crate::notify::notify;
 use crate::tls::TlsError;
 
@@ -98,6 +98,9 @@ pub(crate) enum LinkError {
     /// Exec does not obey this controller.
     #[error("this host refuses the controller: {0}")]
     Refused(String),
+    /// The other half of the agent is away.
+    #[error("exec does not run on this host")]
+    NoExec,
     /// The daemon is stopping.
     #[error("the agent is stopping")]
     Stopping,
@@ -118,6 +121,7 @@ impl LinkError {
             Self::Tls(_) => "run `lockstep-agent check`",
             Self::OtherHost { .. } => "correct `host`, or get a certificate for this host",
             Self::Address(_) => "write it as name:port",
+            Self::NoExec => "systemctl status lockstep-agent-exec",
             Self::Refused(_) => "find out which controller is the right one before anything else",
             Self::Status(status) if status.code() == Code::AlreadyExists => {
                 "another agent runs under this host's name: end it, and find out who started it"
@@ -244,7 +248,7 @@ impl Link {
     async fn hello(&self) -> Result<Hello, LinkError> {
         let (reply, hello) = oneshot::channel();
         self.tell(Inbound::Dial(reply)).await?;
-        hello.await.map_err(|_| LinkError::Stopping)
+        hello.await.map_err(|_| LinkError::NoExec)
     }
 
     async fn tell(&self, message: Inbound) -> Result<(), LinkError> {
@@ -288,51 +292,17 @@ async fn read(
     exec: &mpsc::Sender<Inbound>,
     mut down: Streaming<wire::Down>,
 ) -> Result<Ended, LinkError> {
-    use down::Message;
     loop {
-        let Some(message) = down.message().await? else {
+        let Some(mut message) = down.message().await? else {
             return Err(LinkError::Closed);
         };
-        witness(exec, message.head).await?;
-        let message = match message.message {
-            Some(Message::Acknowledged(number)) => Inbound::Acknowledged(number),
-            Some(Message::Offer(offer)) => {
-                let (rollout, plan, epoch, dry_run, signatures) = offer.into_parts()?;
-                Inbound::Offer(Offer {
-                    rollout,
-                    plan,
-                    epoch,
-                    dry_run,
-                    signatures,
-                })
-            }
-            Some(Message::Order(order)) => {
-                Inbound::Order(Box::new(order.into_order(config.host.clone())?))
-            }
-            Some(Message::Release(release)) => {
-                let (rollout, epoch) = release.into_parts()?;
-                Inbound::Release(rollout, epoch)
-            }
-            Some(Message::Cancel(cancel)) => {
-                let (rollout, epoch) = cancel.into_parts()?;
-                Inbound::Cancel(rollout, epoch)
-            }
-            Some(Message::Survey(survey)) => {
-                let (rollout, epoch) = survey.into_parts()?;
-                Inbound::Survey(rollout, epoch)
-            }
-            Some(Message::Drain(drain)) => {
-                let pause = Duration::from_millis(drain.reconnect_after_ms.into());
-                tracing::info!(?pause, "the controller is about to stop");
-                return Ok(Ended::Drained(pause.min(LONGEST_DRAIN)));
-            }
-            Some(Message::Welcome(_)) => {
-                return Err(InvalidMessage::Field("a second welcome").into());
-            }
-            // A newer controller that says something else relies on its being understood.
-            None => return Err(InvalidMessage::Missing("message").into()),
-        };
-        tell(exec, message).await?;
+        witness(exec, message.head.take()).await?;
+        if let Some(down::Message::Drain(drain)) = &message.message {
+            let pause = Duration::from_millis(drain.reconnect_after_ms.into());
+            tracing::info!(?pause, "the controller is about to stop");
+            return Ok(Ended::Drained(pause.min(LONGEST_DRAIN)));
+        }
+        tell(exec, Inbound::read(message, &config.host)?).await?;
     }
 }
 

@@ -29,6 +29,18 @@ pub mod control_v1 {
     tonic::include_proto!("lockstep.control.v1");
 }
 
+/// Generated from `lockstep/host/v1/host.proto`.
+#[allow(
+    missing_docs,
+    clippy::pedantic,
+    clippy::all,
+    unreachable_pub,
+    unused_qualifications
+)]
+pub mod host_v1 {
+    tonic::include_proto!("lockstep.host.v1");
+}
+
 /// The largest message of an agent, in bytes: an order with its bindings.
 pub const MAX_AGENT_MESSAGE: usize = 256 << 10;
 
