@@ -204,6 +204,13 @@ impl Found {
             " (not there: only probes are allowed)"
         };
         self.line("policy", format!("{}{note}", path.display()));
+        if let Some(seal) = policy.trust().seal() {
+            self.line("takes only", seal.describe());
+        }
+        if let Some(approvers) = policy.trust().approvers() {
+            let names: Vec<&str> = approvers.iter().map(|it| it.name.as_str()).collect();
+            self.line("approvals", format!("signed by {}", names.join(", ")));
+        }
         for (action, says) in policy.overview() {
             let _ = writeln!(self.text, "  {action:<26}{says}");
         }

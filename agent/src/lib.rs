@@ -47,7 +47,7 @@ mod watchdog;
 mod web;
 
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -58,6 +58,7 @@ use tracing_subscriber::EnvFilter;
 use crate::audit::Audit;
 use crate::config::Config;
 use crate::daemon::Half;
+use crate::exec::{AnchorError, Anchored};
 use crate::identity::{IdentityError, StateLock};
 use crate::step::StepExit;
 
@@ -118,6 +119,21 @@ enum Command {
     /// Ask this host's policy, without a controller.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Let a host go on whose journal was put back to an earlier time, with a floor that people
+    /// have signed. Needs the agent stopped.
+    Anchor {
+        #[command(flatten)]
+        file: File,
+        /// The statement, as `lockstep floor` writes it
+        #[arg(long, value_name = "FILE")]
+        floor: PathBuf,
+        /// Its signatures, as `lockstep sign` writes them
+        #[arg(long, value_name = "FILE")]
+        sig: PathBuf,
+    },
+    /// Print the public half of this host's own key, for `[[evidence]]` in other hosts' policies.
+    /// Makes the key if there is none.
+    EvidenceKey(File),
     /// Hold the journal against what the controller was told of it.
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -206,6 +222,10 @@ pub fn main() -> ExitCode {
             plan,
             rollout_time,
         }) => with_config(&file, |config| check::policy(&config, &plan, rollout_time)),
+        Command::Anchor { file, floor, sig } => {
+            with_config(&file, |config| anchor(&config, &floor, &sig))
+        }
+        Command::EvidenceKey(file) => with_config(&file, |config| evidence_key(&config)),
         Command::Audit(AuditCommand::Verify { file, witness }) => with_config(&file, |config| {
             audit::run(&config, &Audit::Verify(&witness))
         }),
@@ -236,6 +256,58 @@ fn with_config(file: &File, then: impl FnOnce(Config) -> u8) -> u8 {
         Err(error) => {
             say(&errors::chain(&error));
             exit::USAGE
+        }
+    }
+}
+
+fn anchor(config: &Config, floor: &Path, sig: &Path) -> u8 {
+    let unreadable = |path: &Path, error| {
+        say(&format!("cannot read {}: {error}", path.display()));
+        exit::USAGE
+    };
+    let statement = match std::fs::read(floor) {
+        Ok(statement) => statement,
+        Err(error) => return unreadable(floor, error),
+    };
+    let signatures = match std::fs::read_to_string(sig) {
+        Ok(signatures) => signatures,
+        Err(error) => return unreadable(sig, error),
+    };
+    match exec::anchor(config, &statement, &signatures) {
+        Ok(Anchored { signers, instance }) => {
+            let signers: Vec<String> = signers.into_iter().collect();
+            let signers = signers.join(", ");
+            say(&format!(
+                "anchored as {instance}, signed by {signers}; start the agent"
+            ));
+            exit::DONE
+        }
+        Err(error) => {
+            say(&errors::chain(&error));
+            match error {
+                AnchorError::Identity(IdentityError::InUse(_)) => exit::IN_USE,
+                AnchorError::Identity(_) | AnchorError::Journal(_) | AnchorError::Append(_) => {
+                    exit::INTERNAL
+                }
+                _ => exit::USAGE,
+            }
+        }
+    }
+}
+
+fn evidence_key(config: &Config) -> u8 {
+    let key = identity::private_dir(&config.state_dir)
+        .map_err(std::io::Error::other)
+        .and_then(|()| exec::own_key(&config.state_dir));
+    match key {
+        Ok(key) => {
+            let line = format!("{} {}\n", key.public(), config.host);
+            let _ = std::io::stdout().write_all(line.as_bytes());
+            exit::DONE
+        }
+        Err(error) => {
+            say(&errors::chain(&error));
+            exit::INTERNAL
         }
     }
 }

@@ -99,6 +99,7 @@ impl Host {
         let bindings = facts.into_iter().map(|fact| Binding {
             origin: key.clone(),
             fact,
+            signature: None,
         });
         Context {
             secrets: Arc::default(),

@@ -166,6 +166,7 @@ pub(crate) mod tests {
             format: FORMAT,
             plan: "empty".into(),
             serial,
+            fleet_name: String::new(),
             not_before: Timestamp(0),
             expires: Timestamp(u64::MAX),
             deadline: Period::seconds(60),

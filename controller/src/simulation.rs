@@ -230,6 +230,7 @@ impl Controller {
             rollout: rollout.clone(),
             plan: Arc::clone(plan),
             dry_run: false,
+            signatures: vec![],
         };
         self.call(call).await
     }

@@ -77,6 +77,7 @@ async fn a_rollout_survives_the_controllers_death() {
         compiled_plan: plan.bytes().to_vec().into(),
         source: "plan: ports".into(),
         dry_run: false,
+        signatures: vec![],
     };
     let submitted = client.submit(request.clone()).await.unwrap().into_inner();
     assert_eq!(submitted.plan_digest, plan.digest().to_string());
@@ -327,6 +328,7 @@ async fn a_large_document_reaches_the_command_line() {
         // Each is six characters in a document.
         source: "\u{1}".repeat(1 << 20),
         dry_run: false,
+        signatures: vec![],
     };
     let rollout = client.submit(request).await.unwrap().into_inner().rollout;
     let profile = place.path().join("profile.toml");

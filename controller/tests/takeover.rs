@@ -316,6 +316,7 @@ async fn on_a_full_disk_running_steps_are_recorded_and_nothing_new_begins() {
         .submit(control::SubmitRequest {
             compiled_plan: plan(2).bytes().to_vec().into(),
             dry_run: true,
+            signatures: vec![],
             ..control::SubmitRequest::default()
         })
         .await

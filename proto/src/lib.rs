@@ -12,11 +12,18 @@
 //! `wire`, and wire types go no further than that module.
 
 pub mod action;
+pub mod approval;
+pub mod evidence;
+pub mod floor;
 pub mod ids;
 pub mod order;
 pub mod plan;
 pub mod report;
 pub mod seal;
+#[cfg(feature = "signatures")]
+pub mod sshsig;
+#[cfg(feature = "signatures")]
+pub mod trust;
 pub mod values;
 #[cfg(feature = "grpc")]
 pub mod wire;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::approval::Signed;
 use crate::ids::{Digest, Epoch, HostId, PlanDigest, StepKey};
 use crate::values::Timestamp;
 
@@ -28,6 +29,10 @@ pub struct Binding {
     pub origin: StepKey,
     /// What it says.
     pub fact: Fact,
+    /// By the host that the origin names, in hexadecimal; of a person's word, an armoured SSH
+    /// signature. See [`crate::evidence`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<String>,
 }
 
 /// Something that a step proved, in a form that other steps and the controller understand.
@@ -105,6 +110,9 @@ pub enum Fact {
         by: Vec<String>,
         /// What they saw: the plan's digest, and the digests of SQL shown before.
         evidence: Digest,
+        /// Their signatures; none if nobody has signed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed: Option<Box<Signed>>,
     },
     /// The release that was active before the rollout.
     PreviousRelease {
@@ -147,6 +155,31 @@ pub enum Fact {
         /// The value, in words.
         value: String,
     },
+}
+
+impl Fact {
+    /// Whether later orders may carry it: then its host signs it.
+    pub fn may_be_bound(&self) -> bool {
+        matches!(
+            self,
+            Self::Backup { .. }
+                | Self::BackupVerified { .. }
+                | Self::Fenced { .. }
+                | Self::Revision { .. }
+                | Self::SqlPlan { .. }
+                | Self::Rows { .. }
+        )
+    }
+
+    /// As orders carry it: of SQL the digest is what binds; the text was for people.
+    #[must_use]
+    pub fn as_bound(&self) -> Self {
+        let mut fact = self.clone();
+        if let Self::SqlPlan { sql, .. } = &mut fact {
+            sql.clear();
+        }
+        fact
+    }
 }
 
 /// The largest fact in its JSON form, in bytes: it fits into a report with room for the rest.

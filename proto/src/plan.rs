@@ -35,6 +35,10 @@ pub struct CompiledPlan {
     pub plan: String,
     /// Licenses one rollout, for ever. Made when the plan is compiled.
     pub serial: u64,
+    /// The fleet that it is for; empty in a plan that is not meant to be sealed. Hosts that ask
+    /// for a seal name theirs, so that a plan of another fleet does not run there.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub fleet_name: String,
     /// No agent takes an order of it before.
     pub not_before: Timestamp,
     /// No agent takes an order of it afterwards, but those that undo.
@@ -312,6 +316,21 @@ impl Phase {
     }
 }
 
+/// The longest name of a fleet.
+const MAX_FLEET_NAME: usize = 64;
+
+/// Whether a fleet can have this name: 1 to 64 letters, digits, `-`, `_` and `.`.
+pub fn check_fleet_name(name: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > MAX_FLEET_NAME || !name.chars().all(plain) {
+        let name = name.escape_debug();
+        return Err(format!(
+            "`{name}` is no name of a fleet: 1 to {MAX_FLEET_NAME} letters, digits, `-`, `_`, `.`"
+        ));
+    }
+    Ok(())
+}
+
 impl CompiledPlan {
     /// The phase with this number; the number after the last is the checks after a rollback.
     pub fn phase(&self, index: u16) -> Option<&Phase> {
@@ -371,6 +390,9 @@ impl CompiledPlan {
     /// What the types cannot say: whoever handles an opened plan may rely on it. An error says
     /// what is wrong, for people who write compiled plans with other tools.
     pub(crate) fn check(&self) -> Result<(), String> {
+        if !self.fleet_name.is_empty() {
+            check_fleet_name(&self.fleet_name)?;
+        }
         let phases = self.phases.iter().chain(&self.after_rollback);
         if self.phases.len() >= usize::from(u16::MAX) {
             return Err("it has too many phases".into());

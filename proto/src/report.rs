@@ -59,6 +59,10 @@ pub enum ReportBody {
         facts: Vec<Fact>,
         /// How long it ran.
         took: Period,
+        /// For each fact the host's signature in hexadecimal, empty for those that are not signed;
+        /// none at all if none is.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        signatures: Vec<String>,
     },
     /// The host's state, asked for at the end of a rollback.
     Surveyed {

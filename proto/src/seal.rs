@@ -1,7 +1,38 @@
-//! The seal of a compiled plan: its canonical bytes and their digest.
+//! The seal of a compiled plan: its canonical bytes, their digest, and what people sign.
+//!
+//! People sign the line `<digest>` with SSH keys, for [`NAMESPACE`]; `trust` holds such signatures
+//! against keys.
 
 use crate::ids::PlanDigest;
 use crate::plan::{CompiledPlan, FORMAT, MAX_PLAN_BYTES};
+
+/// What signatures of plans are for, in SSH's sense.
+pub const NAMESPACE: &str = "lockstep-plan";
+
+/// The greatest number of signatures on one plan.
+pub const MAX_SIGNATURES: usize = 16;
+
+/// The largest armoured signature, in bytes. One of a hardware token has about 500.
+pub const MAX_SIGNATURE_BYTES: usize = 2 << 10;
+
+/// What people sign to seal the plan with this digest.
+pub fn message(digest: PlanDigest) -> String {
+    format!("{digest}\n")
+}
+
+/// Refuses more signatures, or larger ones, than anybody would send.
+pub fn check_size(signatures: &[impl AsRef<[u8]>]) -> Result<(), String> {
+    if signatures.len() > MAX_SIGNATURES {
+        return Err(format!("a plan has at most {MAX_SIGNATURES} signatures"));
+    }
+    let large = |signature: &&_| AsRef::<[u8]>::as_ref(*signature).len() > MAX_SIGNATURE_BYTES;
+    if signatures.iter().any(|signature| large(&signature)) {
+        return Err(format!(
+            "a signature has at most {MAX_SIGNATURE_BYTES} bytes"
+        ));
+    }
+    Ok(())
+}
 
 /// A compiled plan together with the bytes that its digest is of. There is no other way to have
 /// one than [`seal`] and [`open`], so the three always agree.
@@ -110,6 +141,7 @@ mod tests {
             format: FORMAT,
             plan: "p".into(),
             serial: 1,
+            fleet_name: String::new(),
             not_before: Timestamp(0),
             expires: Timestamp(9),
             deadline: Period::seconds(60),

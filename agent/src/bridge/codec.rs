@@ -50,12 +50,14 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
                 plan,
                 epoch,
                 dry_run,
+                signatures,
             } = offer;
             down(Down::Offer(agent::Offer {
                 rollout: rollout.into(),
                 plan_digest: plan.0.to_vec().into(),
                 epoch: Some(epoch.into()),
                 dry_run,
+                signatures: signatures.into_iter().map(Into::into).collect(),
             }))
         }
         Inbound::Order(order) => down(Down::Order(Order::clone(&order).into())),

@@ -97,21 +97,35 @@ pub(crate) fn check_time(plan: &CompiledPlan, wall: Timestamp) -> Result<(), Str
     Ok(())
 }
 
+/// The steps that are meant for a host with these labels and variables.
+pub(super) fn steps_of(
+    plan: &CompiledPlan,
+    labels: &BTreeMap<String, String>,
+    vars: &BTreeMap<String, String>,
+) -> Result<Vec<HeldStep>, String> {
+    let steps = plan.steps_for(labels);
+    steps.map(|placed| held_step(&placed, vars)).collect()
+}
+
 fn review_step(
     placed: &Placed<'_>,
     config: &Config,
     policy: &Policy,
 ) -> Result<HeldStep, Vec<String>> {
-    let action =
-        put_in_variables(&placed.step.action, &config.vars).map_err(|reason| vec![reason])?;
-    let mut reasons = missing_names(&action, config);
-    reasons.extend(policy.check(&action).err());
-    if !reasons.is_empty() {
-        return Err(reasons);
+    let step = held_step(placed, &config.vars).map_err(|reason| vec![reason])?;
+    let mut reasons = missing_names(&step.action, config);
+    reasons.extend(policy.check(&step.action).err());
+    if reasons.is_empty() {
+        Ok(step)
+    } else {
+        Err(reasons)
     }
+}
+
+fn held_step(placed: &Placed<'_>, vars: &BTreeMap<String, String>) -> Result<HeldStep, String> {
     Ok(HeldStep {
         at: placed.at,
-        action,
+        action: put_in_variables(&placed.step.action, vars)?,
         timeout: placed.step.timeout,
         undo: placed.step.undo,
         line: placed.step.line,
@@ -252,6 +266,7 @@ pub(super) mod tests {
             format: FORMAT,
             plan: "p".into(),
             serial: 1,
+            fleet_name: String::new(),
             not_before: Timestamp(1_000_000),
             expires: Timestamp(2_000_000),
             deadline: Period::seconds(60),

@@ -20,6 +20,7 @@ use lockstep_proto::values::Timestamp;
 
 use super::admit;
 use super::consent::HeldStep;
+use super::licences::Licences;
 use super::policy::Begun;
 use crate::faults::planted;
 use crate::journal::{Position, Record, Seen};
@@ -50,6 +51,11 @@ pub(crate) struct Memory {
     pub(crate) outstanding: VecDeque<(u64, Position)>,
     /// Attempts that the policy's rates count.
     pub(crate) begun: Begun,
+    /// The serials of sealed plans.
+    pub(crate) licences: Licences,
+    /// How many reports a controller has of which this journal knows fewer: then no order is
+    /// taken.
+    pub(crate) quarantined: Option<u64>,
 }
 
 /// The hold for a rollout, with what happened in it.
@@ -163,10 +169,25 @@ impl Memory {
             }
             Record::Released { rollout } => {
                 self.hold.take_if(|hold| hold.rollout == *rollout);
-                if self.released.len() == RELEASED {
-                    self.released.pop_front();
+                self.end(rollout.clone());
+            }
+            Record::Licensed { of, rollout } => self.licences.license(of, rollout),
+            Record::Quarantined { acknowledged } => self.quarantined = Some(*acknowledged),
+            Record::Anchored {
+                floor: _,
+                raised,
+                instance,
+            } => {
+                self.licences.raise(&raised.fleet, &raised.serials);
+                if let Some(hold) = self.hold.take() {
+                    self.end(hold.rollout);
                 }
-                self.released.push_back(rollout.clone());
+                if let Some((_, own)) = &mut self.opened {
+                    *own = instance.clone();
+                }
+                (self.last_report, self.acknowledged) = (0, 0);
+                self.outstanding.clear();
+                self.quarantined = None;
             }
             Record::Intent(intent) => {
                 if let Some(counted) = &intent.counted {
@@ -190,6 +211,15 @@ impl Memory {
                 }
             }
         }
+    }
+
+    /// A rollout has ended here, for ever.
+    fn end(&mut self, rollout: RolloutId) {
+        self.licences.end(&rollout);
+        if self.released.len() == RELEASED {
+            self.released.pop_front();
+        }
+        self.released.push_back(rollout);
     }
 
     fn apply_report(&mut self, position: Position, number: u64, body: &ReportBody) {
@@ -360,6 +390,13 @@ impl Hold {
             .get(&key.at)?
             .iter()
             .find(|a| a.direction == key.direction && a.number == key.attempt)
+    }
+
+    /// Whether a step after this place has begun.
+    pub(crate) fn has_begun_after(&self, at: StepRef) -> bool {
+        let began = |attempt: &Attempt| attempt.began.is_some();
+        let mut later = self.attempts.range(at..).filter(|(later, _)| **later > at);
+        later.any(|(_, attempts)| attempts.iter().any(began))
     }
 
     /// The attempts that began and have no outcome.

@@ -111,6 +111,7 @@ impl Agent {
             key: key.clone(),
             outcome,
             facts: vec![],
+            signatures: vec![],
             took: Period(1),
         };
         self.write(Record::Report { number, body });
@@ -400,6 +401,7 @@ fn what_nothing_can_prove_is_not_tried_again() {
                 done,
                 by: "olga".into(),
             },
+            signature: None,
         };
         again.bindings = vec![word(true)];
         refusal(agent.decide(&again));

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey, StepRef};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
+use lockstep_proto::sshsig::SigningKey;
 use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::{Hello, PROTOCOL_VERSIONS, Welcome};
 use lockstep_proto::witness::Head;
@@ -36,9 +37,13 @@ use crate::watchdog::{Due, beat};
 
 mod admit;
 mod ahead;
+mod anchor;
+mod approvals;
 mod attend;
 mod consent;
+mod evidence;
 mod explain;
+mod licences;
 mod machine;
 mod offers;
 mod orders;
@@ -49,9 +54,12 @@ mod runner;
 mod seam;
 mod tail;
 
+pub(crate) use anchor::{AnchorError, Anchored, anchor};
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
+pub(crate) use evidence::own_key;
 pub(crate) use explain::explain;
+pub(crate) use licences::{Raised, Serial};
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
 pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
@@ -91,6 +99,9 @@ pub(crate) enum ExecError {
         /// The domain in the certificate.
         certificate: String,
     },
+    /// The host's own key cannot be had.
+    #[error("cannot read or make the host's own key, `evidence.key` in the state directory")]
+    Key(#[source] std::io::Error),
     /// The operating system refused.
     #[error("cannot find out how to start step processes")]
     Runner(#[source] std::io::Error),
@@ -121,7 +132,7 @@ enum Event {
 /// What the host's state was gathered for.
 #[derive(Debug)]
 enum Gathered {
-    Consent(Offer, HeldPlan),
+    Consent(Box<(Offer, HeldPlan)>),
     Survey(lockstep_proto::ids::RolloutId),
 }
 
@@ -172,13 +183,15 @@ struct Preparing {
 #[derive(Debug)]
 pub(crate) struct Exec {
     host: Rc<Host>,
+    /// The host signs with it what its steps prove.
+    key: SigningKey,
     instance: InstanceId,
     journal: Journal,
     memory: Memory,
     /// The steps of the rollout that the host holds itself for.
     held: Option<HeldPlan>,
-    /// The steps of the last plan that was looked at in a dry run.
-    looked_at: Option<(lockstep_proto::ids::PlanDigest, HeldPlan)>,
+    /// The steps of the plans that were offered for dry runs, the newest first.
+    looked_at: Vec<(lockstep_proto::ids::PlanDigest, HeldPlan)>,
     session: Option<Session>,
     /// Offers whose plan has not arrived.
     awaiting_plan: Vec<Offer>,
@@ -234,6 +247,8 @@ impl Exec {
             config: config.clone(),
             logs,
         });
+        evidence::remove_left_over(state);
+        let key = own_key(state).map_err(ExecError::Key)?;
         // Nobody awaits what an earlier daemon was probing for a dry run.
         remove_left_over(&config.run_dir, |of| of.direction == Direction::Probe);
         // A rollout that has ended leaves nothing, even if its end was cut short.
@@ -242,7 +257,7 @@ impl Exec {
         plans::remove_left_over(state, held_for);
         crate::identity::remove_left_over(&config.run_dir);
         let held = memory.hold.as_ref().and_then(|hold| {
-            HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps)
+            HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps, hold.plan)
                 .inspect_err(|error| {
                     tracing::error!(%error, rollout = %hold.rollout, "the steps that this host \
                         consented to cannot be read; its orders are refused");
@@ -261,11 +276,12 @@ impl Exec {
         );
         Ok(Self {
             host,
+            key,
             instance,
             journal,
             memory,
             held,
-            looked_at: None,
+            looked_at: vec![],
             session: None,
             awaiting_plan: vec![],
             considering: vec![],
@@ -422,6 +438,12 @@ impl Exec {
         }
         if welcome.acknowledged > self.memory.last_report {
             // INV-2: a loss is detected, never silent.
+            if self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
+                self.quarantine(welcome.acknowledged)?;
+            }
+            if self.is_quarantined() {
+                return Ok(());
+            }
             self.refuse_session(format!(
                 "the controller has {} reports of this agent, its journal has {}: the state \
                  directory was put back to an earlier time, and what was done since is not known \
@@ -482,6 +504,9 @@ impl Exec {
     /// Whether a controller of this term may be obeyed; a higher term is durable when this
     /// returns (INV-4).
     fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
+        if self.is_quarantined() {
+            return Ok(false);
+        }
         if let Err(why) = self.memory.check_epoch(epoch) {
             self.refuse_session(why);
             return Ok(false);
@@ -544,9 +569,11 @@ impl Exec {
     }
 
     fn numbered(&self, body: ReportBody) -> Record {
+        let mut body = report::fit(body);
+        evidence::sign(&self.key, &mut body);
         Record::Report {
             number: self.memory.last_report + 1,
-            body: report::fit(body),
+            body,
         }
     }
 
@@ -572,6 +599,7 @@ impl Exec {
             key,
             outcome,
             facts,
+            signatures: vec![],
             took,
         })
     }

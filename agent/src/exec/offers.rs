@@ -10,9 +10,10 @@ use lockstep_proto::report::{Failure, HOLDS_NOT, Refusal, ReportBody};
 use lockstep_proto::seal::SealedPlan;
 use serde_json::Value;
 
+use super::approvals::Gates;
 use super::attend::{Host, wall_clock};
 use super::consent;
-use super::plans::{self, HeldPlan};
+use super::plans::{self, HeldPlan, HeldSeal};
 use super::{Event, Exec, ExecError, Gathered, Offer, Outbound};
 use crate::actions;
 use crate::journal::{AppendError, Held, Need, Record};
@@ -29,7 +30,9 @@ impl Exec {
         let mut considered = self.considering.iter_mut();
         if let Some(considered) = considered.find(|other| other.rollout == offer.rollout) {
             // Said again, perhaps by a successor: then the answer is for that one.
-            if (considered.plan, considered.dry_run) == (offer.plan, offer.dry_run) {
+            if (considered.plan, considered.dry_run) == (offer.plan, offer.dry_run)
+                && considered.signatures == offer.signatures
+            {
                 considered.epoch = offer.epoch;
             }
             return Ok(());
@@ -86,7 +89,8 @@ impl Exec {
             .extract_if(.., |offer| offer.plan == digest);
         let offers: Vec<Offer> = waiting.collect();
         let stored = content.and_then(|bytes| {
-            plans::store(&self.host.config.state_dir, digest, &bytes)
+            let held = self.memory.hold.as_ref().map(|hold| hold.plan);
+            plans::store(&self.host.config.state_dir, digest, &bytes, held)
                 .map_err(|error| crate::errors::chain(&error))
         });
         for offer in offers {
@@ -102,30 +106,60 @@ impl Exec {
     }
 
     /// Holds a plan against the host's configuration and policy.
-    pub(super) fn review(&self, plan: &SealedPlan) -> Result<HeldPlan, Vec<Refusal>> {
+    pub(super) fn review(
+        &self,
+        offer: &Offer,
+        plan: &SealedPlan,
+    ) -> Result<HeldPlan, Vec<Refusal>> {
         let policy = self.policy().map_err(|why| {
             vec![whole(format!(
                 "{why}; until it is repaired nothing is allowed"
             ))]
         })?;
-        let steps = consent::review(plan.plan(), &self.host.config, &policy, wall_clock())?;
-        Ok(HeldPlan {
-            expires: plan.plan().expires,
-            steps,
-        })
+        let config = &self.host.config;
+        let compiled = plan.plan();
+        let held = HeldPlan {
+            expires: compiled.expires,
+            steps: vec![],
+            seal: (!offer.signatures.is_empty()).then(|| HeldSeal {
+                of: plans::serial_of(compiled),
+                signatures: offer.signatures.clone(),
+                labels: config.labels.clone(),
+                vars: config.vars.clone(),
+            }),
+            gates: Some(Gates::of(compiled)),
+        };
+        let mut refusals = vec![];
+        if let Some(seal) = policy.trust().seal() {
+            let of = plans::serial_of(compiled);
+            let sealed = seal.check(&of.fleet, plan.digest(), &offer.signatures);
+            let licensed = || self.memory.licences.check(&of, &offer.rollout);
+            refusals.extend(sealed.and_then(|_| licensed()).err().map(whole));
+        }
+        match consent::review(compiled, config, &policy, wall_clock()) {
+            Ok(steps) if refusals.is_empty() => Ok(HeldPlan { steps, ..held }),
+            Ok(_) => Err(refusals),
+            Err(others) => {
+                refusals.extend(others);
+                Err(refusals)
+            }
+        }
     }
 
     fn consider(&mut self, offer: Offer, plan: &SealedPlan) -> Result<(), ExecError> {
-        let held = match self.review(plan) {
+        let held = match self.review(&offer, plan) {
             Ok(held) => held,
             Err(refusals) => return self.decline(offer.rollout, refusals),
         };
         if offer.dry_run {
-            self.looked_at = Some((offer.plan, held.clone()));
+            self.looked_at.retain(|(digest, _)| *digest != offer.plan);
+            self.looked_at.truncate(AWAITING - 1);
+            self.looked_at.insert(0, (offer.plan, held.clone()));
         }
         self.considering.push(offer.clone());
         let rollout = offer.rollout.clone();
-        self.gather(Gathered::Consent(offer, held.clone()), rollout, held);
+        let purpose = Gathered::Consent(Box::new((offer, held.clone())));
+        self.gather(purpose, rollout, held);
         Ok(())
     }
 
@@ -143,7 +177,10 @@ impl Exec {
         state: Result<Vec<Fact>, Failure>,
     ) -> Result<(), ExecError> {
         match purpose {
-            Gathered::Consent(offer, held) => self.conclude(offer, &held, state),
+            Gathered::Consent(of) => {
+                let (offer, held) = *of;
+                self.conclude(offer, &held, state)
+            }
             Gathered::Survey(rollout) => {
                 let state = state.unwrap_or_else(|failure| vec![not_surveyed(&failure.message)]);
                 self.report(ReportBody::Surveyed { rollout, state })
@@ -164,6 +201,7 @@ impl Exec {
             // The newest that it was made in is kept with those that are considered.
             epoch: _,
             dry_run,
+            signatures: _,
         } = offer;
         let mut considered = self.considering.iter();
         let Some(index) = considered.position(|other| other.rollout == rollout) else {
@@ -211,6 +249,10 @@ impl Exec {
             Ok(steps) => steps,
             Err(error) => return self.decline(rollout, full(&error)),
         };
+        let licence = match self.licence(held, &rollout) {
+            Ok(licence) => licence,
+            Err(why) => return self.decline(rollout, vec![whole(why)]),
+        };
         let hold = Record::Held(Held {
             rollout: rollout.clone(),
             plan,
@@ -218,7 +260,8 @@ impl Exec {
             log_offsets: log_offsets(held),
         });
         let report = self.numbered(consented);
-        match self.commit(vec![hold, report], Need::Opens) {
+        let records = licence.into_iter().chain([hold, report]).collect();
+        match self.commit(records, Need::Opens) {
             Ok(()) => {
                 tracing::info!(%rollout, plan = %plan.short(), "consented");
                 self.held = Some(held.clone());
@@ -229,6 +272,19 @@ impl Exec {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// The record that a serial licenses this rollout, where the host asks for sealed plans. The
+    /// policy, or what was licensed, may have changed since the plan was reviewed.
+    fn licence(&self, held: &HeldPlan, rollout: &RolloutId) -> Result<Option<Record>, String> {
+        let (Some(seal), true) = (&held.seal, self.is_sealed()) else {
+            return Ok(None);
+        };
+        self.memory.licences.check(&seal.of, rollout)?;
+        Ok(Some(Record::Licensed {
+            of: seal.of.clone(),
+            rollout: rollout.clone(),
+        }))
     }
 
     fn decline(&mut self, rollout: RolloutId, refusals: Vec<Refusal>) -> Result<(), ExecError> {

@@ -1,20 +1,23 @@
 //! Orders, from the decision to the report; cancelling; the end of a rollout.
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Direction, Epoch, RolloutId, StepKey};
+use lockstep_proto::ids::{Direction, Epoch, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
+use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
 use super::ahead::{self, Earlier};
+use super::approvals::{self, Asked};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
+use super::evidence;
 use super::machine::{Begin, Decision, Now, check_freshness, refused};
 use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
-use super::{Event, Exec, ExecError, Preparing};
+use super::{Event, Exec, ExecError, Offer, Preparing};
 use crate::actions::{self, Probe};
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
@@ -118,20 +121,68 @@ impl Exec {
             .find(|step| step.at == order.key.at)
             .expect("decided to begin a step of this host");
         if order.key.direction != Direction::Undo {
-            self.check_allowed(held.expires, &step.action)?;
+            self.check_allowed(held, order.plan, &step.action)?;
+            self.check_approved(held, order, &step.action)?;
         }
+        self.check_bindings(order)?;
         Ok(step)
     }
 
     /// Refuses what was allowed when the plan was offered, and is not any more.
-    fn check_allowed(&self, expires: Timestamp, action: &Action) -> Result<(), Failure> {
-        check_expiry(expires, self.session.as_ref().map(super::Session::now))?;
+    fn check_allowed(
+        &self,
+        held: &HeldPlan,
+        plan: PlanDigest,
+        action: &Action,
+    ) -> Result<(), Failure> {
+        check_expiry(held.expires, self.session.as_ref().map(super::Session::now))?;
         let policy = self
             .policy()
             .map_err(|why| refused(why, "repair it first"))?;
-        policy
-            .check(action)
-            .map_err(|why| refused(why, "the policy was changed after this host had consented"))
+        let changed = "the policy was changed after this host had consented";
+        held.check_seal(&policy, plan)
+            .and_then(|()| policy.check(action))
+            .map_err(|why| refused(why, changed))
+    }
+
+    /// Refuses what people have not approved, where the host asks for their signatures.
+    fn check_approved(
+        &self,
+        held: &HeldPlan,
+        order: &Order,
+        action: &Action,
+    ) -> Result<(), Failure> {
+        let policy = self
+            .policy()
+            .map_err(|why| refused(why, "repair it first"))?;
+        let Some(approvers) = policy.trust().approvers() else {
+            return Ok(());
+        };
+        let hold = self.memory.hold.as_ref();
+        let asked = Asked {
+            host: &self.host.config.host,
+            order,
+            action,
+            now: wall_clock(),
+            begun_after: &|gate| hold.is_some_and(|hold| hold.has_begun_after(gate)),
+        };
+        approvals::check(held.gates.as_ref(), approvers, &asked)
+            .map_err(|why| refused(why, "whose signatures count stands in the host's policy"))
+    }
+
+    /// Refuses facts that nobody has signed, where the host asks for that; also of an undo, which
+    /// may bring back what a fact names.
+    fn check_bindings(&self, order: &Order) -> Result<(), Failure> {
+        let policy = self
+            .policy()
+            .map_err(|why| refused(why, "repair it first"))?;
+        let own = (&self.host.config.host, &self.key.public());
+        evidence::check(&policy, own, order).map_err(|why| {
+            refused(
+                why,
+                "`bindings` in the host's policy says whose facts it takes",
+            )
+        })
     }
 
     pub(super) fn policy(&self) -> Result<Policy, String> {
@@ -371,29 +422,38 @@ impl Exec {
         Ok(())
     }
 
+    fn review_again(&self, order: &Order, plan: &SealedPlan) -> Result<HeldPlan, Failure> {
+        let offer = Offer {
+            rollout: order.key.rollout.clone(),
+            plan: order.plan,
+            epoch: order.epoch,
+            dry_run: true,
+            signatures: vec![],
+        };
+        self.review(&offer, plan).map_err(|refusals| {
+            let reasons: Vec<String> = refusals.into_iter().map(|r| r.reason).collect();
+            refused(
+                reasons.join("; "),
+                "offer the plan again for the whole list",
+            )
+        })
+    }
+
     /// The step that a dry run asks about, and what the plan does before it.
-    fn step_to_look_at(&mut self, order: &Order) -> Result<(HeldStep, Vec<Earlier>), Failure> {
+    fn step_to_look_at(&self, order: &Order) -> Result<(HeldStep, Vec<Earlier>), Failure> {
         let plan = plans::load(&self.host.config.state_dir, order.plan).ok_or_else(|| {
             refused(
                 "this host does not have the plan",
                 "offer it first, as a dry run",
             )
         })?;
-        let known = self
-            .looked_at
-            .as_ref()
-            .is_some_and(|(digest, _)| *digest == order.plan);
-        if !known {
-            let held = self.review(&plan).map_err(|refusals| {
-                let reasons: Vec<String> = refusals.into_iter().map(|r| r.reason).collect();
-                refused(
-                    reasons.join("; "),
-                    "offer the plan again for the whole list",
-                )
-            })?;
-            self.looked_at = Some((order.plan, held));
-        }
-        let (_, held) = self.looked_at.as_ref().expect("filled above");
+        let known = |(digest, _): &&(PlanDigest, HeldPlan)| *digest == order.plan;
+        let held = match self.looked_at.iter().find(known) {
+            Some((_, held)) => held.clone(),
+            // Offered before the agent was restarted. Signatures came with the offer: a host that
+            // asks for them wants it again.
+            None => self.review_again(order, &plan)?,
+        };
         let step = held
             .steps
             .iter()
@@ -407,7 +467,7 @@ impl Exec {
                     "the labels that decide it are in the host's own agent.toml",
                 )
             })?;
-        self.check_allowed(held.expires, &step.action)?;
+        self.check_allowed(&held, order.plan, &step.action)?;
         let earlier = ahead::earlier(plan.plan(), &held.steps, step.at);
         Ok((step.clone(), earlier))
     }

@@ -2,15 +2,20 @@
 //! host consented to, with its own variables put in. Later changes of the host's configuration do
 //! not change what was consented to.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{Digest, PlanDigest, RolloutId};
+use lockstep_proto::plan::CompiledPlan;
 use lockstep_proto::seal::{self, InvalidPlan, SealedPlan};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::consent::HeldStep;
+use super::approvals::Gates;
+use super::consent::{self, HeldStep};
+use super::licences::Serial;
+use super::policy::Policy;
 use crate::faults::reached;
 use crate::identity::replace_file;
 
@@ -24,6 +29,34 @@ pub(crate) struct HeldPlan {
     pub(crate) expires: Timestamp,
     /// The steps meant for this host.
     pub(crate) steps: Vec<HeldStep>,
+    /// The seal that came with the plan; none if it has no signatures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) seal: Option<HeldSeal>,
+    /// The plan's gates; none from an agent that did not keep them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gates: Option<Gates>,
+}
+
+/// The seal that came with a plan, and what is needed to find its steps in it again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct HeldSeal {
+    /// Fleet, name and serial of the plan.
+    pub(crate) of: Serial,
+    /// Armoured.
+    pub(crate) signatures: Vec<String>,
+    /// The host's labels at the time of its consent.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// Its variables.
+    pub(crate) vars: BTreeMap<String, String>,
+}
+
+/// Fleet, name and serial of a plan.
+pub(crate) fn serial_of(plan: &CompiledPlan) -> Serial {
+    Serial {
+        fleet: plan.fleet_name.clone(),
+        plan: plan.plan.clone(),
+        number: plan.serial,
+    }
 }
 
 /// Where plans are kept.
@@ -47,14 +80,15 @@ pub(crate) fn load(state_dir: &Path, digest: PlanDigest) -> Option<SealedPlan> {
         .ok()
 }
 
-/// Checks and keeps a compiled plan that has arrived.
+/// Checks and keeps a compiled plan that has arrived. `held` is kept whatever else is offered.
 pub(crate) fn store(
     state_dir: &Path,
     digest: PlanDigest,
     bytes: &[u8],
+    held: Option<PlanDigest>,
 ) -> Result<SealedPlan, StoreError> {
     let sealed = seal::open_expecting(bytes, digest)?;
-    forget_old(state_dir)?;
+    forget_old(state_dir, held)?;
     replace_file(&compiled(state_dir, digest), bytes)?;
     Ok(sealed)
 }
@@ -70,10 +104,12 @@ pub(crate) enum StoreError {
     Io(#[from] io::Error),
 }
 
-fn forget_old(state_dir: &Path) -> io::Result<()> {
+fn forget_old(state_dir: &Path, held: Option<PlanDigest>) -> io::Result<()> {
+    let held = held.map(|digest| compiled(state_dir, digest));
     let mut plans: Vec<_> = std::fs::read_dir(dir(state_dir))?
         .flatten()
         .filter(|entry| !entry.file_name().to_string_lossy().contains(".steps."))
+        .filter(|entry| Some(entry.path()) != held)
         .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
         .collect();
     plans.sort();
@@ -92,18 +128,50 @@ impl HeldPlan {
         Ok(Digest::of(&text))
     }
 
-    /// Reads what was kept, if it is still the same.
+    /// Reads what was kept, if it is still the same. If its steps are not those of the plan that
+    /// was sealed, it has no seal: then they can only be undone where a seal is asked for.
     pub(crate) fn read(
         state_dir: &Path,
         rollout: &RolloutId,
         expected: Digest,
+        plan: PlanDigest,
     ) -> io::Result<Self> {
         let path = held(state_dir, rollout);
         let text = std::fs::read(&path)?;
         if Digest::of(&text) != expected {
             return Err(io::Error::other(format!("{} was changed", path.display())));
         }
-        serde_json::from_slice(&text).map_err(io::Error::other)
+        let mut held: Self = serde_json::from_slice(&text).map_err(io::Error::other)?;
+        if held.seal.is_some() && !held.is_of(state_dir, plan) {
+            tracing::error!(%rollout, plan = %plan.short(), "the plan that this host consented to \
+                cannot be read, or its steps are others: they count as not sealed");
+            held.seal = None;
+        }
+        Ok(held)
+    }
+
+    /// Refuses a plan that is not sealed as the host's policy asks for now.
+    pub(super) fn check_seal(&self, policy: &Policy, plan: PlanDigest) -> Result<(), String> {
+        let Some(asked) = policy.trust().seal() else {
+            return Ok(());
+        };
+        match &self.seal {
+            Some(seal) => asked.check(&seal.of.fleet, plan, &seal.signatures),
+            None => asked.check(asked.fleet(), plan, &[]),
+        }?;
+        Ok(())
+    }
+
+    /// Whether these are the steps of a plan that is on the disk.
+    fn is_of(&self, state_dir: &Path, plan: PlanDigest) -> bool {
+        let (Some(seal), Some(sealed)) = (&self.seal, load(state_dir, plan)) else {
+            return false;
+        };
+        let plan = sealed.plan();
+        let steps = consent::steps_of(plan, &seal.labels, &seal.vars);
+        plan.expires == self.expires
+            && seal.of == serial_of(plan)
+            && steps == Ok(self.steps.clone())
     }
 
     /// Forgets what was kept for a rollout that has ended.

@@ -29,6 +29,7 @@
 //!
 //! `per_hour` and `windows` limit how often and when a rule allows ([`limits`]); `deny` holds for
 //! what has another name on this host, too ([`names`]).
+//! Whose signatures the host asks for stands there, too: see [`trust`].
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
@@ -45,6 +46,7 @@ mod limits;
 mod matching;
 mod names;
 mod rule;
+pub(crate) mod trust;
 mod url;
 
 use limits::Limits;
@@ -52,6 +54,7 @@ pub(crate) use limits::{Begun, Counted, Moment, parse_utc, utc};
 use matching::glob;
 use names::Names;
 use rule::{Rule, SECRET, Written, rule_for, values_of};
+use trust::{Trust, Word, WrittenApprover, WrittenEvidence, WrittenSeal, WrittenTrust};
 
 /// Stands for an argument that the plan leaves out.
 const DEFAULT: &str = "(default)";
@@ -112,6 +115,16 @@ struct File {
     allow: Vec<Written>,
     #[serde(default)]
     deny: Vec<Written>,
+    #[serde(default)]
+    seal: Option<WrittenSeal>,
+    #[serde(default)]
+    approvals: Word,
+    #[serde(default)]
+    approver: Vec<WrittenApprover>,
+    #[serde(default)]
+    bindings: Word,
+    #[serde(default)]
+    evidence: Vec<WrittenEvidence>,
 }
 
 #[derive(Debug, Default)]
@@ -129,6 +142,7 @@ pub(crate) struct Policy {
     /// Where each line of the file begins, in bytes.
     lines: Vec<usize>,
     names: Names,
+    trust: Trust,
 }
 
 impl Policy {
@@ -151,21 +165,35 @@ impl Policy {
         Self::parse(path, &text)
     }
 
-    fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
+    pub(super) fn parse(path: &Path, text: &str) -> Result<Self, PolicyError> {
         let path = path.to_owned();
-        let File { allow, deny } = toml::from_str(text).map_err(|source| PolicyError::Parse {
+        let File {
+            allow,
+            deny,
+            seal,
+            approvals,
+            approver,
+            bindings,
+            evidence,
+        } = toml::from_str(text).map_err(|source| PolicyError::Parse {
             path: path.clone(),
             source: Box::new(source),
         })?;
+        let trust = WrittenTrust {
+            seal,
+            approvals,
+            approver,
+            bindings,
+            evidence,
+        };
         let rules = || {
             let allow = allow.into_iter().map(Written::allow);
             let allow = allow.collect::<Result<_, _>>()?;
             let deny = deny.into_iter().map(Written::deny);
             let deny = deny.collect::<Result<_, _>>()?;
-            Ok(Rules { allow, deny })
+            Ok((Rules { allow, deny }, trust.check()?))
         };
-        let rules = rules();
-        let rules = rules.map_err(|(at, why)| PolicyError::Rule {
+        let (rules, trust) = rules().map_err(|(at, why)| PolicyError::Rule {
             path: path.clone(),
             line: text[..at].matches('\n').count() + 1,
             why,
@@ -178,7 +206,13 @@ impl Policy {
                 .chain(text.match_indices('\n').map(|(at, _)| at + 1))
                 .collect(),
             names: Names::default(),
+            trust,
         })
+    }
+
+    /// Whose signatures the host asks for.
+    pub(crate) fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// Whether there is a file.

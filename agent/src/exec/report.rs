@@ -1,5 +1,6 @@
 //! Reports that fit: a journal's value has 32 KiB, a report 30.
 
+use lockstep_proto::evidence::SIGNATURE_DIGITS;
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::{Fact, MAX_FACTS};
 use lockstep_proto::report::{Failure, MAX_REPORT_BYTES, Refusal, ReportBody, StepOutcome};
@@ -15,7 +16,7 @@ pub(crate) fn fit(mut body: ReportBody) -> ReportBody {
     if let Some(facts) = facts_mut(&mut body) {
         limit_number(facts);
     }
-    while size(&body) > MAX_REPORT_BYTES {
+    while size(&body) + room_to_sign(&mut body) > MAX_REPORT_BYTES {
         if !shorten(&mut body) {
             break;
         }
@@ -25,6 +26,14 @@ pub(crate) fn fit(mut body: ReportBody) -> ReportBody {
 
 fn size(body: &ReportBody) -> usize {
     serde_json::to_vec(body).map_or(usize::MAX, |json| json.len())
+}
+
+/// What the signatures of its facts will take: each its digits, quotes and a comma.
+fn room_to_sign(body: &mut ReportBody) -> usize {
+    let facts = facts_mut(body).map(|facts| &facts[..]).unwrap_or_default();
+    let signed = facts.iter().filter(|fact| fact.may_be_bound()).count();
+    let name = r#","signatures":[]"#.len();
+    facts.len() * "\"\",".len() + signed * SIGNATURE_DIGITS + name
 }
 
 fn facts_mut(body: &mut ReportBody) -> Option<&mut Vec<Fact>> {
@@ -169,6 +178,7 @@ mod tests {
             },
             outcome,
             facts,
+            signatures: vec![],
             took: Period(1),
         }
     }

@@ -48,12 +48,13 @@ impl Inbound {
         Ok(match message {
             Message::Acknowledged(number) => Self::Acknowledged(number),
             Message::Offer(offer) => {
-                let (rollout, plan, epoch, dry_run) = offer.into_parts()?;
+                let (rollout, plan, epoch, dry_run, signatures) = offer.into_parts()?;
                 Self::Offer(Offer {
                     rollout,
                     plan,
                     epoch,
                     dry_run,
+                    signatures,
                 })
             }
             Message::Order(order) => Self::Order(Box::new(order.into_order(host.clone())?)),
@@ -82,6 +83,8 @@ pub(crate) struct Offer {
     pub(crate) plan: PlanDigest,
     pub(crate) epoch: Epoch,
     pub(crate) dry_run: bool,
+    /// Armoured, as they came.
+    pub(crate) signatures: Vec<String>,
 }
 
 /// From exec to link.

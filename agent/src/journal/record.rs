@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::exec::Counted;
+use crate::exec::{Raised, Serial};
 use crate::step::LogMark;
 
 /// The version of this vocabulary. Readers refuse kinds of records that they do not know.
@@ -33,6 +34,29 @@ pub(crate) enum Record {
     Epoch(Epoch),
     /// The host holds itself for a rollout.
     Held(Held),
+    /// A serial of a sealed plan licenses a rollout here, for ever. Written together with the hold.
+    Licensed {
+        /// The serial.
+        of: Serial,
+        /// The rollout.
+        rollout: RolloutId,
+    },
+    /// The journal is older than what a controller has acknowledged: no order is taken until it is
+    /// anchored.
+    Quarantined {
+        /// How many reports the controller has.
+        acknowledged: u64,
+    },
+    /// People have signed which serials may come next. What was held before is over, and reports
+    /// are numbered anew, under another instance.
+    Anchored {
+        /// Digest of what they signed.
+        floor: Digest,
+        /// The lowest serials.
+        raised: Raised,
+        /// The instance from now on.
+        instance: InstanceId,
+    },
     /// The rollout has ended, and the hold with it.
     Released {
         /// The rollout.

@@ -11,7 +11,8 @@ use super::{Broken, Hash, JournalError, Link, Record, Scan, ScanError, genesis, 
 /// What is found in a journal.
 #[derive(Debug)]
 pub(crate) struct Verified {
-    /// The first record's content: format, domain and instance; none if there is no such record.
+    /// The first record's content: format, domain and instance, as it is now; none if there is no
+    /// such record.
     pub(crate) opened: Option<Record>,
     /// The last record that is what was written, with all before it; number 0 if there is none.
     pub(crate) last: (u64, Hash),
@@ -44,7 +45,13 @@ pub(crate) fn walk(
     let size = file.metadata().map_err(io_error("read", &path))?.len();
     let mut opened = None;
     let scan = Scan::run(&file, head.number(), &mut |link, record: Record| {
-        opened.get_or_insert_with(|| record.clone());
+        match (&record, &mut opened) {
+            // From here on it is another installation's.
+            (Record::Anchored { instance: new, .. }, Some(Record::Opened { instance, .. })) => {
+                instance.clone_from(new);
+            }
+            _ => _ = opened.get_or_insert_with(|| record.clone()),
+        }
         visit(link, record);
     });
     let (last, torn, broken) = match scan {

@@ -247,6 +247,7 @@ impl Bench {
         let bind = |fact| Binding {
             origin: origin.clone(),
             fact,
+            signature: None,
         };
         cx.bindings = facts.into_iter().map(bind).collect();
         cx

@@ -254,12 +254,22 @@ impl Controller {
             .insert(digest, plan.bytes().to_vec());
     }
 
+    /// The next agent to dial, welcomed by a controller that has all its reports.
+    pub(crate) async fn accept_all(&mut self, epoch: Epoch) -> Session {
+        self.welcome(epoch, |hello| hello.last_report).await
+    }
+
     /// The next agent to dial, welcomed.
     pub(crate) async fn accept(&mut self, epoch: Epoch, acknowledged: u64) -> Session {
+        self.welcome(epoch, |_| acknowledged).await
+    }
+
+    async fn welcome(&mut self, epoch: Epoch, acknowledged: impl Fn(&Hello) -> u64) -> Session {
         let (hello, ups, downs) = timeout(PATIENCE, self.sessions.recv())
             .await
             .expect("an agent dials")
             .unwrap();
+        let acknowledged = acknowledged(&hello);
         let session = Session {
             hello,
             ups,
@@ -303,22 +313,42 @@ impl Session {
     }
 
     pub(crate) async fn offer(&self, rollout: &RolloutId, plan: &SealedPlan, dry_run: bool) {
+        self.offer_signed(rollout, plan, vec![], dry_run).await;
+    }
+
+    pub(crate) async fn offer_signed(
+        &self,
+        rollout: &RolloutId,
+        plan: &SealedPlan,
+        signatures: Vec<String>,
+        dry_run: bool,
+    ) {
         self.send(down::Message::Offer(wire::Offer {
             rollout: rollout.to_string(),
             plan_digest: plan.digest().0.to_vec().into(),
             epoch: Some(self.epoch.into()),
             dry_run,
+            signatures: signatures.into_iter().map(Into::into).collect(),
         }))
         .await;
     }
 
     pub(crate) async fn order(&self, plan: &SealedPlan, key: &StepKey) {
+        self.order_with(plan, key, vec![]).await;
+    }
+
+    pub(crate) async fn order_with(
+        &self,
+        plan: &SealedPlan,
+        key: &StepKey,
+        bindings: Vec<Binding>,
+    ) {
         let order = Order {
             key: key.clone(),
             plan: plan.digest(),
             epoch: self.epoch,
             not_after: Timestamp(CLOCK + 60_000),
-            bindings: Vec::<Binding>::new(),
+            bindings,
         };
         self.send(down::Message::Order(order.into())).await;
     }
@@ -554,6 +584,7 @@ pub(crate) fn plan(actions: &[(&str, Value)]) -> SealedPlan {
         format: FORMAT,
         plan: "test".into(),
         serial: 1,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::from(u32::MAX) * 1000),
         deadline: Period::seconds(600),

@@ -50,6 +50,7 @@ fn build(filled: &Filled, serial: u64, now: Timestamp) -> CompiledPlan {
         format: FORMAT,
         plan: raw.plan.as_ref().expect(CHECKED).value.clone(),
         serial,
+        fleet_name: String::new(),
         not_before: now,
         expires: now.plus(expires),
         deadline: raw.deadline.as_ref().map_or(DEADLINE, |at| at.value),

@@ -615,6 +615,7 @@ impl Rollout {
             plan: self.plan.digest(),
             epoch,
             dry_run: self.dry_run,
+            signatures: Arc::clone(&self.signatures),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{
-    Digest, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
+    Digest, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepKey, StepRef,
 };
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
@@ -95,6 +95,8 @@ pub enum Call {
         plan: Arc<SealedPlan>,
         /// Only probe.
         dry_run: bool,
+        /// Armoured SSH signatures over the plan's digest.
+        signatures: Vec<String>,
     },
     /// Decide at a gate.
     Decide {
@@ -110,6 +112,8 @@ pub enum Call {
         items: Vec<u32>,
         /// A comment.
         comment: String,
+        /// A signed approval: until when it is good, and its armoured SSH signature.
+        signed: Option<(Timestamp, String)>,
     },
     /// Send nothing new.
     Pause {
@@ -139,6 +143,8 @@ pub enum Call {
         done: bool,
         /// How that is known.
         reason: String,
+        /// The attempt that a signed word is about, and its armoured SSH signature.
+        signed: Option<(StepKey, String)>,
     },
     /// End it where it stands.
     Cancel {
@@ -243,6 +249,8 @@ pub enum Message {
         epoch: Epoch,
         /// Only probes will follow.
         dry_run: bool,
+        /// The signatures that came with the plan.
+        signatures: Arc<[String]>,
     },
     /// One step to do now.
     Order(Order),

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use lockstep_proto::approval::Signature;
 use lockstep_proto::ids::{
     Digest, Direction, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
 };
@@ -102,7 +103,7 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         head: Option<Head>,
     },
-    /// A plan was submitted: its serial is used up.
+    /// A plan was submitted: its serial is used up, unless it is a dry run.
     Submitted {
         /// The rollout that it licenses.
         rollout: RolloutId,
@@ -112,6 +113,13 @@ pub enum Record {
         requester: OperatorName,
         /// Only probe.
         dry_run: bool,
+    },
+    /// A signature that came with the plan. The hosts judge it; the controller keeps it.
+    Signed {
+        /// The rollout.
+        rollout: RolloutId,
+        /// An armoured SSH signature over the plan's digest, of at most 2 KiB.
+        signature: String,
     },
     /// Hosts that the plan means, at the time it was submitted. Together these records hold the
     /// matched list.
@@ -218,6 +226,9 @@ pub enum Record {
         operator: OperatorName,
         /// How that is known.
         reason: String,
+        /// An armoured SSH signature of that word. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signature: Option<String>,
     },
     /// A host gets no further orders but its undo.
     Quarantined {
@@ -257,6 +268,9 @@ pub enum Record {
         evidence: Digest,
         /// A comment.
         comment: String,
+        /// The signature of an approval. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed: Option<Signature>,
     },
     /// A gate is closed.
     GateClosed {
@@ -377,6 +391,7 @@ impl Record {
                 ReportBody::Started { key } | ReportBody::Finished { key, .. } => &key.rollout,
             }),
             Self::Submitted { rollout, .. }
+            | Self::Signed { rollout, .. }
             | Self::Matched { rollout, .. }
             | Self::Consented { rollout }
             | Self::PhaseOpened { rollout, .. }
@@ -411,7 +426,7 @@ impl Record {
 pub struct Archived {
     /// The rollout.
     pub rollout: RolloutId,
-    /// The serial that it used up, for ever.
+    /// The serial that it used up, for ever; 0 for a dry run, which uses up none.
     pub serial: u64,
     /// Its plan.
     pub plan: PlanDigest,

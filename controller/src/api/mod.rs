@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT, TrustCall};
-use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId};
+use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId, StepKey};
 use lockstep_proto::seal;
-use lockstep_proto::wire::control_v1 as wire;
+use lockstep_proto::values::Timestamp;
 use lockstep_proto::wire::control_v1::control_service_server::ControlService;
+use lockstep_proto::wire::{control_v1 as wire, signatures as signatures_of};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -76,7 +77,10 @@ impl ControlService for Control {
             compiled_plan,
             source,
             dry_run,
+            signatures,
         } = request.into_inner();
+        let signatures = signatures_of(signatures);
+        let signatures = signatures.map_err(|error| Status::invalid_argument(error.to_string()))?;
         if source.len() > MAX_SOURCE {
             let why = format!("the plan file has more than {MAX_SOURCE} bytes");
             return Err(Status::invalid_argument(why));
@@ -108,6 +112,7 @@ impl ControlService for Control {
             rollout: rollout.clone(),
             plan,
             dry_run,
+            signatures,
         };
         self.call(&peer, call).await?;
         Ok(Response::new(wire::SubmitResponse {
@@ -205,7 +210,15 @@ impl ControlService for Control {
             approve,
             items,
             comment,
+            signature,
+            expires_ms,
         } = request;
+        let signed = (!signature.is_empty())
+            .then(|| signatures_of(vec![signature]))
+            .transpose()
+            .map_err(|error| Status::invalid_argument(error.to_string()))?
+            .and_then(|mut one| one.pop())
+            .map(|signature| (Timestamp(expires_ms), signature));
         let evidence: Digest = evidence
             .parse()
             .map_err(|error| Status::invalid_argument(format!("evidence: {error}")))?;
@@ -220,6 +233,7 @@ impl ControlService for Control {
             approve,
             items,
             comment: text("comment", comment)?,
+            signed,
         };
         let missing = match self.call(&peer, call).await? {
             Answer::Missing(missing) => missing,
@@ -266,6 +280,17 @@ impl ControlService for Control {
         let at = request
             .place()
             .map_err(|error| invalid(error.to_string()))?;
+        let signature = Some(request.signature).filter(|it| !it.is_empty());
+        let signed = match signature {
+            Some(signature) => {
+                let key: Result<StepKey, _> = request.signed_key.parse();
+                let key = key.map_err(|error| invalid(format!("`signed_key`: {error}")))?;
+                let one = signatures_of(vec![signature]);
+                let mut one = one.map_err(|error| invalid(error.to_string()))?;
+                one.pop().map(|signature| (key, signature))
+            }
+            None => None,
+        };
         let host = request.host.parse();
         let call = Call::Resolve {
             rollout: rollout_id(&request.rollout)?,
@@ -273,6 +298,7 @@ impl ControlService for Control {
             at,
             done: request.done,
             reason: text("reason", request.reason)?,
+            signed,
         };
         self.call(&peer, call).await?;
         Ok(Response::new(wire::ResolveResponse {}))

@@ -11,7 +11,7 @@ use super::client::{Client, ClientError};
 use super::document::Step;
 use super::error::CliError;
 use super::exit::Exit;
-use super::plan::{self, PlanArgs};
+use super::plan::{self, PlanArgs, Submission};
 use super::printer::Printer;
 use super::render;
 use super::watch::{self, Followed, Outage, Voice};
@@ -37,15 +37,16 @@ pub(crate) struct DryRun {
 /// `lockstep apply`.
 pub(crate) async fn apply(arguments: Apply, session: &Session) -> Result<Exit, CliError> {
     let printer = session.printer;
-    let (sealed, source) = plan::compiled(&arguments.plan, printer)?;
-    printer.talk(&render::plan::summary(&sealed));
+    let submission = plan::compiled(&arguments.plan, &session.profile, printer)?;
+    let sealed = &submission.sealed;
+    printer.talk(&render::plan::summary(sealed));
     printer.say("");
     if !arguments.yes && Printer::can_ask() && !printer.ask("start this rollout?")? {
         printer.say("nothing was submitted");
         return Ok(Exit::Cancelled);
     }
     let client = session.connect().await?;
-    let rollout = submit(&client, &sealed, source, false).await?;
+    let rollout = submit(&client, &submission, false).await?;
     if printer.is_json() {
         let document = json!({
             "format": "lockstep.submitted/1",
@@ -70,9 +71,9 @@ pub(crate) async fn apply(arguments: Apply, session: &Session) -> Result<Exit, C
 /// `lockstep plan`.
 pub(crate) async fn dry_run(arguments: DryRun, session: &Session) -> Result<Exit, CliError> {
     let printer = session.printer;
-    let (sealed, source) = plan::compiled(&arguments.plan, printer)?;
+    let submission = plan::compiled(&arguments.plan, &session.profile, printer)?;
     let client = session.connect().await?;
-    let rollout = submit(&client, &sealed, source, true).await?;
+    let rollout = submit(&client, &submission, true).await?;
     if let Followed::Interrupted = watch::follow(&client, &rollout, printer, Voice::Quiet).await? {
         printer.say(format!(
             "interrupted; a dry run changes nothing, and {rollout} ends by itself"
@@ -94,15 +95,20 @@ pub(crate) async fn dry_run(arguments: DryRun, session: &Session) -> Result<Exit
 /// its serial licenses one rollout, so a second one cannot come of it.
 async fn submit(
     client: &Client,
-    sealed: &SealedPlan,
-    source: String,
+    submission: &Submission,
     dry_run: bool,
 ) -> Result<RolloutId, CliError> {
+    let Submission {
+        sealed,
+        source,
+        signatures,
+    } = submission;
     let compiled_plan = bytes::Bytes::copy_from_slice(sealed.bytes());
     let request = wire::SubmitRequest {
         compiled_plan,
-        source,
+        source: source.clone(),
         dry_run,
+        signatures: signatures.iter().map(|it| it.clone().into()).collect(),
     };
     let mut outage: Option<Outage> = None;
     loop {
@@ -143,7 +149,7 @@ async fn taken(client: &Client, sealed: &SealedPlan) -> Result<RolloutId, CliErr
     let found = answer
         .rollouts
         .into_iter()
-        .find(|rollout| rollout.plan_digest == digest);
+        .find(|rollout| rollout.plan_digest == digest && !rollout.dry_run);
     let rollout = found.and_then(|rollout| rollout.rollout.parse().ok());
     rollout.ok_or_else(|| failed("it has taken the plan, but does not list its rollout"))
 }

@@ -341,7 +341,7 @@ impl Dialer {
         store.add_parsable_certificates(roots);
         let chain = read_certificates("the certificate", &profile.cert)?;
         let key = read_key(profile)?;
-        let domain = operator_domain(&profile.cert, &chain)?;
+        let (domain, _) = operator_of(&profile.cert, &chain)?;
         let config = ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
             .with_root_certificates(store)
             .with_client_auth_cert(chain, key);
@@ -399,8 +399,16 @@ fn check_controller(leaf: &CertificateDer<'_>, domain: &str) -> Result<(), Strin
     }
 }
 
-/// The trust domain of an operator's own certificate: the controller must be of the same.
-fn operator_domain(path: &Path, chain: &[CertificateDer<'_>]) -> Result<String, ClientError> {
+/// The name in the operator's own certificate.
+pub(crate) fn operator_name(profile: &Profile) -> Result<String, ClientError> {
+    let chain = read_certificates("the certificate", &profile.cert)?;
+    let (_, name) = operator_of(&profile.cert, &chain)?;
+    Ok(name)
+}
+
+/// The trust domain and the name in an operator's own certificate; the controller must be of the
+/// same domain.
+fn operator_of(path: &Path, chain: &[CertificateDer<'_>]) -> Result<(String, String), ClientError> {
     let invalid = |why: String| ClientError::Certificate {
         path: path.to_owned(),
         why,
@@ -409,16 +417,15 @@ fn operator_domain(path: &Path, chain: &[CertificateDer<'_>]) -> Result<String, 
         .first()
         .ok_or_else(|| invalid("the file holds none".into()))?;
     let uris = uris_of(leaf).map_err(invalid)?;
-    let domain = match uris.as_slice() {
+    let found = match uris.as_slice() {
         [uri] => uri.strip_prefix("spiffe://").and_then(|rest| {
             let (domain, path) = rest.split_once('/')?;
-            path.strip_prefix("operator/")
-                .filter(|name| !name.is_empty())?;
-            Some(domain.to_owned())
+            let name = path.strip_prefix("operator/")?;
+            (!name.is_empty()).then(|| (domain.to_owned(), name.to_owned()))
         }),
         _ => None,
     };
-    domain.ok_or_else(|| invalid(format!("its URI is `{}`", uris.join("`, `"))))
+    found.ok_or_else(|| invalid(format!("its URI is `{}`", uris.join("`, `"))))
 }
 
 fn uris_of(certificate: &CertificateDer<'_>) -> Result<Vec<String>, String> {
@@ -506,9 +513,9 @@ mod tests {
     #[test]
     fn a_certificate_that_is_no_operators_is_refused_before_dialling() {
         let (_dir, operator) = issued("operator");
-        let domain = operator_domain(Path::new("x"), &[operator]).unwrap();
+        let (domain, _) = operator_of(Path::new("x"), &[operator]).unwrap();
         assert_eq!(domain, "example.com");
         let (_dir, agent) = issued("agent");
-        assert!(operator_domain(Path::new("x"), &[agent]).is_err());
+        assert!(operator_of(Path::new("x"), &[agent]).is_err());
     }
 }

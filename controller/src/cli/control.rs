@@ -1,11 +1,16 @@
 //! `lockstep pause`, `resume`, `resolve`, `cancel`, `rollback`, `close` and `signoff`: one call each.
 
-use lockstep_proto::ids::{HostId, RolloutId};
+use std::path::{Path, PathBuf};
+
+use lockstep_proto::evidence;
+use lockstep_proto::ids::{Digest, HostId, RolloutId, StepKey};
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
+use super::document::Document;
 use super::error::CliError;
 use super::exit::Exit;
+use super::profile::Profile;
 use super::render::{self, Line};
 use super::{Session, clean};
 
@@ -58,6 +63,10 @@ pub(crate) struct Resolve {
     /// How that is known, for the report
     #[arg(long)]
     reason: String,
+    /// Sign it with your SSH key, or with its public half if ssh-agent or a hardware token has the
+    /// key: for hosts that do not take the controller's word
+    #[arg(long, value_name = "KEY")]
+    sign: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -134,22 +143,66 @@ pub(crate) async fn resolve(arguments: Resolve, session: &Session) -> Result<Exi
         done: was_done,
         not_done: _,
         reason,
+        sign,
     } = arguments;
     let word = if was_done { "done" } else { "not done" };
     let said = format!("step {step} on {host} counts as {word}, by your word");
-    let request = wire::ResolveRequest {
+    let client = session.connect().await?;
+    let mut request = wire::ResolveRequest {
         rollout: rollout.to_string(),
         host: host.to_string(),
         step,
         done: was_done,
         reason,
+        ..wire::ResolveRequest::default()
     };
-    let client = session.connect().await?;
+    if let Some(key) = sign {
+        let (document, _) = super::fetch(&client, &rollout).await?;
+        let by = super::client::operator_name(&Profile::load(&session.profile)?)?;
+        let (of, signature) = sign_word(&document, &request, &by, &key)?;
+        (request.signed_key, request.signature) = (of.to_string(), signature.into());
+    }
     client
         .call(|mut api| async move { api.resolve(request).await })
         .await?;
     let hint = format!("a paused or halted rollout goes on with: lockstep resume {rollout}");
     done(session, &rollout, "resolve", &said, Some(hint))
+}
+
+/// Signs a person's word on the attempt of which nobody knows what it did: an undo's before a
+/// do's, the last one.
+fn sign_word(
+    document: &Document,
+    request: &wire::ResolveRequest,
+    by: &str,
+    key: &Path,
+) -> Result<(StepKey, String), CliError> {
+    let nothing = || {
+        CliError::usage(
+            format!(
+                "no attempt at step {} on {} is open",
+                request.step, request.host
+            ),
+            format!("lockstep status {} says what is", request.rollout),
+        )
+    };
+    let open = document
+        .steps()
+        .filter(|(_, step)| step.at == request.step)
+        .flat_map(|(_, step)| &step.attempts)
+        .filter(|attempt| attempt.host == request.host)
+        .filter(|attempt| matches!(attempt.outcome.as_str(), "unknown" | "unreachable"));
+    let last = open.max_by_key(|attempt| (attempt.direction == "undo", attempt.attempt));
+    let last = last.ok_or_else(nothing)?;
+    let of = format!(
+        "{}.{}.{}.{}@{}",
+        request.rollout, request.step, last.direction, last.attempt, request.host
+    );
+    let of: StepKey = of.parse().map_err(|_| nothing())?;
+    let plan: Digest = document.digest.parse().map_err(|_| nothing())?;
+    let statement = evidence::resolution(plan, &of, request.done, by);
+    let signature = super::seal::ssh_sign(key, evidence::RESOLVE_NAMESPACE, &statement)?;
+    Ok((of, signature))
 }
 
 /// `lockstep cancel`.

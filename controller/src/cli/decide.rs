@@ -1,8 +1,14 @@
 //! `lockstep approve`, `reject` and `confirm`: what people decide at gates. A decision is bound to
 //! the digest of what was shown (INV-12); it is taken from the document that was just printed.
 
-use lockstep_proto::ids::{Digest, RolloutId};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use lockstep_proto::approval::{self, Approval};
+use lockstep_proto::ids::{Digest, HostId, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
+use lockstep_proto::sshsig;
+use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
@@ -11,6 +17,7 @@ use super::document::{Document, Gate, Step};
 use super::error::CliError;
 use super::exit::Exit;
 use super::printer::Printer;
+use super::profile::Profile;
 use super::render::{Line, Tone, status, words};
 use super::{Session, clean, fetch};
 
@@ -21,6 +28,13 @@ pub(crate) struct Approve {
     /// Approve only if this is what the gate shows: the digest that somebody looked at before
     #[arg(long, value_name = "DIGEST")]
     evidence: Option<Digest>,
+    /// Sign the approval with your SSH key, or with its public half if ssh-agent or a hardware
+    /// token has the key: for hosts that do not take the controller's word
+    #[arg(long, value_name = "KEY")]
+    sign: Option<PathBuf>,
+    /// How long a signed approval is good
+    #[arg(long, value_name = "PERIOD", default_value = "8h", requires = "sign")]
+    expires: Period,
     /// Do not ask
     #[arg(short, long)]
     yes: bool,
@@ -89,6 +103,8 @@ struct Decision {
     evidence: Option<Digest>,
     /// The question to ask first, if any.
     question: Option<&'static str>,
+    /// The key to sign with, and how long that is good.
+    sign: Option<(PathBuf, Period)>,
 }
 
 /// `lockstep approve`.
@@ -100,6 +116,7 @@ pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exi
         items: vec![],
         evidence: arguments.evidence,
         question: ask.then_some("approve this?"),
+        sign: arguments.sign.map(|key| (key, arguments.expires)),
     };
     decide(&arguments.at, decision, session).await
 }
@@ -111,6 +128,7 @@ pub(crate) async fn reject(arguments: Reject, session: &Session) -> Result<Exit,
         items: vec![],
         evidence: None,
         question: None,
+        sign: None,
     };
     decide(&arguments.at, decision, session).await
 }
@@ -131,6 +149,7 @@ pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exi
         items,
         evidence: None,
         question,
+        sign: None,
     };
     decide(&arguments.at, decision, session).await
 }
@@ -169,7 +188,14 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
             return Ok(Exit::Cancelled);
         }
     }
-    let missing = send(&client, at, step, gate, decision).await?;
+    let signed = match &decision.sign {
+        Some((key, good_for)) => {
+            let approver = super::client::operator_name(&Profile::load(&session.profile)?)?;
+            Some(sign(&document, step, gate, &approver, (key, *good_for))?)
+        }
+        None => None,
+    };
+    let missing = send(&client, at, step, gate, decision, signed).await?;
     let command = json!({
         "format": "lockstep.decided/1",
         "rollout": at.rollout.as_str(),
@@ -195,7 +221,9 @@ async fn send(
     step: &Step,
     gate: &Gate,
     decision: Decision,
+    signed: Option<(Timestamp, String)>,
 ) -> Result<String, CliError> {
+    let (expires, signature) = signed.unwrap_or_default();
     let evidence = decision
         .evidence
         .map_or_else(|| gate.evidence.clone(), |digest| digest.to_string());
@@ -206,11 +234,88 @@ async fn send(
         approve: decision.verb != Verb::Reject,
         items: decision.items,
         comment: at.comment.clone(),
+        signature: signature.into(),
+        expires_ms: expires.0,
     };
     let answer = client
         .call(|mut api| async move { api.decide(request).await })
         .await?;
     Ok(clean::line(&answer.missing))
+}
+
+/// Signs what was shown. What is signed is made from the very document that was shown, so that a
+/// controller cannot have something else signed than what people read.
+fn sign(
+    document: &Document,
+    step: &Step,
+    gate: &Gate,
+    approver: &str,
+    (key, good_for): (&Path, Period),
+) -> Result<(Timestamp, String), CliError> {
+    let unreadable = |what: &str| {
+        CliError::usage(
+            format!("the controller's document names no {what} that could be signed"),
+            "look at it: lockstep status --output json",
+        )
+    };
+    let rollout: RolloutId = document
+        .rollout
+        .parse()
+        .map_err(|_| unreadable("rollout"))?;
+    let plan: Digest = document.digest.parse().map_err(|_| unreadable("plan"))?;
+    let evidence: Digest = gate.evidence.parse().map_err(|_| unreadable("evidence"))?;
+    let place = |text: &str| -> Option<StepRef> {
+        let (phase, step) = text.split_once('.')?;
+        Some(StepRef {
+            phase: phase.parse().ok()?,
+            step: step.parse().ok()?,
+        })
+    };
+    let at = place(&step.at).ok_or_else(|| unreadable("gate"))?;
+    let hosts = document.hosts.iter().map(|host| host.host.parse());
+    let hosts: Result<Vec<HostId>, _> = hosts.collect();
+    let hosts = hosts.map_err(|_| unreadable("hosts"))?;
+    let attempts = document.steps().flat_map(|(_, step)| &step.attempts);
+    let facts = attempts.flat_map(super::document::Attempt::facts);
+    let sql = facts.filter_map(|fact| match fact {
+        Fact::SqlPlan { digest, .. } => Some(digest),
+        _ => None,
+    });
+    let sql: Vec<Digest> = sql.collect();
+    if approval::evidence(plan, &hosts, &sql) != evidence {
+        return Err(CliError::usage(
+            "what the controller shows is not what is to be decided upon",
+            "approve nothing: find out what is wrong with the controller",
+        ));
+    }
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+    let expires = now.plus(good_for);
+    let statement = Approval {
+        statement: approval::STATEMENT,
+        rollout: &rollout,
+        plan,
+        hosts: &hosts,
+        gate: at,
+        evidence,
+        requester: &document.requester,
+        approver,
+        expires,
+    };
+    let statement = statement.encode();
+    let signature = super::seal::ssh_sign(key, approval::NAMESPACE, &statement)?;
+    sshsig::verify(signature.as_bytes(), approval::NAMESPACE, &statement).map_err(|error| {
+        CliError::usage(
+            format!(
+                "what ssh-keygen made with {} cannot be used: {error}",
+                key.display()
+            ),
+            "use a key made with `ssh-keygen -t ed25519` or `-t ed25519-sk`",
+        )
+    })?;
+    Ok((expires, signature))
 }
 
 /// The gate that is meant: the named one, or the only one that is open.
@@ -314,6 +419,12 @@ fn sql(document: &Document) -> Vec<Line> {
                 lines.push(Line::plain(format!(
                     "SQL for   {database}, {from} -> {to}, {digest}"
                 )));
+                // What is approved is the digest: say where it cannot be held against the text.
+                if Digest::of(sql.as_bytes()) != digest {
+                    lines.push(Line::plain(
+                        "  only a part of it is shown, so that its digest cannot be compared here",
+                    ));
+                }
                 lines.extend(
                     sql.lines()
                         .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),

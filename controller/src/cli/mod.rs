@@ -18,6 +18,7 @@ mod document;
 mod error;
 mod event;
 mod exit;
+mod floor;
 mod journal;
 mod live;
 mod logs;
@@ -28,6 +29,7 @@ mod printer;
 mod profile;
 mod render;
 mod report;
+mod seal;
 mod serve;
 mod status;
 mod trust;
@@ -85,6 +87,14 @@ enum Command {
     Plan(apply::DryRun),
     /// Say what is wrong with a plan file; needs no controller
     Validate(plan::Validate),
+    /// Compile a plan into a file that people sign and `apply` submits; needs no controller
+    Compile(seal::Compile),
+    /// Sign a compiled plan, or a floor, with an SSH key
+    Sign(seal::Sign),
+    /// Say who has signed a compiled plan, or a floor
+    Verify(seal::Verify),
+    /// Write a floor: from which serials on a host may go on whose journal was put back
+    Floor(floor::FloorArgs),
     /// Print the JSON Schema of plan files
     Schema,
     /// List the actions that steps may use
@@ -185,6 +195,10 @@ pub(crate) fn main() -> Exit {
 fn run(arguments: Arguments, printer: Printer) -> Result<Exit, CliError> {
     match arguments.command {
         Command::Validate(validate) => plan::validate(&validate, printer),
+        Command::Compile(compile) => seal::compile(&compile, &arguments.profile, printer),
+        Command::Sign(sign) => seal::sign(&sign, printer),
+        Command::Verify(verify) => seal::verify(&verify, printer),
+        Command::Floor(floor) => floor::floor(floor, &arguments.profile, printer),
         Command::Schema => plan::schema(printer),
         Command::Actions(actions) => plan::actions(&actions, printer),
         Command::Pki(command) => pki::run(&command, arguments.profile.passphrase_fd, printer),
@@ -240,6 +254,10 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::Logs(logs) => logs::logs(logs, session).await,
         Command::Report(report) => report::report(report, session).await,
         Command::Validate(_)
+        | Command::Compile(_)
+        | Command::Sign(_)
+        | Command::Verify(_)
+        | Command::Floor(_)
         | Command::Schema
         | Command::Actions(_)
         | Command::Pki(_)

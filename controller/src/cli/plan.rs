@@ -9,20 +9,25 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use lockstep_core::compile::compile;
 use lockstep_core::plan::{Findings, Plan};
 use lockstep_proto::action::{CATALOGUE, Class, Site};
-use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::plan::{CompiledPlan, check_fleet_name};
+use lockstep_proto::seal::{self, SealedPlan};
 use lockstep_proto::values::Timestamp;
 use serde_json::json;
 
 use super::error::CliError;
 use super::exit::Exit;
 use super::printer::Printer;
+use super::profile::ProfileArgs;
 use super::render::{Line, table};
 
 /// A plan file, and the values of its inputs.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PlanArgs {
-    /// The plan file
+    /// The plan file, or what `lockstep compile` made of it
     pub(crate) plan: PathBuf,
+    /// The fleet that the plan is for, where hosts ask for sealed plans [default: the profile's]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) fleet: Option<String>,
     /// A value for one of the plan's inputs
     #[arg(short, long = "input", value_name = "NAME=VALUE", value_parser = parse_input)]
     pub(crate) inputs: Vec<(String, String)>,
@@ -169,20 +174,91 @@ pub(crate) fn read(path: &Path) -> Result<(Result<Plan, Findings>, String), CliE
     Ok((Plan::parse(&path.display().to_string(), &text), text))
 }
 
-/// Reads and compiles a plan file for a submission; the file's text comes along for the report.
+/// A plan that is ready to be submitted.
+pub(crate) struct Submission {
+    pub(crate) sealed: SealedPlan,
+    /// The plan file's text, for the report; empty for one that was compiled before.
+    pub(crate) source: String,
+    /// Armoured.
+    pub(crate) signatures: Vec<String>,
+}
+
+/// Reads and compiles a plan file for a submission, or reads what was compiled and signed before.
 pub(crate) fn compiled(
     arguments: &PlanArgs,
+    profile: &ProfileArgs,
     printer: Printer,
-) -> Result<(SealedPlan, String), CliError> {
+) -> Result<Submission, CliError> {
     let given = arguments.given()?;
-    let (plan, text) = read(&arguments.plan)?;
+    let path = &arguments.plan;
+    if let Some(bytes) = fs::read(path).ok().filter(|bytes| is_compiled(bytes)) {
+        if !given.is_empty() || arguments.fleet.is_some() {
+            return Err(CliError::usage(
+                format!("{} is compiled already", path.display()),
+                "give inputs and fleet to `lockstep compile`",
+            ));
+        }
+        return Ok(Submission {
+            sealed: open(path, &bytes)?,
+            source: String::new(),
+            signatures: super::seal::signatures_of(path)?,
+        });
+    }
+    let (plan, source) = read(path)?;
     let refused = |findings| CliError::Plan(Box::new(findings));
     let plan = plan.map_err(refused)?;
     if !plan.warnings().is_empty() {
         printer.say(plan.warnings().to_string());
     }
     let sealed = compile_now(&plan, &given).map_err(refused)?;
-    Ok((sealed, text))
+    let fleet = fleet_name(arguments.fleet.as_ref(), profile)?;
+    Ok(Submission {
+        sealed: for_fleet(sealed, fleet)?,
+        source,
+        signatures: vec![],
+    })
+}
+
+/// Whether a file holds a compiled plan: its canonical form begins with its format.
+pub(crate) fn is_compiled(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"{\"format\":")
+}
+
+/// Reads a compiled plan.
+pub(crate) fn open(path: &Path, bytes: &[u8]) -> Result<SealedPlan, CliError> {
+    seal::open(bytes).map_err(|error| {
+        let cause = std::error::Error::source(&error);
+        let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+        CliError::usage(
+            format!("{} cannot be used: {error}{cause}", path.display()),
+            "compile the plan again",
+        )
+    })
+}
+
+/// The fleet that flags or the profile name; empty if neither does.
+pub(crate) fn fleet_name(flag: Option<&String>, profile: &ProfileArgs) -> Result<String, CliError> {
+    let name = match flag {
+        Some(name) => Some(name.clone()),
+        None => profile.fleet()?,
+    };
+    let name = name.unwrap_or_default();
+    if !name.is_empty() {
+        check_fleet_name(&name)
+            .map_err(|why| CliError::usage(why, "look at --fleet, and `fleet` in the profile"))?;
+    }
+    Ok(name)
+}
+
+fn for_fleet(sealed: SealedPlan, fleet_name: String) -> Result<SealedPlan, CliError> {
+    if fleet_name.is_empty() {
+        return Ok(sealed);
+    }
+    let plan = CompiledPlan {
+        fleet_name,
+        ..sealed.plan().clone()
+    };
+    seal::seal(plan).map_err(|error| CliError::usage(error.to_string(), "split the plan"))
 }
 
 fn compile_now(plan: &Plan, given: &BTreeMap<String, String>) -> Result<SealedPlan, Findings> {

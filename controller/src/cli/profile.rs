@@ -5,6 +5,7 @@
 //! ca = "ca-controllers.crt"     # the controllers' issuer; paths are relative to this file
 //! cert = "operator-dora.crt"
 //! key = "operator-dora.key"
+//! fleet = "prod"                # the fleet that plans are compiled for, if hosts ask for seals
 //! ```
 
 use std::fs;
@@ -118,18 +119,29 @@ struct RawProfile {
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
+    fleet: Option<String>,
 }
 
-impl Profile {
-    /// Reads the profile that flags, environment and home directory name.
-    pub(crate) fn load(args: &ProfileArgs) -> Result<Self, ProfileError> {
+impl ProfileArgs {
+    /// The fleet that plans are compiled for, if the profile says it. One that nobody named may
+    /// be absent.
+    pub(crate) fn fleet(&self) -> Result<Option<String>, ProfileError> {
+        let (_, raw) = RawProfile::read(self)?;
+        Ok(raw.and_then(|raw| raw.fleet))
+    }
+}
+
+impl RawProfile {
+    /// The profile that flags, environment and home directory name, with its path; none if nobody
+    /// named one and there is none.
+    fn read(args: &ProfileArgs) -> Result<(PathBuf, Option<Self>), ProfileError> {
         let named = args.profile.clone();
         let path = match &named {
             Some(path) if path.is_dir() => path.join(FILE),
             Some(path) => path.clone(),
             None => default_file(),
         };
-        let raw: Option<RawProfile> = match fs::read_to_string(&path) {
+        let raw = match fs::read_to_string(&path) {
             Ok(text) => {
                 toml::from_str(&text)
                     .map(Some)
@@ -142,6 +154,14 @@ impl Profile {
             Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(ProfileError::Unreadable { path, source }),
         };
+        Ok((path, raw))
+    }
+}
+
+impl Profile {
+    /// Reads the profile that flags, environment and home directory name.
+    pub(crate) fn load(args: &ProfileArgs) -> Result<Self, ProfileError> {
+        let (path, raw) = RawProfile::read(args)?;
         Self::complete(args, raw, &path)
     }
 

@@ -209,6 +209,7 @@ fn plan() -> SealedPlan {
         format: FORMAT,
         plan: "ports".into(),
         serial: 1,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX / 2),
         deadline: Period::seconds(600),
@@ -246,6 +247,7 @@ fn a_deadline_that_stays_due_does_not_keep_the_driver_busy() {
         rollout: RolloutId::from_random([1; 6]),
         plan: Arc::new(plan()),
         dry_run: false,
+        signatures: vec![],
     };
     let submit = Event::Operator {
         operator: "dora".parse().unwrap(),

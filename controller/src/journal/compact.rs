@@ -241,7 +241,7 @@ fn keep(
             at,
             Record::Archived(Archived {
                 rollout: rollout.clone(),
-                serial: serials[rollout],
+                serial: serials.get(rollout).copied().unwrap_or(0),
                 plan: summary.digest,
                 name: summary.plan,
                 end: ends[rollout],

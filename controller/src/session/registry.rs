@@ -209,11 +209,13 @@ pub(crate) fn from_message(message: Message) -> wire::Down {
             plan,
             epoch,
             dry_run,
+            signatures,
         } => Wire::Offer(wire::Offer {
             rollout: rollout.into(),
             plan_digest: plan.0.to_vec().into(),
             epoch: Some(epoch.into()),
             dry_run,
+            signatures: signatures.iter().map(|it| it.clone().into()).collect(),
         }),
         Message::Order(order) => Wire::Order(order.into()),
         Message::Release { rollout, epoch } => Wire::Release(wire::Release {

@@ -32,6 +32,7 @@ pub(crate) fn plan(serial: u64) -> SealedPlan {
         format: FORMAT,
         plan: "ports".into(),
         serial,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX / 2),
         deadline: Period::seconds(600),
@@ -154,6 +155,7 @@ impl Agent {
                 summary: "port 8000 is open".into(),
             },
             facts: vec![],
+            signatures: vec![],
             took: Period(12),
         })
         .await;

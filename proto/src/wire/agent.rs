@@ -9,6 +9,7 @@ use crate::ids::{
 };
 use crate::order::{Binding, Fact, MAX_FACT_BYTES, Order};
 use crate::report::{MAX_REPORT_BYTES, Report, ReportBody};
+use crate::seal::MAX_SIGNATURE_BYTES;
 use crate::values::Timestamp;
 use crate::witness::Head;
 
@@ -307,11 +308,18 @@ impl wire::Order {
 }
 
 impl From<Binding> for wire::Binding {
-    fn from(Binding { origin, fact }: Binding) -> Self {
+    fn from(
+        Binding {
+            origin,
+            fact,
+            signature,
+        }: Binding,
+    ) -> Self {
         let json = serde_json::to_vec(&fact).expect("a fact has no map with other keys than text");
         Self {
             origin: origin.to_string(),
             fact_json: json.into(),
+            signature: signature.unwrap_or_default(),
         }
     }
 }
@@ -319,15 +327,23 @@ impl From<Binding> for wire::Binding {
 impl TryFrom<wire::Binding> for Binding {
     type Error = InvalidMessage;
     fn try_from(binding: wire::Binding) -> Result<Self, InvalidMessage> {
-        let wire::Binding { origin, fact_json } = binding;
+        let wire::Binding {
+            origin,
+            fact_json,
+            signature,
+        } = binding;
         if fact_json.len() > MAX_FACT_BYTES {
             return Err(InvalidMessage::Field("fact"));
+        }
+        if signature.len() > MAX_SIGNATURE_BYTES {
+            return Err(InvalidMessage::Field("signature"));
         }
         let fact: Fact = serde_json::from_slice(&fact_json)
             .map_err(|error| InvalidMessage::Json("fact", error))?;
         Ok(Self {
             origin: origin.parse()?,
             fact,
+            signature: Some(signature).filter(|signature| !signature.is_empty()),
         })
     }
 }
@@ -407,19 +423,23 @@ impl wire::FetchBlobRequest {
 }
 
 impl wire::Offer {
-    /// Rollout, plan, term and whether it is a dry run.
-    pub fn into_parts(self) -> Result<(RolloutId, Digest, Epoch, bool), InvalidMessage> {
+    /// Rollout, plan, term, whether it is a dry run, and the plan's signatures.
+    pub fn into_parts(
+        self,
+    ) -> Result<(RolloutId, Digest, Epoch, bool, Vec<String>), InvalidMessage> {
         let Self {
             rollout,
             plan_digest,
             epoch: term,
             dry_run,
+            signatures,
         } = self;
         Ok((
             rollout.parse()?,
             digest(&plan_digest)?,
             epoch(term)?,
             dry_run,
+            super::signatures(signatures)?,
         ))
     }
 }
@@ -463,6 +483,7 @@ mod tests {
                     name: "a".into(),
                     value: "b".into(),
                 },
+                signature: Some("ab".into()),
             }],
         };
         let bytes = wire::Order::from(order.clone()).encode_to_vec();

@@ -67,3 +67,13 @@ pub const MAX_CONTROL_MESSAGE: usize = 4 << 20;
 
 /// The largest piece of a blob or a log, in bytes.
 pub const CHUNK: usize = 64 << 10;
+
+/// Armoured signatures as texts, if they are within their bounds.
+pub fn signatures(
+    signatures: Vec<impl Into<Vec<u8>> + AsRef<[u8]>>,
+) -> Result<Vec<String>, InvalidMessage> {
+    let invalid = || InvalidMessage::Field("signatures");
+    crate::seal::check_size(&signatures).map_err(|_| invalid())?;
+    let text = |signature: _| String::from_utf8(Into::into(signature)).map_err(|_| invalid());
+    signatures.into_iter().map(text).collect()
+}

@@ -356,6 +356,7 @@ fn resolve(world: &World, rollout: &RolloutId) -> Option<Call> {
         at: key.at,
         done: world.ledger.has_effect(&key),
         reason: "seen".into(),
+        signed: None,
     })
 }
 

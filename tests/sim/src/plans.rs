@@ -95,6 +95,7 @@ pub(crate) fn plan(dice: &Dice, serial: u64) -> CompiledPlan {
         format: FORMAT,
         plan: "simulated".into(),
         serial,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX / 2),
         deadline: Period::seconds(dice.between(400, 900)),

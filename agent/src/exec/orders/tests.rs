@@ -76,6 +76,8 @@ async fn what_a_killed_agent_had_still_to_remove_goes_at_its_next_start() {
     let plan = HeldPlan {
         expires: Timestamp(0),
         steps: vec![],
+        seal: None,
+        gates: None,
     };
     let mut exec = open();
     let record = Record::Held(Held {
@@ -161,6 +163,8 @@ async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
     let plan = HeldPlan {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
+        seal: None,
+        gates: None,
     };
     let held = Record::Held(Held {
         rollout: rollout.clone(),
@@ -248,16 +252,19 @@ fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
     let held = HeldPlan {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
+        seal: None,
+        gates: None,
     };
     let offer = Offer {
         rollout: RolloutId::from_random([1; 6]),
         plan: Digest::of(b"plan"),
         epoch: A,
         dry_run: false,
+        signatures: vec![],
     };
     exec.considering.push(offer.clone());
     meanwhile(&mut exec, offer.clone());
-    let gathered = Gathered::Consent(offer, held);
+    let gathered = Gathered::Consent(Box::new((offer, held)));
     exec.handle_gathered(gathered, Ok(vec![])).unwrap();
     assert!(exec.considering.is_empty());
     exec.memory.hold.is_some()

@@ -4,15 +4,24 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::approval::{MAX_SIGNED_BYTES, Signature};
+use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
-use lockstep_proto::seal::SealedPlan;
+use lockstep_proto::seal::{SealedPlan, check_size};
 use lockstep_proto::values::Timestamp;
 
 use super::Coordinator;
 use crate::event::{Answer, Call, Effects, Lock, Refused};
 use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
 use crate::rollout::{Mode, Rollout};
+
+/// What is submitted, and by whom.
+struct Submission {
+    plan: Arc<SealedPlan>,
+    requester: OperatorName,
+    dry_run: bool,
+    signatures: Vec<String>,
+}
 
 impl Coordinator {
     pub(super) fn handle_call(
@@ -29,8 +38,15 @@ impl Coordinator {
                 rollout,
                 plan,
                 dry_run,
+                signatures,
             } => {
-                return self.submit(now, &rollout, &plan, operator, dry_run, effects);
+                let submission = Submission {
+                    plan,
+                    requester: operator,
+                    dry_run,
+                    signatures,
+                };
+                return self.submit(now, &rollout, submission, effects);
             }
             Call::Decide {
                 rollout,
@@ -39,10 +55,19 @@ impl Coordinator {
                 approve,
                 items,
                 comment,
+                signed,
             } => {
                 let state = self.live(&rollout)?;
                 let at = state.gate_for(gate)?;
                 let items = state.may_decide(at, &operator, &groups, evidence, approve, &items)?;
+                let signed = signed.map(|(expires, signature)| Signature {
+                    approver: operator.clone(),
+                    expires,
+                    signature,
+                });
+                if let Some(signed) = &signed {
+                    state.may_sign(at, signed, now)?;
+                }
                 let missing = format!("{rollout}/{at}");
                 let record = Record::GateDecided {
                     rollout,
@@ -53,6 +78,7 @@ impl Coordinator {
                     items,
                     evidence,
                     comment,
+                    signed,
                 };
                 self.commit(now, record, effects);
                 return Ok(Answer::Missing(missing));
@@ -94,8 +120,25 @@ impl Coordinator {
                 at,
                 done,
                 reason,
+                signed,
             } => {
                 let (direction, attempt) = self.rollout(&rollout)?.unsettled(&host, at)?;
+                let of = StepKey {
+                    rollout: rollout.clone(),
+                    host: host.clone(),
+                    at,
+                    direction,
+                    attempt,
+                };
+                if let Some((other, signature)) = &signed {
+                    check_size(&[signature]).map_err(Refused::Invalid)?;
+                    if *other != of {
+                        return Err(Refused::NotNow(format!(
+                            "what was signed is about {other}, and it is {of} that nobody knows \
+                             of; look again"
+                        )));
+                    }
+                }
                 Record::Resolved {
                     rollout,
                     at,
@@ -105,6 +148,7 @@ impl Coordinator {
                     done,
                     operator,
                     reason,
+                    signature: signed.map(|(_, signature)| signature),
                 }
             }
             Call::Cancel { rollout, reason } => {
@@ -221,11 +265,16 @@ impl Coordinator {
         &mut self,
         now: Timestamp,
         id: &RolloutId,
-        plan: &Arc<SealedPlan>,
-        requester: OperatorName,
-        dry_run: bool,
+        submission: Submission,
         effects: &mut Effects,
     ) -> Result<Answer, Refused> {
+        let Submission {
+            plan,
+            requester,
+            dry_run,
+            signatures,
+        } = submission;
+        check_size(&signatures).map_err(Refused::Invalid)?;
         let compiled = plan.plan();
         if let Some(other) = self.serials.get(&compiled.serial) {
             return Err(Refused::SerialUsed(compiled.serial, other.clone()));
@@ -288,6 +337,10 @@ impl Coordinator {
         let entry = Entry { at: now, record };
         self.begin(&entry, plan.clone());
         effects.persist.push(entry);
+        for signature in signatures {
+            let rollout = id.clone();
+            self.commit(now, Record::Signed { rollout, signature }, effects);
+        }
         let hosts: Vec<HostId> = matched.into_iter().collect();
         for hosts in hosts.chunks(MAX_HOSTS_PER_RECORD) {
             let record = Record::Matched {
@@ -431,6 +484,25 @@ impl Rollout {
                 self.state()
             )),
         })
+    }
+
+    /// Whether a signature can travel with orders. Whether it is good, the hosts say.
+    fn may_sign(&self, at: StepRef, signed: &Signature, now: Timestamp) -> Result<(), Refused> {
+        if !matches!(self.placed(at).step.action, Action::GateApproval(_)) {
+            return Err(Refused::Invalid("only approvals are signed".into()));
+        }
+        check_size(&[&signed.signature]).map_err(Refused::Invalid)?;
+        if signed.expires <= now {
+            return Err(Refused::Invalid("the signed approval has expired".into()));
+        }
+        let size = self.size_with(at, signed);
+        if size > MAX_SIGNED_BYTES {
+            return Err(Refused::Invalid(format!(
+                "with the names of the hosts, the signed approvals at {at} would have {size} bytes, \
+                 more than {MAX_SIGNED_BYTES}: split the fleet into several plans"
+            )));
+        }
+        Ok(())
     }
 
     /// Who may decide, and upon what (INV-12). Returns the items that the decision adds: nothing

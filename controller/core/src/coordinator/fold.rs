@@ -20,7 +20,9 @@ impl Coordinator {
         else {
             unreachable!("only submissions begin a rollout");
         };
-        self.serials.insert(plan.plan().serial, rollout.clone());
+        if !dry_run {
+            self.serials.insert(plan.plan().serial, rollout.clone());
+        }
         self.order.push(rollout.clone());
         let state = Rollout::new(rollout.clone(), plan, requester.clone(), *dry_run, entry.at);
         self.rollouts.insert(rollout.clone(), state);
@@ -33,8 +35,10 @@ impl Coordinator {
             Record::TookOver { epoch } => self.took_over = Some(*epoch),
             Record::Compacted { .. } => {}
             Record::Archived(archived) => {
-                self.serials
-                    .insert(archived.serial, archived.rollout.clone());
+                if archived.serial != 0 {
+                    let rollout = archived.rollout.clone();
+                    self.serials.insert(archived.serial, rollout);
+                }
                 self.archived
                     .insert(archived.rollout.clone(), archived.clone());
             }

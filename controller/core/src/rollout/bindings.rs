@@ -3,23 +3,33 @@
 use std::collections::BTreeMap;
 
 use lockstep_proto::action::Action;
+use lockstep_proto::approval::{Signature, Signed};
 use lockstep_proto::ids::{Direction, HostId, StepKey, StepRef};
 use lockstep_proto::order::{Binding, Fact, Order, controller_host};
 
-use super::{Attempt, Rollout};
+use super::state::Resolved;
+use super::{Attempt, Gate, Rollout};
 use crate::coordinator::Config;
 
 impl Rollout {
     /// The facts of all attempts, in plan order, with the step that reported each.
     pub(crate) fn facts(&self) -> impl Iterator<Item = (StepKey, &Fact)> {
+        self.signed_facts().map(|(origin, fact, _)| (origin, fact))
+    }
+
+    /// The same with their hosts' signatures.
+    fn signed_facts(&self) -> impl Iterator<Item = (StepKey, &Fact, Option<&String>)> {
         self.attempts
             .iter()
             .flat_map(move |((at, direction), hosts)| {
                 hosts.iter().flat_map(move |(host, attempts)| {
                     attempts.iter().flat_map(move |attempt| {
                         let key = self.key(*at, *direction, host, attempt.number);
-                        let facts = attempt.result.iter().flat_map(|result| &result.facts);
-                        facts.map(move |fact| (key.clone(), fact))
+                        let facts = attempt.result.iter().flat_map(|result| {
+                            let facts = result.facts.iter().enumerate();
+                            facts.map(|(index, fact)| (fact, result.signatures.get(index)))
+                        });
+                        facts.map(move |(fact, signature)| (key.clone(), fact, signature))
                     })
                 })
             })
@@ -52,7 +62,8 @@ impl Rollout {
             not_after: attempt.not_after,
             bindings: self
                 .resolutions(at, direction, host)
-                .chain(self.bindings(&self.placed(at).step.action, at))
+                .chain(self.bindings(&self.placed(at).step.action))
+                .chain(self.approvals(&self.placed(at).step.action, at))
                 .collect(),
         }
     }
@@ -69,22 +80,26 @@ impl Rollout {
             .get(&(at, direction))
             .and_then(|hosts| hosts.get(host));
         attempts.into_iter().flatten().filter_map(move |attempt| {
-            let (done, by) = attempt.resolved.clone()?;
+            let Resolved {
+                done,
+                by,
+                signature,
+            } = attempt.resolved.clone()?;
             Some(Binding {
                 origin: self.key(at, direction, host, attempt.number),
                 fact: Fact::Resolved { done, by },
+                signature,
             })
         })
     }
 
-    /// What an action gets to know at run time: the newest fact of each kind about its database,
-    /// and who approved.
-    fn bindings(&self, action: &Action, at: StepRef) -> Vec<Binding> {
+    /// What an action gets to know at run time: the newest fact of each kind about its database.
+    fn bindings(&self, action: &Action) -> Vec<Binding> {
         let Some(database) = database(action) else {
             return vec![];
         };
         let mut newest: BTreeMap<&'static str, Binding> = BTreeMap::new();
-        for (origin, fact) in self.facts() {
+        for (origin, fact, signature) in self.signed_facts() {
             let (kind, about) = match fact {
                 Fact::Backup { database, .. } => ("backup", database),
                 Fact::BackupVerified { database, .. } => ("verified", database),
@@ -96,30 +111,70 @@ impl Rollout {
                 _ => continue,
             };
             if about == database {
-                let fact = without_sql(fact.clone());
-                newest.insert(kind, Binding { origin, fact });
+                let binding = Binding {
+                    origin,
+                    fact: fact.as_bound(),
+                    signature: signature.filter(|it| !it.is_empty()).cloned(),
+                };
+                newest.insert(kind, binding);
             }
         }
-        let approvals = self
-            .gates
-            .iter()
-            .filter(|(gate, _)| **gate < at)
-            .filter_map(|(gate, state)| {
-                let (_, met, _) = state.closed.as_ref()?;
-                let is_approval = matches!(self.placed(*gate).step.action, Action::GateApproval(_));
-                (*met && is_approval).then(|| Binding {
-                    origin: self.key(*gate, Direction::Do, &controller_host(), 1),
-                    fact: Fact::Approved {
-                        by: state
-                            .decisions
-                            .iter()
-                            .map(|decision| decision.operator.clone())
-                            .collect(),
-                        evidence: state.evidence,
-                    },
-                })
-            });
-        newest.into_values().chain(approvals).collect()
+        newest.into_values().collect()
+    }
+
+    /// Who approved before a step: all approvals for what works on a database, and those that
+    /// people have signed for every step.
+    fn approvals(&self, action: &Action, at: StepRef) -> Vec<Binding> {
+        let gates = self.gates.range(..at).filter(|(gate, state)| {
+            let met = matches!(state.closed, Some((_, true, _)));
+            met && matches!(self.placed(**gate).step.action, Action::GateApproval(_))
+        });
+        let bindings = gates.filter_map(|(gate, state)| {
+            let signed = self.signed(*gate, state);
+            if signed.is_none() && database(action).is_none() {
+                return None;
+            }
+            Some(Binding {
+                origin: self.key(*gate, Direction::Do, &controller_host(), 1),
+                fact: Fact::Approved {
+                    by: state
+                        .decisions
+                        .iter()
+                        .map(|decision| decision.operator.clone())
+                        .collect(),
+                    evidence: state.evidence,
+                    signed: signed.map(Box::new),
+                },
+                signature: None,
+            })
+        });
+        bindings.collect()
+    }
+
+    /// The signatures at a gate, with what they were made over.
+    fn signed(&self, at: StepRef, gate: &Gate) -> Option<Signed> {
+        let approvals = gate.decisions.iter().filter(|decision| decision.approve);
+        let signatures: Vec<_> = approvals.filter_map(|it| it.signed.clone()).collect();
+        (!signatures.is_empty()).then(|| self.signed_by(at, signatures))
+    }
+
+    fn signed_by(&self, at: StepRef, signatures: Vec<Signature>) -> Signed {
+        Signed {
+            hosts: self.members.keys().cloned().collect(),
+            sql: self.sql_shown(Some(at)),
+            requester: self.requester.clone(),
+            signatures,
+        }
+    }
+
+    /// How large the signed approvals at a gate are with one more, in bytes: they travel with
+    /// every order after the gate.
+    pub(crate) fn size_with(&self, at: StepRef, one: &Signature) -> usize {
+        let gate = self.gates.get(&at);
+        let decisions = gate.into_iter().flat_map(|gate| &gate.decisions);
+        let had = decisions.filter_map(|decision| decision.signed.clone());
+        let signed = self.signed_by(at, had.chain([one.clone()]).collect());
+        serde_json::to_vec(&signed).map_or(usize::MAX, |json| json.len())
     }
 }
 
@@ -128,26 +183,6 @@ fn is_backup(rollout: &Rollout, origin: &StepKey) -> bool {
         rollout.placed(origin.at).step.action,
         Action::PostgresBackup(_)
     )
-}
-
-/// The digest is what binds; the text was for people.
-fn without_sql(fact: Fact) -> Fact {
-    match fact {
-        Fact::SqlPlan {
-            database,
-            from,
-            to,
-            digest,
-            ..
-        } => Fact::SqlPlan {
-            database,
-            from,
-            to,
-            digest,
-            sql: String::new(),
-        },
-        other => other,
-    }
 }
 
 /// The database that an action works on.

@@ -33,6 +33,8 @@ impl Rollout {
             "plan": plan.plan,
             "digest": self.plan.digest(),
             "serial": plan.serial,
+            "fleet": plan.fleet_name,
+            "signatures": *self.signatures,
             "inputs": plan.inputs,
             "requester": self.requester,
             "dry_run": self.dry_run,
@@ -218,6 +220,7 @@ impl Rollout {
                 "items": decision.items,
                 "comment": decision.comment,
                 "at": decision.at,
+                "signed": decision.signed,
             })).collect::<Vec<_>>(),
         })
     }

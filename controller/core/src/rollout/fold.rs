@@ -9,7 +9,7 @@ use lockstep_proto::values::Timestamp;
 use super::retry::Retry;
 use super::state::{
     Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
-    SignOff, States, Survey,
+    Resolved, SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
@@ -49,6 +49,10 @@ impl Rollout {
             | Record::Trust(_)
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
+            Record::Signed { signature, .. } => {
+                let known = self.signatures.iter().cloned();
+                self.signatures = known.chain([signature.clone()]).collect();
+            }
             Record::Reported { host, body, .. } => self.fold_report(now, host, body),
             Record::Consented { .. } => match self.mode {
                 Mode::Consenting => self.mode = Mode::Forward(Cursor::default()),
@@ -177,6 +181,7 @@ impl Rollout {
                     took: now.since(since),
                     outcome: Outcome::Lost(*why),
                     facts: vec![],
+                    signatures: vec![],
                 });
             }
             Record::Resolved {
@@ -187,6 +192,7 @@ impl Rollout {
                 done,
                 operator,
                 reason,
+                signature,
                 ..
             } => {
                 let attempt = self.attempt_mut(*at, *direction, host, *attempt);
@@ -211,7 +217,11 @@ impl Rollout {
                         changed: false,
                     });
                 }
-                attempt.resolved = Some((*done, operator.clone()));
+                attempt.resolved = Some(Resolved {
+                    done: *done,
+                    by: operator.clone(),
+                    signature: signature.clone(),
+                });
             }
             Record::Quarantined { host, why, .. } => {
                 let Some(member) = self.members.get_mut(host) else {
@@ -241,6 +251,7 @@ impl Rollout {
                 approve,
                 items,
                 comment,
+                signed,
                 ..
             } => {
                 let Some(gate) = self.gates.get_mut(at) else {
@@ -253,6 +264,7 @@ impl Rollout {
                     approve: *approve,
                     items: items.clone(),
                     comment: comment.clone(),
+                    signed: signed.clone(),
                 });
             }
             Record::GateClosed { at, met, why, .. } => {
@@ -371,6 +383,7 @@ impl Rollout {
                 outcome,
                 facts,
                 took,
+                signatures,
             } => {
                 let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt)
                 else {
@@ -395,6 +408,7 @@ impl Rollout {
                         StepOutcome::Unknown { why } => Outcome::Unknown { why },
                     },
                     facts: facts.clone(),
+                    signatures: signatures.clone(),
                 });
                 let Some(member) = self.members.get_mut(host) else {
                     return;

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_proto::action::Action;
 use lockstep_proto::action::gate::{Approval, Checklist, Day, OnTimeout, Window};
-use lockstep_proto::ids::{Digest, HostId, StepRef};
+use lockstep_proto::approval::{self, unfilled};
+use lockstep_proto::ids::{Digest, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::plan::{Phase, Stage};
 use lockstep_proto::values::{Period, Timestamp};
@@ -196,17 +197,22 @@ impl Rollout {
 
     /// What people decide upon: the plan, the matched hosts, and the SQL that was shown (INV-12).
     pub(crate) fn evidence(&self) -> Digest {
-        let hosts: Vec<&str> = self.members.keys().map(HostId::as_str).collect();
-        let sql: Vec<String> = self
-            .facts()
-            .filter_map(|(_, fact)| match fact {
-                Fact::SqlPlan { digest, .. } => Some(digest.to_string()),
-                _ => None,
-            })
-            .collect();
-        let text =
-            serde_json::json!({"plan": self.plan.digest().to_string(), "hosts": hosts, "sql": sql});
-        Digest::of(text.to_string().as_bytes())
+        approval::evidence(
+            self.plan.digest(),
+            self.members.keys(),
+            &self.sql_shown(None),
+        )
+    }
+
+    /// The digests of the SQL that was shown; of what was shown before a gate, if one is named.
+    pub(super) fn sql_shown(&self, before: Option<StepRef>) -> Vec<Digest> {
+        let shown = self.facts().filter_map(|(origin, fact)| match fact {
+            Fact::SqlPlan { digest, .. } if before.is_none_or(|gate| origin.at < gate) => {
+                Some(*digest)
+            }
+            _ => None,
+        });
+        shown.collect()
     }
 
     /// When a gate of the cursor's stage may close without a decision.
@@ -256,49 +262,6 @@ fn checklist(list: &Checklist, gate: &Gate) -> Verdict {
     }
 }
 
-/// Which places cannot be filled with these people, each of them in one place only: a maximum
-/// matching by augmenting paths.
-fn unfilled(
-    wanted: &BTreeMap<String, u32>,
-    people: &BTreeMap<&str, BTreeSet<&str>>,
-) -> BTreeMap<String, u32> {
-    fn place<'a>(
-        slot: usize,
-        slots: &[&'a str],
-        people: &BTreeMap<&'a str, BTreeSet<&'a str>>,
-        seat: &mut BTreeMap<&'a str, usize>,
-        seen: &mut BTreeSet<&'a str>,
-    ) -> bool {
-        for (person, groups) in people {
-            if !groups.contains(slots[slot]) || !seen.insert(person) {
-                continue;
-            }
-            let free = match seat.get(person).copied() {
-                None => true,
-                Some(other) => place(other, slots, people, seat, seen),
-            };
-            if free {
-                seat.insert(person, slot);
-                return true;
-            }
-        }
-        false
-    }
-
-    let slots: Vec<&str> = wanted
-        .iter()
-        .flat_map(|(group, count)| std::iter::repeat_n(group.as_str(), *count as usize))
-        .collect();
-    let mut seat = BTreeMap::new();
-    let mut missing = BTreeMap::new();
-    for slot in 0..slots.len() {
-        if !place(slot, &slots, people, &mut seat, &mut BTreeSet::new()) {
-            *missing.entry(slots[slot].to_owned()).or_default() += 1;
-        }
-    }
-    missing
-}
-
 /// Minutes of the day, from and until; a window that was not validated is never open.
 fn minutes(window: &Window) -> Option<(u64, u64)> {
     let minute = |text: &str| {
@@ -345,31 +308,6 @@ fn opens(window: &Window, from: Timestamp) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn people(
-        list: &'static [(&'static str, &'static [&'static str])],
-    ) -> BTreeMap<&'static str, BTreeSet<&'static str>> {
-        list.iter()
-            .map(|(name, groups)| (*name, groups.iter().copied().collect()))
-            .collect()
-    }
-
-    #[test]
-    fn one_person_fills_one_place_only() {
-        let wanted = BTreeMap::from([("dba".to_owned(), 1), ("qa".to_owned(), 1)]);
-        assert_eq!(
-            unfilled(&wanted, &people(&[("ann", &["dba", "qa"])])).len(),
-            1
-        );
-        // Ann must take qa, since Ben can only be dba, whoever is asked first.
-        assert!(
-            unfilled(
-                &wanted,
-                &people(&[("ann", &["dba", "qa"]), ("ben", &["dba"])])
-            )
-            .is_empty()
-        );
-    }
 
     #[test]
     fn a_window_opens_on_its_days_only() {

@@ -106,6 +106,7 @@ impl Rollout {
             plan,
             requester,
             dry_run,
+            signatures: Arc::default(),
             submitted,
             deadline_from: submitted,
             members: BTreeMap::new(),

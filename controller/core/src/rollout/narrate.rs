@@ -199,6 +199,7 @@ impl Rollout {
             | Record::HostForgotten { .. }
             | Record::Trust(_)
             | Record::Submitted { .. }
+            | Record::Signed { .. }
             | Record::Matched { .. } => return vec![],
         };
         vec![event]
@@ -231,9 +232,9 @@ impl Rollout {
                 let event = self.result_event(key.at, key.direction, key.attempt, host);
                 vec![match word {
                     None => event,
-                    Some((done, operator)) => RolloutEvent {
+                    Some(word) => RolloutEvent {
                         kind: EventKind::Note,
-                        message: say_contradiction(outcome, *done, operator),
+                        message: say_contradiction(outcome, word.done, &word.by),
                         detail: vec![],
                         ..event
                     },

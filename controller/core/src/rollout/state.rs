@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use lockstep_proto::approval::Signature;
 use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure, Refusal};
@@ -21,6 +22,8 @@ pub struct Rollout {
     pub(crate) plan: Arc<SealedPlan>,
     pub(crate) requester: OperatorName,
     pub(crate) dry_run: bool,
+    /// The signatures that came with the plan.
+    pub(crate) signatures: Arc<[String]>,
     pub(crate) submitted: Timestamp,
     /// The deadline counts from here: from the submission, or from when a person last decided
     /// that an ended or running rollout goes on.
@@ -142,7 +145,16 @@ pub(crate) struct Attempt {
     /// For attempts forward: the number of the last undo before it, on the same host; 0 if none.
     pub(crate) after_undo: u16,
     /// A person's word on what it did, and whose.
-    pub(crate) resolved: Option<(bool, OperatorName)>,
+    pub(crate) resolved: Option<Resolved>,
+}
+
+/// A person's word on what an attempt did.
+#[derive(Debug, Clone)]
+pub(crate) struct Resolved {
+    pub(crate) done: bool,
+    pub(crate) by: OperatorName,
+    /// Armoured.
+    pub(crate) signature: Option<String>,
 }
 
 /// How an attempt ended, as far as the controller knows.
@@ -152,6 +164,8 @@ pub(crate) struct AttemptResult {
     pub(crate) took: Period,
     pub(crate) outcome: Outcome,
     pub(crate) facts: Vec<Fact>,
+    /// For each fact its host's signature, or an empty text.
+    pub(crate) signatures: Vec<String>,
 }
 
 /// INV-5, for one attempt; `skipped` is a host that has none.
@@ -188,6 +202,7 @@ pub(crate) struct Decision {
     pub(crate) approve: bool,
     pub(crate) items: Vec<u32>,
     pub(crate) comment: String,
+    pub(crate) signed: Option<Signature>,
 }
 
 #[derive(Debug, Clone)]

@@ -42,6 +42,7 @@ impl Agent {
             key,
             outcome,
             facts: vec![],
+            signatures: vec![],
             took: Period::seconds(1),
         });
     }

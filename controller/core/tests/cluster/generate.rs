@@ -111,6 +111,7 @@ pub(super) fn plan(dice: &mut Dice) -> CompiledPlan {
         format: 1,
         plan: "generated".into(),
         serial: 1,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX),
         deadline: Period::seconds(600 + dice.roll(3600)),

@@ -130,6 +130,7 @@ impl World {
             at,
             done,
             reason: "seen".into(),
+            signed: None,
         });
     }
 

@@ -81,6 +81,7 @@ impl World {
             rollout: world.rollout.clone(),
             plan: world.plan.clone(),
             dry_run: false,
+            signatures: vec![],
         };
         world.call(call).expect("the fleet is free");
         world.calls = 0;

@@ -97,6 +97,7 @@ fn cancel_ends_at_once_with_every_agent_offline_and_hears_of_them_later() {
             key,
             outcome,
             facts: vec![],
+            signatures: vec![],
             took: Period(5),
         },
     );

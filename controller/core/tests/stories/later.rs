@@ -26,6 +26,7 @@ fn resolve(done: bool) -> Call {
         at: StepRef { phase: 0, step: 0 },
         done,
         reason: "seen".into(),
+        signed: None,
     }
 }
 
@@ -155,6 +156,7 @@ fn resume_does_not_repeat_a_check_whose_requests_nobody_can_account_for() {
         at: fleet.newest("a").at,
         done: false,
         reason: "its log has no line of it".into(),
+        signed: None,
     };
     fleet.call("olga", &[], resolved).unwrap();
     fleet.resume();

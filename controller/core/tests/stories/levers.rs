@@ -183,6 +183,7 @@ fn an_unknown_outcome_needs_a_person_s_word_first() {
             at: StepRef { phase: 0, step: 0 },
             done: true,
             reason: "seen".into(),
+            signed: None,
         };
         fleet.call("olga", &[], resolve).unwrap();
         assert_eq!(resume_failed(&mut fleet).unwrap().len(), 1);
@@ -444,6 +445,7 @@ fn a_report_that_comes_before_the_order_is_given_again_is_the_attempt_s_word() {
                 key: lost.clone(),
                 outcome: late,
                 facts: vec![],
+                signatures: vec![],
                 took: Period(5),
             },
         );

@@ -72,6 +72,7 @@ fn plan(serial: u64, stages: Vec<Stage>) -> CompiledPlan {
         format: 1,
         plan: "story".into(),
         serial,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX),
         deadline: Period::seconds(3600),
@@ -192,6 +193,7 @@ impl Fleet {
                 rollout: rollout(number),
                 plan,
                 dry_run: false,
+                signatures: vec![],
             },
         )
     }
@@ -255,6 +257,7 @@ impl Fleet {
                 key,
                 outcome,
                 facts,
+                signatures: vec![],
                 took: Period(5),
             },
         );
@@ -302,6 +305,7 @@ impl Fleet {
             approve: true,
             items: vec![],
             comment: String::new(),
+            signed: None,
         };
         self.call(operator, groups, call)
     }

@@ -63,6 +63,7 @@ fn nobody_decides_the_same_twice_and_the_first_name_stays() {
         approve: true,
         items,
         comment: String::new(),
+        signed: None,
     };
     fleet.call("emil", &["qa"], confirm(vec![1])).unwrap();
     let refused = fleet.call("quinn", &["qa"], confirm(vec![1]));
@@ -430,6 +431,7 @@ fn resume_does_not_repeat_what_nothing_can_prove() {
         at: StepRef { phase: 0, step: 0 },
         done: false,
         reason: "its log has no line of it".into(),
+        signed: None,
     };
     fleet.call("olga", &[], resolve()).unwrap();
     assert!(matches!(
@@ -458,6 +460,7 @@ fn a_person_s_word_settles_what_nothing_can_prove() {
             at: StepRef { phase: 0, step: 0 },
             done,
             reason: "seen".into(),
+            signed: None,
         };
         fleet.call("olga", &[], resolve).unwrap();
         fleet.resume();

@@ -114,7 +114,7 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             format!("SQL for {database}"),
             format!("{} -> {}, {digest}", revision(from), revision(to)),
         ),
-        Fact::Approved { by, evidence } => (
+        Fact::Approved { by, evidence, .. } => (
             "approval".to_owned(),
             format!("{}, of {evidence}", by.join(", ")),
         ),

@@ -24,6 +24,14 @@ pub(crate) fn summary(sealed: &SealedPlan) -> Vec<Line> {
         lines.push(Line::plain(format!("inputs    {}", inputs.join(" "))));
     }
     lines.push(Line::plain(format!("deadline  {}", plan.deadline)));
+    if !plan.fleet_name.is_empty() {
+        // What people seal.
+        let until = words::moment(plan.expires.0);
+        lines.push(Line::plain(format!(
+            "fleet     {}, serial {}, valid until {until}",
+            plan.fleet_name, plan.serial
+        )));
+    }
     lines.push(Line::plain(""));
     let rows: Vec<Vec<String>> = plan.phases.iter().map(phase_row).collect();
     lines.extend(table(&["PHASE", "ON", "STEPS", "WAITS FOR"], &rows));

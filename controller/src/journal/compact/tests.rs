@@ -44,6 +44,7 @@ fn plan(serial: u64) -> Arc<SealedPlan> {
         format: FORMAT,
         plan: "ports".into(),
         serial,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::MAX / 2),
         deadline: Period::seconds(600),
@@ -155,6 +156,7 @@ impl<'a> Life<'a> {
                             key,
                             outcome,
                             facts: vec![],
+                            signatures: vec![],
                             took: Period(5),
                         },
                     );
@@ -186,6 +188,7 @@ impl<'a> Life<'a> {
                 rollout: rollout(serial),
                 plan,
                 dry_run: false,
+                signatures: vec![],
             },
         })
     }
@@ -218,6 +221,7 @@ fn live(state: &Path, serials: std::ops::RangeInclusive<u8>, term: u64) {
         rollout: rollout(waiting),
         plan,
         dry_run: true,
+        signatures: vec![],
     };
     let effects = life.core.handle(
         Timestamp(life.now),

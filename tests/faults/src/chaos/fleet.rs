@@ -311,7 +311,7 @@ impl Session {
                 return heard.map_err(anyhow::Error::msg);
             }
             down::Message::Offer(offer) => {
-                let (rollout, digest, offered, _) = offer.into_parts()?;
+                let (rollout, digest, offered, _, _) = offer.into_parts()?;
                 ensure!(offered == epoch, "an offer of another term");
                 self.offered(client, rollout, digest).await?;
                 Then::Nothing

@@ -512,6 +512,7 @@ impl Agent {
             key,
             outcome,
             facts,
+            signatures: vec![],
             took: Period(1),
         });
     }

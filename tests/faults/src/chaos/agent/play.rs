@@ -141,6 +141,7 @@ impl<'a> Play<'a> {
                 self.bindings.push(Binding {
                     origin: key.clone(),
                     fact: fact.clone(),
+                    signature: None,
                 });
             }
             return Ok(Ended {
@@ -222,6 +223,7 @@ impl<'a> Play<'a> {
                 plan_digest: self.plan.digest().0.to_vec().into(),
                 epoch: Some(EPOCH.into()),
                 dry_run: false,
+                signatures: vec![],
             }),
             Pending::Order(key) => {
                 let order = Order {

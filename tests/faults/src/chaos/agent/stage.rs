@@ -83,6 +83,7 @@ fn plan(actions: Vec<Action>) -> Result<SealedPlan> {
         format: FORMAT,
         plan: "chaos".into(),
         serial: 1,
+        fleet_name: String::new(),
         not_before: Timestamp(0),
         expires: Timestamp(u64::from(u32::MAX) * 1000),
         deadline: Period::seconds(600),
