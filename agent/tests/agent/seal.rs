@@ -446,7 +446,7 @@ async fn nothing_is_taken_from_an_order_that_nobody_has_signed() {
         let binding = bound("db-1", None);
         let statement = evidence::statement(&binding.origin, &binding.fact);
         let signature = signer(seed).sign_bare(evidence::NAMESPACE, &statement);
-        Some(hex::encode(&signature))
+        Some(hex::encode(signature))
     };
     for (attempt, binding, words) in [
         (1, bound("db-1", None), "not signed by its host"),
