@@ -76,9 +76,9 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     private_dir(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
     let _lock = StateLock::take(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
-    // A process before this one may have been about to put the next certificate in its place.
-    if let Err(error) = crate::enroll::settle(&config.tls) {
-        return Err(failed(&error, exit::INTERNAL));
+    // In its own process the link sees to the certificate, which is not exec's to change.
+    if half == Half::Both {
+        settle(&config)?;
     }
     let identity = Identity::load(&config.tls).map_err(|error| {
         say("run `lockstep-agent check` for everything that is wrong");
@@ -125,6 +125,7 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
 /// The network side alone. It has nothing to remember, and begins anew whenever it is started.
 async fn link(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
     check_files(&config, config_path)?;
+    settle(&config)?;
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     let (to_exec, said) = mpsc::channel(INBOUND);
     let (logs, pieces) = mpsc::channel(LOGS);
@@ -137,6 +138,11 @@ async fn link(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
     stop.cancel();
     let _ = relay.await;
     Ok(())
+}
+
+/// A process before this one may have been about to put the next certificate in its place.
+fn settle(config: &Config) -> Result<(), u8> {
+    crate::enroll::settle(&config.tls).map_err(|error| failed(&error, exit::INTERNAL))
 }
 
 /// What others can change or read is not relied on, and people see it at once.

@@ -392,6 +392,9 @@ impl Running {
 
     /// Runs until a signal or an error, then drains.
     pub(crate) async fn run(mut self) -> Result<Drained, ServeError> {
+        if let Some(every) = host::watchdog() {
+            tokio::spawn(say_well(self.driver.clone(), every));
+        }
         loop {
             tokio::select! {
                 end = &mut self.driver_end => return Err(ended_early(end)),
@@ -460,6 +463,15 @@ impl Running {
             }),
             () = signals.stop() => Err(ServeError::Hurried),
         }
+    }
+}
+
+/// Tells systemd's watchdog that the controller is well, for as long as the driver answers: it does
+/// so between two writes of the journal, and not while the disk hangs.
+async fn say_well(driver: Handle, every: Duration) {
+    while driver.read(|_| ()).await.is_ok() {
+        notify_systemd("WATCHDOG=1");
+        tokio::time::sleep(every).await;
     }
 }
 

@@ -1,6 +1,7 @@
 //! What people sign with their SSH keys, and what hosts make of it: over real processes, with the
 //! real `ssh-keygen`.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -285,7 +286,11 @@ fn facts_travel_with_the_signature_of_the_host_that_proved_them() {
         let line = String::from_utf8(output.stdout).unwrap();
         let key = line.trim();
         assert!(key.ends_with(&host.name), "{key}");
-        evidence += &format!("[[evidence]]\nhost = \"{}\"\nkey = \"{key}\"\n", host.name);
+        let _ = writeln!(
+            evidence,
+            "[[evidence]]\nhost = \"{}\"\nkey = \"{key}\"",
+            host.name
+        );
     }
     for host in cluster.hosts() {
         add_to_policy(&cluster, &host.name, "bindings = \"signed\"", &evidence);

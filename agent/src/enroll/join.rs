@@ -8,7 +8,9 @@
 //! again after whatever ended it.
 
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -33,11 +35,16 @@ use super::{PairError, Pending, in_pem, is_pair, settle};
 use crate::config::{Config, ConfigError, Tls};
 use crate::errors::chain;
 use crate::identity::{IdentityError, StateLock, private_dir, replace_file};
+use crate::process::User;
 use crate::tls::{Identity, spiffe_names};
 use crate::{exit, runtime, say};
 
 /// For the address to accept, the handshake and the answer, each.
 const WITHIN: Duration = Duration::from_secs(10);
+
+/// Who the link runs as where the units are installed as they are shipped, and its directory.
+const LINK_USER: &str = "lockstep-link";
+const LINK_DIR: &str = "/var/lib/lockstep-link";
 
 /// A token is shorter.
 const LONGEST_TOKEN: u64 = 256;
@@ -101,6 +108,8 @@ enum JoinError {
     OtherIssuer(PathBuf),
     #[error("`{0}` is no address of a controller: write it as host:port")]
     Address(String),
+    #[error("the link's certificate cannot be handed over: {0}")]
+    LinkUser(String),
     #[error("TLS cannot be used")]
     Tls(#[from] rustls::Error),
     #[error("the controller at {address} cannot be reached, or is not the right one: {why}")]
@@ -125,6 +134,7 @@ impl JoinError {
             | Self::Config(_)
             | Self::Other { .. }
             | Self::OtherIssuer(_)
+            | Self::LinkUser(_)
             | Self::Address(_) => exit::USAGE,
             Self::State(IdentityError::InUse(_)) => exit::IN_USE,
             Self::Connect { .. } | Self::Refused(_) | Self::Failed(_) => exit::REFUSED,
@@ -186,9 +196,14 @@ async fn join(arguments: &Join) -> Result<String, JoinError> {
         .and_then(|(host, _)| host.parse().ok())
         .ok_or(JoinError::Token)?;
     let known = read_config(arguments, &host)?;
-    let (state, tls) = match &known {
-        Some(config) => (config.state_dir.clone(), config.tls.clone()),
-        None => (
+    let link = link_user(known.as_ref())?;
+    let (state, tls) = match (&known, &link) {
+        (Some(config), _) => (config.state_dir.clone(), config.tls.clone()),
+        (None, Some(_)) => (
+            arguments.state_dir.clone(),
+            default_files(Path::new(LINK_DIR)),
+        ),
+        (None, None) => (
             arguments.state_dir.clone(),
             default_files(&arguments.state_dir),
         ),
@@ -206,14 +221,45 @@ async fn join(arguments: &Join) -> Result<String, JoinError> {
         Some(until) => until,
         None => redeem(arguments, &token, &host, &tls).await?,
     };
+    if let Some(link) = &link {
+        hand_over(&tls, link)?;
+    }
     if known.is_none() {
-        write_config(arguments, &host, &tls)?;
+        write_config(arguments, &host, &tls, link.as_ref())?;
     }
     Ok(format!(
         "this machine is {host}, with a certificate for {} h; it is renewed while the agent runs. \
          Next: systemctl enable --now lockstep-agent",
         until / 3600
     ))
+}
+
+/// Who the link runs as, if it is a process of its own: as the configuration says, or else as the
+/// units that are installed here say.
+fn link_user(known: Option<&Config>) -> Result<Option<User>, JoinError> {
+    let find = |name: &str| User::find(name).map_err(|why| JoinError::LinkUser(why.message));
+    match known {
+        Some(config) => config.link_user.as_deref().map(find).transpose(),
+        None if rustix::process::geteuid().is_root() => Ok(User::find(LINK_USER).ok()),
+        None => Ok(None),
+    }
+}
+
+/// Certificate and key become the link's, which renews them, and so does their directory.
+fn hand_over(tls: &Tls, link: &User) -> Result<(), JoinError> {
+    let directories = [tls.key.parent(), Some(Path::new(LINK_DIR))];
+    let own = |path: &&Path| path.starts_with(LINK_DIR) && path.exists();
+    let directories = directories.into_iter().flatten().filter(own);
+    let files = [&tls.controller_ca, &tls.cert, &tls.key];
+    for path in files.into_iter().map(PathBuf::as_path).chain(directories) {
+        std::os::unix::fs::chown(path, Some(link.uid), Some(link.gid)).map_err(|source| {
+            JoinError::Write {
+                path: path.to_owned(),
+                source,
+            }
+        })?;
+    }
+    Ok(())
 }
 
 fn read_token(arguments: &Join) -> Result<String, JoinError> {
@@ -325,19 +371,33 @@ fn keep_issuer(path: &Path, issuer: &CertificateDer<'_>) -> Result<(), JoinError
     })
 }
 
-fn write_config(arguments: &Join, host: &HostId, tls: &Tls) -> Result<(), JoinError> {
+fn write_config(
+    arguments: &Join,
+    host: &HostId,
+    tls: &Tls,
+    link: Option<&User>,
+) -> Result<(), JoinError> {
     let path = &arguments.config;
-    if let Some(directory) = path.parent().filter(|it| !it.as_os_str().is_empty()) {
-        private_dir(directory)?;
-    }
     let failed = |source| JoinError::Write {
         path: path.clone(),
         source,
     };
-    replace_file(path, config_text(arguments, host, tls).as_bytes()).map_err(failed)
+    // The link reads it, too, and there is no secret in it.
+    let (directory_mode, mode) = match link {
+        Some(_) => (0o755, 0o644),
+        None => (0o700, 0o600),
+    };
+    if let Some(directory) = path.parent().filter(|it| !it.as_os_str().is_empty()) {
+        let mut made = std::fs::DirBuilder::new();
+        made.recursive(true).mode(directory_mode);
+        made.create(directory).map_err(failed)?;
+    }
+    let text = config_text(arguments, host, tls, link);
+    replace_file(path, text.as_bytes()).map_err(failed)?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)
 }
 
-fn config_text(arguments: &Join, host: &HostId, tls: &Tls) -> String {
+fn config_text(arguments: &Join, host: &HostId, tls: &Tls, link: Option<&User>) -> String {
     // What is a string in JSON is one in TOML.
     let quote = |text: &str| serde_json::to_string(text).expect("a text has a JSON");
     let path = |path: &Path| quote(&path.to_string_lossy());
@@ -353,6 +413,9 @@ fn config_text(arguments: &Join, host: &HostId, tls: &Tls) -> String {
     }
     if arguments.state_dir != Path::new("/var/lib/lockstep-agent") {
         let _ = writeln!(text, "state_dir = {}", path(&arguments.state_dir));
+    }
+    if let Some(User { name, .. }) = link {
+        let _ = writeln!(text, "link_user = {}", quote(name));
     }
     let _ = writeln!(
         text,

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -45,6 +46,15 @@ impl Signals {
 pub(super) enum Asked {
     Stop,
     Reload,
+}
+
+/// How often systemd wants to hear that the controller is well; none if it does not ask.
+pub(super) fn watchdog() -> Option<Duration> {
+    let micros = std::env::var("WATCHDOG_USEC").ok()?.parse().ok()?;
+    let pid = std::env::var("WATCHDOG_PID").ok();
+    let for_us = pid.is_none_or(|pid| pid == std::process::id().to_string());
+    // Thrice, so that one that comes late costs nothing.
+    (for_us && micros > 0).then(|| Duration::from_micros(micros) / 3)
 }
 
 /// Tells systemd of a change, if systemd asked for it. Not being heard is no reason to stop.

@@ -8,9 +8,10 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 use super::machine::Stage;
-use super::{CONTROL, Fleet, HOSTS, PORT, effects, faults};
+use super::{ADMIN, CONTROL, Fleet, PORT, effects, faults};
 use crate::cluster::PEOPLE;
 use crate::hosts::{quote, quote_path};
+use crate::operator::text;
 use crate::{example, repository};
 
 impl Fleet {
@@ -47,9 +48,6 @@ impl Fleet {
             address,
         ];
         make(&[&names[..], &at].concat())?;
-        for (host, _) in HOSTS {
-            make(&[&["agent", host][..], &at].concat())?;
-        }
         for (name, groups) in PEOPLE {
             let groups = groups.iter().flat_map(|group| ["--group", group]);
             let mut arguments = vec!["operator", name];
@@ -57,7 +55,7 @@ impl Fleet {
             arguments.extend(at);
             make(&arguments)?;
         }
-        Ok(())
+        make(&[&["operator", ADMIN, "--role", "admin"][..], &at].concat())
     }
 
     pub(super) fn install_database(&self) -> Result<()> {
@@ -123,12 +121,14 @@ impl Fleet {
             "etc/lockstep/tls/controller.key",
             0o640,
         )?;
-        for ca in ["ca-agents.crt", "ca-operators.crt"] {
-            stage.copy(
-                &self.pki().join(ca),
-                &format!("etc/lockstep/tls/{ca}"),
-                0o644,
-            )?;
+        for (file, mode) in [
+            ("ca-agents.crt", 0o644),
+            ("ca-operators.crt", 0o644),
+            ("ca-controllers.crt", 0o644),
+            ("ca-agents.key", 0o640),
+        ] {
+            let to = format!("etc/lockstep/tls/{file}");
+            stage.copy(&self.pki().join(file), &to, mode)?;
         }
         stage.put(CONTROL)?;
         self.on(CONTROL, &["systemd-sysusers"])?;
@@ -163,7 +163,16 @@ impl Fleet {
         let stage = Stage::new(self.work.path().join("stage").join(name))?;
         let deploy = repository().join("deploy/systemd");
         stage.copy(&self.binaries.agent, "usr/bin/lockstep-agent", 0o755)?;
-        for unit in ["lockstep-agent.service", "lockstep-steps.slice"] {
+        stage.copy(
+            &deploy.join("lockstep-agent-sysusers.conf"),
+            "usr/lib/sysusers.d/lockstep-agent.conf",
+            0o644,
+        )?;
+        for unit in [
+            "lockstep-agent.service",
+            "lockstep-link.service",
+            "lockstep-steps.slice",
+        ] {
             stage.copy(
                 &deploy.join(unit),
                 &format!("etc/systemd/system/{unit}"),
@@ -176,22 +185,16 @@ impl Fleet {
         stage.write(
             "etc/lockstep/agent.toml",
             &configuration(&files, name)?,
-            0o600,
-        )?;
-        stage.copy(
-            &self.pki().join("ca-controllers.crt"),
-            "etc/lockstep/tls/ca-controllers.crt",
             0o644,
         )?;
-        for kind in ["crt", "key"] {
-            let file = self.pki().join(format!("agent-{name}.{kind}"));
-            stage.copy(&file, &format!("etc/lockstep/tls/agent.{kind}"), 0o600)?;
-        }
         if role == "app" {
             self.stage_app(&stage, &files)?;
         }
         stage.put(name)?;
-        self.on(name, &["chmod", "700", "/etc/lockstep"])?;
+        self.on(name, &["chmod", "755", "/etc/lockstep"])?;
+        if role == "app" {
+            self.on(name, &["chmod", "700", "/etc/lockstep/secrets"])?;
+        }
         if role == "app" {
             let user = ["useradd", "--system", "--create-home", "employee"];
             self.on(name, &user)?;
@@ -201,7 +204,18 @@ impl Fleet {
             // git gives a repository to nobody but its owner.
             self.on(name, &["chown", "-R", "employee:", "/srv/git"])?;
         }
+        self.on(name, &["systemd-sysusers"])?;
         self.on(name, &["systemctl", "daemon-reload"])?;
+        self.join(name)
+    }
+
+    /// What makes a machine a host: a token, then these two commands.
+    fn join(&self, name: &str) -> Result<()> {
+        let made = self.operator(ADMIN).json(&["token", "create", name])?;
+        let controller = format!("{CONTROL}:{PORT}");
+        let join = ["lockstep-agent", "join", "--controller", &controller];
+        let token = ["--ca-pin", text(&made["ca_pin"]), "--token-file", "-"];
+        self.on_with(name, &[join, token].concat(), text(&made["secret"]))?;
         self.on(name, &["systemctl", "enable", "--now", "lockstep-agent"])?;
         Ok(())
     }
@@ -234,7 +248,7 @@ impl Fleet {
     }
 
     pub(super) fn make_profiles(&self) -> Result<()> {
-        for (name, _) in PEOPLE {
+        for name in PEOPLE.map(|(name, _)| name).into_iter().chain([ADMIN]) {
             let profile = self.operator(name).profile;
             fs::create_dir_all(profile.parent().expect("a profile has a directory"))?;
             let pki = self.pki();
@@ -257,7 +271,10 @@ fn configuration(files: &Path, name: &str) -> Result<String> {
     let mut out = String::new();
     for line in text.lines() {
         if line.starts_with("host = ") && !out.contains('[') {
-            write!(out, "host = {}", quote(name))?;
+            write!(out, "host = {}\nlink_user = \"lockstep-link\"", quote(name))?;
+        } else if let Some((key, file)) = line.split_once(" = \"tls/") {
+            // Where the link may write, for it renews them.
+            write!(out, "{key} = \"/var/lib/lockstep-link/tls/{file}")?;
         } else {
             out.push_str(line);
         }

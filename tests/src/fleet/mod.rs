@@ -31,6 +31,9 @@ pub const HOSTS: [(&str, &str); 3] = [("db-1", "db"), ("app-1", "app"), ("app-2"
 /// The host of the controller.
 pub const CONTROL: &str = "control";
 
+/// Who lets hosts in.
+const ADMIN: &str = "ada";
+
 /// The port in the example's configuration files.
 const PORT: u16 = 7443;
 
@@ -84,10 +87,10 @@ impl Fleet {
         fleet.make_certificates()?;
         fleet.install_database()?;
         fleet.install_controller()?;
+        fleet.make_profiles()?;
         for (name, role) in HOSTS {
             fleet.install_host(name, role)?;
         }
-        fleet.make_profiles()?;
         fleet.wait_connected()?;
         Ok(fleet)
     }
