@@ -16,7 +16,7 @@ CORE_SEEDS := 2000
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test deny demo fleet skew chaos sim sim-replay ci
+.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet skew chaos sim sim-replay ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -58,6 +58,10 @@ test: build ## unit, property, golden and whole-process tests, and the documenta
 	else
 		$(CARGO) test $(LOCKED) $(FAULTY) -- --test-threads=2
 	fi
+
+rotate: build ## 300 renewals of hosts' certificates while rollouts run; some minutes
+	@$(NOFILE)
+	$(CARGO) test $(LOCKED) -p lockstep-tests --test enrol -- --ignored --nocapture
 
 deny: ## licences, sources, advisories and banned crates
 	@if $(CARGO) deny --version >/dev/null 2>&1; then

@@ -37,7 +37,7 @@ const REMIND: Duration = Duration::from_hours(1);
 pub(crate) enum Half {
     /// Both: for development, and for hosts on which nothing else is wanted.
     Both,
-    /// It decides, remembers and starts steps, and has no network.
+    /// It decides, remembers and starts steps, and knows no controller but through the link.
     Exec,
     /// It has the network and the certificate, and no privilege.
     Link,

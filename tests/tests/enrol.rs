@@ -261,9 +261,8 @@ fn certificates_rotate_during_a_rollout_and_no_step_is_dropped() {
     rotate(4, 12);
 }
 
-/// The long version: `cargo nextest run -p lockstep-tests --run-ignored only three_hundred`.
 #[test]
-#[ignore = "takes some minutes"]
+#[ignore = "takes some minutes: make rotate"]
 fn three_hundred_rotations_drop_no_step() {
     rotate(5, 300);
 }
