@@ -108,19 +108,28 @@ pub(crate) struct Audited {
 
 /// Reads the journal of a state directory, and holds it against witnesses.
 pub(crate) fn audit(state: &Path, witnesses: &[Witness]) -> Result<Audited, JournalError> {
-    let mut hashes = vec![];
-    let verified = journal::walk(state, |link, _| hashes.push(link.hash))?;
-    let name = match &verified.opened {
-        Some(Record::Opened { instance, .. }) => instance.to_string(),
-        _ => String::new(),
-    };
+    let (mut hashes, mut names) = (vec![], vec![]);
+    let verified = journal::walk(state, |link, record| {
+        hashes.push(link.hash);
+        // One that was anchored goes on under another name, and its chain with it.
+        if let Record::Opened { instance, .. } | Record::Anchored { instance, .. } = record {
+            names.push(instance.to_string());
+        }
+    })?;
+    let name = names.first().cloned().unwrap_or_default();
+    let mut witnesses = witnesses.to_vec();
+    for witness in &mut witnesses {
+        if names.contains(&witness.head.journal) {
+            witness.head.journal.clone_from(&name);
+        }
+    }
     let account = Account {
         journal: &name,
         first: 1,
         last: verified.last.0,
         taken_over: &[],
     };
-    let judgement = witness::judge(witnesses, account, |number| {
+    let judgement = witness::judge(&witnesses, account, |number| {
         let index = usize::try_from(number.checked_sub(1)?).ok()?;
         hashes.get(index).map(|hash| Digest(*hash))
     });

@@ -162,3 +162,23 @@ fn a_file_that_is_edited_is_found_without_a_witness() {
         assert!(first <= at as u64 + 2, "{case}: {first}, changed at {at}");
     });
 }
+
+#[test]
+fn a_journal_that_was_anchored_goes_on_under_another_name() {
+    let other = InstanceId::from_random([2; 8]);
+    let mut records: Vec<Record> = (1..=RECORDS).map(record).collect();
+    records.push(Record::Anchored {
+        floor: Digest::of(b"a floor"),
+        raised: serde_json::from_value(json!({"fleet": "prod", "serials": {}})).unwrap(),
+        instance: other.clone(),
+    });
+    records.push(record(3));
+    let dir = written(&records);
+    let last = RECORDS + 2;
+    let mut told = witnesses(dir.path(), |number| number == 5 || number == last);
+    told[1].head.journal = other.to_string();
+    let judgement = audit(dir.path(), &told).unwrap().judgement;
+    assert_eq!((judgement.why(), judgement.through), (None, last));
+    told[1].head.number += 1;
+    assert!(audit(dir.path(), &told).unwrap().judgement.why().is_some());
+}

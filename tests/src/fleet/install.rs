@@ -271,7 +271,7 @@ fn configuration(files: &Path, name: &str) -> Result<String> {
     let mut out = String::new();
     for line in text.lines() {
         if line.starts_with("host = ") && !out.contains('[') {
-            write!(out, "host = {}\nlink_user = \"lockstep-link\"", quote(name))?;
+            write!(out, "host = {}", quote(name))?;
         } else if let Some((key, file)) = line.split_once(" = \"tls/") {
             // Where the link may write, for it renews them.
             write!(out, "{key} = \"/var/lib/lockstep-link/tls/{file}")?;
