@@ -51,6 +51,17 @@ pub fn under_way(watcher: &Operator, rollout: &str, action: &str, host: Option<&
     .unwrap()
 }
 
+/// A step, as a line of a plan, that writes its name into the host's file of effects and then takes
+/// so many seconds.
+pub fn effect(name: &str, takes: u32) -> String {
+    const WORK: &str = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + '\\\\n'); \
+                        time.sleep(float(sys.argv[3]))";
+    format!(
+        "      - exec.run: {{name: {name}, argv: [python3, -c, \"{WORK}\", \
+         \"${{host.effects_file}}\", {name}, \"{takes}\"]}}\n"
+    )
+}
+
 /// Files below a directory that hold a text, but those that `skip` names.
 pub fn files_with(directory: &Path, needle: &str, skip: &dyn Fn(&Path) -> bool) -> Vec<String> {
     let mut found = vec![];

@@ -6,26 +6,17 @@ use std::time::Duration;
 
 use lockstep_tests::cluster::Cluster;
 use lockstep_tests::operator::text;
-use lockstep_tests::story::under_way;
+use lockstep_tests::story::{effect, under_way};
 
 const HOSTS: [&str; 2] = ["app-1", "app-2"];
 
-const WORK: &str = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + '\\\\n'); \
-                    time.sleep(float(sys.argv[3]))";
-
 fn plan() -> String {
-    let step = |name: &str, takes: u32| {
-        format!(
-            "      - exec.run: {{name: {name}, argv: [python3, -c, \"{WORK}\", \
-             \"${{host.effects_file}}\", {name}, \"{takes}\"]}}\n"
-        )
-    };
     format!(
         "version: 1\nplan: halves\nfleet:\n  app: {{labels: {{role: app}}}}\nphases:\n  \
          - name: one\n    on: app\n    steps:\n{}{}{}",
-        step("first", 6),
-        step("second", 6),
-        step("third", 0),
+        effect("first", 6),
+        effect("second", 6),
+        effect("third", 0),
     )
 }
 

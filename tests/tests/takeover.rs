@@ -10,7 +10,7 @@ use std::time::Duration;
 use lockstep_tests::cluster::Cluster;
 use lockstep_tests::daemon::{Daemon, Launch};
 use lockstep_tests::operator::text;
-use lockstep_tests::story::under_way;
+use lockstep_tests::story::{effect, under_way};
 use lockstep_tests::wait;
 use rustix::process::{Signal, kill_process};
 
@@ -124,22 +124,13 @@ fn successor(cluster: &Cluster) -> (Daemon, SocketAddr) {
     (daemon, address)
 }
 
-const WORK: &str = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + '\\\\n'); \
-                    time.sleep(float(sys.argv[3]))";
-
 fn plan() -> String {
-    let step = |name: &str, takes: u32| {
-        format!(
-            "      - exec.run: {{name: {name}, argv: [python3, -c, \"{WORK}\", \
-             \"${{host.effects_file}}\", {name}, \"{takes}\"]}}\n"
-        )
-    };
     format!(
         "version: 1\nplan: take-over\nfleet:\n  app: {{labels: {{role: app}}}}\nphases:\n  \
          - name: one\n    on: app\n    steps:\n{}  - name: two\n    on: app\n    steps:\n{}{}",
-        step("first", 8),
-        step("second", 3),
-        step("third", 0),
+        effect("first", 8),
+        effect("second", 3),
+        effect("third", 0),
     )
 }
 
