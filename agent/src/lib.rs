@@ -144,6 +144,13 @@ enum Command {
         file: File,
         key: StepKey,
     },
+    /// Answer one question about the host. Started by `exec`.
+    #[command(hide = true)]
+    Look {
+        #[command(flatten)]
+        file: File,
+        dir: PathBuf,
+    },
     /// Become a service. Started by a step.
     #[command(hide = true)]
     Supervise,
@@ -236,6 +243,7 @@ pub fn main() -> ExitCode {
             with_config(&file, |config| audit::run(&config, &Audit::Export))
         }
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
+        Command::Look { file, dir } => with_config(&file, |config| look(config, &dir)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();
             say(&why);
@@ -325,6 +333,20 @@ fn step(config: Config, key: &StepKey) -> u8 {
         }
         Err(error) => {
             say(&format!("{key}: {}", errors::chain(&error)));
+            exit::INTERNAL
+        }
+    }
+}
+
+fn look(config: Config, dir: &Path) -> u8 {
+    let result = runtime().and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, exec::look(config, dir))
+    });
+    match result {
+        Ok(()) => exit::DONE,
+        Err(error) => {
+            say(&errors::chain(&error));
             exit::INTERNAL
         }
     }

@@ -123,7 +123,7 @@ pub(crate) enum Decision {
     Refuse(Failure),
     /// There is nothing to do, and this is why.
     Nothing(String),
-    /// Only look, in the daemon.
+    /// Only look.
     Look,
     /// Begin the attempt.
     Begin(Begin),

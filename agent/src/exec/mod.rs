@@ -10,6 +10,7 @@
 //! One task owns the journal and all decisions; tasks that look at the host or attend an attempt
 //! answer with an [`Event`]. An error of the journal ends the daemon: its next start replays.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::rc::Rc;
@@ -44,6 +45,7 @@ mod consent;
 mod evidence;
 mod explain;
 mod licences;
+mod look;
 mod machine;
 mod offers;
 mod orders;
@@ -53,6 +55,7 @@ mod report;
 mod runner;
 mod seam;
 mod tail;
+mod unit;
 
 pub(crate) use anchor::{AnchorError, Anchored, anchor};
 pub(crate) use attend::wall_clock;
@@ -60,6 +63,7 @@ use attend::{Host, Met, attend};
 pub(crate) use evidence::own_key;
 pub(crate) use explain::explain;
 pub(crate) use licences::{Raised, Serial};
+pub(crate) use look::run as look;
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
 pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
@@ -244,6 +248,7 @@ impl Exec {
         let host = Rc::new(Host {
             boot: boot_id(&config.run_dir)?,
             runner: Runner::new(config.steps, config_path).map_err(ExecError::Runner)?,
+            looks: Cell::new(0),
             config: config.clone(),
             logs,
         });
@@ -256,6 +261,7 @@ impl Exec {
         orders::remove_steps(state, |of| Some(of) != held_for);
         plans::remove_left_over(state, held_for);
         crate::identity::remove_left_over(&config.run_dir);
+        look::remove_left_over(&config.run_dir);
         let held = memory.hold.as_ref().and_then(|hold| {
             HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps, hold.plan)
                 .inspect_err(|error| {

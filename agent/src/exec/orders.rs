@@ -18,7 +18,7 @@ use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
 use super::{Event, Exec, ExecError, Offer, Preparing};
-use crate::actions::{self, Probe};
+use crate::actions;
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
 use crate::step::{Ended, Job, StepDir, failure};
@@ -97,9 +97,7 @@ impl Exec {
         }
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
-            let before = host
-                .look(&job, async |cx| actions::before(&job.action, cx).await)
-                .await;
+            let before = host.before(&job).await;
             let event = Event::Prepared(Box::new(order), Box::new(job), before);
             let _ = answers.send(event).await;
         });
@@ -367,7 +365,7 @@ impl Exec {
         Ok(())
     }
 
-    /// A dry run: only asks, here in the daemon.
+    /// A dry run: only asks.
     fn look(&mut self, order: Order) -> Result<(), ExecError> {
         let (step, earlier) = match self.step_to_look_at(&order) {
             Ok(found) => found,
@@ -387,26 +385,12 @@ impl Exec {
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
             let begun = tokio::time::Instant::now();
-            let seen = host
-                .look(&job, async |cx| {
-                    // No step brings a secret, and each is looked up only when it is needed.
-                    cx.check_secrets(&job.action.args())
-                        .await
-                        .map_err(ahead::would_fail)?;
-                    let probe = if limited {
-                        let why = "the policy limits how often and when it may be done";
-                        Ok(Probe::NoProof(why.to_owned()))
-                    } else {
-                        actions::probe(&job.action, cx).await
-                    };
-                    ahead::settle(&job.action, &earlier, probe)
-                })
-                .await;
+            let seen = host.dry_run(&job, earlier, limited).await;
             let mut ended = match seen {
-                Ok(done) => Ended {
+                Ok(summary) => Ended {
                     outcome: StepOutcome::Ok {
                         changed: false,
-                        summary: done.summary,
+                        summary,
                     },
                     facts: vec![Fact::Note {
                         name: "step".into(),
