@@ -26,6 +26,8 @@ mod postgres;
 mod release;
 pub(crate) mod service;
 
+pub(crate) use env::salt;
+
 /// What a host answers when asked whether an action's effect is there.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Probe {

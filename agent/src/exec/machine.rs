@@ -56,6 +56,8 @@ pub(crate) struct Memory {
     /// How many reports a controller has of which this journal knows fewer: then no order is
     /// taken.
     pub(crate) quarantined: Option<u64>,
+    /// Whether people have signed from where this host may go on.
+    anchored: bool,
 }
 
 /// The hold for a rollout, with what happened in it.
@@ -188,6 +190,7 @@ impl Memory {
                 (self.last_report, self.acknowledged) = (0, 0);
                 self.outstanding.clear();
                 self.quarantined = None;
+                self.anchored = true;
             }
             Record::Intent(intent) => {
                 if let Some(counted) = &intent.counted {
@@ -243,6 +246,11 @@ impl Memory {
             | ReportBody::Declined { .. }
             | ReportBody::Surveyed { .. } => {}
         }
+    }
+
+    /// Whether this journal says nothing of what this host may have done before it.
+    pub(crate) fn is_new(&self) -> bool {
+        self.last_report == 0 && !self.anchored
     }
 
     /// Forgets reports that are durable at the controller. Says whether that was news.

@@ -254,6 +254,12 @@ impl Exec {
         });
         evidence::remove_left_over(state);
         let key = own_key(state).map_err(ExecError::Key)?;
+        if let Err(failure) = crate::actions::salt(state) {
+            tracing::error!(
+                why = failure.message,
+                "environment files cannot be compared"
+            );
+        }
         // Nobody awaits what an earlier daemon was probing for a dry run.
         remove_left_over(&config.run_dir, |of| of.direction == Direction::Probe);
         // A rollout that has ended leaves nothing, even if its end was cut short.
@@ -459,6 +465,10 @@ impl Exec {
                 self.host.config.state_dir.display()
             ));
             return Ok(());
+        }
+        let anew = welcome.earlier > 0 && self.memory.is_new();
+        if anew && self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
+            self.quarantine(welcome.earlier)?;
         }
         if !self.admit(welcome.epoch)? {
             return Ok(());
