@@ -342,7 +342,7 @@ fn a_word_on_an_unknown_outcome_counts_with_its_signature() {
             let outcome = &attempts(&document, "exec.run")[0]["outcome"];
             (outcome == "unknown")
                 .then_some(())
-                .ok_or(outcome.to_string())
+                .ok_or_else(|| outcome.to_string())
         })
         .unwrap();
         let path = keys.path().join("bob");
