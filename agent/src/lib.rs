@@ -30,6 +30,9 @@ mod enroll;
 mod errors;
 mod exec;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod journal;
 mod link;

@@ -302,15 +302,9 @@ impl Names {
                 _ => None,
             })
             .map(|rest| {
-                let mut parts = rest.split('/');
-                match (parts.next(), parts.next(), parts.next(), parts.next()) {
-                    (Some(domain), Some(role), Some(name), None) if !domain.is_empty() => {
-                        Ok((domain.into(), role.into(), name.into()))
-                    }
-                    _ => Err(format!(
-                        "`spiffe://{rest}` is not spiffe://<domain>/<role>/<name>"
-                    )),
-                }
+                read_name(rest).ok_or_else(|| {
+                    format!("`spiffe://{rest}` is not spiffe://<domain>/<role>/<name>")
+                })
             })
             .collect::<Result<_, _>>()?;
         Ok(Self {
@@ -318,5 +312,36 @@ impl Names {
             not_before: parsed.validity().not_before.timestamp(),
             not_after: parsed.validity().not_after.timestamp(),
         })
+    }
+}
+
+/// Domain, role and name, as they stand after `spiffe://`.
+pub(crate) fn read_name(rest: &str) -> Option<(String, String, String)> {
+    let mut parts = rest.split('/');
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(domain), Some(role), Some(name), None) if !domain.is_empty() => {
+            Some((domain.into(), role.into(), name.into()))
+        }
+        _ => None,
+    }
+}
+
+/// For fuzzers: what must hold of names in certificates.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    use super::{CertificateDer, read_name, spiffe_names};
+
+    /// Domain, role and name of a URI; what was read is what stands there.
+    pub fn san(uri: &str) -> Option<(String, String, String)> {
+        let read = read_name(uri.strip_prefix("spiffe://")?)?;
+        let (domain, role, name) = &read;
+        assert_eq!(format!("spiffe://{domain}/{role}/{name}"), uri);
+        Some(read)
+    }
+
+    /// The one name of a certificate, if it has one.
+    pub fn certificate_name(der: &[u8]) -> Option<(String, String, String)> {
+        let names = spiffe_names(&CertificateDer::from(der)).ok()?;
+        <[_; 1]>::try_from(names).ok().map(|[name]| name)
     }
 }
