@@ -21,7 +21,10 @@ pub fn bridge_to_exec(bytes: &[u8]) {
         let again = codec::to_exec(inbound).expect("it is said as it is");
         let again = wire::ToExec::decode(again.encode_to_vec().as_slice());
         let again = codec::heard(again.expect("it was just written"), &host);
-        assert_eq!(words, format!("{:?}", again.expect("it was understood before")));
+        assert_eq!(
+            words,
+            format!("{:?}", again.expect("it was understood before"))
+        );
         true
     });
 }
@@ -40,7 +43,10 @@ pub fn bridge_to_link(bytes: &[u8]) {
         };
         let again = wire::ToLink::decode(again.encode_to_vec().as_slice());
         let again = codec::said(again.expect("it was just written"));
-        assert_eq!(words, format!("{:?}", again.expect("it was understood before")));
+        assert_eq!(
+            words,
+            format!("{:?}", again.expect("it was understood before"))
+        );
         true
     });
 }

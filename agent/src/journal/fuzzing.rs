@@ -60,7 +60,9 @@ fn file(bytes: &[u8]) {
 
 fn scan(bytes: &[u8]) -> Vec<(Link, Record)> {
     let mut records: Vec<(Link, Record)> = vec![];
-    let scan = Scan::run(bytes, None, &mut |link, record| records.push((link, record)));
+    let scan = Scan::run(bytes, None, &mut |link, record| {
+        records.push((link, record))
+    });
     match scan {
         Ok(scan) => {
             let whole: Option<(u64, Hash)> = records.last().map(|(it, _)| (it.number, it.hash));

@@ -44,7 +44,11 @@ pub fn policy(bytes: &[u8]) {
     }
     policy.overview();
 
-    let asked: Vec<Action> = asked.lines().chain(ASKED.lines()).filter_map(read_action).collect();
+    let asked: Vec<Action> = asked
+        .lines()
+        .chain(ASKED.lines())
+        .filter_map(read_action)
+        .collect();
     let now = Moment {
         wall: Timestamp(1_800_000_000_000),
         uptime: Period::seconds(5000),
@@ -67,7 +71,11 @@ pub fn policy(bytes: &[u8]) {
         assert!(without_deny.check(action).is_ok());
         assert!(policy.denied_by(action.name(), &action.args()).is_none());
         // One rule by itself is enough, or there is none.
-        let enough = policy.rules.allow.iter().any(|rule| rule.allows(action.name(), &action.args()));
+        let enough = policy
+            .rules
+            .allow
+            .iter()
+            .any(|rule| rule.allows(action.name(), &action.args()));
         assert!(harmless || enough, "{action:?}");
         check_url(action);
     }
@@ -118,7 +126,11 @@ pub fn policy_patterns(bytes: &[u8]) {
         [argument, pattern, text] => (argument, pattern, text),
         _ => return,
     };
-    assert_eq!(glob(pattern, text), globbed(pattern, text), "{pattern:?} {text:?}");
+    assert_eq!(
+        glob(pattern, text),
+        globbed(pattern, text),
+        "{pattern:?} {text:?}"
+    );
     same_host(text);
     // Also as JSON, for commands and maps.
     let value = |text: &str| serde_json::from_str(text).unwrap_or_else(|_| Value::from(text));
