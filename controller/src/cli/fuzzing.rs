@@ -103,7 +103,7 @@ fn shown(text: &str) {
 
 fn is_shown(c: char) -> bool {
     let hides = matches!(c,
-        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
+        '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
         | '\u{e0000}'..='\u{e007f}');
     matches!(c, '\n' | '\t') || !c.is_control() && !hides
 }

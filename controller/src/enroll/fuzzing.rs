@@ -1,9 +1,10 @@
 //! For fuzzers: what must hold of a host's request for a certificate.
 
 use lockstep_proto::ids::HostId;
-use rcgen::{CertificateParams, KeyPair, SanType};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
 
 use super::issuer::Request;
+use crate::pki::roles::ATTRIBUTE;
 
 const DOMAIN: &str = "example.com";
 
@@ -33,4 +34,17 @@ pub fn csr_of(uri: &str) -> Option<Vec<u8>> {
     params.subject_alt_names = vec![SanType::URI(uri.try_into().ok()?)];
     let request = params.serialize_request(&key).ok()?;
     Some(request.der().to_vec())
+}
+
+/// A certificate with this name, for seeds; its own key has signed it.
+pub fn certificate_of(uri: &str) -> Option<Vec<u8>> {
+    let key = KeyPair::generate().ok()?;
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI(uri.try_into().ok()?)];
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::OrganizationalUnitName, "dba,qa_lead");
+    subject.push(DnType::CustomDnType(ATTRIBUTE.to_vec()), "viewer,admin");
+    params.distinguished_name = subject;
+    let certificate = params.self_signed(&key).ok()?;
+    Some(certificate.der().to_vec())
 }

@@ -1,7 +1,7 @@
 //! For fuzzers: what must hold of a journal's head and of exports, whoever wrote them.
 
 use super::head;
-use super::offline::{read_export, verify_export};
+use super::offline::{Records, read_export, verify_export};
 use super::{Head, JournalId};
 
 /// A slot of a head file: one that is read is the one that would be written.
@@ -44,4 +44,20 @@ pub fn export(bytes: &[u8]) {
             "a record that is cut out is missed"
         );
     }
+}
+
+/// An export of these payloads, for seeds.
+pub fn export_of(payloads: &[Vec<u8>]) -> Vec<u8> {
+    let id = JournalId([7; 16]);
+    let base = id.anchor();
+    let records = Records {
+        id,
+        base,
+        head: payloads.iter().fold(base, |at, payload| at.next(payload)),
+        payloads: payloads.to_vec(),
+        entries: vec![],
+    };
+    let mut text = vec![];
+    records.write(&mut text).expect("memory can be written");
+    text
 }

@@ -15,6 +15,7 @@ mod contract;
 mod mutate;
 mod plans;
 mod rollouts;
+pub mod seeds;
 mod trust;
 
 pub use mutate::Mutator;

@@ -35,7 +35,7 @@ pub(crate) fn plan(bytes: &[u8]) {
     assert_eq!(opened.expect("a compiled plan is one"), sealed);
 }
 
-fn given(input: &Input) -> (String, String) {
+pub(crate) fn given(input: &Input) -> (String, String) {
     let known = input
         .default
         .clone()

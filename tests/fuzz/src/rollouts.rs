@@ -26,7 +26,7 @@ const MAX_PAYLOAD: usize = (32 << 10) - 32;
 const STEPS: usize = 150;
 
 /// A plan with something of everything that waits for others.
-const PLAN: &str = r#"version: 1
+pub(crate) const PLAN: &str = r#"version: 1
 plan: p
 fleet:
   app: {labels: {role: app}}
@@ -55,7 +55,7 @@ phases:
 signoff: [lead]
 "#;
 
-fn plan() -> Arc<SealedPlan> {
+pub(crate) fn plan() -> Arc<SealedPlan> {
     static SEALED: OnceLock<Arc<SealedPlan>> = OnceLock::new();
     let sealed = SEALED.get_or_init(|| {
         let plan = Plan::parse("plan.yaml", PLAN).unwrap_or_else(|why| panic!("{why}"));
@@ -320,6 +320,24 @@ pub(crate) fn submit(plan: SealedPlan) {
     world.submit(dry_run);
     world.play();
     world.check();
+}
+
+/// Records of a rollout, and its document.
+pub(crate) fn seeds() -> (Vec<Vec<u8>>, Vec<u8>) {
+    let mut world = World::new(plan());
+    for (host, role) in [("app-1", "app"), ("app-2", "app"), ("db-1", "db")] {
+        let host = host.parse().expect("a host's name");
+        world.up(&host, [("role".to_owned(), role.to_owned())].into());
+    }
+    world.submit(false);
+    world.play();
+    let document = world
+        .coordinator
+        .document(&rollout())
+        .expect("it was submitted");
+    let line = |entry| serde_json::to_vec(entry).expect("a record can be written");
+    let lines = world.journal.iter().map(line).collect();
+    (lines, document.to_string().into_bytes())
 }
 
 /// What agents report, as they please, while a rollout runs. Each part is a byte that says what it
