@@ -281,7 +281,7 @@ impl ServerCertVerifier for ControllerVerifier {
 
 /// The names of a certificate.
 struct Names {
-    /// Domain, role and name of each `spiffe://` name.
+    /// Domain, role and name of each URI: all of them are `spiffe://` names.
     spiffe: Vec<(String, String, String)>,
     not_before: i64,
     not_after: i64,
@@ -289,8 +289,11 @@ struct Names {
 
 impl Names {
     fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, parsed) =
+        let (after, parsed) =
             X509Certificate::from_der(certificate).map_err(|error| error.to_string())?;
+        if !after.is_empty() {
+            return Err("something follows the certificate".to_owned());
+        }
         let names = parsed
             .subject_alternative_name()
             .map_err(|error| error.to_string())?;
@@ -298,13 +301,12 @@ impl Names {
             .into_iter()
             .flat_map(|names| &names.value.general_names)
             .filter_map(|name| match name {
-                GeneralName::URI(uri) => uri.strip_prefix("spiffe://"),
+                GeneralName::URI(uri) => Some(*uri),
                 _ => None,
             })
-            .map(|rest| {
-                read_name(rest).ok_or_else(|| {
-                    format!("`spiffe://{rest}` is not spiffe://<domain>/<role>/<name>")
-                })
+            .map(|uri| {
+                read_name(uri)
+                    .ok_or_else(|| format!("`{uri}` is not spiffe://<domain>/<role>/<name>"))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self {
@@ -315,9 +317,9 @@ impl Names {
     }
 }
 
-/// Domain, role and name, as they stand after `spiffe://`.
-pub(crate) fn read_name(rest: &str) -> Option<(String, String, String)> {
-    let mut parts = rest.split('/');
+/// Domain, role and name of a `spiffe://` name.
+fn read_name(uri: &str) -> Option<(String, String, String)> {
+    let mut parts = uri.strip_prefix("spiffe://")?.split('/');
     match (parts.next(), parts.next(), parts.next(), parts.next()) {
         (Some(domain), Some(role), Some(name), None) if !domain.is_empty() => {
             Some((domain.into(), role.into(), name.into()))
@@ -333,7 +335,7 @@ pub(crate) mod fuzzing {
 
     /// Domain, role and name of a URI; what was read is what stands there.
     pub fn san(uri: &str) -> Option<(String, String, String)> {
-        let read = read_name(uri.strip_prefix("spiffe://")?)?;
+        let read = read_name(uri)?;
         let (domain, role, name) = &read;
         assert_eq!(format!("spiffe://{domain}/{role}/{name}"), uri);
         Some(read)
@@ -343,5 +345,34 @@ pub(crate) mod fuzzing {
     pub fn certificate_name(der: &[u8]) -> Option<(String, String, String)> {
         let names = spiffe_names(&CertificateDer::from(der)).ok()?;
         <[_; 1]>::try_from(names).ok().map(|[name]| name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair, SanType};
+
+    #[test]
+    fn a_certificate_has_the_names_that_the_controller_reads_in_it() {
+        let certificate = |uris: &[&str]| {
+            let mut params = CertificateParams::default();
+            let names = uris
+                .iter()
+                .map(|uri| SanType::URI((*uri).try_into().unwrap()));
+            params.subject_alt_names = names.collect();
+            let key = KeyPair::generate().unwrap();
+            params.self_signed(&key).unwrap().der().to_vec()
+        };
+        let names = |der: Vec<u8>| spiffe_names(&CertificateDer::from(der));
+        let own = "spiffe://example.com/agent/app-1";
+        let read = ["example.com", "agent", "app-1"].map(str::to_owned);
+        assert_eq!(names(certificate(&[own])), Ok(vec![read.into()]));
+        let mut longer = certificate(&[own]);
+        longer.push(0);
+        assert!(names(longer).unwrap_err().contains("follows"));
+        let with_another = names(certificate(&[own, "https://example.com/"]));
+        assert!(with_another.unwrap_err().contains("https://example.com/"));
+        assert!(names(certificate(&["spiffe://example.com/agent/a/b"])).is_err());
     }
 }

@@ -31,10 +31,10 @@ how=${1:?seconds for each target, or keep}
 shift
 work=$PWD/target/fuzz
 host=$(rustc "+$toolchain" -vV | sed -n 's/^host: //p')
-fuzzer=$work/build/$host/release/lockstep
+fuzzer=tests/fuzz/libfuzzer/target/$host/release/lockstep
 # No sanitiser: there is no unsafe code of our own to watch, and so more is tried.
-cargo "+$toolchain" fuzz build --fuzz-dir tests/fuzz/libfuzzer --target-dir "$work/build" \
-  --sanitizer none --debug-assertions lockstep
+cargo "+$toolchain" fuzz build --fuzz-dir tests/fuzz/libfuzzer --sanitizer none \
+  --debug-assertions lockstep
 
 mapfile -t all < <(sed -n 's/^    "\([a-z_]*\)" [a-z_:]*, \([0-9]*\), .*/\1 \2/p' tests/fuzz/src/lib.rs)
 [ ${#all[@]} -gt 0 ] || { say "there are no targets in tests/fuzz/src/lib.rs"; exit 1; }

@@ -48,7 +48,7 @@ phases:
       - exec.run: {name: x, argv: [/bin/x]}
   - name: list
     steps:
-      - gate.checklist: {items: [a, b], from: {qa: 1}, timeout: 10m, on_timeout: abort}
+      - gate.checklist: {items: [a, b], from: qa, timeout: 10m, on_timeout: abort}
   - name: start
     on: {one_of: app}
     steps: [{service.start: {service: web}}]
