@@ -30,6 +30,9 @@ mod enroll;
 mod errors;
 mod exec;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod journal;
 mod link;
@@ -52,6 +55,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::shown;
 use lockstep_proto::values::Timestamp;
 use tracing_subscriber::EnvFilter;
 
@@ -414,5 +418,7 @@ fn log() {
 
 /// One line for people. Nobody may be reading.
 fn say(line: &str) {
+    // Others wrote parts of it.
+    let line = shown::lines(line);
     let _ = writeln!(std::io::stderr(), "lockstep-agent: {line}");
 }

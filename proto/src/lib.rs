@@ -20,6 +20,7 @@ pub mod order;
 pub mod plan;
 pub mod report;
 pub mod seal;
+pub mod shown;
 #[cfg(feature = "signatures")]
 pub mod sshsig;
 #[cfg(feature = "signatures")]

@@ -66,6 +66,8 @@ pub(crate) use licences::{Raised, Serial};
 pub(crate) use look::run as look;
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
+#[cfg(feature = "fuzzing")]
+pub(crate) use policy::fuzzing as policy_fuzzing;
 pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
@@ -118,6 +120,15 @@ fn any_bytes() -> [u8; 8] {
         return world.random(u64::MAX).to_be_bytes();
     }
     rand::random()
+}
+
+/// For fuzzers: a journal whose chain holds is folded, whatever it says.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fold_fuzzed(records: &[(crate::journal::Link, Record)]) {
+    let mut memory = Memory::default();
+    for (link, record) in records {
+        memory.apply(link.position, record);
+    }
 }
 
 /// What a task has found out.
