@@ -18,6 +18,7 @@ pub mod floor;
 pub mod ids;
 pub mod order;
 pub mod plan;
+pub mod refusals;
 pub mod report;
 pub mod seal;
 pub mod shown;

@@ -206,6 +206,8 @@ impl Memory {
                     attempt.cancelled = true;
                 }
             }
+            // What was refused changes nothing.
+            Record::SessionsRefused(_) => {}
             Record::Report { number, body } => self.apply_report(position, *number, body),
             Record::Acknowledged { number, seen } => {
                 self.acknowledge(*number);

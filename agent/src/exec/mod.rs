@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey, StepRef};
 use lockstep_proto::order::{Fact, Order};
+use lockstep_proto::refusals::Ledger;
 use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
 use lockstep_proto::sshsig::SigningKey;
 use lockstep_proto::values::{Period, Timestamp};
@@ -51,6 +52,7 @@ mod offers;
 mod orders;
 mod plans;
 mod policy;
+mod refusals;
 mod report;
 mod runner;
 mod seam;
@@ -69,6 +71,7 @@ use plans::HeldPlan;
 #[cfg(feature = "fuzzing")]
 pub(crate) use policy::fuzzing as policy_fuzzing;
 pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
+pub(crate) use refusals::{Refusal, SessionsRefused};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
 
@@ -219,6 +222,8 @@ pub(crate) struct Exec {
     acknowledged: bool,
     /// What the controller has said of its journal, and is to be written with the next records.
     seen: Option<Seen>,
+    /// Sessions that were refused, as far as they are not written.
+    refusals: Ledger<Refusal>,
     events: mpsc::Receiver<Event>,
     answers: mpsc::Sender<Event>,
 }
@@ -312,6 +317,7 @@ impl Exec {
             release_later: None,
             acknowledged: false,
             seen: None,
+            refusals: refusals::ledger(),
             events,
             answers,
         })
@@ -327,7 +333,7 @@ impl Exec {
         self.take_up();
         let mut due = Due::new();
         loop {
-            let outbox = self.outgoing();
+            let (outbox, refusals_due) = (self.outgoing(), self.refusals_due());
             let room = async {
                 match outbox {
                     Some(outbox) => outbox.reserve_owned().await.ok(),
@@ -338,6 +344,8 @@ impl Exec {
                 biased;
                 () = stop.cancelled() => return self.keep_seen(),
                 () = due.come() => beat(&self.host.config.state_dir),
+                // A few a minute, whatever comes.
+                () = refusals_due => self.write_refusals()?,
                 Some(event) = self.events.recv() => self.handle_event(event)?,
                 message = inbound.recv() => match message {
                     Some(message) => self.handle_inbound(message)?,
@@ -423,6 +431,10 @@ impl Exec {
             Inbound::Release(rollout, epoch) => self.handle_release(rollout, epoch),
             Inbound::Cancel(rollout, epoch) => self.handle_cancel(&rollout, epoch),
             Inbound::Survey(rollout, epoch) => self.handle_survey(rollout, epoch),
+            Inbound::Refused(why) => {
+                self.note_refused(why);
+                Ok(())
+            }
         }
     }
 
@@ -467,14 +479,15 @@ impl Exec {
             if self.is_quarantined() {
                 return Ok(());
             }
-            self.refuse_session(format!(
+            let why = format!(
                 "the controller has {} reports of this agent, its journal has {}: the state \
                  directory was put back to an earlier time, and what was done since is not known \
                  here; move {} aside and start the agent afresh",
                 welcome.acknowledged,
                 self.memory.last_report,
                 self.host.config.state_dir.display()
-            ));
+            );
+            self.refuse_session(Refusal::Ahead, why);
             return Ok(());
         }
         let anew = welcome.earlier > 0 && self.memory.is_new();
@@ -535,7 +548,8 @@ impl Exec {
             return Ok(false);
         }
         if let Err(why) = self.memory.check_epoch(epoch) {
-            self.refuse_session(why);
+            let counter = epoch.counter;
+            self.refuse_session(Refusal::Term { counter }, why);
             return Ok(false);
         }
         if self
@@ -543,9 +557,9 @@ impl Exec {
             .as_ref()
             .is_some_and(|session| session.epoch != epoch)
         {
-            self.refuse_session(format!(
-                "the controller has welcomed this host with another epoch than {epoch}"
-            ));
+            let why =
+                format!("the controller has welcomed this host with another epoch than {epoch}");
+            self.refuse_session(Refusal::OtherTerm, why);
             return Ok(false);
         }
         if planted!(EpochNotWritten) {
@@ -557,8 +571,9 @@ impl Exec {
         Ok(true)
     }
 
-    fn refuse_session(&mut self, why: String) {
+    fn refuse_session(&mut self, kind: Refusal, why: String) {
         tracing::error!(%why, "the controller is refused");
+        self.note_refused(kind);
         if let Some(session) = &mut self.session {
             session.first.push_back(Outbound::Refuse(why));
         }
@@ -582,9 +597,8 @@ impl Exec {
         self.acknowledged = false;
         self.seen = None;
         if self.memory.outstanding.len() > OUTSTANDING {
-            self.refuse_session(format!(
-                "more than {OUTSTANDING} reports are not acknowledged"
-            ));
+            let why = format!("more than {OUTSTANDING} reports are not acknowledged");
+            self.refuse_session(Refusal::Unacknowledged, why);
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use super::machine::{Begin, Decision, Now, check_freshness, refused};
 use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
-use super::{Event, Exec, ExecError, Offer, Preparing};
+use super::{Event, Exec, ExecError, Offer, Preparing, Refusal};
 use crate::actions;
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
@@ -42,7 +42,8 @@ impl Exec {
         tracing::debug!(step = %order.key, ?decision, "ordered");
         match decision {
             Decision::Stale(why) => {
-                self.refuse_session(why);
+                let counter = order.epoch.counter;
+                self.refuse_session(Refusal::Term { counter }, why);
                 Ok(())
             }
             Decision::Repeat(recorded) => self.send_again(recorded),

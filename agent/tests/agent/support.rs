@@ -485,6 +485,19 @@ impl Host {
         command
     }
 
+    /// The journal's records, as auditors read them.
+    pub(crate) fn journal(&self) -> Vec<Value> {
+        let exported = Command::new(env!("CARGO_BIN_EXE_lockstep-agent"))
+            .args(["audit", "export", "--config"])
+            .arg(&self.config)
+            .output()
+            .unwrap();
+        assert!(exported.status.success(), "{exported:?}");
+        let text = String::from_utf8(exported.stdout).unwrap();
+        let lines = text.lines().map(serde_json::from_str);
+        lines.collect::<Result<_, _>>().unwrap()
+    }
+
     pub(crate) fn start(&mut self) {
         let log = std::fs::OpenOptions::new()
             .create(true)

@@ -47,6 +47,7 @@ impl Rollout {
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Trust(_)
+            | Record::CallsRefused(_)
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
             Record::Signed { signature, .. } => {
