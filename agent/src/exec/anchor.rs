@@ -114,10 +114,10 @@ pub(crate) fn anchor(
 }
 
 impl Exec {
-    /// Whether the host asks for sealed plans. A policy that cannot be read allows nothing anyway.
-    pub(super) fn is_sealed(&self) -> bool {
-        self.policy()
-            .is_ok_and(|policy| policy.trust().seal().is_some())
+    /// Whether the host asks for sealed plans. A policy that cannot be read does not say.
+    pub(super) fn is_sealed(&self) -> Result<bool, String> {
+        let policy = self.policy()?;
+        Ok(policy.trust().seal().is_some())
     }
 
     /// From here on no order is taken, also after a restart.

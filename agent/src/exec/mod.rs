@@ -75,6 +75,19 @@ pub(crate) use refusals::{Refusal, SessionsRefused};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
 
+/// How far a term's counter may be ahead of this host's clock, in seconds: ten years. Counters are no
+/// more than seconds since 1970; nobody could ever come after one without bounds.
+const TERMS_AHEAD: u64 = 10 * 365 * 86_400;
+
+fn check_ahead(epoch: Epoch, wall: Timestamp) -> Result<(), String> {
+    if epoch.counter <= (wall.0 / 1000).saturating_add(TERMS_AHEAD) {
+        return Ok(());
+    }
+    Err(format!(
+        "the controller claims the term {epoch}, whose counter is years ahead of this host's clock"
+    ))
+}
+
 /// Answers of tasks that wait for the journal's owner. A host runs one step at a time and looks
 /// at few things beside it.
 const EVENTS: usize = 32;
@@ -473,7 +486,7 @@ impl Exec {
         }
         if welcome.acknowledged > self.memory.last_report {
             // INV-2: a loss is detected, never silent.
-            if self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
+            if self.is_sealed() == Ok(true) && self.memory.check_epoch(welcome.epoch).is_ok() {
                 self.quarantine(welcome.acknowledged)?;
             }
             if self.is_quarantined() {
@@ -491,8 +504,16 @@ impl Exec {
             return Ok(());
         }
         let anew = welcome.earlier > 0 && self.memory.is_new();
-        if anew && self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
-            self.quarantine(welcome.earlier)?;
+        if anew && self.memory.check_epoch(welcome.epoch).is_ok() {
+            match self.is_sealed() {
+                Ok(true) => self.quarantine(welcome.earlier)?,
+                Ok(false) => {}
+                // Whether this host needs a floor first is not known.
+                Err(why) => {
+                    self.refuse_session(Refusal::Ahead, why);
+                    return Ok(());
+                }
+            }
         }
         if !self.admit(welcome.epoch)? {
             return Ok(());
@@ -552,6 +573,11 @@ impl Exec {
             self.refuse_session(Refusal::Term { counter }, why);
             return Ok(false);
         }
+        if let Err(why) = check_ahead(epoch, wall_clock()) {
+            let counter = epoch.counter;
+            self.refuse_session(Refusal::Term { counter }, why);
+            return Ok(false);
+        }
         if self
             .session
             .as_ref()
@@ -574,7 +600,12 @@ impl Exec {
     fn refuse_session(&mut self, kind: Refusal, why: String) {
         tracing::error!(%why, "the controller is refused");
         self.note_refused(kind);
-        if let Some(session) = &mut self.session {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        // One ends the session; a link that does not read must not fill the memory with more.
+        let said = session.first.iter();
+        if !said.into_iter().any(|it| matches!(it, Outbound::Refuse(_))) {
             session.first.push_back(Outbound::Refuse(why));
         }
     }
@@ -611,7 +642,9 @@ impl Exec {
 
     fn numbered(&self, body: ReportBody) -> Record {
         let mut body = report::fit(body);
-        evidence::sign(&self.key, &mut body);
+        if let Some(hold) = &self.memory.hold {
+            evidence::sign(&self.key, hold.plan, &mut body);
+        }
         Record::Report {
             number: self.memory.last_report + 1,
             body,

@@ -471,7 +471,7 @@ async fn nothing_is_taken_from_an_order_that_nobody_has_signed() {
     };
     let sign = |seed: u8| {
         let binding = bound("db-1", None);
-        let statement = evidence::statement(&binding.origin, &binding.fact);
+        let statement = evidence::statement(plan.digest(), &binding.origin, &binding.fact);
         let signature = signer(seed).sign_bare(evidence::NAMESPACE, &statement);
         Some(hex::encode(signature))
     };
