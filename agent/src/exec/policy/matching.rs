@@ -56,10 +56,11 @@ fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value], way: Way<'
             "url" => url::fits(pattern, text, way),
             "service" => match way {
                 Way::Allow => fits_text(pattern, text, way),
-                Way::Deny(names) => names
-                    .of_unit(text)
-                    .iter()
-                    .any(|name| stands_for(unsuffixed(pattern), unsuffixed(name), way)),
+                // With and without the suffix: `web.*` denies `web.service` too.
+                Way::Deny(names) => names.of_unit(text).iter().any(|name| {
+                    stands_for(pattern, name, way)
+                        || stands_for(unsuffixed(pattern), unsuffixed(name), way)
+                }),
             },
             _ => fits_text(pattern, text, way),
         },

@@ -37,6 +37,9 @@ impl Rollout {
     fn fold(&mut self, now: Timestamp, record: &Record) -> Result<(), IllegalTransition> {
         let state = self.state();
         let illegal = |record| Err(IllegalTransition { record, state });
+        if !self.has_what_is_named_by(record) {
+            return illegal("what a record names");
+        }
         match record {
             Record::TermBegan { .. }
             | Record::TookOver { .. }
@@ -82,6 +85,10 @@ impl Rollout {
                 };
                 if cursor.waves.is_empty() {
                     cursor.waves = waves;
+                }
+                // As it was when the stage began: hosts that have failed since are still in it.
+                if cursor.waves.len() <= *wave as usize {
+                    return illegal("wave opened");
                 }
                 cursor.wave = Some(*wave as usize);
             }
