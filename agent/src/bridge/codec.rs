@@ -7,6 +7,10 @@ use lockstep_proto::wire::host_v1::{self as wire, to_exec, to_link};
 use lockstep_proto::wire::{Hello, InvalidMessage, Welcome};
 
 use crate::exec::{Inbound, LogPiece, Offer, Outbound};
+use crate::process::head;
+
+/// Why a message is not understood, in bytes: it goes into the journal.
+const NOT_UNDERSTOOD: usize = 1 << 10;
 
 /// What exec hears from the link.
 pub(super) enum Heard {
@@ -24,10 +28,9 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
     let down = match inbound {
         Inbound::Dial(_) | Inbound::Connected { .. } => return None,
         Inbound::Disconnected => {
-            return Some(exec_message(to_exec::Message::Disconnected(
-                wire::Disconnected {},
-            )));
+            return Some(disconnected(String::new()));
         }
+        Inbound::NotUnderstood(why) => return Some(disconnected(why)),
         Inbound::Plan(digest, answer) => {
             let answer = match answer {
                 Ok(content) => wire::plan::Answer::Content(content.into()),
@@ -77,6 +80,11 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
     Some(exec_message(to_exec::Message::Down(down)))
 }
 
+fn disconnected(not_understood: String) -> wire::ToExec {
+    let message = wire::Disconnected { not_understood };
+    exec_message(to_exec::Message::Disconnected(message))
+}
+
 pub(super) fn dial() -> wire::ToExec {
     exec_message(to_exec::Message::Dial(wire::Dial {}))
 }
@@ -104,7 +112,12 @@ pub(super) fn heard(message: wire::ToExec, host: &HostId) -> Result<Heard, Inval
             let welcome = welcome.ok_or(InvalidMessage::Missing("welcome"))?;
             Heard::Connected(session, welcome.try_into()?)
         }
-        Message::Disconnected(wire::Disconnected {}) => Heard::Inbound(Inbound::Disconnected),
+        Message::Disconnected(wire::Disconnected { not_understood }) => {
+            Heard::Inbound(match not_understood {
+                why if why.is_empty() => Inbound::Disconnected,
+                why => Inbound::NotUnderstood(head(&why, NOT_UNDERSTOOD).to_owned()),
+            })
+        }
         Message::Plan(wire::Plan { digest, answer }) => {
             let digest = read_digest(&digest)?;
             let answer = match answer.ok_or(InvalidMessage::Missing("answer"))? {

@@ -8,7 +8,7 @@ use lockstep_proto::action::{Action, Class};
 use lockstep_proto::approval::{self, Approval, STATEMENT, Signature, Signed, unfilled};
 use lockstep_proto::ids::{HostId, StepRef};
 use lockstep_proto::order::{Binding, Fact, Order, controller_host};
-use lockstep_proto::plan::{CLOCK_TOLERANCE, CompiledPlan};
+use lockstep_proto::plan::{CLOCK_TOLERANCE, CompiledPlan, Target};
 use lockstep_proto::sshsig;
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,10 @@ pub(crate) struct Gates {
     shown: Vec<(StepRef, String)>,
     /// The number of the phase with the checks after a rollback: no gate needs to be met for them.
     after_rollback: u16,
+    /// The steps that every host does which they are meant for, in the order of the plan. Others
+    /// are for one elected host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    for_all: Vec<StepRef>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,11 +50,26 @@ impl Gates {
             Action::MigrationPlan(args) => Some((placed.at, args.database.clone())),
             _ => None,
         });
+        let after_rollback = plan.after_rollback_index();
+        let for_all = plan.steps().filter_map(|placed| {
+            let forward = placed.at.phase < after_rollback;
+            (forward && matches!(placed.target, Target::Groups(_))).then_some(placed.at)
+        });
         Self {
             approvals: approvals.collect(),
             shown: shown.collect(),
-            after_rollback: plan.after_rollback_index(),
+            after_rollback,
+            for_all: for_all.collect(),
         }
+    }
+
+    /// The steps that a host must have done before this one, as far as they are meant for it.
+    pub(super) fn before(&self, at: StepRef) -> &[StepRef] {
+        if at.phase == self.after_rollback {
+            return &[];
+        }
+        let count = self.for_all.partition_point(|earlier| *earlier < at);
+        &self.for_all[..count]
     }
 }
 

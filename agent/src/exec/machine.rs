@@ -56,6 +56,8 @@ pub(crate) struct Memory {
     /// How many reports a controller has of which this journal knows fewer: then no order is
     /// taken.
     pub(crate) quarantined: Option<u64>,
+    /// Why the newest session was refused, if it was and no term has been obeyed since.
+    pub(crate) refused: Option<String>,
 }
 
 /// The hold for a rollout, with what happened in it.
@@ -145,6 +147,8 @@ pub(crate) struct Now<'a> {
     pub(crate) busy: Option<&'a StepKey>,
     /// The steps that the host consented to.
     pub(crate) steps: &'a [HeldStep],
+    /// Those that must be done before the one that is ordered, as far as this host has them.
+    pub(crate) before: &'a [StepRef],
 }
 
 impl Memory {
@@ -156,7 +160,8 @@ impl Memory {
                 domain,
                 instance,
             } => self.opened = Some((domain.clone(), instance.clone())),
-            Record::Epoch(epoch) => self.epoch = Some(*epoch),
+            Record::Epoch(epoch) => (self.epoch, self.refused) = (Some(*epoch), None),
+            Record::Refused { why } => self.refused = Some(why.clone()),
             Record::Held(held) => {
                 self.hold = Some(Hold {
                     rollout: held.rollout.clone(),
@@ -464,6 +469,18 @@ impl Hold {
                 "a host takes steps in the order of the plan",
             ));
         }
+        let meant = |at: &&StepRef| now.steps.iter().any(|step| step.at == **at);
+        if let Some(left_out) = now
+            .before
+            .iter()
+            .filter(meant)
+            .find(|at| !self.is_past(**at))
+        {
+            return Err(refused(
+                format!("step {left_out} comes before {}, and is not done", key.at),
+                "a host takes steps in the order of the plan, and leaves none out",
+            ));
+        }
         // One that was only refused says nothing of the one before it.
         let mut begun = attempts.iter().rev().filter(|a| a.began.is_some());
         let done = begun.find(|a| a.direction == Direction::Do);
@@ -511,6 +528,18 @@ impl Hold {
         Ok(Decision::Begin(Begin {
             before: chain.before.filter(|_| chain.changed),
         }))
+    }
+
+    /// Whether a step may have been done here. Of one whose outcome is unknown a person has the word,
+    /// and the host may not have heard it.
+    fn is_past(&self, at: StepRef) -> bool {
+        let attempts = self.attempts.get(&at).map_or(&[][..], Vec::as_slice);
+        attempts.iter().any(|attempt| {
+            let ended = attempt.ended.as_ref().map(|(_, how)| *how);
+            attempt.direction == Direction::Do
+                && attempt.began.is_some()
+                && matches!(ended, Some(How::Ok { .. } | How::Unknown))
+        })
     }
 
     /// A step before this one whose newest word is that it was undone.

@@ -12,6 +12,7 @@ struct Agent {
     journal: Journal,
     memory: Memory,
     steps: Vec<HeldStep>,
+    before: Vec<StepRef>,
     clock: u64,
 }
 
@@ -83,6 +84,7 @@ impl Agent {
                 held_step(2, "service.start", json!({"service": "web"})),
                 held_step(3, "exec.run", json!({"name": "x", "argv": ["x"]})),
             ],
+            before: vec![],
             clock: 500,
         };
         agent.write(Record::Epoch(EPOCH));
@@ -133,6 +135,7 @@ impl Agent {
                     controller: Timestamp(self.clock),
                     busy: None,
                     steps: &self.steps,
+                    before: &self.before,
                 },
             )
         };
@@ -219,6 +222,28 @@ fn a_term_that_ended_is_refused_and_so_is_its_double() {
         ..order(key(0, Do, 1))
     };
     assert!(matches!(agent.decide(&newer), Decision::Begin(_)));
+}
+
+#[test]
+fn no_step_is_left_out_that_every_host_does() {
+    let mut agent = Agent::holding();
+    // One that is meant for others says nothing of this host.
+    agent.before = [0, 1, 9].map(|step| StepRef { phase: 0, step }).into();
+    let words = |agent: &Agent| refusal(agent.decide(&order(key(2, Do, 1))));
+    assert!(words(&agent).contains("step 0.0 comes before 0.2"));
+    agent.run(&key(0, Do, 1), ok(true));
+    assert!(words(&agent).contains("step 0.1 comes before 0.2"));
+    agent.run(&key(1, Do, 1), failed(false));
+    assert!(words(&agent).contains("step 0.1 comes before 0.2"));
+    // Refused only, it never began.
+    agent.end(&key(1, Do, 2), ok(false));
+    assert!(words(&agent).contains("step 0.1 comes before 0.2"));
+    agent.run(&key(1, Do, 3), unknown());
+    let begins = agent.decide(&order(key(2, Do, 1)));
+    assert!(matches!(begins, Decision::Begin(_)), "{begins:?}");
+    // An undo goes back from wherever the host is.
+    let back = agent.decide(&order(key(0, Back, 1)));
+    assert!(matches!(back, Decision::Begin(_)), "{back:?}");
 }
 
 #[test]

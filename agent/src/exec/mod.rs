@@ -146,6 +146,8 @@ struct Session {
     sent: u64,
     /// What goes out before reports.
     first: VecDeque<Outbound>,
+    /// It was refused, and ends.
+    refused: bool,
 }
 
 impl Session {
@@ -204,6 +206,8 @@ pub(crate) struct Exec {
     acknowledged: bool,
     /// What the controller has said of its journal, and is to be written with the next records.
     seen: Option<Seen>,
+    /// Why a session was refused, to be written with the next records.
+    refused: Option<String>,
     events: mpsc::Receiver<Event>,
     answers: mpsc::Sender<Event>,
 }
@@ -289,6 +293,7 @@ impl Exec {
             release_later: None,
             acknowledged: false,
             seen: None,
+            refused: None,
             events,
             answers,
         })
@@ -317,7 +322,10 @@ impl Exec {
                 () = due.come() => beat(&self.host.config.state_dir),
                 Some(event) = self.events.recv() => self.handle_event(event)?,
                 message = inbound.recv() => match message {
-                    Some(message) => self.handle_inbound(message)?,
+                    Some(message) => {
+                        self.handle_inbound(message)?;
+                        self.keep_refusal()?;
+                    }
                     None => return Ok(()),
                 },
                 permit = room => match permit {
@@ -381,6 +389,10 @@ impl Exec {
                 Ok(())
             }
             Inbound::Connected { welcome, outbox } => self.handle_welcome(&welcome, outbox),
+            Inbound::NotUnderstood(why) => {
+                self.refuse_session(format!("what the controller says is not understood: {why}"));
+                Ok(())
+            }
             Inbound::Disconnected => {
                 self.session = None;
                 self.awaiting_plan.clear();
@@ -432,6 +444,7 @@ impl Exec {
             outbox,
             sent: welcome.acknowledged,
             first: VecDeque::new(),
+            refused: false,
         });
         if planted!(DropLastReport) {
             self.memory.outstanding.pop_back();
@@ -504,7 +517,8 @@ impl Exec {
     /// Whether a controller of this term may be obeyed; a higher term is durable when this
     /// returns (INV-4).
     fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
-        if self.is_quarantined() {
+        // What came with the message that ended it is not heard either.
+        if self.session.as_ref().is_some_and(|session| session.refused) || self.is_quarantined() {
             return Ok(false);
         }
         if let Err(why) = self.memory.check_epoch(epoch) {
@@ -530,10 +544,30 @@ impl Exec {
         Ok(true)
     }
 
+    /// Ends the session, once: what else comes in it changes nothing. The reason is written with the
+    /// next records (INV-11), unless the newest one that is written says the same: a controller that
+    /// dials again and again does not fill the disk.
     fn refuse_session(&mut self, why: String) {
+        let Some(session) = self.session.as_mut().filter(|session| !session.refused) else {
+            return;
+        };
         tracing::error!(%why, "the controller is refused");
-        if let Some(session) = &mut self.session {
-            session.first.push_back(Outbound::Refuse(why));
+        session.refused = true;
+        session.first.push_back(Outbound::Refuse(why.clone()));
+        if self.memory.refused.as_ref() != Some(&why) {
+            self.refused = Some(why);
+        }
+    }
+
+    /// A refusal may be all that comes of a message.
+    fn keep_refusal(&mut self) -> Result<(), ExecError> {
+        if self.refused.is_none() {
+            return Ok(());
+        }
+        match self.commit(vec![], Need::Opens) {
+            // It stands in the log, and is written when there is room again.
+            Err(AppendError::Full(_)) => Ok(()),
+            done => Ok(done?),
         }
     }
 
@@ -548,12 +582,16 @@ impl Exec {
                 },
             );
         }
+        if let Some(why) = self.refused.clone() {
+            records.insert(0, Record::Refused { why });
+        }
         let positions = self.journal.append(&records, need)?;
         for (position, record) in positions.into_iter().zip(&records) {
             self.memory.apply(position, record);
         }
         self.acknowledged = false;
         self.seen = None;
+        self.refused = None;
         if self.memory.outstanding.len() > OUTSTANDING {
             self.refuse_session(format!(
                 "more than {OUTSTANDING} reports are not acknowledged"

@@ -37,6 +37,11 @@ impl Exec {
                 controller: session.now(),
                 busy: self.preparing.as_ref().map(|preparing| &preparing.key),
                 steps: self.held.as_ref().map_or(&[][..], |held| &held.steps),
+                before: self
+                    .held
+                    .as_ref()
+                    .and_then(|held| held.gates.as_ref())
+                    .map_or(&[][..], |gates| gates.before(order.key.at)),
             },
         );
         tracing::debug!(step = %order.key, ?decision, "ordered");

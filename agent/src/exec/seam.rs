@@ -18,6 +18,8 @@ pub(crate) enum Inbound {
         welcome: Welcome,
         outbox: mpsc::Sender<Outbound>,
     },
+    /// The controller says something that breaks the contract: the stream is about to end.
+    NotUnderstood(String),
     /// The stream has ended.
     Disconnected,
     /// Reports up to this one are durable at the controller.

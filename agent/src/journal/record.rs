@@ -57,6 +57,11 @@ pub(crate) enum Record {
         /// The instance from now on.
         instance: InstanceId,
     },
+    /// A controller, or something that it said, was refused, and the session with it.
+    Refused {
+        /// Why.
+        why: String,
+    },
     /// The rollout has ended, and the hold with it.
     Released {
         /// The rollout.

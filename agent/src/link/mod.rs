@@ -13,6 +13,7 @@ use lockstep_proto::plan::MAX_PLAN_BYTES;
 use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
 use lockstep_proto::wire::agent_v1::{self as wire, down, up};
 use lockstep_proto::wire::{Hello, InvalidMessage, MAX_AGENT_MESSAGE, Welcome};
+use lockstep_proto::witness::Head;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -323,13 +324,26 @@ async fn read(
             return Err(LinkError::Closed);
         };
         activity.touch();
-        witness(exec, message.head.take()).await?;
+        let head = message.head.take();
         if let Some(down::Message::Drain(drain)) = &message.message {
             let pause = Duration::from_millis(drain.reconnect_after_ms.into());
             tracing::info!(?pause, "the controller is about to stop");
             return Ok(Ended::Drained(pause.min(LONGEST_DRAIN)));
         }
-        tell(exec, Inbound::read(message, &config.host)?).await?;
+        let head = head.map(Head::try_from).transpose();
+        let understood = head.and_then(|head| Ok((head, Inbound::read(message, &config.host)?)));
+        let (head, message) = match understood {
+            Ok(understood) => understood,
+            Err(error) => {
+                // Exec keeps a record of what is refused (INV-11).
+                tell(exec, Inbound::NotUnderstood(chain(&error))).await?;
+                return Err(error.into());
+            }
+        };
+        if let Some(head) = head {
+            tell(exec, Inbound::Witness(head)).await?;
+        }
+        tell(exec, message).await?;
     }
 }
 

@@ -126,6 +126,7 @@ impl Case {
             }],
             shown: vec![],
             after_rollback: 9,
+            for_all: vec![],
         };
         check(
             Some(&gates),
@@ -242,6 +243,7 @@ fn a_migration_runs_the_sql_that_was_approved() {
         approvals: vec![],
         shown: vec![(GATE, database.to_owned())],
         after_rollback: 9,
+        for_all: vec![],
     };
     let signed = Signed {
         hosts: vec![],
