@@ -84,6 +84,7 @@ impl Rollout {
                 done,
                 by,
                 signature,
+                ..
             } = attempt.resolved.clone()?;
             Some(Binding {
                 origin: self.key(at, direction, host, attempt.number),
