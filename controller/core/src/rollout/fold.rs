@@ -21,6 +21,11 @@ impl Rollout {
         at: Timestamp,
         record: &Record,
     ) -> Result<(), IllegalTransition> {
+        if let Record::Reported { host, body, .. } = record
+            && !self.is_its_to_say(host, body)
+        {
+            return Ok(());
+        }
         let retry = match record {
             Record::Resumed { failed: true, .. } => Some(self.retry()),
             _ => None,
@@ -352,6 +357,23 @@ impl Rollout {
             }),
         }
         Ok(())
+    }
+
+    /// Whether a host may say this of the rollout: it is one of its hosts, and speaks of the plan that
+    /// it was offered, and of attempts that were ordered from it. What else it says stands in the
+    /// journal, and means nothing.
+    fn is_its_to_say(&self, host: &HostId, body: &ReportBody) -> bool {
+        if !self.members.contains_key(host) {
+            return false;
+        }
+        match body {
+            ReportBody::Consented { plan, .. } => *plan == self.plan.digest(),
+            ReportBody::Started { key } | ReportBody::Finished { key, .. } => {
+                let attempts = self.attempts_at(key.at, key.direction, host);
+                key.host == *host && attempts.iter().any(|it| it.number == key.attempt)
+            }
+            ReportBody::Declined { .. } | ReportBody::Surveyed { .. } => true,
+        }
     }
 
     fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) {
