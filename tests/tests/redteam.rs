@@ -13,3 +13,9 @@ fn a_hostile_host_is_believed_of_nothing_but_itself() {
     let (figures, judged) = redteam::hostile_host().unwrap();
     judged.unwrap_or_else(|error| panic!("{figures:#}\n{error:?}"));
 }
+
+#[test]
+fn malformed_frames_and_slow_connections_crash_nobody() {
+    let (figures, judged) = redteam::hostile_load(redteam::SAMPLE).unwrap();
+    judged.unwrap_or_else(|error| panic!("{figures:#}\n{error:?}"));
+}

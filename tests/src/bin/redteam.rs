@@ -1,7 +1,7 @@
 //! `make redteam`: a thief of the controller against a real agent, a hostile agent against a real
 //! controller, and hostile load on every socket. The figures go to `target/reports/redteam.json`.
 //!
-//! `redteam [PART...]` plays only some: `thief`, `liar`.
+//! `redteam [PART...]` plays only some: `thief`, `liar`, `load`.
 #![allow(clippy::print_stdout, reason = "it says what it is at")]
 
 use std::fs;
@@ -20,7 +20,7 @@ type Part = (
     fn() -> Result<(Value, Result<()>)>,
 );
 
-const PARTS: [Part; 2] = [
+const PARTS: [Part; 3] = [
     (
         "thief",
         "a thief of the controller, against a real agent",
@@ -30,6 +30,11 @@ const PARTS: [Part; 2] = [
         "liar",
         "a hostile host, against a real controller",
         redteam::hostile_host,
+    ),
+    (
+        "load",
+        "hostile load, against a real controller and a real agent's socket",
+        || redteam::hostile_load(redteam::WHOLE),
     ),
 ];
 

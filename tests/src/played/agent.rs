@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use hyper_util::rt::TokioIo;
@@ -186,6 +187,11 @@ impl Agent {
         let next = next.ok_or_else(|| Status::ok("ended"))?;
         next.message
             .ok_or_else(|| Status::internal("no message that is known"))
+    }
+
+    /// The next message, if there is one within so long.
+    pub async fn next_within(&mut self, bound: Duration) -> Option<Result<down::Message, Status>> {
+        timeout(bound, self.next()).await.ok()
     }
 
     /// Waits until reports up to this one are durable, past everything else that comes.

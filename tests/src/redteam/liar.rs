@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_proto::ids::{Digest, Direction, RolloutId, StepKey, StepRef};
@@ -10,7 +11,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure, Refusal, Report, ReportBody, StepOutcome};
 use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::agent_v1::agent_service_client::AgentServiceClient;
-use lockstep_proto::wire::agent_v1::{self as wire, up};
+use lockstep_proto::wire::agent_v1::{self as wire, down, up};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
@@ -47,6 +48,8 @@ struct Liar {
     own: RolloutId,
     plan: Digest,
     before: Value,
+    /// Offers since it began to answer with poison.
+    seen: u32,
 }
 
 /// What a hostile host gets a real controller to believe. The figures, and whether they are good.
@@ -97,6 +100,7 @@ impl Liar {
             own: RolloutId::from_random([0; 6]),
             plan: Digest::of(b""),
             before: Value::Null,
+            seen: 0,
             cluster,
         };
         let waits = || {
@@ -130,8 +134,8 @@ impl Liar {
         let seen = seen.into_iter().collect::<Result<Vec<Value>>>()?;
         let parts = seen.iter().map(|document| {
             let mut document = document.clone();
-            // Clocks go on.
-            for name in ["now", "elapsed", "elapsed_ms", "took_ms"] {
+            // Clocks go on, and the liar comes and goes.
+            for name in ["now", "elapsed", "elapsed_ms", "took_ms", "absent"] {
                 document.as_object_mut().map(|fields| fields.remove(name));
             }
             document
@@ -363,7 +367,7 @@ impl Liar {
             ),
             (
                 "a number too large",
-                whole.replace("\"took\":1", "\"took\":1e400"),
+                whole.replace("\"size\":1", "\"size\":1e400"),
             ),
             (
                 "larger than any",
@@ -573,7 +577,13 @@ impl Liar {
             .await;
         self.agent.report(ok).await;
         // It is its own step: this is believed, and the next one is ordered.
-        let next = self.agent.ordered().await?.into_order(LIAR.parse()?)?;
+        let next = loop {
+            let order = self.agent.ordered().await?.into_order(LIAR.parse()?)?;
+            // In a new session the first one is said again.
+            if order.key != first {
+                break order;
+            }
+        };
         ensure!(next.key.at.step == 1, "ordered {}", next.key);
         let failed = ReportBody::Finished {
             key: next.key.clone(),
@@ -592,59 +602,83 @@ impl Liar {
             .report(ReportBody::Started { key: next.key })
             .await;
         self.agent.report(failed).await;
-        let last = self.agent.number - 1;
-        self.agent.acknowledged(last).await?;
-        let declined = submit(&self.cluster, "declined", "evil", false)?;
-        let ended = self.cluster.requester();
         let own = self.own.to_string();
-        // Its undo is asked for first: it says that it does not know.
-        loop {
-            match self.agent.next().await.map_err(anyhow::Error::from)? {
-                wire::down::Message::Order(order) => {
-                    let order = order.into_order(LIAR.parse()?)?;
-                    let why = POISON.into();
-                    let body = ReportBody::Finished {
-                        key: order.key,
-                        outcome: StepOutcome::Unknown { why },
-                        facts: vec![],
-                        took: Period(1),
-                        signatures: vec![],
-                    };
-                    self.agent.report(body).await;
-                }
-                wire::down::Message::Survey(survey) => {
-                    let (rollout, _) = survey.into_parts()?;
-                    let state = vec![Fact::Note {
-                        name: POISON.into(),
-                        value: POISON.into(),
-                    }];
-                    self.agent
-                        .report(ReportBody::Surveyed { rollout, state })
-                        .await;
-                }
-                wire::down::Message::Offer(offer) => {
-                    let (rollout, ..) = offer.into_parts()?;
-                    let refusal = |at| Refusal {
-                        at,
-                        reason: POISON.into(),
-                    };
-                    let refusals =
-                        vec![refusal(None), refusal(Some(StepRef { phase: 0, step: 0 }))];
-                    self.agent
-                        .report(ReportBody::Declined { rollout, refusals })
-                        .await;
-                    break;
-                }
-                _ => {}
-            }
-        }
-        let last = self.agent.number - 1;
-        self.agent.acknowledged(last).await?;
-        let known = ended.rollout(&own)?.to_string();
+        self.serve(&own).await?;
+        let declined = submit(&self.cluster, "declined", "evil", false)?;
+        self.serve(&declined).await?;
+        let unknown = submit(&self.cluster, "unknown", "evil", false)?;
+        self.serve(&unknown).await?;
+        let known = self.cluster.requester().rollout(&own)?.to_string();
         if !known.contains("FORGED") {
             bail!("the poison is nowhere, so that nothing is shown by its absence");
         }
-        self.what_people_see(&[&own, &declined])
+        self.what_people_see(&[&own, &declined, &unknown])
+    }
+
+    /// Answers whatever comes with poison, until a rollout has ended: what it is told to undo is
+    /// undone, what is called `declined` is declined, and of other steps it does not know.
+    async fn serve(&mut self, rollout: &str) -> Result<()> {
+        let poison = || POISON.to_owned();
+        let note = || Fact::Note {
+            name: poison(),
+            value: poison(),
+        };
+        for _ in 0..600 {
+            let body = match self.agent.next_within(Duration::from_millis(100)).await {
+                None => None,
+                Some(message) => match message.map_err(anyhow::Error::from)? {
+                    down::Message::Order(order) => {
+                        let key = order.into_order(LIAR.parse()?)?.key;
+                        let outcome = match key.direction {
+                            Direction::Undo => StepOutcome::Ok {
+                                changed: true,
+                                summary: poison(),
+                            },
+                            _ => StepOutcome::Unknown { why: poison() },
+                        };
+                        Some(ReportBody::Finished {
+                            key,
+                            outcome,
+                            facts: vec![note()],
+                            took: Period(1),
+                            signatures: vec![],
+                        })
+                    }
+                    down::Message::Survey(survey) => Some(ReportBody::Surveyed {
+                        rollout: survey.into_parts()?.0,
+                        state: vec![note()],
+                    }),
+                    down::Message::Offer(offer) => {
+                        let (rollout, plan, ..) = offer.into_parts()?;
+                        self.seen += 1;
+                        let refusal = |at| Refusal {
+                            at,
+                            reason: poison(),
+                        };
+                        let at = StepRef { phase: 0, step: 0 };
+                        Some(if self.seen == 1 {
+                            ReportBody::Declined {
+                                rollout,
+                                refusals: vec![refusal(None), refusal(Some(at))],
+                            }
+                        } else {
+                            ReportBody::Consented {
+                                rollout,
+                                plan,
+                                state: vec![note()],
+                            }
+                        })
+                    }
+                    _ => continue,
+                },
+            };
+            match body {
+                Some(body) => self.agent.report(body).await,
+                None if self.cluster.requester().ended(rollout)?.is_ok() => return Ok(()),
+                None => {}
+            }
+        }
+        bail!("{rollout} does not end")
     }
 
     fn what_people_see(&mut self, rollouts: &[&str]) -> Result<()> {
@@ -678,11 +712,10 @@ impl Liar {
                     .wrong
                     .push(format!("{name}: raw {}", near.escape_debug()));
             }
-            if text
-                .lines()
-                .any(|line| line.trim_start().starts_with("FORGED"))
-                && !name.starts_with("logs")
-            {
+            // Output has lines, and in HTML a line's end is nothing but white space.
+            let has_lines = name.starts_with("logs") || name.contains("html");
+            let forged = |line: &str| line.trim_start().starts_with("FORGED");
+            if !has_lines && text.lines().any(forged) {
                 self.said
                     .wrong
                     .push(format!("{name}: a line of the host's own"));

@@ -3,6 +3,9 @@
 //! ```text
 //! thief   all of a controller's keys --orders--> a real agent: nothing happens that people did not
 //!         seal and the host does not allow, and every refusal is on record
+//! liar    one host's certificate    --reports--> a real controller: nothing is believed but what is
+//!         its own to say, and what it says is shown harmlessly
+//! flood   malformed frames, slow connections --> both: nobody crashes, nobody else waits
 //! ```
 //!
 //! An effect is what has changed on the host, seen from outside. Some orders are licensed and must
@@ -12,7 +15,11 @@ use anyhow::Result;
 use serde_json::Value;
 
 mod arguments;
+mod flood;
+mod frames;
+mod honest;
 mod liar;
+mod load;
 mod place;
 mod pointers;
 mod seals;
@@ -21,6 +28,7 @@ mod thief;
 mod watch;
 mod words;
 
+pub use flood::{Much, SAMPLE, WHOLE, hostile_load};
 pub use liar::hostile_host;
 use place::{HOST, Place};
 use thief::Thief;
