@@ -55,6 +55,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::oneline::OneLine;
 use lockstep_proto::shown;
 use lockstep_proto::values::Timestamp;
 use tracing_subscriber::EnvFilter;
@@ -148,6 +149,13 @@ enum Command {
         file: File,
         key: StepKey,
     },
+    /// Answer one question about the host. Started by `exec`.
+    #[command(hide = true)]
+    Look {
+        #[command(flatten)]
+        file: File,
+        dir: PathBuf,
+    },
     /// Become a service. Started by a step.
     #[command(hide = true)]
     Supervise,
@@ -240,6 +248,7 @@ pub fn main() -> ExitCode {
             with_config(&file, |config| audit::run(&config, &Audit::Export))
         }
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
+        Command::Look { file, dir } => with_config(&file, |config| look(config, &dir)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();
             say(&why);
@@ -334,6 +343,20 @@ fn step(config: Config, key: &StepKey) -> u8 {
     }
 }
 
+fn look(config: Config, dir: &Path) -> u8 {
+    let result = runtime().and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, exec::look(config, dir))
+    });
+    match result {
+        Ok(()) => exit::DONE,
+        Err(error) => {
+            say(&errors::chain(&error));
+            exit::INTERNAL
+        }
+    }
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "as the other commands")]
 fn verify(config: Config) -> u8 {
     let state = &config.state_dir;
@@ -383,10 +406,11 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// Events go to standard error: journald takes them from there, with its own clock.
 fn log() {
     let filter = EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(move || OneLine::new(std::io::stderr(), colours))
+        .with_ansi(colours);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         builder.without_time().init();
     } else {

@@ -340,6 +340,8 @@ impl Driver {
 
     fn take_input(&mut self, round: &mut Round, input: Input) -> Result<(), DriverError> {
         match input {
+            // The log has it; what is left of the disk is for what runs.
+            Input::Event(Event::CallsRefused(_)) if self.full => {}
             Input::Event(event) => self.handle(round, event),
             Input::Call {
                 operator,
@@ -462,6 +464,7 @@ impl Driver {
             epoch: self.epoch,
             clock: self.clock.now(),
             acknowledged: lost.unwrap_or(acknowledged),
+            earlier: self.coordinator.earlier(&host, &hello.instance),
         };
         let welcome = wire::down::Message::Welcome(welcome.into());
         let welcome = Box::new(registry::down(welcome));

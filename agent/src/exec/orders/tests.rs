@@ -123,6 +123,7 @@ fn welcome(exec: &mut Exec, epoch: Epoch) {
         epoch,
         clock: Timestamp(1000),
         acknowledged: 0,
+        earlier: 0,
     };
     exec.handle_welcome(&welcome, mpsc::channel(9).0).unwrap();
 }
@@ -137,6 +138,7 @@ fn step() -> HeldStep {
         timeout: Period::seconds(5),
         undo: lockstep_proto::plan::Undo::Auto,
         line: 1,
+        duty: crate::exec::consent::Duty::default(),
     }
 }
 
