@@ -105,7 +105,7 @@ impl Gate {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn addresses(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
+    fn addresses(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
         // Nothing that holds the lock leaves the map half changed.
         self.addresses
             .lock()
