@@ -43,6 +43,7 @@ use crate::journal::sled::SledJournal;
 use crate::limits;
 use crate::logs::Logs;
 use crate::notify::{self, Notifier};
+use crate::refusals::Refusals;
 use crate::secrets::Secrets;
 use crate::session::Agents;
 use crate::suspensions::Suspensions;
@@ -142,6 +143,7 @@ pub(crate) struct App {
     hub: Hub,
     tls: Arc<Settings>,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
     listener: TcpListener,
     signals: Signals,
 }
@@ -151,7 +153,8 @@ impl App {
     pub(crate) async fn build(config: Config, options: &ServeOptions) -> Result<Self, ServeError> {
         let signals = Signals::new()?;
         let suspensions = Arc::new(Suspensions::default());
-        let tls = Settings::load(&config, &suspensions)?;
+        let refusals = Refusals::default();
+        let tls = Settings::load(&config, &suspensions, &refusals)?;
         if let Some(enroll) = &config.enroll {
             // What cannot sign is found out now, and not by the first host that wants to join.
             let issuer = Issuer::load(enroll, &config.tls, &config.domain)?;
@@ -196,6 +199,7 @@ impl App {
             hub,
             tls,
             suspensions,
+            refusals,
             listener,
             signals,
         })
@@ -213,6 +217,7 @@ impl App {
             hub,
             tls,
             suspensions,
+            refusals,
             listener,
             signals,
         } = self;
@@ -245,6 +250,7 @@ impl App {
             logs: logs.clone(),
             hub: hub.clone(),
             tasks: calls.clone(),
+            refusals: refusals.clone(),
         };
         let control = Control {
             driver: driver.clone(),
@@ -256,12 +262,14 @@ impl App {
             started: SystemTime::now(),
             list: config.enroll.is_some().then_some(list),
         };
+        tokio::spawn(refusals.clone().run(driver.clone(), draining.clone()));
         let enrolment = Enrolment::new(driver.clone(), &config);
         let services = Services {
             agents,
             control,
             enrolment,
             suspensions,
+            refusals: refusals.clone(),
         };
         let connections = spawn_accepting(listener, tls, stop_accepting.clone());
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
@@ -277,6 +285,7 @@ impl App {
             draining,
             calls,
             messages,
+            refusals,
             reload,
             signals,
         })
@@ -293,6 +302,8 @@ pub(crate) struct Services {
     pub(crate) enrolment: Enrolment,
     /// To whom not.
     pub(crate) suspensions: Arc<Suspensions>,
+    /// Who was refused what.
+    pub(crate) refusals: Refusals,
 }
 
 /// Says in time that hosts will not get certificates any more.
@@ -321,9 +332,13 @@ where
         control,
         enrolment,
         suspensions,
+        refusals,
     } = services;
     tonic::transport::Server::builder()
-        .layer(AccessLayer(suspensions))
+        .layer(AccessLayer {
+            suspensions,
+            refusals,
+        })
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(STREAMS)
@@ -368,6 +383,7 @@ pub(crate) struct Running {
     calls: TaskTracker,
     /// Messages to people that are being sent.
     messages: TaskTracker,
+    refusals: Refusals,
     reload: mpsc::Sender<()>,
     signals: Signals,
 }
@@ -424,6 +440,7 @@ impl Running {
             draining,
             calls,
             messages,
+            refusals,
             mut signals,
             ..
         } = self;
@@ -451,6 +468,7 @@ impl Running {
                 tracing::info!("draining: some peers keep their connections; they are cut");
             }
             tracing::info!("draining: closing the journal");
+            refusals.finish(&driver).await;
             let _ = driver.stop().await;
             match (&mut driver_end).await {
                 Ok(Ok(())) => Ok(Drained),

@@ -14,6 +14,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde::Serialize;
 
 use crate::record::{Archived, Entry, NoticeRef};
+use crate::refusal::CallsRefused;
 use crate::trust::{Grant, Serial, Subject, Wanted};
 
 /// Something that happened outside.
@@ -80,6 +81,8 @@ pub enum Event {
         /// What it asks for.
         wanted: Box<Wanted>,
     },
+    /// A peer was refused something, and that is to be written down now.
+    CallsRefused(CallsRefused),
     /// Time has passed: [`crate::Coordinator::next_deadline`] was reached.
     Tick,
 }
@@ -230,6 +233,9 @@ pub struct Effects {
     pub notify: Vec<Notify>,
     /// New events of rollouts, for whoever watches.
     pub published: Vec<(RolloutId, RolloutEvent)>,
+    /// Hosts whose report answered nothing that was asked of them, and how many did so far. Such
+    /// reports are acknowledged like all others, and change nothing.
+    pub unasked: Vec<(HostId, u64)>,
     /// The answer to an operator's call, or to a wish for a certificate; absent for other events.
     pub answer: Option<Result<Answer, Refused>>,
 }

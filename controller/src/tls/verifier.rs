@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lockstep_core::refusal::Why;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::ring;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
@@ -14,6 +15,7 @@ use rustls::{
 
 use super::TlsError;
 use crate::identity::{self, Identity};
+use crate::refusals::{HANDSHAKE, Refusals, caller};
 use crate::suspensions::Suspensions;
 
 /// Asks the issuers of the role that a certificate claims.
@@ -21,6 +23,7 @@ use crate::suspensions::Suspensions;
 pub(super) struct RoleVerifier {
     domain: Arc<str>,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
     /// Whether one without a certificate is let through, for the one call that it may make.
     optional: bool,
     agents: Arc<dyn ClientCertVerifier>,
@@ -38,6 +41,7 @@ impl RoleVerifier {
         lists: Vec<CertificateRevocationListDer<'static>>,
         optional: bool,
         suspensions: Arc<Suspensions>,
+        refusals: Refusals,
     ) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let verifier = |what, issuers: Vec<CertificateDer<'static>>, lists: Vec<_>| {
@@ -71,6 +75,7 @@ impl RoleVerifier {
         Ok(Self {
             domain: domain.into(),
             suspensions,
+            refusals,
             optional,
             agents,
             operators,
@@ -104,10 +109,22 @@ impl ClientCertVerifier for RoleVerifier {
             Identity::Operator { .. } => &self.operators,
             Identity::Nobody => unreachable!("a certificate names somebody"),
         };
-        let verified = verifier.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = verifier.verify_client_cert(end_entity, intermediates, now);
+        let verified = verified.inspect_err(|error| {
+            // Its issuer is the right one: it is looked for in the list only then.
+            if matches!(
+                error,
+                rustls::Error::InvalidCertificate(CertificateError::Revoked)
+            ) {
+                let who = caller(&claimed.identity);
+                self.refusals.note(who, HANDSHAKE, Why::Suspended);
+            }
+        })?;
         if let Some(why) = self.suspensions.why(&claimed.identity, &claimed.serial) {
             let identity = &claimed.identity;
             tracing::warn!(%identity, serial = %claimed.serial, why, "a handshake was refused");
+            self.refusals
+                .note(caller(identity), HANDSHAKE, Why::Suspended);
             // The alert says so to the other side.
             return Err(rustls::Error::InvalidCertificate(CertificateError::Revoked));
         }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::names::Names;
+use super::names::{Names, leads_away};
 use super::rule::SECRET;
 use super::{DEFAULT, url};
 
@@ -56,10 +56,11 @@ fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value], way: Way<'
             "url" => url::fits(pattern, text, way),
             "service" => match way {
                 Way::Allow => fits_text(pattern, text, way),
-                Way::Deny(names) => names
-                    .of_unit(text)
-                    .iter()
-                    .any(|name| stands_for(unsuffixed(pattern), unsuffixed(name), way)),
+                // With and without the suffix: `web.*` denies `web.service` too.
+                Way::Deny(names) => names.of_unit(text).iter().any(|name| {
+                    stands_for(pattern, name, way)
+                        || stands_for(unsuffixed(pattern), unsuffixed(name), way)
+                }),
             },
             _ => fits_text(pattern, text, way),
         },
@@ -79,7 +80,7 @@ fn fits_text(pattern: &str, text: &str, way: Way<'_>) -> bool {
     // `*` stands for any text, and allows nothing that is put in for it.
     let secret = text.starts_with(SECRET) && !pattern.starts_with(SECRET);
     match way {
-        Way::Allow => stands_for(pattern, text, way) && !secret,
+        Way::Allow => stands_for(pattern, text, way) && !secret && !leads_away(pattern, text),
         Way::Deny(names) => stands_for(pattern, text, way) || names.are_same_file(pattern, text),
     }
 }

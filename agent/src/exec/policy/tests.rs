@@ -49,6 +49,27 @@ fn a_rule_allows_only_the_values_it_lists() {
 }
 
 #[test]
+fn a_pattern_that_ends_within_the_suffix_of_a_unit_denies_it_too() {
+    let allow = "[[allow]]\naction = 'service.*'\n";
+    for pattern in ["web.*", "web.serv*", "*.service", "web", "web.service"] {
+        let text = format!(
+            "{allow}[[deny]]\naction = 'service.stop'\nwhere = {{ service = ['{pattern}'] }}"
+        );
+        let policy = policy(&text);
+        for service in ["web", "web.service"] {
+            let stop = action("service.stop", json!({"service": service}));
+            assert!(policy.check(&stop).is_err(), "{pattern} {service}");
+        }
+        let other = action("service.stop", json!({"service": "db"}));
+        assert_eq!(
+            policy.check(&other).is_ok(),
+            pattern != "*.service",
+            "{pattern}"
+        );
+    }
+}
+
+#[test]
 fn an_argument_that_the_plan_leaves_out_is_its_default() {
     let policy =
         policy("[[allow]]\naction = 'service.stop'\nwhere = { driver = ['(default)', 'process'] }");
