@@ -254,15 +254,19 @@ pub enum Message {
         dry_run: bool,
         /// The signatures that came with the plan.
         signatures: Arc<[String]>,
+        /// Which time the lock is taken; 0 is the first.
+        round: u32,
     },
     /// One step to do now.
     Order(Order),
-    /// The rollout has ended: the hold is free.
+    /// The rollout has ended, or waits at a gate that frees it: the hold is free.
     Release {
         /// The rollout.
         rollout: RolloutId,
         /// The term.
         epoch: Epoch,
+        /// It will be offered again.
+        comes_back: bool,
     },
     /// End what is running.
     Cancel {

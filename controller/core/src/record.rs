@@ -275,6 +275,36 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         signed: Option<Signature>,
     },
+    /// The rollout frees its lock and its hosts while a gate waits: nothing was changed yet.
+    LockReleased {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+    },
+    /// What the gate waited for is there, and so are the hosts: the rollout has its lock again.
+    /// Hosts are asked for consent anew, and whatever was seen before the gate is looked at again.
+    LockTaken {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// Which time; the lock that came with the submission is 0.
+        round: u32,
+    },
+    /// What was decided at a gate is no longer true: the decisions count no more (INV-12).
+    GateReopened {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// What is decided upon now.
+        evidence: Digest,
+        /// Until when.
+        until: Timestamp,
+        /// What has changed.
+        why: String,
+    },
     /// A gate is closed.
     GateClosed {
         /// The rollout.
@@ -410,6 +440,9 @@ impl Record {
             | Self::Quarantined { rollout, .. }
             | Self::GateOpened { rollout, .. }
             | Self::GateDecided { rollout, .. }
+            | Self::LockReleased { rollout, .. }
+            | Self::LockTaken { rollout, .. }
+            | Self::GateReopened { rollout, .. }
             | Self::GateClosed { rollout, .. }
             | Self::NoticeOrdered { rollout, .. }
             | Self::NoticeSent { rollout, .. }
@@ -474,6 +507,7 @@ impl Record {
         let text = match self {
             Self::Quarantined { why, .. }
             | Self::GateClosed { why, .. }
+            | Self::GateReopened { why, .. }
             | Self::Trust(TrustRecord::TokenTried { why, .. }) => why,
             Self::GateDecided { comment, .. } | Self::SignedOff { comment, .. } => comment,
             Self::NoticeSent {

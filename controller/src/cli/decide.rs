@@ -264,20 +264,12 @@ fn sign(
         .map_err(|_| unreadable("rollout"))?;
     let plan: Digest = document.digest.parse().map_err(|_| unreadable("plan"))?;
     let evidence: Digest = gate.evidence.parse().map_err(|_| unreadable("evidence"))?;
-    let place = |text: &str| -> Option<StepRef> {
-        let (phase, step) = text.split_once('.')?;
-        Some(StepRef {
-            phase: phase.parse().ok()?,
-            step: step.parse().ok()?,
-        })
-    };
     let at = place(&step.at).ok_or_else(|| unreadable("gate"))?;
     let hosts = document.hosts.iter().map(|host| host.host.parse());
     let hosts: Result<Vec<HostId>, _> = hosts.collect();
     let hosts = hosts.map_err(|_| unreadable("hosts"))?;
-    let attempts = document.steps().flat_map(|(_, step)| &step.attempts);
-    let facts = attempts.flat_map(super::document::Attempt::facts);
-    let sql = facts.filter_map(|fact| match fact {
+    let facts = facts_before(document, at);
+    let sql = facts.into_iter().filter_map(|fact| match fact {
         Fact::SqlPlan { digest, .. } => Some(digest),
         _ => None,
     });
@@ -316,6 +308,24 @@ fn sign(
         )
     })?;
     Ok((expires, signature))
+}
+
+/// Where a step stands.
+fn place(text: &str) -> Option<StepRef> {
+    let (phase, step) = text.split_once('.')?;
+    Some(StepRef {
+        phase: phase.parse().ok()?,
+        step: step.parse().ok()?,
+    })
+}
+
+/// What was proven before a gate and still counts, in plan order.
+fn facts_before(document: &Document, gate: StepRef) -> Vec<Fact> {
+    let earlier = |step: &&Step| place(&step.at).is_some_and(|at| at < gate);
+    let steps = document.steps().map(|(_, step)| step).filter(earlier);
+    let attempts = steps.flat_map(|step| &step.attempts);
+    let attempts = attempts.filter(|attempt| !attempt.stale);
+    attempts.flat_map(super::document::Attempt::facts).collect()
 }
 
 /// The gate that is meant: the named one, or the only one that is open.
@@ -375,8 +385,8 @@ fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Li
     if let Some(title) = step.args["title"].as_str() {
         lines.push(Line::plain(format!("what      {}", clean::line(title))));
     }
-    if step.action == "gate.approval" {
-        lines.extend(sql(document));
+    if let Some(gate) = place(&step.at).filter(|_| step.action == "gate.approval") {
+        lines.extend(sql(document, gate));
     }
     for (index, item) in gate.items.iter().enumerate() {
         let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
@@ -399,37 +409,31 @@ fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Li
     lines
 }
 
-fn sql(document: &Document) -> Vec<Line> {
+fn sql(document: &Document, gate: StepRef) -> Vec<Line> {
     let mut lines = Vec::new();
-    for (_, step) in document.steps() {
-        for fact in step
-            .attempts
-            .iter()
-            .flat_map(super::document::Attempt::facts)
+    for fact in facts_before(document, gate) {
+        if let Fact::SqlPlan {
+            database,
+            from,
+            to,
+            digest,
+            sql,
+        } = fact
         {
-            if let Fact::SqlPlan {
-                database,
-                from,
-                to,
-                digest,
-                sql,
-            } = fact
-            {
-                let from = if from.is_empty() { "nothing" } else { &from };
-                lines.push(Line::plain(format!(
-                    "SQL for   {database}, {from} -> {to}, {digest}"
-                )));
-                // What is approved is the digest: say where it cannot be held against the text.
-                if Digest::of(sql.as_bytes()) != digest {
-                    lines.push(Line::plain(
-                        "  only a part of it is shown, so that its digest cannot be compared here",
-                    ));
-                }
-                lines.extend(
-                    sql.lines()
-                        .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
-                );
+            let from = if from.is_empty() { "nothing" } else { &from };
+            lines.push(Line::plain(format!(
+                "SQL for   {database}, {from} -> {to}, {digest}"
+            )));
+            // What is approved is the digest: say where it cannot be held against the text.
+            if Digest::of(sql.as_bytes()) != digest {
+                lines.push(Line::plain(
+                    "  only a part of it is shown, so that its digest cannot be compared here",
+                ));
             }
+            lines.extend(
+                sql.lines()
+                    .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
+            );
         }
     }
     lines

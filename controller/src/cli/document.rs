@@ -134,6 +134,8 @@ pub(crate) struct Attempt {
     pub(crate) message: String,
     pub(crate) hint: Option<String>,
     pub(crate) last_lines: Vec<String>,
+    /// The hosts were free since, and it was made again: what it has seen counts no more.
+    pub(crate) stale: bool,
     facts: Vec<Value>,
 }
 

@@ -166,6 +166,12 @@ impl Coordinator {
             }
             Call::RollBack { rollout, reason } => {
                 let state = self.rollout(&rollout)?;
+                if state.lock.released && state.ended.is_none() {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} has freed its hosts and changed nothing: end it with \
+                         `lockstep cancel {rollout} --reason TEXT`"
+                    )));
+                }
                 if !state.is_locking() {
                     let hint = "an ended rollout is undone by deploying the release before it";
                     return Err(Refused::NotNow(format!(

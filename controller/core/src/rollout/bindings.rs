@@ -23,7 +23,8 @@ impl Rollout {
             .iter()
             .flat_map(move |((at, direction), hosts)| {
                 hosts.iter().flat_map(move |(host, attempts)| {
-                    attempts.iter().flat_map(move |attempt| {
+                    let counts = attempts.iter().filter(|attempt| !attempt.stale);
+                    counts.flat_map(move |attempt| {
                         let key = self.key(*at, *direction, host, attempt.number);
                         let facts = attempt.result.iter().flat_map(|result| {
                             let facts = result.facts.iter().enumerate();

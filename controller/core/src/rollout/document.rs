@@ -419,7 +419,7 @@ impl Rollout {
             Some(outcome) => Class::of(outcome).map_or("", Class::as_str),
             None => cause,
         };
-        json!({
+        let mut document = json!({
             "host": host,
             "direction": direction,
             "attempt": attempt.number,
@@ -435,6 +435,11 @@ impl Rollout {
             "hint": hint,
             "last_lines": last_lines,
             "facts": result.map_or(&[][..], |result| &result.facts),
-        })
+        });
+        if attempt.stale {
+            // The hosts were free since: what it has seen counts no more.
+            document["stale"] = json!(true);
+        }
+        document
     }
 }

@@ -160,6 +160,7 @@ impl Rollout {
                             asked_again: None,
                             after_undo,
                             resolved: None,
+                            stale: false,
                         }),
                     }
                 }
@@ -240,10 +241,31 @@ impl Rollout {
                     opened: now,
                     until: *until,
                     evidence: *evidence,
+                    released: None,
                     decisions: vec![],
                     closed: None,
                 };
                 self.gates.insert(*at, gate);
+            }
+            Record::LockReleased { at, .. } => {
+                if !self.fold_released(*at) {
+                    return illegal("lock released");
+                }
+            }
+            Record::LockTaken { round, .. } => {
+                if !self.fold_taken(now, *round) {
+                    return illegal("lock taken");
+                }
+            }
+            Record::GateReopened {
+                at,
+                evidence,
+                until,
+                ..
+            } => {
+                if !self.fold_reopened(now, *at, *evidence, *until) {
+                    return illegal("gate reopened");
+                }
             }
             Record::GateDecided {
                 at,
@@ -358,11 +380,13 @@ impl Rollout {
     fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) {
         let ended = self.ended.is_some();
         match body {
-            ReportBody::Consented { state, .. } => {
+            ReportBody::Consented { state, round, .. } => {
+                let current = *round == self.lock.round;
                 let Some(member) = self.members.get_mut(host) else {
                     return;
                 };
-                if member.consent.is_none() {
+                // One for an earlier round was under way when the lock was freed.
+                if member.consent.is_none() && current {
                     member.consent = Some(Ok(()));
                     keep_states(&mut member.before, state);
                 }

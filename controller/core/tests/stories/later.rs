@@ -196,6 +196,7 @@ fn a_host_that_consents_to_what_this_controller_never_knew_is_let_go() {
                 .unwrap()
                 .digest(),
             state: vec![],
+            round: 0,
         },
     );
     let released = |(_, message): &(HostId, Message)| matches!(message, Message::Release { rollout: of, .. } if *of == rollout(7));

@@ -25,6 +25,7 @@ mod ends;
 mod forward;
 mod later;
 mod levers;
+mod lock;
 mod people;
 
 fn step(name: &str, args: serde_json::Value) -> Step {
@@ -244,6 +245,7 @@ impl Fleet {
                 rollout: rollout(number),
                 plan,
                 state,
+                round: 0,
             },
         );
     }

@@ -140,6 +140,7 @@ impl<'a> Life<'a> {
                             rollout,
                             plan,
                             state,
+                            round: 0,
                         },
                     );
                 }
