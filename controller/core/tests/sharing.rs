@@ -1,12 +1,12 @@
 //! Several rollouts share a fleet, and free it while they wait at gates: a seeded world in which
 //! people decide at any moment, hosts are lost, and the controller restarts. The promises are held
 //! against the records and an account of what hosts really are, which share nothing with the
-//! coordinator. A failing case prints its seed.
+//! coordinator. A failing case prints its seed; with `LOCKSTEP_TRACE=1` every record is printed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use lockstep_core::{Call, Config, Coordinator, Effects, Entry, Event, Message, Record};
+use lockstep_core::{Call, Config, Coordinator, Effects, End, Entry, Event, Message, Record};
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{
     Digest, Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepKey,
@@ -142,6 +142,8 @@ struct World {
     waits: BTreeMap<RolloutId, Digest>,
     freed: u64,
     reopened: u64,
+    /// Every record is printed, to walk through a failing seed.
+    trace: bool,
 }
 
 fn labels(index: usize) -> BTreeMap<String, String> {
@@ -170,6 +172,7 @@ impl World {
             waits: BTreeMap::new(),
             freed: 0,
             reopened: 0,
+            trace: std::env::var_os("LOCKSTEP_TRACE").is_some(),
         };
         for index in 0..4 {
             let host: HostId = format!("h-{index}").parse().unwrap();
@@ -199,8 +202,14 @@ impl World {
         self.take(effects)
     }
 
+    #[allow(clippy::print_stderr, reason = "it walks through a failing seed")]
     fn take(&mut self, effects: Effects) -> bool {
         for entry in effects.persist {
+            if self.trace {
+                let record = serde_json::to_string(&entry.record).unwrap();
+                let short: String = record.chars().take(200).collect();
+                eprintln!("{:6}  {short}", entry.at.0 / 1000 - 1000);
+            }
             self.see(&entry.record);
             self.journal.push(entry);
         }
@@ -252,8 +261,15 @@ impl World {
                 self.locking.insert(rollout.clone());
                 self.check_apart();
             }
-            Record::GateClosed { rollout, met, .. } => {
+            Record::GateClosed {
+                rollout, met, why, ..
+            } => {
                 self.waits.remove(rollout);
+                let decided = self.decided.contains_key(rollout);
+                assert!(
+                    decided || !why.starts_with("approved by"),
+                    "INV-12: {rollout} goes on with decisions that are void"
+                );
                 if *met && let Some(decided) = self.decided.get(rollout) {
                     assert_eq!(
                         *decided, self.said[rollout],
@@ -271,8 +287,11 @@ impl World {
                     "INV-12"
                 );
             }
-            Record::Ended { rollout, .. } => {
-                self.locking.remove(rollout);
+            Record::Ended { rollout, end, .. } => {
+                // A halted one keeps its lock.
+                if *end != End::Halted {
+                    self.locking.remove(rollout);
+                }
                 self.waits.remove(rollout);
             }
             _ => {}
