@@ -9,7 +9,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
 use super::ahead::{self, Earlier};
-use super::approvals::{self, Asked};
+use super::approvals::{self, Asked, People};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
 use super::evidence;
@@ -167,7 +167,11 @@ impl Exec {
             now: wall_clock(),
             begun_after: &|gate| hold.is_some_and(|hold| hold.has_begun_after(gate)),
         };
-        approvals::check(held.gates.as_ref(), approvers, &asked)
+        let people = People {
+            approvers,
+            breakers: policy.trust().breakers(),
+        };
+        approvals::check(held.gates.as_ref(), people, &asked)
             .map_err(|why| refused(why, "whose signatures count stands in the host's policy"))
     }
 

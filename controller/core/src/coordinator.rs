@@ -25,6 +25,8 @@ pub use read::Summary;
 pub struct Config {
     /// The term of this controller.
     pub epoch: Epoch,
+    /// The group two of whom may break the glass of a gate; none: nobody may.
+    pub break_glass: Option<String>,
 }
 
 /// A journal that cannot be folded.

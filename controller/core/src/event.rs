@@ -118,6 +118,21 @@ pub enum Call {
         /// A signed approval: until when it is good, and its armoured SSH signature.
         signed: Option<(Timestamp, String)>,
     },
+    /// One of two people who let a gate be met without what it waits for.
+    BreakGlass {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate; none if only one is open.
+        gate: Option<StepRef>,
+        /// What was shown to the operator.
+        evidence: Digest,
+        /// Why that has to be.
+        reason: String,
+        /// How long the word holds.
+        life: Period,
+        /// The same signed: until when, and its armoured SSH signature.
+        signature: Option<(Timestamp, String)>,
+    },
     /// Send nothing new.
     Pause {
         /// The rollout.
@@ -415,6 +430,7 @@ pub enum EventKind {
     GateOpened,
     GateDecided,
     GateClosed,
+    GlassBroken,
     Quarantined,
     RollbackStarted,
     Paused,

@@ -275,6 +275,27 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         signed: Option<Signature>,
     },
+    /// One of two people said that a gate is to be met without what it waits for. Two such words
+    /// that hold at the same time do it.
+    GlassBroken {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// Who.
+        operator: OperatorName,
+        /// The group for which that person may say so.
+        group: String,
+        /// What was shown.
+        evidence: Digest,
+        /// Why that has to be.
+        reason: String,
+        /// The word ends by itself then: an hour after it was given at the latest.
+        until: Timestamp,
+        /// The signature of that word. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed: Option<Signature>,
+    },
     /// The rollout frees its lock and its hosts while a gate waits: nothing was changed yet.
     LockReleased {
         /// The rollout.
@@ -440,6 +461,7 @@ impl Record {
             | Self::Quarantined { rollout, .. }
             | Self::GateOpened { rollout, .. }
             | Self::GateDecided { rollout, .. }
+            | Self::GlassBroken { rollout, .. }
             | Self::LockReleased { rollout, .. }
             | Self::LockTaken { rollout, .. }
             | Self::GateReopened { rollout, .. }
@@ -516,6 +538,7 @@ impl Record {
             Self::RollbackStarted { reason, .. }
             | Self::Ended { reason, .. }
             | Self::Resolved { reason, .. }
+            | Self::GlassBroken { reason, .. }
             | Self::Closed { reason, .. }
             | Self::Trust(TrustRecord::Suspended { reason, .. }) => reason,
             _ => return,

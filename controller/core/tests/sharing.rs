@@ -160,7 +160,15 @@ impl World {
             dice: Dice(seed),
             now: 1_000_000,
             term: 1,
-            coordinator: Coordinator::recover(Config { epoch }, [], |_| None).unwrap(),
+            coordinator: Coordinator::recover(
+                Config {
+                    epoch,
+                    break_glass: None,
+                },
+                [],
+                |_| None,
+            )
+            .unwrap(),
             journal: vec![],
             plans: BTreeMap::new(),
             hosts: BTreeMap::new(),
@@ -369,7 +377,11 @@ impl World {
         let before: Vec<_> = self.documents();
         let found = move |digest| plans.get(&digest).cloned();
         let entries = self.journal.clone();
-        self.coordinator = Coordinator::recover(Config { epoch }, entries, found).unwrap();
+        let config = Config {
+            epoch,
+            break_glass: None,
+        };
+        self.coordinator = Coordinator::recover(config, entries, found).unwrap();
         assert_eq!(before, self.documents(), "INV-2: the fold is the state");
         let effects = self.coordinator.resume(Timestamp(self.now));
         self.take(effects);

@@ -368,7 +368,10 @@ async fn a_host_is_freed_while_a_rollout_waits_only_if_nothing_was_changed() {
         exec.handle_offer(offer(&key.rollout, 1)).unwrap();
         assert_eq!(exec.awaiting_plan.len(), usize::from(frees), "{action}");
         exec.handle_release(key.rollout.clone(), A).unwrap();
-        assert!(exec.memory.has_ended(&key.rollout), "the end is one: {action}");
+        assert!(
+            exec.memory.has_ended(&key.rollout),
+            "the end is one: {action}"
+        );
         assert!(!exec.memory.waits(&key.rollout));
     }
 }

@@ -27,7 +27,7 @@ impl Rollout {
             Mode::Backward(backward) => Some(backward),
             _ => None,
         };
-        json!({
+        let mut document = json!({
             "format": FORMAT,
             "rollout": self.id,
             "plan": plan.plan,
@@ -66,7 +66,12 @@ impl Rollout {
             })),
             "signoff": self.signoff_documents(),
             "events": self.events,
-        })
+        });
+        let glass = self.glass_documents();
+        if !glass.is_empty() {
+            document["break_glass"] = Value::Array(glass);
+        }
+        document
     }
 
     /// The hosts that it waits for: for their consent, or for a report.

@@ -8,8 +8,8 @@ use lockstep_proto::values::Timestamp;
 
 use super::retry::Retry;
 use super::state::{
-    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
-    Resolved, SignOff, States, Survey,
+    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Glass, Mode, NoticeState,
+    Outcome, Resolved, SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
@@ -242,10 +242,30 @@ impl Rollout {
                     until: *until,
                     evidence: *evidence,
                     released: None,
+                    glass: vec![],
                     decisions: vec![],
                     closed: None,
                 };
                 self.gates.insert(*at, gate);
+            }
+            Record::GlassBroken {
+                at,
+                operator,
+                reason,
+                until,
+                signed,
+                ..
+            } => {
+                let Some(gate) = self.gates.get_mut(at) else {
+                    return illegal("glass broken");
+                };
+                gate.glass.push(Glass {
+                    at: now,
+                    operator: operator.clone(),
+                    reason: reason.clone(),
+                    until: *until,
+                    signed: signed.clone(),
+                });
             }
             Record::LockReleased { at, .. } => {
                 if !self.fold_released(*at) {

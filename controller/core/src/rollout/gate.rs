@@ -11,7 +11,7 @@ use lockstep_proto::plan::{Phase, Stage};
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::state::Decision;
-use super::{Cursor, Gate, Rollout};
+use super::{Cursor, Gate, Rollout, glass};
 use crate::record::{End, NoticeRef, Record};
 
 /// What is missing at a gate where nobody is missed.
@@ -151,7 +151,15 @@ impl Rollout {
         }
     }
 
+    /// What a gate waits for, or what two people let pass instead. A no stays a no.
     fn verdict(&self, action: &Action, gate: &Gate, now: Timestamp) -> Verdict {
+        match (self.asked_for(action, gate, now), gate.broken(now)) {
+            (Verdict::Waiting(missing), Some(words)) => Verdict::Met(glass::say(words, &missing)),
+            (verdict, _) => verdict,
+        }
+    }
+
+    fn asked_for(&self, action: &Action, gate: &Gate, now: Timestamp) -> Verdict {
         match action {
             Action::GateApproval(approval) => self.approval(approval, gate),
             Action::GateChecklist(list) => checklist(list, gate),
@@ -247,6 +255,7 @@ impl Rollout {
             Action::GateWindow(window) => opens(window, now),
             _ => gate.until,
         };
+        let due = gate.glass_ends(now).map_or(due, |ends| ends.min(due));
         // A gate whose time has come, and that is still open, waits for its lock.
         Some(due).filter(|due| *due > now)
     }

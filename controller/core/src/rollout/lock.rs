@@ -164,6 +164,7 @@ impl Rollout {
         gate.until = until;
         gate.evidence = evidence;
         gate.decisions.clear();
+        gate.glass.clear();
         gate.closed = None;
         // From here on what is true now is what people decide upon.
         self.lock.shown = None;

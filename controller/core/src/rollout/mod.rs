@@ -30,6 +30,7 @@ mod document;
 mod fold;
 mod forward;
 mod gate;
+mod glass;
 mod left;
 mod lock;
 mod narrate;

@@ -136,6 +136,16 @@ impl Rollout {
                 message: self.say_decision(*at, operator, *approve, comment),
                 ..self.step_event(EventKind::GateDecided, *at, Direction::Do, 0)
             },
+            Record::GlassBroken {
+                at,
+                operator,
+                group,
+                reason,
+                ..
+            } => RolloutEvent {
+                message: self.say_glass(*at, operator, group, reason),
+                ..self.step_event(EventKind::GlassBroken, *at, Direction::Do, 0)
+            },
             Record::LockReleased { at, .. } => RolloutEvent {
                 message: "the hosts are free for other rollouts while this gate waits".to_owned(),
                 ..self.step_event(EventKind::Note, *at, Direction::Do, 0)

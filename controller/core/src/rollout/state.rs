@@ -210,8 +210,20 @@ pub(crate) struct Gate {
     pub(crate) evidence: Digest,
     /// The round in which it freed the lock last.
     pub(crate) released: Option<u32>,
+    /// What people said to have it met without what it waits for.
+    pub(crate) glass: Vec<Glass>,
     pub(crate) decisions: Vec<Decision>,
     pub(crate) closed: Option<(Timestamp, bool, String)>,
+}
+
+/// A person's word that a gate is to be met without what it waits for.
+#[derive(Debug, Clone)]
+pub(crate) struct Glass {
+    pub(crate) at: Timestamp,
+    pub(crate) operator: OperatorName,
+    pub(crate) reason: String,
+    pub(crate) until: Timestamp,
+    pub(crate) signed: Option<Signature>,
 }
 
 /// What somebody decided.

@@ -23,6 +23,7 @@ mod backward;
 mod cancel;
 mod ends;
 mod forward;
+mod glass;
 mod later;
 mod levers;
 mod lock;
@@ -126,6 +127,7 @@ impl Fleet {
     fn new(hosts: &[&str]) -> Self {
         let config = Config {
             epoch: Epoch { counter: 1, id: 1 },
+            break_glass: Some("incident".into()),
         };
         let mut fleet = Self {
             now: 1_000_000,
@@ -320,6 +322,7 @@ impl Fleet {
     fn restart(&mut self) {
         let config = Config {
             epoch: Epoch { counter: 2, id: 2 },
+            break_glass: None,
         };
         let plans = self.plans.clone();
         let found = move |digest| plans.get(&digest).cloned();
