@@ -30,6 +30,9 @@ mod enroll;
 mod errors;
 mod exec;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod journal;
 mod link;
@@ -52,6 +55,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::shown;
 use lockstep_proto::values::Timestamp;
 use tracing_subscriber::EnvFilter;
 
@@ -143,6 +147,13 @@ enum Command {
         #[command(flatten)]
         file: File,
         key: StepKey,
+    },
+    /// Answer one question about the host. Started by `exec`.
+    #[command(hide = true)]
+    Look {
+        #[command(flatten)]
+        file: File,
+        dir: PathBuf,
     },
     /// Become a service. Started by a step.
     #[command(hide = true)]
@@ -236,6 +247,7 @@ pub fn main() -> ExitCode {
             with_config(&file, |config| audit::run(&config, &Audit::Export))
         }
         Command::Step { file, key } => with_config(&file, |config| step(config, &key)),
+        Command::Look { file, dir } => with_config(&file, |config| look(config, &dir)),
         Command::Supervise => {
             let Err(why) = actions::service::supervise();
             say(&why);
@@ -330,6 +342,20 @@ fn step(config: Config, key: &StepKey) -> u8 {
     }
 }
 
+fn look(config: Config, dir: &Path) -> u8 {
+    let result = runtime().and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, exec::look(config, dir))
+    });
+    match result {
+        Ok(()) => exit::DONE,
+        Err(error) => {
+            say(&errors::chain(&error));
+            exit::INTERNAL
+        }
+    }
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "as the other commands")]
 fn verify(config: Config) -> u8 {
     let state = &config.state_dir;
@@ -392,5 +418,7 @@ fn log() {
 
 /// One line for people. Nobody may be reading.
 fn say(line: &str) {
+    // Others wrote parts of it.
+    let line = shown::lines(line);
     let _ = writeln!(std::io::stderr(), "lockstep-agent: {line}");
 }

@@ -467,6 +467,7 @@ impl Driver {
             epoch: self.epoch,
             clock: self.clock.now(),
             acknowledged: lost.unwrap_or(acknowledged),
+            earlier: self.coordinator.earlier(&host, &hello.instance),
         };
         let welcome = wire::down::Message::Welcome(welcome.into());
         let welcome = Box::new(registry::down(welcome));

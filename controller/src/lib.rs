@@ -13,6 +13,9 @@ mod config;
 mod driver;
 mod enroll;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hub;
 mod identity;
 mod journal;

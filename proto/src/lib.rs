@@ -21,6 +21,7 @@ pub mod plan;
 pub mod refusals;
 pub mod report;
 pub mod seal;
+pub mod shown;
 #[cfg(feature = "signatures")]
 pub mod sshsig;
 #[cfg(feature = "signatures")]

@@ -300,3 +300,70 @@ fn facts_travel_with_the_signature_of_the_host_that_proved_them() {
     assert_eq!(ended, "succeeded", "{}", cluster.explain(&document));
     assert!(!attempts(&document, "migration.apply").is_empty());
 }
+
+/// A blind step is killed: only a person can say what it did, and where bindings are signed, the
+/// host takes that word only with the person's signature.
+#[test]
+fn a_word_on_an_unknown_outcome_counts_with_its_signature() {
+    let keys = tempfile::tempdir().unwrap();
+    let key = make_key(keys.path(), "bob");
+    let policy = format!(
+        "bindings = \"signed\"\n[[approver]]\nname = \"bob\"\ngroups = [\"dba\"]\nkey = \"{key}\"\n\
+         [[allow]]\naction = \"exec.run\"\n"
+    );
+    let cluster = Cluster::builder()
+        .without_database()
+        .hosts(&[("app-1", "app")])
+        .policy("app-1", Some(&policy))
+        .start()
+        .unwrap();
+    let (requester, bob) = (cluster.requester(), cluster.operator("bob"));
+    let file = cluster.root().join("blind.yaml");
+    let plan = "version: 1\nplan: blind\nfleet:\n  app: {labels: {role: app}}\nphases:\n  \
+                - name: one\n    on: app\n    steps:\n";
+    fs::write(&file, format!("{plan}{}", story::effect("work", 3))).unwrap();
+    for signs in [false, true] {
+        fs::write(cluster.host("app-1").effects(), "").unwrap();
+        let rollout = requester.submit(&file, &[]).unwrap();
+        story::under_way(&requester, &rollout, "exec.run", None);
+        let host = cluster.host("app-1");
+        wait::until("the step to be at work", wait::SOON, || {
+            let effects = fs::read_to_string(host.effects()).unwrap_or_default();
+            (!effects.is_empty()).then_some(()).ok_or(effects)
+        })
+        .unwrap();
+        // Else it goes back by itself.
+        let said = requester.run(&["pause", &rollout]).unwrap();
+        assert_eq!(said.code, 0, "{}", said.text());
+        host.kill_step_process().unwrap();
+        wait::until("the outcome to be unknown", wait::SOON, || {
+            let document = requester.rollout(&rollout);
+            let document = document.map_err(|error| format!("{error:#}"))?;
+            let outcome = &attempts(&document, "exec.run")[0]["outcome"];
+            (outcome == "unknown")
+                .then_some(())
+                .ok_or_else(|| outcome.to_string())
+        })
+        .unwrap();
+        let path = keys.path().join("bob");
+        let mut word = vec!["resolve", &rollout, "app-1", "0.0", "--not-done"];
+        word.extend(["--reason", "the file says so"]);
+        if signs {
+            word.extend(["--sign", path.to_str().unwrap()]);
+        }
+        let said = bob.run(&word).unwrap();
+        assert_eq!(said.code, 0, "{}", said.text());
+        let said = requester.run(&["resume", &rollout, "--failed"]).unwrap();
+        assert_eq!(said.code, 0, "{}", said.text());
+        let ended = cluster.finish(&rollout).unwrap();
+        let effects = fs::read_to_string(host.effects()).unwrap();
+        if signs {
+            assert_eq!(text(&ended["state"]), "succeeded", "{ended}");
+            assert_eq!(effects, "work\nwork\n");
+        } else {
+            assert_ne!(text(&ended["state"]), "succeeded", "{ended}");
+            assert_eq!(effects, "work\n", "nothing was done on a bare word");
+            assert!(ended.to_string().contains("signature"), "{ended}");
+        }
+    }
+}

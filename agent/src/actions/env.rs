@@ -271,16 +271,16 @@ impl Found {
             user,
             group,
         } = self;
-        let mut bytes = Zeroizing::new(salt(cx)?);
+        let mut bytes = Zeroizing::new(salt(&cx.config.state_dir)?);
         bytes.extend(format!("{mode:o} {user} {group}\n").bytes());
         bytes.extend_from_slice(content);
         Ok(Digest::of(&bytes))
     }
 }
 
-/// The host's salt, made when it is first needed.
-fn salt(cx: &Context) -> Result<Vec<u8>, Failure> {
-    let path = cx.config.state_dir.join("digest-salt");
+/// The host's salt. Exec makes it: looks have it from then on, and write nothing there.
+pub(crate) fn salt(state_dir: &Path) -> Result<Vec<u8>, Failure> {
+    let path = state_dir.join("digest-salt");
     match std::fs::read(&path) {
         Ok(salt) if salt.len() == 32 => return Ok(salt),
         Ok(_) => {}

@@ -1,16 +1,17 @@
 //! What the host can do: one file per family, one [`Act`] implementation per action.
 //!
 //! ```text
-//! exec:          before() -> journal the intent with it -> start the step process
+//! look:          before() -> exec journals the intent with it -> starts the step process
 //! step process:  claim -> apply(before) or undo(before) -> outcome file
-//! exec, after a crash without an outcome:  probe()
+//! look, after a crash without an outcome:  probe()
 //! ```
 //!
-//! `probe`, `before` and `state` only look; they run in the daemon, under a time limit.
+//! `probe`, `before` and `state` only look, under a time limit (`exec::look`).
 
 use lockstep_proto::action::Action;
 use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::report::Failure;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::step::Context;
@@ -25,8 +26,10 @@ mod postgres;
 mod release;
 pub(crate) mod service;
 
+pub(crate) use env::salt;
+
 /// What a host answers when asked whether an action's effect is there.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Probe {
     /// It is there: applying would change nothing.
     Present(String),

@@ -9,6 +9,7 @@ use lockstep_proto::wire::{Hello, InvalidMessage, Welcome};
 use crate::exec::{Inbound, LogPiece, Offer, Outbound, Refusal};
 
 /// What exec hears from the link.
+#[derive(Debug)]
 pub(super) enum Heard {
     /// It asks for a `Hello`.
     Dial,
@@ -172,6 +173,7 @@ pub(super) fn log(piece: LogPiece) -> wire::ToLink {
 }
 
 /// What the link hears from exec.
+#[derive(Debug)]
 pub(super) enum Said {
     Hello(Hello),
     Log(LogPiece),

@@ -42,6 +42,7 @@ fn welcome() -> Welcome {
         epoch: Epoch { counter: 3, id: 4 },
         clock: Timestamp(9),
         acknowledged: 5,
+        earlier: 0,
     }
 }
 

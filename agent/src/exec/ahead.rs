@@ -5,6 +5,7 @@ use lockstep_proto::action::Action;
 use lockstep_proto::ids::StepRef;
 use lockstep_proto::plan::CompiledPlan;
 use lockstep_proto::report::{Cause, Failure};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::consent::HeldStep;
@@ -12,7 +13,7 @@ use crate::actions::{Done, Probe};
 use crate::step::would;
 
 /// A step that the plan has before the one that is asked.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Earlier {
     action: Action,
     /// Whether this host may be asked to do it.

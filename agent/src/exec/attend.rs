@@ -7,6 +7,7 @@
 //! found at the daemon's start, and not claimed                      -> the same
 //! ```
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,24 +19,16 @@ use lockstep_proto::values::{Period, Timestamp};
 use tokio::process::Child;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_util::sync::CancellationToken;
 
 use super::runner::Runner;
 use super::seam::LogPiece;
 use super::tail::Tail;
-use crate::actions::{self, Probe};
+use crate::actions::Probe;
 use crate::config::Config;
 use crate::faults::planted;
 use crate::process::head;
-use crate::sql::{GONE, remove_left_over};
-use crate::step::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
-
-/// How long asking the host may take: `before`, `probe`, `state` of one action.
-pub(crate) const LOOK: Duration = Duration::from_secs(30);
-
-/// The same where an attempt is settled: what it left behind is ended first, and sessions of a
-/// database have their time for that.
-const SETTLE: Duration = Duration::from_secs(LOOK.as_secs() + GONE.as_secs());
+use crate::sql::remove_left_over;
+use crate::step::{Claim, Claimed, Ended, Job, StepDir, failure};
 
 /// How long a host that cannot be asked is asked again, and how often: after a power loss the agent
 /// is up before the database. The step's own timeout ends it sooner, for nobody waits longer.
@@ -59,6 +52,8 @@ pub(crate) struct Host {
     pub(crate) runner: Runner,
     /// Where output goes; dropped while nobody takes it.
     pub(crate) logs: mpsc::Sender<LogPiece>,
+    /// How many looks there were, for their names.
+    pub(crate) looks: Cell<u64>,
 }
 
 /// How an attempt is met.
@@ -75,52 +70,6 @@ pub(crate) enum Met {
 impl Host {
     pub(crate) fn dir(&self, key: &StepKey) -> StepDir {
         StepDir::of(&self.config.state_dir, key)
-    }
-
-    /// What asking the host sees.
-    pub(crate) fn context(&self, job: &Job, dir: std::path::PathBuf, limit: Duration) -> Context {
-        Context {
-            key: job.key.clone(),
-            config: self.config.clone(),
-            secrets: Arc::default(),
-            bindings: job.bindings.clone().into(),
-            dir,
-            log: StepLog::nowhere(),
-            deadline: Instant::now() + limit,
-            stop: CancellationToken::new(),
-            log_offsets: Arc::new(job.log_offsets.clone()),
-            dry_run: job.key.direction == Direction::Probe,
-        }
-    }
-
-    /// Asks the host, with a time limit.
-    pub(crate) async fn look<T>(
-        &self,
-        job: &Job,
-        ask: impl AsyncFnOnce(&Context) -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
-        self.look_within(LOOK, job, ask).await
-    }
-
-    async fn look_within<T>(
-        &self,
-        limit: Duration,
-        job: &Job,
-        ask: impl AsyncFnOnce(&Context) -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
-        let dir = self.dir(&job.key).files();
-        let dir = if dir.is_dir() {
-            dir
-        } else {
-            self.config.run_dir.clone()
-        };
-        let context = self.context(job, dir, limit);
-        timeout(limit, ask(&context)).await.unwrap_or_else(|_| {
-            Err(failure(
-                Cause::TimedOut,
-                format!("the host did not answer within {} s", limit.as_secs()),
-            ))
-        })
     }
 }
 
@@ -332,16 +281,21 @@ async fn is_over(host: &Host, key: &StepKey, dir: &StepDir, process: Process) ->
 
 fn never_begun(dir: &StepDir, why: Failure) -> Ended {
     let said = std::fs::read_to_string(dir.output()).unwrap_or_default();
-    let lines = said.lines().rev().take(20).map(cut_line);
-    let mut last_lines: Vec<String> = lines.collect();
-    last_lines.reverse();
     let hint = "nothing was done; run `lockstep-agent check` on the host, then order it again";
     let never = failed(Failure {
         hint: why.hint.or_else(|| Some(hint.into())),
-        last_lines,
+        last_lines: last_lines(&said),
         ..why
     });
     or_cancelled(dir, never)
+}
+
+/// What a process said last, for people.
+pub(super) fn last_lines(said: &str) -> Vec<String> {
+    let lines = said.lines().rev().take(20).map(cut_line);
+    let mut last: Vec<String> = lines.collect();
+    last.reverse();
+    last
 }
 
 fn cut_line(line: &str) -> String {
@@ -403,10 +357,7 @@ fn or_cancelled(dir: &StepDir, ended: Ended) -> Ended {
 async fn ask(host: &Host, job: &Job) -> Result<Probe, Failure> {
     let until = Instant::now() + ASK_AGAIN.min(job.timeout.to_std());
     loop {
-        let probe = host.look_within(SETTLE, job, async |cx| {
-            actions::probe(&job.action, cx).await
-        });
-        match probe.await {
+        match host.settles(job).await {
             Err(failure) if Instant::now() < until => {
                 let why = failure.message;
                 tracing::warn!(step = %job.key, why, "cannot be settled yet; asking again");
@@ -420,12 +371,7 @@ async fn ask(host: &Host, job: &Job) -> Result<Probe, Failure> {
 /// Whether the host is as it was before the attempt: an effect that is not there may be on its
 /// way, or half of it may be there. Who cannot say has an undo look at it.
 async fn is_untouched(host: &Host, job: &Job) -> bool {
-    let same = host
-        .look(job, async |cx| {
-            actions::is_as_before(&job.action, cx, &job.before).await
-        })
-        .await;
-    same.unwrap_or_else(|failure| {
+    host.is_as_before(job).await.unwrap_or_else(|failure| {
         tracing::warn!(step = %job.key, why = failure.message, "cannot be compared with before");
         false
     })

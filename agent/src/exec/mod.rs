@@ -10,6 +10,7 @@
 //! One task owns the journal and all decisions; tasks that look at the host or attend an attempt
 //! answer with an [`Event`]. An error of the journal ends the daemon: its next start replays.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::rc::Rc;
@@ -45,6 +46,7 @@ mod consent;
 mod evidence;
 mod explain;
 mod licences;
+mod look;
 mod machine;
 mod offers;
 mod orders;
@@ -55,6 +57,7 @@ mod report;
 mod runner;
 mod seam;
 mod tail;
+mod unit;
 
 pub(crate) use anchor::{AnchorError, Anchored, anchor};
 pub(crate) use attend::wall_clock;
@@ -62,12 +65,28 @@ use attend::{Host, Met, attend};
 pub(crate) use evidence::own_key;
 pub(crate) use explain::explain;
 pub(crate) use licences::{Raised, Serial};
+pub(crate) use look::run as look;
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
+#[cfg(feature = "fuzzing")]
+pub(crate) use policy::fuzzing as policy_fuzzing;
 pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
 pub(crate) use refusals::{Refusal, SessionsRefused};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
+
+/// How far a term's counter may be ahead of this host's clock, in seconds: ten years. Counters are no
+/// more than seconds since 1970; nobody could ever come after one without bounds.
+const TERMS_AHEAD: u64 = 10 * 365 * 86_400;
+
+fn check_ahead(epoch: Epoch, wall: Timestamp) -> Result<(), String> {
+    if epoch.counter <= (wall.0 / 1000).saturating_add(TERMS_AHEAD) {
+        return Ok(());
+    }
+    Err(format!(
+        "the controller claims the term {epoch}, whose counter is years ahead of this host's clock"
+    ))
+}
 
 /// Answers of tasks that wait for the journal's owner. A host runs one step at a time and looks
 /// at few things beside it.
@@ -117,6 +136,15 @@ fn any_bytes() -> [u8; 8] {
         return world.random(u64::MAX).to_be_bytes();
     }
     rand::random()
+}
+
+/// For fuzzers: a journal whose chain holds is folded, whatever it says.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fold_fuzzed(records: &[(crate::journal::Link, Record)]) {
+    let mut memory = Memory::default();
+    for (link, record) in records {
+        memory.apply(link.position, record);
+    }
 }
 
 /// What a task has found out.
@@ -249,11 +277,18 @@ impl Exec {
         let host = Rc::new(Host {
             boot: boot_id(&config.run_dir)?,
             runner: Runner::new(config.steps, config_path).map_err(ExecError::Runner)?,
+            looks: Cell::new(0),
             config: config.clone(),
             logs,
         });
         evidence::remove_left_over(state);
         let key = own_key(state).map_err(ExecError::Key)?;
+        if let Err(failure) = crate::actions::salt(state) {
+            tracing::error!(
+                why = failure.message,
+                "environment files cannot be compared"
+            );
+        }
         // Nobody awaits what an earlier daemon was probing for a dry run.
         remove_left_over(&config.run_dir, |of| of.direction == Direction::Probe);
         // A rollout that has ended leaves nothing, even if its end was cut short.
@@ -261,6 +296,7 @@ impl Exec {
         orders::remove_steps(state, |of| Some(of) != held_for);
         plans::remove_left_over(state, held_for);
         crate::identity::remove_left_over(&config.run_dir);
+        look::remove_left_over(&config.run_dir);
         let held = memory.hold.as_ref().and_then(|hold| {
             HeldPlan::read(&config.state_dir, &hold.rollout, hold.steps, hold.plan)
                 .inspect_err(|error| {
@@ -455,7 +491,7 @@ impl Exec {
         }
         if welcome.acknowledged > self.memory.last_report {
             // INV-2: a loss is detected, never silent.
-            if self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
+            if self.is_sealed() == Ok(true) && self.memory.check_epoch(welcome.epoch).is_ok() {
                 self.quarantine(welcome.acknowledged)?;
             }
             if self.is_quarantined() {
@@ -471,6 +507,18 @@ impl Exec {
             );
             self.refuse_session(Refusal::Ahead, why);
             return Ok(());
+        }
+        let anew = welcome.earlier > 0 && self.memory.is_new();
+        if anew && self.memory.check_epoch(welcome.epoch).is_ok() {
+            match self.is_sealed() {
+                Ok(true) => self.quarantine(welcome.earlier)?,
+                Ok(false) => {}
+                // Whether this host needs a floor first is not known.
+                Err(why) => {
+                    self.refuse_session(Refusal::Ahead, why);
+                    return Ok(());
+                }
+            }
         }
         if !self.admit(welcome.epoch)? {
             return Ok(());
@@ -530,6 +578,11 @@ impl Exec {
             self.refuse_session(Refusal::Term { counter }, why);
             return Ok(false);
         }
+        if let Err(why) = check_ahead(epoch, wall_clock()) {
+            let counter = epoch.counter;
+            self.refuse_session(Refusal::Term { counter }, why);
+            return Ok(false);
+        }
         if self
             .session
             .as_ref()
@@ -552,7 +605,12 @@ impl Exec {
     fn refuse_session(&mut self, kind: Refusal, why: String) {
         tracing::error!(%why, "the controller is refused");
         self.note_refused(kind);
-        if let Some(session) = &mut self.session {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        // One ends the session; a link that does not read must not fill the memory with more.
+        let said = session.first.iter();
+        if !said.into_iter().any(|it| matches!(it, Outbound::Refuse(_))) {
             session.first.push_back(Outbound::Refuse(why));
         }
     }
@@ -589,7 +647,9 @@ impl Exec {
 
     fn numbered(&self, body: ReportBody) -> Record {
         let mut body = report::fit(body);
-        evidence::sign(&self.key, &mut body);
+        if let Some(hold) = &self.memory.hold {
+            evidence::sign(&self.key, hold.plan, &mut body);
+        }
         Record::Report {
             number: self.memory.last_report + 1,
             body,

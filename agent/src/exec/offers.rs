@@ -15,7 +15,6 @@ use super::attend::{Host, wall_clock};
 use super::consent;
 use super::plans::{self, HeldPlan, HeldSeal};
 use super::{Event, Exec, ExecError, Gathered, Offer, Outbound};
-use crate::actions;
 use crate::journal::{AppendError, Held, Need, Record};
 use crate::step::{Job, LogMark};
 
@@ -298,7 +297,7 @@ impl Exec {
     /// The record that a serial licenses this rollout, where the host asks for sealed plans. The
     /// policy, or what was licensed, may have changed since the plan was reviewed.
     fn licence(&self, held: &HeldPlan, rollout: &RolloutId) -> Result<Option<Record>, String> {
-        let (Some(seal), true) = (&held.seal, self.is_sealed()) else {
+        let (true, Some(seal)) = (self.is_sealed()?, &held.seal) else {
             return Ok(None);
         };
         self.memory.licences.check(&seal.of, rollout)?;
@@ -367,43 +366,22 @@ fn not_surveyed(why: &str) -> Fact {
 
 /// The parts of the host's state that the plan's steps touch here, each once.
 async fn gather(host: &Host, rollout: &RolloutId, held: &HeldPlan) -> Result<Vec<Fact>, Failure> {
-    let mut state: Vec<Fact> = Vec::new();
-    for step in held.steps.iter().filter(|step| step.action.changes()) {
-        let job = Job {
-            key: StepKey {
-                rollout: rollout.clone(),
-                host: host.config.host.clone(),
-                at: step.at,
-                direction: Direction::Do,
-                attempt: 1,
-            },
-            action: step.action.clone(),
-            before: Value::Null,
-            bindings: vec![],
-            timeout: step.timeout,
-            log_offsets: BTreeMap::new(),
-        };
-        let parts = host
-            .look(&job, async |cx| actions::state(&job.action, cx).await)
-            .await
-            .map_err(|failure| Failure {
-                message: format!("{}: {}", step.action.name(), failure.message),
-                ..failure
-            })?;
-        for part in parts {
-            if !state.iter().any(|known| name(known) == name(&part)) {
-                state.push(part);
-            }
-        }
-    }
-    Ok(state)
-}
-
-fn name(fact: &Fact) -> &str {
-    match fact {
-        Fact::State { name, .. } | Fact::Note { name, .. } => name,
-        _ => "",
-    }
+    let changing = held.steps.iter().filter(|step| step.action.changes());
+    let jobs = changing.map(|step| Job {
+        key: StepKey {
+            rollout: rollout.clone(),
+            host: host.config.host.clone(),
+            at: step.at,
+            direction: Direction::Do,
+            attempt: 1,
+        },
+        action: step.action.clone(),
+        before: Value::Null,
+        bindings: vec![],
+        timeout: step.timeout,
+        log_offsets: BTreeMap::new(),
+    });
+    host.state(jobs.collect()).await
 }
 
 /// Where the log files that the plan reads end now: what they hold already is older than the

@@ -42,6 +42,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 mod arguments;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod limits;
 mod matching;
 mod names;

@@ -12,8 +12,9 @@ use lockstep_proto::ids::{BootId, StepKey};
 use rustix::process::{Signal, kill_process};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
-use zbus::Variant;
 
+use super::look::LookDir;
+use super::unit::{Sandbox, Start, Unit};
 use crate::config::StepRunner;
 use crate::faults::{planted, reached};
 use crate::process::base_env;
@@ -25,9 +26,6 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long the end of an attempt's processes is waited for in all. A process in uninterruptible
 /// sleep can hold out longer; then nothing can be proven.
 const GONE_WITHIN: Duration = Duration::from_mins(1);
-
-/// The bus answers at once or is not well.
-const BUS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How step processes are started on this host.
 #[derive(Debug)]
@@ -121,38 +119,58 @@ impl Runner {
     }
 
     async fn start_unit(&self, key: &StepKey, dir: &StepDir) -> io::Result<()> {
-        let program = self.program.to_string_lossy().into_owned();
-        let argv: Vec<String> = std::iter::once(program.clone())
-            .chain(self.arguments(key))
-            .collect();
-        let environment: Vec<String> = environment()
-            .into_iter()
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect();
-        let output = dir.output().to_string_lossy().into_owned();
-        // No secret is among these: everybody on the host can read a unit's properties.
-        let properties: Vec<(&str, Variant<'_>)> = vec![
-            ("Description", Variant::from(format!("Lockstep step {key}"))),
-            ("Type", Variant::from("exec")),
-            ("Slice", Variant::from("lockstep-steps.slice")),
-            ("ExecStart", Variant::from(vec![(program, argv, false)])),
-            ("Environment", Variant::from(environment)),
-            ("StandardOutputFileToAppend", Variant::from(output.clone())),
-            ("StandardErrorFileToAppend", Variant::from(output)),
-            ("KillMode", Variant::from("control-group")),
-            ("CollectMode", Variant::from("inactive-or-failed")),
-            ("LimitCORE", Variant::from(0_u64)),
-            ("UMask", Variant::from(0o077_u32)),
+        let action = dir.read_job().map(|job| job.action)?;
+        Unit::of_step(key)
+            .start(Start {
+                description: format!("Lockstep step {key}"),
+                argv: self.argv(&self.arguments(key)),
+                environment: environment(),
+                output: dir.output(),
+                longest: None,
+                sandbox: Sandbox::of(&action),
+            })
+            .await
+    }
+
+    /// Whether what runs on this host does so in units of systemd, and so has rights of its own.
+    pub(crate) fn has_units(&self) -> bool {
+        self.systemd
+    }
+
+    /// Starts the process of a look, which writes to these directories and nowhere else; it is
+    /// ended after `longest`, whoever waits for it.
+    pub(super) async fn start_look(
+        &self,
+        name: &str,
+        dir: &LookDir,
+        writable: Vec<PathBuf>,
+        longest: Duration,
+    ) -> io::Result<Unit> {
+        let path = |path: &Path| path.to_string_lossy().into_owned();
+        let arguments = [
+            "look".into(),
+            "--config".into(),
+            path(&self.config),
+            path(dir.path()),
         ];
-        let unit = unit_name(key);
-        let auxiliary: Vec<(&str, Vec<(&str, Variant<'_>)>)> = vec![];
-        manager_call(
-            "StartTransientUnit",
-            &(unit.as_str(), "fail", properties, auxiliary),
-        )
-        .await
-        .map(|_| ())
-        .map_err(|error| io::Error::other(format!("systemd does not start {unit}: {error}")))
+        let unit = Unit::of_look(name);
+        unit.start(Start {
+            description: "Lockstep looks at the host".into(),
+            argv: self.argv(&arguments),
+            environment: environment(),
+            output: dir.output(),
+            longest: Some(longest),
+            sandbox: Sandbox::Look { writable },
+        })
+        .await?;
+        Ok(unit)
+    }
+
+    fn argv(&self, arguments: &[String]) -> Vec<String> {
+        let program = self.program.to_string_lossy().into_owned();
+        std::iter::once(program)
+            .chain(arguments.iter().cloned())
+            .collect()
     }
 
     /// Ends whatever an attempt left behind; false if something of it is still there afterwards.
@@ -160,14 +178,17 @@ impl Runner {
         if planted!(SettleTooEarly) {
             return true;
         }
-        if self.systemd {
-            // No such unit means that systemd has seen the end of its last process.
-            let _ = manager_call("StopUnit", &(unit_name(key).as_str(), "replace")).await;
+        let unit = self.systemd.then(|| Unit::of_step(key));
+        if let Some(unit) = &unit {
+            unit.stop().await;
         }
         let start = Instant::now();
         loop {
             let alive = Claim::read(dir).map_or_else(Vec::new, |claim| claim.alive(boot));
-            let in_unit = self.systemd && unit_exists(key).await;
+            let in_unit = match &unit {
+                Some(unit) => unit.exists().await,
+                None => false,
+            };
             if alive.is_empty() && !in_unit {
                 return true;
             }
@@ -179,6 +200,10 @@ impl Runner {
             for pid in alive {
                 // It may have ended meanwhile.
                 let _ = send(pid, signal);
+            }
+            // Programs of other users, which are not exec's to end.
+            if let Some(unit) = unit.as_ref().filter(|_| signal == Signal::KILL) {
+                unit.kill().await;
             }
             if start.elapsed() > GONE_WITHIN {
                 return false;
@@ -224,44 +249,4 @@ fn environment() -> BTreeMap<String, String> {
     #[cfg(feature = "faults")]
     environment.extend(crate::faults::handed_on());
     environment
-}
-
-/// `lockstep-step-<key>.service`. An `@` would make it an instance of a template.
-fn unit_name(key: &StepKey) -> String {
-    format!(
-        "lockstep-step-{}.service",
-        key.to_string().replace('@', "\\x40")
-    )
-}
-
-/// Whether systemd still knows the unit. A bus that does not answer proves nothing.
-async fn unit_exists(key: &StepKey) -> bool {
-    match manager_call("GetUnit", &unit_name(key).as_str()).await {
-        Err(zbus::Error::MethodError(name, ..)) => {
-            name.as_str() != "org.freedesktop.systemd1.NoSuchUnit"
-        }
-        _ => true,
-    }
-}
-
-/// A call to systemd. A connection of its own: steps are rare, and the bus may be restarted.
-async fn manager_call<B>(method: &str, body: &B) -> zbus::Result<zbus::Message>
-where
-    B: serde::ser::Serialize + zbus::zvariant::DynamicType,
-{
-    let call = async {
-        let connection = zbus::Connection::system().await?;
-        connection
-            .call_method(
-                Some("org.freedesktop.systemd1"),
-                "/org/freedesktop/systemd1",
-                Some("org.freedesktop.systemd1.Manager"),
-                method,
-                body,
-            )
-            .await
-    };
-    tokio::time::timeout(BUS_TIMEOUT, call)
-        .await
-        .unwrap_or_else(|_| Err(zbus::Error::Failure("the bus does not answer".into())))
 }

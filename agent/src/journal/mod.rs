@@ -22,6 +22,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::faults::reached;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod head;
 mod record;
 mod reserve;
@@ -517,7 +519,7 @@ impl ScanError {
 
 impl Scan {
     fn run(
-        file: &File,
+        file: impl io::Read,
         known: Option<u64>,
         visit: &mut impl FnMut(Link, Record),
     ) -> Result<Self, ScanError> {

@@ -174,7 +174,7 @@ impl StepLog {
         Ok(Self::new(Some(file)))
     }
 
-    /// A log that only keeps its last lines: for probes, which run in the daemon.
+    /// A log that only keeps its last lines: for looks, which belong to no attempt.
     pub(crate) fn nowhere() -> Self {
         Self::new(None)
     }

@@ -309,6 +309,33 @@ fn sign_floor(floor: &[u8], seeds: &[u8]) -> String {
 }
 
 #[tokio::test]
+async fn a_host_that_lost_its_journal_waits_for_a_signed_floor() {
+    const TERM: Epoch = Epoch { counter: 1, id: 77 };
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, &policy(&[1, 2, 3]));
+    host.start();
+    // It is new, and the controller has had reports of an agent of this host.
+    let mut session = controller.accept_anew(TERM, 7).await;
+    let instance = session.hello.instance.clone();
+    assert!(session.next().await.is_none());
+    // It stays so, whatever a controller says later.
+    let mut session = controller.accept(TERM, 0).await;
+    assert!(session.next().await.is_none());
+    host.stop();
+    let floor = statement(&instance, &[("test", 7)]).encode();
+    let (code, said) = anchor(&host, &floor, &sign_floor(&floor, &[1, 3]));
+    assert_eq!(code, Some(0), "{said}");
+    host.start();
+    let mut session = controller.accept_anew(TERM, 7).await;
+    for (number, taken) in [(6, false), (7, true)] {
+        let plan = serial(number);
+        let signed = sign(&plan, &[1, 2]);
+        let offered = offer(&controller, &mut session, &rollout(1), &plan, signed).await;
+        assert_eq!(offered.is_ok(), taken, "{number}: {offered:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_host_that_was_put_back_waits_for_a_signed_floor() {
     const TERM: Epoch = Epoch { counter: 1, id: 77 };
     let mut controller = Controller::start().await;
@@ -444,7 +471,7 @@ async fn nothing_is_taken_from_an_order_that_nobody_has_signed() {
     };
     let sign = |seed: u8| {
         let binding = bound("db-1", None);
-        let statement = evidence::statement(&binding.origin, &binding.fact);
+        let statement = evidence::statement(plan.digest(), &binding.origin, &binding.fact);
         let signature = signer(seed).sign_bare(evidence::NAMESPACE, &statement);
         Some(hex::encode(signature))
     };

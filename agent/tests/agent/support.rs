@@ -256,15 +256,25 @@ impl Controller {
 
     /// The next agent to dial, welcomed by a controller that has all its reports.
     pub(crate) async fn accept_all(&mut self, epoch: Epoch) -> Session {
-        self.welcome(epoch, |hello| hello.last_report).await
+        self.welcome(epoch, |hello| hello.last_report, 0).await
     }
 
     /// The next agent to dial, welcomed.
     pub(crate) async fn accept(&mut self, epoch: Epoch, acknowledged: u64) -> Session {
-        self.welcome(epoch, |_| acknowledged).await
+        self.welcome(epoch, |_| acknowledged, 0).await
     }
 
-    async fn welcome(&mut self, epoch: Epoch, acknowledged: impl Fn(&Hello) -> u64) -> Session {
+    /// The same, by a controller that knew an installation before it.
+    pub(crate) async fn accept_anew(&mut self, epoch: Epoch, earlier: u64) -> Session {
+        self.welcome(epoch, |_| 0, earlier).await
+    }
+
+    async fn welcome(
+        &mut self,
+        epoch: Epoch,
+        acknowledged: impl Fn(&Hello) -> u64,
+        earlier: u64,
+    ) -> Session {
         let (hello, ups, downs) = timeout(PATIENCE, self.sessions.recv())
             .await
             .expect("an agent dials")
@@ -281,6 +291,7 @@ impl Controller {
             epoch,
             clock: Timestamp(CLOCK),
             acknowledged,
+            earlier,
         };
         session.send(down::Message::Welcome(welcome.into())).await;
         session

@@ -65,6 +65,8 @@ pub struct HostInfo {
     pub agent_version: String,
     /// The newest durable report of this installation.
     pub acknowledged: u64,
+    /// The newest of the installations before it.
+    earlier: u64,
     /// When its session began, if one is up.
     since: Timestamp,
     /// Plans mean it no more, until it is seen again. Its reports go on where they were.

@@ -8,6 +8,8 @@
 //! too. A session ends when its certificate does, when the agent connects again, when it does not
 //! read, or when the controller drains.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod output;
 pub(crate) mod registry;
 

@@ -74,6 +74,7 @@ pub struct Welcome {
     pub epoch: Epoch,
     pub clock: Timestamp,
     pub acknowledged: u64,
+    pub earlier: u64,
 }
 
 impl From<Epoch> for wire::Epoch {
@@ -186,6 +187,7 @@ impl From<Welcome> for wire::Welcome {
             epoch,
             clock,
             acknowledged,
+            earlier,
         }: Welcome,
     ) -> Self {
         Self {
@@ -193,6 +195,7 @@ impl From<Welcome> for wire::Welcome {
             epoch: Some(epoch.into()),
             clock_ms: clock.0,
             acknowledged,
+            earlier,
         }
     }
 }
@@ -205,12 +208,14 @@ impl TryFrom<wire::Welcome> for Welcome {
             epoch: term,
             clock_ms,
             acknowledged,
+            earlier,
         } = welcome;
         Ok(Self {
             version,
             epoch: epoch(term)?,
             clock: Timestamp(clock_ms),
             acknowledged,
+            earlier,
         })
     }
 }

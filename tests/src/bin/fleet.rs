@@ -77,6 +77,9 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
         fs::write(evidence.join("systemd-tests.txt"), said)?;
     }
 
+    let certificates = fleet.certificates()?;
+    fs::write(evidence.join("exposure.txt"), fleet.check_exposure()?)?;
+
     say("installing v0.9.5");
     let installed = deploy(fleet, &example::install_plan(), "v0.9.5", |_| Ok(()))?;
     expect(&installed, "succeeded")?;
@@ -128,16 +131,17 @@ fn show(fleet: &Fleet, seen: &mut Seen, evidence: &Path) -> Result<()> {
         );
     }
     for (name, _) in HOSTS {
-        let units = fleet.on(
-            name,
-            &["journalctl", "--no-pager", "_PID=1", "-g", "lockstep-step"],
-        )?;
-        ensure!(
-            units.lines().count() > 3,
-            "no step ran as a unit of systemd on {name}: {units}"
-        );
+        for what in ["lockstep-step", "lockstep-look"] {
+            let units = fleet.on(name, &["journalctl", "--no-pager", "_PID=1", "-g", what])?;
+            ensure!(
+                units.lines().count() > 3,
+                "no {what} ran as a unit of systemd on {name}: {units}"
+            );
+        }
     }
-    Ok(())
+
+    say("waiting until every host has renewed its certificate");
+    fleet.wait_renewed(&certificates)
 }
 
 /// Tries faults of hosts, those that are named or all of them.

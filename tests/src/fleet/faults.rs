@@ -38,6 +38,9 @@ const FLAGGED_WITHIN: Duration = Duration::from_secs(16);
 /// How long a rollout may take until it has ended, with a boot and a reconnect in it.
 const ENDS_WITHIN: Duration = Duration::from_mins(2);
 
+/// What stands still is killed and started again within this: its watchdog's time, and a restart.
+const THAWED_WITHIN: Duration = Duration::from_secs(45);
+
 /// What the step that is struck can prove afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
@@ -77,9 +80,11 @@ type Strike = fn(&Fleet, &str, &Fault) -> Result<()>;
 
 /// All of them, in the order in which they are tried.
 #[rustfmt::skip]
-pub const FAULTS: [Fault; 11] = [
+pub const FAULTS: [Fault; 13] = [
     fault("agent-killed", Work::Blind, kill_agent, End::Untouched),
     fault("agent-restarted", Work::Blind, restart_agent, End::Untouched),
+    fault("agent-frozen", Work::Blind, freeze_agent, End::Untouched),
+    fault("link-frozen", Work::Blind, freeze_link, End::Untouched),
     fault("network-cut", Work::Blind, cut_network, End::Untouched),
     fault("host-restarted", Work::Convergent, restart_host, End::RolledBack),
     fault("host-restarted-blind", Work::Blind, restart_host, End::RolledBack),
@@ -454,21 +459,39 @@ fn another_agent(fleet: &Fleet, strike: impl FnOnce() -> Result<()>) -> Result<(
     let step_before = main_process(fleet, STRUCK, step)?;
     let agent_before = main_process(fleet, STRUCK, AGENT)?;
     strike()?;
-    wait::until(
-        "another process of the agent",
-        wait::SOON,
-        || match main_process(fleet, STRUCK, AGENT) {
-            Ok(pid) if pid != 0 && pid != agent_before => Ok(()),
-            Ok(pid) => Err(pid.to_string()),
-            Err(error) => Err(format!("{error:#}")),
-        },
-    )?;
+    another_process(fleet, AGENT, agent_before, wait::SOON)?;
     let step_after = main_process(fleet, STRUCK, step)?;
     ensure!(
         step_after == step_before,
         "{step} is process {step_after}, not {step_before}"
     );
     Ok(())
+}
+
+/// Waits until a unit's main process is another one.
+fn another_process(fleet: &Fleet, unit: &str, than: u32, within: Duration) -> Result<()> {
+    let what = format!("another process of {unit}");
+    wait::until(&what, within, || match main_process(fleet, STRUCK, unit) {
+        Ok(pid) if pid != 0 && pid != than => Ok(()),
+        Ok(pid) => Err(pid.to_string()),
+        Err(error) => Err(format!("{error:#}")),
+    })
+}
+
+/// Stops a daemon where it is, so that nothing but its watchdog can know; the step goes on.
+fn freeze(fleet: &Fleet, unit: &str) -> Result<()> {
+    let before = main_process(fleet, STRUCK, unit)?;
+    let stop = ["systemctl", "kill", "--kill-whom=main", "--signal=STOP"];
+    fleet.on(STRUCK, &[&stop[..], &["--", unit]].concat())?;
+    another_process(fleet, unit, before, THAWED_WITHIN)
+}
+
+fn freeze_agent(fleet: &Fleet, _rollout: &str, _fault: &Fault) -> Result<()> {
+    freeze(fleet, AGENT)
+}
+
+fn freeze_link(fleet: &Fleet, _rollout: &str, _fault: &Fault) -> Result<()> {
+    freeze(fleet, "lockstep-link.service")
 }
 
 fn kill_agent(fleet: &Fleet, _rollout: &str, _fault: &Fault) -> Result<()> {

@@ -14,6 +14,9 @@ use crate::hosts::{quote, quote_path};
 use crate::operator::text;
 use crate::{example, repository};
 
+/// How long hosts' certificates live here: each is renewed while the fleet is at work.
+const LIFE: &str = "3m";
+
 impl Fleet {
     fn pki(&self) -> PathBuf {
         self.work.path().join("pki")
@@ -105,11 +108,11 @@ impl Fleet {
             &format!("etc/systemd/system/{unit}"),
             0o644,
         )?;
-        stage.copy(
-            &deploy.join("controller.toml"),
-            "etc/lockstep/controller.toml",
-            0o640,
-        )?;
+        let example = fs::read_to_string(deploy.join("controller.toml"))?;
+        let lives = format!("[enroll]\nlife = \"{LIFE}\"\n");
+        let configuration = example.replacen("[enroll]\n", &lives, 1);
+        ensure!(configuration != example, "the example lets hosts enrol");
+        stage.write("etc/lockstep/controller.toml", &configuration, 0o640)?;
         let certificate = |kind: &str| self.pki().join(format!("controller-{CONTROL}.{kind}"));
         stage.copy(
             &certificate("crt"),

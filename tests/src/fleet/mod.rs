@@ -177,6 +177,51 @@ impl Fleet {
         })
     }
 
+    /// The certificates that the hosts have, by their digests.
+    pub fn certificates(&self) -> Result<BTreeMap<&'static str, String>> {
+        let digest = ["sha256sum", "/var/lib/lockstep-link/tls/agent.crt"];
+        let hosts = HOSTS.iter();
+        hosts
+            .map(|(name, _)| Ok((*name, self.on(name, &digest)?)))
+            .collect()
+    }
+
+    /// Waits until every host has another certificate than it had, and is connected.
+    pub fn wait_renewed(&self, before: &BTreeMap<&'static str, String>) -> Result<()> {
+        wait::until(
+            "the hosts to renew their certificates",
+            wait::ROLLOUT,
+            || {
+                let now = self.certificates().map_err(|error| format!("{error:#}"))?;
+                let same = HOSTS.iter().find(|(name, _)| now[name] == before[name]);
+                same.map_or(Ok(()), |(name, _)| Err(format!("{name} has not")))
+            },
+        )?;
+        self.wait_connected()
+    }
+
+    /// Holds the installed units against what systemd says a daemon like them is exposed to.
+    pub fn check_exposure(&self) -> Result<String> {
+        let units = [
+            (CONTROL, "lockstep-controller", "15"),
+            (HOSTS[0].0, "lockstep-link", "15"),
+            (HOSTS[0].0, "lockstep-agent", "20"),
+        ];
+        let mut said = String::new();
+        for (host, unit, threshold) in units {
+            let analyze = [
+                "systemd-analyze",
+                "--no-pager",
+                "security",
+                "--offline=true",
+            ];
+            let threshold = format!("--threshold={threshold}");
+            let unit = format!("/etc/systemd/system/{unit}.service");
+            said += &self.on(host, &[&analyze[..], &[&threshold, &unit]].concat())?;
+        }
+        Ok(said)
+    }
+
     /// The hosts that the controller says are connected.
     pub fn connected(&self) -> Result<Vec<String>> {
         let known = self.operator(PEOPLE[0].0).json(&["hosts"])?;

@@ -12,6 +12,7 @@ async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
         boot: BootId::from_bytes([1; 8]),
         runner: Runner::new(StepRunner::Session, "/agent.toml".as_ref()).unwrap(),
         logs: mpsc::channel(1).0,
+        looks: Cell::new(0),
     };
     let key = StepKey {
         rollout: RolloutId::from_random([1; 6]),
@@ -29,8 +30,7 @@ async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
         log_offsets: std::collections::BTreeMap::new(),
     };
     host.dir(&key).make().unwrap();
-    let before = host.look(&job, async |cx| actions::before(action, cx).await);
-    job.before = before.await.unwrap();
+    job.before = host.before(&job).await.unwrap();
     host.dir(&key).write_job(&job).unwrap();
     (host, key)
 }

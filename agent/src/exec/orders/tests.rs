@@ -125,6 +125,7 @@ fn welcome(exec: &mut Exec, epoch: Epoch) {
         epoch,
         clock: Timestamp(1000),
         acknowledged: 0,
+        earlier: 0,
     };
     exec.handle_welcome(&welcome, mpsc::channel(9).0).unwrap();
 }
@@ -139,6 +140,7 @@ fn step() -> HeldStep {
         timeout: Period::seconds(5),
         undo: lockstep_proto::plan::Undo::Auto,
         line: 1,
+        duty: crate::exec::consent::Duty::default(),
     }
 }
 

@@ -55,6 +55,7 @@ impl Coordinator {
                 labels,
                 agent_version,
             } => {
+                let earlier = self.earlier(host, instance);
                 let before = self
                     .hosts
                     .get(host)
@@ -73,6 +74,7 @@ impl Coordinator {
                     labels: labels.clone(),
                     agent_version: agent_version.clone(),
                     acknowledged: before.map_or(0, |info| info.acknowledged),
+                    earlier,
                     forgotten: false,
                 };
                 self.hosts.insert(host.clone(), info);

@@ -57,6 +57,18 @@ impl Coordinator {
         known.map_or(0, |info| info.acknowledged)
     }
 
+    /// The newest durable report of installations before this one, as `Welcome` says it: 0 if there
+    /// are none, if people said that the host is gone, or if this one has reported itself.
+    pub fn earlier(&self, host: &HostId, instance: &InstanceId) -> u64 {
+        match self.hosts.get(host) {
+            Some(info) if info.instance != *instance && !info.forgotten => {
+                info.acknowledged.max(info.earlier)
+            }
+            Some(info) if info.acknowledged == 0 && !info.forgotten => info.earlier,
+            _ => 0,
+        }
+    }
+
     /// The ids of all rollouts, oldest first.
     pub fn rollouts(&self) -> impl Iterator<Item = &RolloutId> {
         self.order.iter()

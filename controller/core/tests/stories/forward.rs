@@ -41,7 +41,10 @@ fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
     fleet.start(vec![on("app", vec![stop()])]);
     fleet.finish("a", ok(), vec![]);
     assert_eq!(fleet.state(1), "succeeded");
+    let before = fleet.coordinator.hosts().next().unwrap().1.acknowledged;
+    assert!(before > 0);
     let anew = InstanceId::from_random([2; 8]);
+    assert_eq!(fleet.coordinator.earlier(&host("a"), &anew), before);
     fleet.event(Event::HostUp {
         host: host("a"),
         instance: anew.clone(),
@@ -49,12 +52,24 @@ fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
         agent_version: "1".into(),
         held: None,
     });
-    assert_eq!(fleet.coordinator.acknowledged(&host("a"), &anew), 0);
+    let said = |fleet: &Fleet| {
+        let core = &fleet.coordinator;
+        (
+            core.acknowledged(&host("a"), &anew),
+            core.earlier(&host("a"), &anew),
+        )
+    };
+    assert_eq!(
+        said(&fleet),
+        (0, before),
+        "a host that lost its journal is told so"
+    );
     fleet.reports.clear();
     fleet
         .submit(2, plan(2, vec![on("app", vec![stop()])]))
         .unwrap();
     fleet.consent(2, "a", vec![]);
+    assert_eq!(said(&fleet), (1, 0));
     fleet.finish("a", ok(), vec![]);
     assert_eq!(fleet.state(2), "succeeded");
 }

@@ -270,6 +270,7 @@ impl<'a> Play<'a> {
             epoch: EPOCH,
             clock: Timestamp(CLOCK),
             acknowledged: self.acknowledged,
+            earlier: 0,
         };
         self.send(down::Message::Welcome(welcome.into())).await;
         self.say().await;
