@@ -261,11 +261,11 @@ fn two_people_whom_the_host_names_break_the_glass_for_an_hour() {
             case.signers = std::mem::take(&mut case.broke);
             case.forge = |it| it.broken = std::mem::take(&mut it.signatures);
         },
-        "does not match",
+        "not for `lockstep-break-glass`",
     );
     refused(
         |case| case.forge = |it| it.signatures = std::mem::take(&mut it.broken),
-        "does not match",
+        "not for `lockstep-approval`",
     );
     refused(
         |case| case.forge = |it| it.broken[1].expires = Timestamp(NOW + 2),
