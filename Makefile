@@ -18,7 +18,7 @@ SECONDS := 600
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet skew chaos sim sim-replay fuzz fuzz-keep ci
+.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet skew redteam chaos sim sim-replay fuzz fuzz-keep ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -87,6 +87,11 @@ fleet: release ## the same on real systemd hosts, and faults of such hosts; need
 skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)
 	@$(NOFILE)
 	target/debug/skew
+
+redteam: build ## a stolen controller, a hostile host, hostile load: target/reports/redteam.json
+	@$(NOFILE)
+	rm -f target/reports/redteam.json
+	target/debug/redteam
 
 chaos: prepare ## kills at every write of both sides: target/reports/chaos.json; up to an hour
 	@$(NOFILE)

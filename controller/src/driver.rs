@@ -19,7 +19,7 @@ mod term;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -70,7 +70,7 @@ pub(crate) enum DriverError {
     /// A batch could not be made durable; nothing of it was sent.
     #[error("a batch could not be made durable, so the controller stops")]
     Append(#[from] AppendError),
-    /// An agent has obeyed a newer controller (INV-4).
+    /// Agents have obeyed a newer controller (INV-4).
     #[error("{}", term::superseded(.host, *.theirs, *.ours))]
     Superseded {
         /// The host.
@@ -80,7 +80,7 @@ pub(crate) enum DriverError {
         /// The term of this controller.
         ours: Epoch,
     },
-    /// An agent was told of more reports that are durable than this journal has (INV-2).
+    /// Agents were told of more reports that are durable than this journal has (INV-2).
     #[error(
         "{host} was told that its reports up to {theirs} are durable, and this journal has those \
          up to {ours}: the state directory is an older copy, and what was recorded since is not \
@@ -158,6 +158,8 @@ pub(crate) struct Driver {
     stopping: bool,
     /// The journal's disk is full: nothing new begins.
     full: bool,
+    /// Hosts that say that this controller is not the newest one.
+    doubted_by: BTreeSet<HostId>,
     /// Events that the driver owes itself.
     own: VecDeque<Event>,
 }
@@ -208,6 +210,7 @@ impl Driver {
             draining: false,
             stopping: false,
             full: false,
+            doubted_by: BTreeSet::new(),
             own: VecDeque::new(),
         })
     }
@@ -423,11 +426,7 @@ impl Driver {
     ) -> Result<Result<SessionNumber, Status>, DriverError> {
         let host = candidate.host.clone();
         if !self.epoch.is_current(hello.highest_epoch) && heeds_terms() {
-            return Err(DriverError::Superseded {
-                host,
-                theirs: hello.highest_epoch,
-                ours: self.epoch,
-            });
+            return self.meet_term(&host, hello.highest_epoch).map(Err);
         }
         if self.draining {
             return Ok(Err(Stopping.into()));
@@ -442,6 +441,7 @@ impl Driver {
             Ok(lost) => lost,
             Err(refused) => return Ok(Err(refused)),
         };
+        self.doubted_by.remove(&host);
         let known = self.coordinator.hosts().find(|(known, _)| **known == host);
         let anew = known.is_some_and(|(_, info)| info.instance != hello.instance);
         let taken = self.sessions.is_taken(&host, &hello.instance);

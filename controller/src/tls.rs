@@ -479,7 +479,17 @@ async fn shake_hands(
                      them; make another with `lockstep operator add NAME --role ROLE`"
                 );
             }
-            Some(Connection::known(stream, peer, &settings.suspensions))
+            let Some(permit) = gate.admit_peer(peer.identity()) else {
+                let identity = peer.identity();
+                tracing::warn!(%address, %identity, "too many connections; this one is closed");
+                return None;
+            };
+            Some(Connection::known(
+                stream,
+                peer,
+                permit,
+                &settings.suspensions,
+            ))
         }
         Err(error) => {
             tracing::warn!(%address, %error, "a verified certificate names nobody");

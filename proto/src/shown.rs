@@ -42,12 +42,17 @@ pub fn json(text: &str) -> String {
     clean
 }
 
-/// Control characters (C0, DEL, C1) and those that reorder or hide text are replaced.
-fn visible(c: char) -> char {
+/// Whether a character stands where it is and is seen there: control characters (C0, DEL, C1) and
+/// those that reorder or hide text do not.
+pub fn is_shown(c: char) -> bool {
     let hides = matches!(c,
-        '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
-        | '\u{e0000}'..='\u{e007f}');
-    if c.is_control() || hides { REPLACED } else { c }
+        '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}'
+        | '\u{feff}' | '\u{e0000}'..='\u{e007f}');
+    !c.is_control() && !hides
+}
+
+fn visible(c: char) -> char {
+    if is_shown(c) { c } else { REPLACED }
 }
 
 #[cfg(test)]

@@ -177,6 +177,8 @@ struct Session {
     sent: u64,
     /// What goes out before reports.
     first: VecDeque<Outbound>,
+    /// It was refused, and ends.
+    refused: bool,
 }
 
 impl Session {
@@ -485,6 +487,7 @@ impl Exec {
             outbox,
             sent: welcome.acknowledged,
             first: VecDeque::new(),
+            refused: false,
         });
         if planted!(DropLastReport) {
             self.memory.outstanding.pop_back();
@@ -570,7 +573,8 @@ impl Exec {
     /// Whether a controller of this term may be obeyed; a higher term is durable when this
     /// returns (INV-4).
     fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
-        if self.is_quarantined() {
+        // What came with the message that ended it is not heard either.
+        if self.session.as_ref().is_some_and(|session| session.refused) || self.is_quarantined() {
             return Ok(false);
         }
         if let Err(why) = self.memory.check_epoch(epoch) {
@@ -602,17 +606,16 @@ impl Exec {
         Ok(true)
     }
 
+    /// Ends the session, once: what else comes in it changes nothing, and a link that does not read
+    /// fills no memory.
     fn refuse_session(&mut self, kind: Refusal, why: String) {
-        tracing::error!(%why, "the controller is refused");
-        self.note_refused(kind);
-        let Some(session) = &mut self.session else {
+        let Some(session) = self.session.as_mut().filter(|session| !session.refused) else {
             return;
         };
-        // One ends the session; a link that does not read must not fill the memory with more.
-        let said = session.first.iter();
-        if !said.into_iter().any(|it| matches!(it, Outbound::Refuse(_))) {
-            session.first.push_back(Outbound::Refuse(why));
-        }
+        tracing::error!(%why, "the controller is refused");
+        session.refused = true;
+        session.first.push_back(Outbound::Refuse(why));
+        self.note_refused(kind);
     }
 
     /// Appends records and folds them in.

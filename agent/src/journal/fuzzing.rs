@@ -61,12 +61,15 @@ fn file(bytes: &[u8]) {
 fn scan(bytes: &[u8]) -> Vec<(Link, Record)> {
     let mut records: Vec<(Link, Record)> = vec![];
     let scan = Scan::run(bytes, None, &mut |link, record| {
-        records.push((link, record))
+        records.push((link, record));
     });
     match scan {
         Ok(scan) => {
             let whole: Option<(u64, Hash)> = records.last().map(|(it, _)| (it.number, it.hash));
-            assert_eq!(whole.unwrap_or((0, genesis())), (scan.number, scan.hash));
+            assert_eq!(
+                whole.unwrap_or_else(|| (0, genesis())),
+                (scan.number, scan.hash)
+            );
             assert!(usize::try_from(scan.length).expect("a length") <= bytes.len());
         }
         Err(ScanError::Newer(..)) => {}

@@ -65,6 +65,9 @@ pub struct HostInfo {
     pub agent_version: String,
     /// The newest durable report of this installation.
     pub acknowledged: u64,
+    /// How many of its reports answered nothing that was asked of it. A few come from agents that
+    /// say again what is known, or report to a controller that came from a backup.
+    pub unasked: u64,
     /// The newest of the installations before it.
     earlier: u64,
     /// When its session began, if one is up.
@@ -454,7 +457,8 @@ impl Coordinator {
             return;
         };
         info.last_seen = now;
-        if report.number == info.acknowledged + 1 {
+        let before = info.unasked;
+        if info.acknowledged.checked_add(1) == Some(report.number) {
             let record = Record::Reported {
                 host: host.clone(),
                 number: report.number,
@@ -470,6 +474,10 @@ impl Coordinator {
             };
             self.may_ask_again(&host, &record);
             self.commit(now, record, effects);
+            let unasked = self.hosts[&host].unasked;
+            if unasked > before {
+                effects.unasked.push((host.clone(), unasked));
+            }
             // A consent that was under way when its rollout ended, and has come since; or for one
             // that only a controller before this one knew.
             let over = |rollout: &RolloutId| {

@@ -248,6 +248,9 @@ pub struct Effects {
     pub notify: Vec<Notify>,
     /// New events of rollouts, for whoever watches.
     pub published: Vec<(RolloutId, RolloutEvent)>,
+    /// Hosts whose report answered nothing that was asked of them, and how many did so far. Such
+    /// reports are acknowledged like all others, and change nothing.
+    pub unasked: Vec<(HostId, u64)>,
     /// The answer to an operator's call, or to a wish for a certificate; absent for other events.
     pub answer: Option<Result<Answer, Refused>>,
 }

@@ -34,7 +34,7 @@ pub fn text(bytes: &[u8]) {
         shown(&clean::value(value).to_string());
     }
     let shown = Line::plain(text).render(true);
-    assert!(shown.chars().all(|c| is_shown(c)), "{shown:?}");
+    assert!(shown.chars().all(is_shown), "{shown:?}");
 }
 
 /// A rollout's document as a controller sends it, with all that is made of it.
@@ -47,7 +47,9 @@ pub fn documents(bytes: &[u8]) {
         render::status::ending(&document),
         render::plan::dry_run(&document),
     ] {
-        lines.iter().for_each(|line| shown(&line.text));
+        for line in lines {
+            shown(&line.text);
+        }
     }
     document.has_failures();
     let blocks = render::report::report(&document);
@@ -90,7 +92,7 @@ pub fn plan_summary(plan: &SealedPlan) {
 
 /// What is wrong with a plan file.
 pub fn findings(findings: &Findings) {
-    for finding in findings.iter() {
+    for finding in findings {
         assert!(finding.line >= 1 && finding.column >= 1 && finding.width >= 1);
         let text = Line::plain(finding.to_string()).render(false);
         shown(&text);

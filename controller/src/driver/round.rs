@@ -39,10 +39,20 @@ impl Round {
             send,
             notify,
             published,
+            unasked,
             answer,
         } = effects;
         debug_assert!(answer.is_none(), "calls take their answer out first");
         self.persist.extend(persist);
+        // A host that does nothing else must not fill the log.
+        for (host, times) in unasked.iter().filter(|(_, times)| times.is_power_of_two()) {
+            tracing::warn!(
+                %host, times,
+                "the agent reports what nobody has ordered, or what is known already: this is \
+                 recorded and changes nothing. A controller from a backup sees it at first; \
+                 otherwise look at the host"
+            );
+        }
         for (host, message) in send {
             let Some(number) = sessions.current(&host) else {
                 continue;

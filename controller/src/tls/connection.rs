@@ -14,6 +14,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
+use super::gate::OfPeer;
 use crate::identity::Peer;
 use crate::suspensions::{Entered, Suspensions};
 
@@ -38,8 +39,8 @@ pub(crate) struct Connection<S = TlsStream<TcpStream>> {
     reason = "each is given back when the connection is dropped"
 )]
 pub(super) enum Held {
-    /// Its place among those that are cut when somebody is suspended.
-    Known(Entered),
+    /// Its place among those that are cut when somebody is suspended, and among its peer's own.
+    Known(Entered, OfPeer),
     /// Its place among those that have no certificate.
     Stranger(OwnedSemaphorePermit),
 }
@@ -50,6 +51,7 @@ impl Connection {
     pub(super) fn known(
         stream: TlsStream<TcpStream>,
         peer: Peer,
+        permit: OfPeer,
         suspensions: &Arc<Suspensions>,
     ) -> Self {
         let entered = suspensions.enter(&peer);
@@ -62,7 +64,7 @@ impl Connection {
             stream,
             peer,
             end: Some(Box::pin(end)),
-            _held: Some(Held::Known(entered)),
+            _held: Some(Held::Known(entered, permit)),
         }
     }
 

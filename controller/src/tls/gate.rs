@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::identity::Identity;
 
 /// Handshakes at a time. Two cores do about 3,000 a second, so these are 0.1 s of work.
 const HANDSHAKES: usize = 256;
@@ -20,13 +22,21 @@ const WAITING: usize = 2048;
 /// comes beyond is closed, and tries again.
 const STRANGERS: usize = 128;
 
-/// Bounds handshakes, overall and for each address.
+/// Connections of one agent. It needs one, and for a moment another while the older one ends.
+const OF_AN_AGENT: usize = 8;
+
+/// Connections of one person: each command is one, and each may watch for hours.
+const OF_A_PERSON: usize = 64;
+
+/// Bounds handshakes, overall and for each address, and connections of each peer.
 #[derive(Debug)]
 pub(super) struct Gate {
     pub(super) waiting: Arc<Semaphore>,
     all: Arc<Semaphore>,
     addresses: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
     strangers: Arc<Semaphore>,
+    /// How many connections each peer has, by its name.
+    peers: Mutex<HashMap<String, usize>>,
 }
 
 impl Default for Gate {
@@ -36,6 +46,7 @@ impl Default for Gate {
             all: Arc::new(Semaphore::new(HANDSHAKES)),
             addresses: Mutex::default(),
             strangers: Arc::new(Semaphore::new(STRANGERS)),
+            peers: Mutex::default(),
         }
     }
 }
@@ -70,11 +81,53 @@ impl Gate {
         Arc::clone(&self.strangers).try_acquire_owned().ok()
     }
 
-    fn addresses(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
+    /// The right of a peer to one more connection; none if it has enough.
+    pub(super) fn admit_peer(self: &Arc<Self>, identity: &Identity) -> Option<OfPeer> {
+        let most = match identity {
+            Identity::Agent(_) => OF_AN_AGENT,
+            _ => OF_A_PERSON,
+        };
+        let name = identity.to_string();
+        let mut peers = self.peers();
+        let count = peers.entry(name.clone()).or_default();
+        if *count == most {
+            return None;
+        }
+        *count += 1;
+        Some(OfPeer {
+            gate: Arc::clone(self),
+            name,
+        })
+    }
+
+    fn peers(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        // Nothing that holds the lock leaves the map half changed.
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn addresses(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
         // Nothing that holds the lock leaves the map half changed.
         self.addresses
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right of a peer to one connection, given back when dropped.
+pub(super) struct OfPeer {
+    gate: Arc<Gate>,
+    name: String,
+}
+
+impl Drop for OfPeer {
+    fn drop(&mut self) {
+        let mut peers = self.gate.peers();
+        if let Some(count) = peers.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                peers.remove(&self.name);
+            }
+        }
     }
 }
 
@@ -87,5 +140,24 @@ impl Drop for Permits {
         if last.is_some_and(|semaphore| Arc::strong_count(semaphore) == 1) {
             addresses.remove(&self.address);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_has_so_many_connections_and_gives_them_back() {
+        let gate = Arc::new(Gate::default());
+        let agent = |name: &str| Identity::Agent(name.parse().unwrap());
+        let admit = || gate.admit_peer(&agent("a"));
+        let mut held: Vec<_> = std::iter::from_fn(admit).take(100).collect();
+        assert_eq!(held.len(), OF_AN_AGENT);
+        assert!(gate.admit_peer(&agent("b")).is_some());
+        held.pop();
+        assert!(admit().is_some());
+        drop(held);
+        assert!(gate.peers().is_empty());
     }
 }

@@ -19,7 +19,8 @@ where
     };
     let bytes = W::from(value.clone()).encode_to_vec();
     let message = W::decode(bytes.as_slice()).expect("it was just written");
-    assert_eq!(message.encode_to_vec(), bytes);
+    // A map is in no order there.
+    assert_eq!(message.encoded_len(), bytes.len());
     let again = read(message).expect("it was understood before");
     assert_eq!(again, value);
 }

@@ -43,7 +43,7 @@ macro_rules! targets {
 }
 
 targets! {
-    "plan" plans::plan, 8192, "a plan file in YAML, read, compiled and opened";
+    "plan" plans::plan, 10240, "a plan file in YAML, read, compiled and opened";
     "compiled_plan" plans::compiled_plan, 16384, "a compiled plan, opened, shown and submitted";
     "order" contract::order, 8192, "what a controller says to an agent";
     "report" contract::report, 8192, "what an agent says to a controller";

@@ -26,7 +26,7 @@ const MAX_PAYLOAD: usize = (32 << 10) - 32;
 const STEPS: usize = 150;
 
 /// A plan with something of everything that waits for others.
-pub(crate) const PLAN: &str = r#"version: 1
+pub(crate) const PLAN: &str = r"version: 1
 plan: p
 fleet:
   app: {labels: {role: app}}
@@ -53,7 +53,7 @@ phases:
     on: {one_of: app}
     steps: [{service.start: {service: web}}]
 signoff: [lead]
-"#;
+";
 
 pub(crate) fn plan() -> Arc<SealedPlan> {
     static SEALED: OnceLock<Arc<SealedPlan>> = OnceLock::new();
@@ -255,10 +255,15 @@ impl World {
                 self.lever();
                 continue;
             }
-            let next = self.coordinator.next_deadline();
-            self.now = next.unwrap_or(self.now).max(self.now).plus(Period(1));
-            self.event(Event::Tick);
+            self.wait();
         }
+    }
+
+    /// Nothing happens until something is due.
+    fn wait(&mut self) {
+        let next = self.coordinator.next_deadline();
+        self.now = next.unwrap_or(self.now).max(self.now).plus(Period(1));
+        self.event(Event::Tick);
     }
 
     /// INV-2: what a restart finds is what there was; and all of it can be shown.
@@ -357,27 +362,32 @@ pub(crate) fn session(mut bytes: &[u8]) {
         parts += 1;
         bytes = rest;
         let host = &hosts[usize::from(kind >> 7)];
-        let result = match kind & 0x7f {
+        let understood = match kind & 0x7f {
             b'a' => {
                 // The agent does what it is told, so that a few bytes come far.
-                let sent = std::mem::take(&mut world.sent);
-                sent.into_iter()
-                    .for_each(|(host, message)| world.answer(&host, message));
-                Some(())
+                for (host, message) in std::mem::take(&mut world.sent) {
+                    world.answer(&host, message);
+                }
+                true
             }
-            b'l' => Some(world.lever()),
-            b'd' => Some(world.event(Event::HostDown { host: host.clone() })),
+            b'l' => {
+                world.lever();
+                true
+            }
+            b'd' => {
+                world.event(Event::HostDown { host: host.clone() });
+                true
+            }
             b't' => {
-                let next = world.coordinator.next_deadline();
-                world.now = next.unwrap_or(world.now).max(world.now).plus(Period(1));
-                Some(world.event(Event::Tick))
+                world.wait();
+                true
             }
-            b'r' => hear(&mut world, host, &mut bytes),
-            b'h' => greet(&mut world, host, &mut bytes),
-            b'c' => call(&mut world, host, &mut bytes),
-            _ => None,
+            b'r' => hear(&mut world, host, &mut bytes).is_some(),
+            b'h' => greet(&mut world, host, &mut bytes).is_some(),
+            b'c' => call(&mut world, host, &mut bytes).is_some(),
+            _ => false,
         };
-        if result.is_none() {
+        if !understood {
             break;
         }
     }

@@ -255,6 +255,7 @@ fn messages(seeds: &mut Seeds) {
             epoch: Some(epoch.into()),
             clock_ms: 9,
             acknowledged: 3,
+            earlier: 3,
         }),
         Down::Drain(agent::Drain {
             reconnect_after_ms: 9,

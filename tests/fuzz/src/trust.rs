@@ -81,7 +81,9 @@ pub(crate) fn signature(bytes: &[u8]) {
     if let Ok(parts) = sshsig::split(text) {
         let bare = |text: &str| text.replace('\n', "");
         assert_eq!(bare(&parts.concat()), bare(text), "nothing is passed over");
-        parts.iter().for_each(|part| counts(part.as_bytes()));
+        for part in parts {
+            counts(part.as_bytes());
+        }
     }
     if let Ok(named) = text.parse::<NamedKey>() {
         let line = format!("{} {}", named.key, named.name);

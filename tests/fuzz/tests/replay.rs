@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use lockstep_fuzz::{Mutator, TARGETS, Target, find};
 
 /// Changes that are tried for each target: a second or two without optimisation.
-const CHANGES: usize = 1500;
+const CHANGES: usize = 1000;
 
 /// Kept inputs are read by every build, so that they stay small.
 const MOST_INPUTS: usize = 300;

@@ -90,6 +90,7 @@ impl Rollout {
                     done,
                     by,
                     signature,
+                    ..
                 } = attempt.resolved.clone()?;
                 (own || done).then(|| Binding {
                     origin: self.key(place, way, host, attempt.number),

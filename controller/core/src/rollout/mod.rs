@@ -35,6 +35,7 @@ mod left;
 mod lock;
 mod narrate;
 mod notices;
+mod refers;
 mod retry;
 mod state;
 

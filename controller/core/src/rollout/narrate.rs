@@ -442,11 +442,12 @@ impl Rollout {
         direction: Direction,
         attempt: u16,
     ) -> RolloutEvent {
+        let placed = self.compiled().step(at);
         RolloutEvent {
             kind,
             phase: self.name_of(at.phase),
             step: Some(at),
-            action: self.placed(at).step.action.name(),
+            action: placed.map_or("", |placed| placed.step.action.name()),
             direction: direction.as_str(),
             attempt,
             ..RolloutEvent::default()

@@ -174,6 +174,8 @@ pub(crate) struct Resolved {
     pub(crate) by: OperatorName,
     /// Armoured.
     pub(crate) signature: Option<String>,
+    /// The host has said since what it knows of it.
+    pub(crate) answered: bool,
 }
 
 /// How an attempt ended, as far as the controller knows.
