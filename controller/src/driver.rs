@@ -136,6 +136,8 @@ pub(crate) struct Parts {
     /// Whether this one goes on in the place of another one that may still be alive, or from an
     /// older copy of the state.
     pub(crate) take_over: bool,
+    /// The group two of whom may break the glass of a gate.
+    pub(crate) break_glass: Option<String>,
 }
 
 /// The driver, before it runs.
@@ -175,6 +177,7 @@ impl Driver {
             suspensions,
             epoch_above,
             take_over,
+            break_glass,
         } = parts;
         let entries = read_entries(&*journal)?;
         let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
@@ -189,7 +192,7 @@ impl Driver {
             id: any_number(),
         };
         let head = journal.head().number;
-        let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
+        let coordinator = Coordinator::recover(Config { epoch, break_glass }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
         // Before anybody can connect.
         suspensions.set(coordinator.trust().banned());

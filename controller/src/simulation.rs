@@ -174,6 +174,7 @@ pub fn start(
         suspensions: Arc::default(),
         epoch_above: 0,
         take_over,
+        break_glass: None,
     };
     let find = |digest| blobs.plan(digest).ok().flatten();
     let driver = Driver::recover(parts, find).map_err(|error| error.to_string())?;

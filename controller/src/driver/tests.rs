@@ -66,6 +66,7 @@ fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
         notices: mpsc::channel(1).0,
         take_over: false,
         epoch_above: 0,
+        break_glass: None,
     }
 }
 
