@@ -1,5 +1,6 @@
 //! Who gets through the handshake: a certificate of its kind's issuer, of nobody who is suspended.
 
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
@@ -12,8 +13,8 @@ use rustls::{
     SignatureScheme,
 };
 
-use super::TlsError;
-use crate::identity::{self, Identity};
+use super::{TlsError, words};
+use crate::identity::{self, Claim, Identity, Peer};
 use crate::suspensions::Suspensions;
 
 /// Asks the issuers of the role that a certificate claims.
@@ -79,6 +80,39 @@ impl RoleVerifier {
     }
 }
 
+impl RoleVerifier {
+    /// Whether the issuers of the role that a certificate claims stand for it.
+    fn verify(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(Claim, ClientCertVerified), rustls::Error> {
+        let claimed = identity::read(certificate, &self.domain);
+        let claimed = claimed.map_err(|error| {
+            let error = OtherError(Arc::new(error));
+            rustls::Error::InvalidCertificate(CertificateError::Other(error))
+        })?;
+        let verifier = match claimed.identity {
+            Identity::Agent(_) => &self.agents,
+            Identity::Operator { .. } => &self.operators,
+            Identity::Nobody => unreachable!("a certificate names somebody"),
+        };
+        let verified = verifier.verify_client_cert(certificate, intermediates, now)?;
+        Ok((claimed, verified))
+    }
+
+    /// Why a peer that was let in before would not be let in now; none if it would.
+    pub(super) fn why_not(&self, peer: &Peer) -> Option<String> {
+        let (certificate, intermediates) = peer.chain().split_first()?;
+        let refused = self
+            .verify(certificate, intermediates, UnixTime::now())
+            .err()?;
+        let error = io::Error::new(io::ErrorKind::InvalidData, refused);
+        Some(words(&error))
+    }
+}
+
 impl ClientCertVerifier for RoleVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &self.hints
@@ -94,17 +128,7 @@ impl ClientCertVerifier for RoleVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let claimed = identity::read(end_entity, &self.domain);
-        let claimed = claimed.map_err(|error| {
-            let error = OtherError(Arc::new(error));
-            rustls::Error::InvalidCertificate(CertificateError::Other(error))
-        })?;
-        let verifier = match claimed.identity {
-            Identity::Agent(_) => &self.agents,
-            Identity::Operator { .. } => &self.operators,
-            Identity::Nobody => unreachable!("a certificate names somebody"),
-        };
-        let verified = verifier.verify_client_cert(end_entity, intermediates, now)?;
+        let (claimed, verified) = self.verify(end_entity, intermediates, now)?;
         if let Some(why) = self.suspensions.why(&claimed.identity, &claimed.serial) {
             let identity = &claimed.identity;
             tracing::warn!(%identity, serial = %claimed.serial, why, "a handshake was refused");
