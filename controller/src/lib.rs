@@ -20,6 +20,7 @@ mod limits;
 mod logs;
 mod notify;
 mod pki;
+mod rates;
 mod secrets;
 mod session;
 #[cfg(feature = "faults")]

@@ -129,7 +129,10 @@ fn what_nobody_ordered_is_acknowledged_and_changes_nothing() {
             reports += 1;
             fleet.report(name, body);
         }
-        let info = fleet.coordinator.hosts().find(|(known, _)| **known == host(name));
+        let info = fleet
+            .coordinator
+            .hosts()
+            .find(|(known, _)| **known == host(name));
         let (_, info) = info.unwrap();
         assert_eq!(info.acknowledged, fleet.reports[&host(name)], "INV-2");
         assert!(info.unasked > 1000, "{}", info.unasked);
@@ -181,7 +184,9 @@ fn a_host_repeats_itself_and_nobody_hears_it_twice() {
 fn the_last_number_of_all_is_no_end_of_the_controller() {
     let mut fleet = Fleet::new(&["a"]);
     let now = Timestamp(fleet.now);
-    let effects = fleet.coordinator.skip_lost_reports(now, &host("a"), u64::MAX);
+    let effects = fleet
+        .coordinator
+        .skip_lost_reports(now, &host("a"), u64::MAX);
     fleet.take(effects);
     for number in [0, 1, u64::MAX] {
         fleet.reports.insert(host("a"), number.wrapping_sub(1));
