@@ -44,6 +44,7 @@ use crate::journal::sled::SledJournal;
 use crate::limits;
 use crate::logs::Logs;
 use crate::notify::{self, Notifier};
+use crate::refusals::Refusals;
 use crate::secrets::Secrets;
 use crate::session::{Agents, Outputs};
 use crate::suspensions::Suspensions;
@@ -145,6 +146,7 @@ pub(crate) struct App {
     hub: Hub,
     tls: Arc<Settings>,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
     listener: TcpListener,
     signals: Signals,
 }
@@ -154,7 +156,8 @@ impl App {
     pub(crate) async fn build(config: Config, options: &ServeOptions) -> Result<Self, ServeError> {
         let signals = Signals::new()?;
         let suspensions = Arc::new(Suspensions::default());
-        let tls = Settings::load(&config, &suspensions)?;
+        let refusals = Refusals::default();
+        let tls = Settings::load(&config, &suspensions, &refusals)?;
         if let Some(enroll) = &config.enroll {
             // What cannot sign is found out now, and not by the first host that wants to join.
             let issuer = Issuer::load(enroll, &config.tls, &config.domain)?;
@@ -200,6 +203,7 @@ impl App {
             hub,
             tls,
             suspensions,
+            refusals,
             listener,
             signals,
         })
@@ -217,6 +221,7 @@ impl App {
             hub,
             tls,
             suspensions,
+            refusals,
             listener,
             signals,
         } = self;
@@ -250,6 +255,7 @@ impl App {
             hub: hub.clone(),
             tasks: calls.clone(),
             outputs: Outputs::default(),
+            refusals: refusals.clone(),
         };
         let control = Control {
             driver: driver.clone(),
@@ -262,12 +268,14 @@ impl App {
             list: config.enroll.is_some().then_some(list),
             submissions: Submissions::default(),
         };
+        tokio::spawn(refusals.clone().run(driver.clone(), draining.clone()));
         let enrolment = Enrolment::new(driver.clone(), &config);
         let services = Services {
             agents,
             control,
             enrolment,
             suspensions,
+            refusals: refusals.clone(),
         };
         let connections = spawn_accepting(listener, tls, stop_accepting.clone());
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
@@ -283,6 +291,7 @@ impl App {
             draining,
             calls,
             messages,
+            refusals,
             reload,
             signals,
         })
@@ -299,6 +308,8 @@ pub(crate) struct Services {
     pub(crate) enrolment: Enrolment,
     /// To whom not.
     pub(crate) suspensions: Arc<Suspensions>,
+    /// Who was refused what.
+    pub(crate) refusals: Refusals,
 }
 
 /// Says in time that hosts will not get certificates any more.
@@ -327,9 +338,13 @@ where
         control,
         enrolment,
         suspensions,
+        refusals,
     } = services;
     tonic::transport::Server::builder()
-        .layer(AccessLayer(suspensions))
+        .layer(AccessLayer {
+            suspensions,
+            refusals,
+        })
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(STREAMS)
@@ -374,6 +389,7 @@ pub(crate) struct Running {
     calls: TaskTracker,
     /// Messages to people that are being sent.
     messages: TaskTracker,
+    refusals: Refusals,
     reload: mpsc::Sender<()>,
     signals: Signals,
 }
@@ -430,6 +446,7 @@ impl Running {
             draining,
             calls,
             messages,
+            refusals,
             mut signals,
             ..
         } = self;
@@ -457,6 +474,7 @@ impl Running {
                 tracing::info!("draining: some peers keep their connections; they are cut");
             }
             tracing::info!("draining: closing the journal");
+            refusals.finish(&driver).await;
             let _ = driver.stop().await;
             match (&mut driver_end).await {
                 Ok(Ok(())) => Ok(Drained),

@@ -360,6 +360,8 @@ impl Driver {
 
     fn take_input(&mut self, round: &mut Round, input: Input) -> Result<(), DriverError> {
         match input {
+            // The log has it; what is left of the disk is for what runs.
+            Input::Event(Event::CallsRefused(_)) if self.full => {}
             Input::Event(event) => self.handle(round, event),
             Input::Call {
                 operator,

@@ -13,6 +13,9 @@ mod config;
 mod driver;
 mod enroll;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hub;
 mod identity;
 mod journal;
@@ -21,6 +24,7 @@ mod logs;
 mod notify;
 mod pki;
 mod rates;
+mod refusals;
 mod secrets;
 mod session;
 #[cfg(feature = "faults")]

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use lockstep_proto::ids::{HostId, RolloutId, StepKey, StepRef};
+use lockstep_proto::shown::is_shown;
 use lockstep_proto::wire::CHUNK;
 use tokio::sync::broadcast;
 
@@ -304,7 +305,7 @@ impl Reader {
 }
 
 /// Text without anything that a terminal or a reader could be misled by: escape sequences,
-/// control characters but tab and newline, and changes of the writing direction.
+/// control characters but tab and newline, and characters that reorder or hide others.
 pub(crate) fn harmless(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();
@@ -312,9 +313,8 @@ pub(crate) fn harmless(text: &str) -> String {
         match char {
             '\u{1b}' => skip_escape(&mut chars),
             '\n' | '\t' => out.push(char),
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' => {}
-            _ if char.is_control() => {}
-            _ => out.push(char),
+            _ if is_shown(char) => out.push(char),
+            _ => {}
         }
     }
     out
@@ -535,6 +535,7 @@ mod tests {
             ("a\rb\u{8}c\u{0}", "abc"),
             ("\u{9b}31mx", "31mx"),
             ("abc\u{202e}def", "abcdef"),
+            ("a\u{200b}b\u{2064}c\u{feff}", "abc"),
             ("tab\tstays", "tab\tstays"),
             ("\u{1b}", ""),
         ] {

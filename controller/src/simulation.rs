@@ -28,6 +28,7 @@ use crate::identity::Peer;
 use crate::journal::memory::{Memory, MemoryJournal};
 use crate::journal::{AppendError, Head, Journal, JournalId, OpenError};
 use crate::logs::Logs;
+use crate::refusals::Refusals;
 use crate::session::{Agents, Outputs};
 use crate::tls::Connection;
 
@@ -186,6 +187,7 @@ pub fn start(
         hub: hub.clone(),
         tasks: tasks.clone(),
         outputs: Outputs::default(),
+        refusals: Refusals::default(),
     };
     let control = Control {
         driver: handle.clone(),
@@ -203,6 +205,7 @@ pub fn start(
         control,
         enrolment: Enrolment::none(handle.clone()),
         suspensions: Arc::default(),
+        refusals: Refusals::default(),
     };
     let connections =
         ReceiverStream::new(connections).map(|it| Ok::<_, io::Error>(Connection::from(it)));

@@ -30,19 +30,12 @@ pub(crate) struct OperatorList {
     pub(crate) ends: Option<SystemTime>,
 }
 
-/// Connections with one agent's certificate: its session's, one to renew, and those that it has lost
-/// and this side has not missed yet. With more, the oldest is cut.
-const PER_AGENT: usize = 32;
-
-/// The same for an operator's: commands that wait, and pages that watch.
-const PER_OPERATOR: usize = 256;
-
 /// Who is suspended, and who is connected.
 #[derive(Debug, Default)]
 pub(crate) struct Suspensions {
     banned: ArcSwap<Banned>,
     operators: ArcSwap<OperatorList>,
-    live: Mutex<Live>,
+    live: Mutex<HashMap<u64, Peer>>,
     entered: AtomicU64,
     changed: Notify,
 }
@@ -68,7 +61,7 @@ impl Suspensions {
     /// caller to find.
     pub(crate) fn cut_where(&self, why: impl Fn(&Peer) -> Option<String>) {
         // Reasons may take long to find, and others come and go.
-        let live: Vec<Peer> = self.live().peers.values().cloned().collect();
+        let live: Vec<Peer> = self.live().values().cloned().collect();
         for peer in live {
             if let Some(why) = why(&peer) {
                 say_cut(&peer, &why);
@@ -84,7 +77,7 @@ impl Suspensions {
 
     fn cut(&self) {
         let live = self.live();
-        for peer in live.peers.values() {
+        for peer in live.values() {
             if let Some(why) = self.why(peer.identity(), peer.serial()) {
                 say_cut(peer, &why);
                 peer.cut(why);
@@ -133,11 +126,7 @@ impl Suspensions {
     /// once if it may do nothing.
     pub(crate) fn enter(self: &Arc<Self>, peer: &Peer) -> Entered {
         let number = self.entered.fetch_add(1, Ordering::Relaxed);
-        if let Some(oldest) = self.live().insert(number, peer) {
-            let why = "this certificate has too many connections; the oldest is closed";
-            say_cut(&oldest, why);
-            oldest.cut(why.to_owned());
-        }
+        self.live().insert(number, peer.clone());
         if let Some(why) = self.why(peer.identity(), peer.serial()) {
             peer.cut(why);
         }
@@ -147,47 +136,9 @@ impl Suspensions {
         }
     }
 
-    fn live(&self) -> MutexGuard<'_, Live> {
+    fn live(&self) -> MutexGuard<'_, HashMap<u64, Peer>> {
         // Nothing that holds the lock leaves the map half changed.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Connections that are up, in their order.
-#[derive(Debug, Default)]
-struct Live {
-    peers: HashMap<u64, Peer>,
-    by: HashMap<Serial, BTreeSet<u64>>,
-}
-
-impl Live {
-    /// Adds a connection, and returns the oldest of its certificate if there are too many now.
-    fn insert(&mut self, number: u64, peer: &Peer) -> Option<Peer> {
-        self.peers.insert(number, peer.clone());
-        let most = match peer.identity() {
-            Identity::Operator { .. } => PER_OPERATOR,
-            Identity::Agent(_) | Identity::Nobody => PER_AGENT,
-        };
-        let mine = self.by.entry(peer.serial().clone()).or_default();
-        mine.insert(number);
-        if mine.len() <= most {
-            return None;
-        }
-        // Its connection goes on for a moment, and is not counted.
-        let oldest = mine.pop_first()?;
-        self.peers.get(&oldest).cloned()
-    }
-
-    fn remove(&mut self, number: u64) {
-        let Some(peer) = self.peers.remove(&number) else {
-            return;
-        };
-        if let Some(mine) = self.by.get_mut(peer.serial()) {
-            mine.remove(&number);
-            if mine.is_empty() {
-                self.by.remove(peer.serial());
-            }
-        }
     }
 }
 
@@ -207,7 +158,7 @@ pub(crate) struct Entered {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        self.suspensions.live().remove(self.number);
+        self.suspensions.live().remove(&self.number);
     }
 }
 
@@ -245,22 +196,6 @@ mod tests {
         assert!(late.is_cut());
         suspensions.set(Banned::default());
         assert_eq!(suspensions.why(late.identity(), late.serial()), None);
-    }
-
-    #[test]
-    fn of_too_many_connections_with_one_certificate_the_oldest_goes() {
-        let suspensions = Arc::new(Suspensions::default());
-        let mut entered = Vec::new();
-        let peers: Vec<Peer> = (0..40).map(|_| agent("app-1", "a1")).collect();
-        let other = agent("app-2", "a2");
-        entered.push(suspensions.enter(&other));
-        entered.extend(peers.iter().map(|peer| suspensions.enter(peer)));
-        let cut = peers.iter().take_while(|peer| peer.is_cut()).count();
-        assert_eq!(cut, 40 - PER_AGENT);
-        assert!(!peers[cut..].iter().any(Peer::is_cut) && !other.is_cut());
-        drop(entered);
-        let live = suspensions.live();
-        assert!(live.peers.is_empty() && live.by.is_empty());
     }
 
     #[test]

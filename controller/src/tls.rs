@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
+use lockstep_core::refusal::{Caller, Why};
 use lockstep_core::trust::Serial;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
@@ -39,6 +40,7 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::config::{Config, TlsFiles};
 use crate::identity::{self, Identity, Peer};
+use crate::refusals::{HANDSHAKE, Refusals};
 use crate::suspensions::{OperatorList, Suspensions};
 pub(crate) use connection::Connection;
 use gate::{Gate, Place};
@@ -126,6 +128,7 @@ pub(crate) struct Settings {
     shown: Option<PathBuf>,
     domain: Arc<str>,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
     current: ArcSwap<Current>,
 }
 
@@ -142,6 +145,7 @@ impl Settings {
     pub(crate) fn load(
         config: &Config,
         suspensions: &Arc<Suspensions>,
+        refusals: &Refusals,
     ) -> Result<Arc<Self>, TlsError> {
         let settings = Self {
             files: config.tls.clone(),
@@ -151,6 +155,7 @@ impl Settings {
                 .map(|enroll| enroll.controller_ca.clone()),
             domain: config.domain.as_str().into(),
             suspensions: Arc::clone(suspensions),
+            refusals: refusals.clone(),
             current: ArcSwap::from_pointee(Current {
                 config: Arc::new(unused()?),
                 verifier: None,
@@ -255,7 +260,16 @@ impl Settings {
         }
         let suspensions = Arc::clone(&self.suspensions);
         let optional = self.shown.is_some();
-        let verifier = RoleVerifier::new(domain, agents, operators, lists, optional, suspensions)?;
+        let refusals = self.refusals.clone();
+        let verifier = RoleVerifier::new(
+            domain,
+            agents,
+            operators,
+            lists,
+            optional,
+            suspensions,
+            refusals,
+        )?;
         let verifier = Arc::new(verifier);
         let mut config = builder()?
             .with_client_cert_verifier(Arc::clone(&verifier) as Arc<_>)
@@ -492,6 +506,10 @@ async fn shake_hands(
         Ok(Err(error)) => {
             // TLS 1.3 tells a refused client little; this line is where the reason stands.
             tracing::warn!(%address, error = words(&error), "a handshake was refused");
+            if is_unverified(&error) {
+                let refusals = &settings.refusals;
+                refusals.note(Caller::Unverified, HANDSHAKE, Why::Certificate);
+            }
             return None;
         }
         Err(_) => {
@@ -502,6 +520,7 @@ async fn shake_hands(
     let Some(shown) = stream.get_ref().1.peer_certificates() else {
         let Some(permit) = gate.admit_stranger(address.ip()) else {
             tracing::warn!(%address, "too many without a certificate; this one is closed");
+            settings.refusals.note(Caller::Nobody, HANDSHAKE, Why::Rate);
             return None;
         };
         return Some(Connection::stranger(stream, address, permit));
@@ -518,7 +537,12 @@ async fn shake_hands(
                      them; make another with `lockstep operator add NAME --role ROLE`"
                 );
             }
-            let connection = Connection::known(stream, peer.clone(), &settings.suspensions);
+            let Some(permit) = gate.admit_peer(peer.identity()) else {
+                let identity = peer.identity();
+                tracing::warn!(%address, %identity, "too many connections; this one is closed");
+                return None;
+            };
+            let connection = Connection::known(stream, peer.clone(), permit, &settings.suspensions);
             settings.look_again(&peer, &current);
             Some(connection)
         }
@@ -527,6 +551,17 @@ async fn shake_hands(
             None
         }
     }
+}
+
+/// Whether a handshake failed by what the other side has shown, or has not. Whoever is void or
+/// suspended is known, and noted already; a connection that broke was refused nothing.
+fn is_unverified(error: &std::io::Error) -> bool {
+    let inner = error.get_ref();
+    let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    tls.is_some_and(|error| {
+        let revoked = rustls::CertificateError::Revoked;
+        *error != rustls::Error::InvalidCertificate(revoked)
+    })
 }
 
 #[cfg(test)]
@@ -540,7 +575,7 @@ mod tests {
         let mut config = Config::parse(text, Path::new("x")).unwrap();
         config.tls = files.clone();
         config.domain = domain.to_owned();
-        Settings::load(&config, &Arc::default()).map(|_| ())
+        Settings::load(&config, &Arc::default(), &Refusals::default()).map(|_| ())
     }
 
     #[test]

@@ -276,7 +276,7 @@ impl Exec {
     /// The record that a serial licenses this rollout, where the host asks for sealed plans. The
     /// policy, or what was licensed, may have changed since the plan was reviewed.
     fn licence(&self, held: &HeldPlan, rollout: &RolloutId) -> Result<Option<Record>, String> {
-        let (Some(seal), true) = (&held.seal, self.is_sealed()) else {
+        let (true, Some(seal)) = (self.is_sealed()?, &held.seal) else {
             return Ok(None);
         };
         self.memory.licences.check(&seal.of, rollout)?;

@@ -8,6 +8,8 @@ use lockstep_proto::wire::{Hello, InvalidMessage, Welcome, agent_v1 as wire};
 use lockstep_proto::witness::Head;
 use tokio::sync::{mpsc, oneshot};
 
+use super::Refusal;
+
 /// From link to exec. Exec never waits for the link, so that the link may wait here.
 #[derive(Debug)]
 pub(crate) enum Inbound {
@@ -36,6 +38,8 @@ pub(crate) enum Inbound {
     Survey(RolloutId, Epoch),
     /// A compiled plan that was asked for, or why it cannot be had.
     Plan(PlanDigest, Result<Vec<u8>, String>),
+    /// The link has refused what answered there.
+    Refused(Refusal),
 }
 
 impl Inbound {

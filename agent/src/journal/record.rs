@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::exec::Counted;
-use crate::exec::{Raised, Serial};
+use crate::exec::{Raised, Serial, SessionsRefused};
 use crate::step::LogMark;
 
 /// The version of this vocabulary. Readers refuse kinds of records that they do not know.
@@ -76,6 +76,8 @@ pub(crate) enum Record {
         /// What it says.
         body: ReportBody,
     },
+    /// Controllers, or what posed as one, were refused.
+    SessionsRefused(SessionsRefused),
     /// Reports up to this one are durable at the controller. Losing this record costs nothing.
     Acknowledged {
         /// The number.

@@ -331,6 +331,9 @@ impl Coordinator {
             Event::Join { .. } | Event::Renew { .. } => {
                 self.handle_wish(now, event, &mut effects);
             }
+            Event::CallsRefused(refused) => {
+                self.commit(now, Record::CallsRefused(refused), &mut effects);
+            }
             Event::Tick => {}
         }
         self.settle(now, &mut effects);

@@ -14,6 +14,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde::Serialize;
 
 use crate::record::{Archived, Entry, NoticeRef};
+use crate::refusal::CallsRefused;
 use crate::trust::{Grant, Serial, Subject, Wanted};
 
 /// Something that happened outside.
@@ -80,6 +81,8 @@ pub enum Event {
         /// What it asks for.
         wanted: Box<Wanted>,
     },
+    /// A peer was refused something, and that is to be written down now.
+    CallsRefused(CallsRefused),
     /// Time has passed: [`crate::Coordinator::next_deadline`] was reached.
     Tick,
 }

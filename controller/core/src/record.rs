@@ -13,6 +13,7 @@ use lockstep_proto::values::Timestamp;
 use lockstep_proto::witness::Head;
 use serde::{Deserialize, Serialize};
 
+use crate::refusal::CallsRefused;
 use crate::trust::TrustRecord;
 
 /// A record with its time on the controller's clock.
@@ -91,6 +92,8 @@ pub enum Record {
     },
     /// Who may be: tokens, hosts' certificates, suspensions.
     Trust(TrustRecord),
+    /// A peer was refused something, once or often.
+    CallsRefused(CallsRefused),
     /// A report is durable, and may be acknowledged.
     Reported {
         /// Who reported.
@@ -382,7 +385,8 @@ impl Record {
             | Self::ReportsArchived { .. }
             | Self::HostSeen { .. }
             | Self::HostForgotten { .. }
-            | Self::Trust(_) => None,
+            | Self::Trust(_)
+            | Self::CallsRefused(_) => None,
             Self::Archived(archived) => Some(&archived.rollout),
             Self::Reported { body, .. } => Some(match body {
                 ReportBody::Consented { rollout, .. }

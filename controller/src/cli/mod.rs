@@ -19,6 +19,8 @@ mod error;
 mod event;
 mod exit;
 mod floor;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod journal;
 mod live;
 mod logs;

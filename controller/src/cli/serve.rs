@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use lockstep_core::trust::Subject;
+use lockstep_proto::oneline::OneLine;
 use tracing_subscriber::EnvFilter;
 
 use super::exit::Exit;
@@ -53,10 +54,11 @@ pub(crate) fn serve(arguments: Serve) -> Exit {
         Some(Err(error)) => (EnvFilter::new("info"), Some(error)),
         None => (EnvFilter::new("info"), None),
     };
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_writer(move || OneLine::new(std::io::stderr(), colours))
+        .with_ansi(colours)
         .init();
     if let Some(error) = mistake {
         tracing::warn!(%error, "LOCKSTEP_LOG is no level, such as `info` or `debug`; `info` holds");

@@ -266,7 +266,8 @@ fn keep(
             .rollout()
             .is_some_and(|rollout| goes_out.contains(rollout));
         let said = match &entry.record {
-            Record::Compacted { .. } => continue,
+            // The archive has them.
+            Record::Compacted { .. } | Record::CallsRefused(_) => continue,
             Record::TermBegan { .. } if index != last_term => continue,
             Record::TookOver { .. } if index != last_take_over => continue,
             Record::Reported { host, number, .. } if out => {

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use super::gate::Place;
+use super::gate::{OfPeer, Place};
 use crate::identity::Peer;
 use crate::suspensions::{Entered, Suspensions};
 
@@ -38,8 +38,8 @@ pub(crate) struct Connection<S = TlsStream<TcpStream>> {
     reason = "each is given back when the connection is dropped"
 )]
 pub(super) enum Held {
-    /// Its place among those that are cut when somebody is suspended.
-    Known(Entered),
+    /// Its place among those that are cut when somebody is suspended, and among its peer's own.
+    Known(Entered, OfPeer),
     /// Its place among those that have no certificate.
     Stranger(Place),
 }
@@ -50,6 +50,7 @@ impl Connection {
     pub(super) fn known(
         stream: TlsStream<TcpStream>,
         peer: Peer,
+        permit: OfPeer,
         suspensions: &Arc<Suspensions>,
     ) -> Self {
         let entered = suspensions.enter(&peer);
@@ -65,7 +66,7 @@ impl Connection {
             stream,
             peer,
             end: Some(Box::pin(end)),
-            _held: Some(Held::Known(entered)),
+            _held: Some(Held::Known(entered, permit)),
         }
     }
 

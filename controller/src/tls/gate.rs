@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::identity::Identity;
+
 /// Handshakes at a time. Two cores do about 3,000 a second, so these are 0.1 s of work.
 const HANDSHAKES: usize = 256;
 
@@ -31,7 +33,13 @@ const STRANGERS: usize = 256;
 /// A connection waits so long for its turn: 10,000 handshakes take less on one core.
 pub(super) const TURN_WITHIN: Duration = Duration::from_secs(20);
 
-/// Bounds handshakes, overall and for each address.
+/// Connections of one agent. It needs one, and for a moment another while the older one ends.
+const OF_AN_AGENT: usize = 8;
+
+/// Connections of one person: each command is one, and each may watch for hours.
+const OF_A_PERSON: usize = 64;
+
+/// Bounds handshakes, overall and for each address, and connections of each peer.
 #[derive(Debug)]
 pub(super) struct Gate {
     waiting: Arc<Room>,
@@ -40,6 +48,8 @@ pub(super) struct Gate {
     closed: AtomicU64,
     all: Arc<Semaphore>,
     addresses: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    /// How many connections each peer has, by its name.
+    peers: Mutex<HashMap<String, usize>>,
 }
 
 impl Default for Gate {
@@ -50,6 +60,7 @@ impl Default for Gate {
             closed: AtomicU64::new(0),
             all: Arc::new(Semaphore::new(HANDSHAKES)),
             addresses: Mutex::default(),
+            peers: Mutex::default(),
         }
     }
 }
@@ -104,6 +115,30 @@ impl Gate {
         })
     }
 
+    /// The right of a peer to one more connection; none if it has enough.
+    pub(super) fn admit_peer(self: &Arc<Self>, identity: &Identity) -> Option<OfPeer> {
+        let most = match identity {
+            Identity::Agent(_) => OF_AN_AGENT,
+            _ => OF_A_PERSON,
+        };
+        let name = identity.to_string();
+        let mut peers = self.peers();
+        let count = peers.entry(name.clone()).or_default();
+        if *count == most {
+            return None;
+        }
+        *count += 1;
+        Some(OfPeer {
+            gate: Arc::clone(self),
+            name,
+        })
+    }
+
+    fn peers(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        // Nothing that holds the lock leaves the map half changed.
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn addresses(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
         // Nothing that holds the lock leaves the map half changed.
         self.addresses
@@ -117,6 +152,24 @@ impl Gate {
         let last = addresses.get(&address);
         if last.is_some_and(|semaphore| Arc::strong_count(semaphore) == 1) {
             addresses.remove(&address);
+        }
+    }
+}
+
+/// The right of a peer to one connection, given back when dropped.
+pub(super) struct OfPeer {
+    gate: Arc<Gate>,
+    name: String,
+}
+
+impl Drop for OfPeer {
+    fn drop(&mut self) {
+        let mut peers = self.gate.peers();
+        if let Some(count) = peers.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                peers.remove(&self.name);
+            }
         }
     }
 }
@@ -254,5 +307,19 @@ mod tests {
         drop(held);
         assert!(enter("10.0.0.1").await.is_some());
         assert!(gate.addresses().is_empty());
+    }
+
+    #[test]
+    fn a_peer_has_so_many_connections_and_gives_them_back() {
+        let gate = Arc::new(Gate::default());
+        let agent = |name: &str| Identity::Agent(name.parse().unwrap());
+        let admit = || gate.admit_peer(&agent("a"));
+        let mut held: Vec<_> = std::iter::from_fn(admit).take(100).collect();
+        assert_eq!(held.len(), OF_AN_AGENT);
+        assert!(gate.admit_peer(&agent("b")).is_some());
+        held.pop();
+        assert!(admit().is_some());
+        drop(held);
+        assert!(gate.peers().is_empty());
     }
 }

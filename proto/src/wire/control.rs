@@ -24,8 +24,13 @@ fn place(text: &str, field: &'static str) -> Result<StepRef, super::InvalidMessa
     let invalid = || super::InvalidMessage::Field(field);
     let (phase, step) = text.split_once('.').ok_or_else(invalid)?;
     let number = |text: &str| text.parse().map_err(|_| invalid());
-    Ok(StepRef {
+    let place = StepRef {
         phase: number(phase)?,
         step: number(step)?,
-    })
+    };
+    // As it is shown, and no other way.
+    if place.to_string() != text {
+        return Err(invalid());
+    }
+    Ok(place)
 }

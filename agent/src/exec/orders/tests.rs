@@ -138,6 +138,7 @@ fn step() -> HeldStep {
         timeout: Period::seconds(5),
         undo: lockstep_proto::plan::Undo::Auto,
         line: 1,
+        duty: crate::exec::consent::Duty::default(),
     }
 }
 

@@ -33,7 +33,7 @@ impl Coordinator {
         match &entry.record {
             Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
             Record::TookOver { epoch } => self.took_over = Some(*epoch),
-            Record::Compacted { .. } => {}
+            Record::Compacted { .. } | Record::CallsRefused(_) => {}
             Record::Archived(archived) => {
                 if archived.serial != 0 {
                     let rollout = archived.rollout.clone();

@@ -68,28 +68,34 @@ impl Rollout {
         }
     }
 
-    /// What people have said of earlier attempts.
+    /// What people have said of earlier attempts at the step, and, going forward, of steps before
+    /// it that count as done by that: the host has no other proof that none was left out.
     fn resolutions(
         &self,
         at: StepRef,
         direction: Direction,
         host: &HostId,
     ) -> impl Iterator<Item = Binding> {
-        let attempts = self
-            .attempts
-            .get(&(at, direction))
-            .and_then(|hosts| hosts.get(host));
-        attempts.into_iter().flatten().filter_map(move |attempt| {
-            let Resolved {
-                done,
-                by,
-                signature,
-                ..
-            } = attempt.resolved.clone()?;
-            Some(Binding {
-                origin: self.key(at, direction, host, attempt.number),
-                fact: Fact::Resolved { done, by },
-                signature,
+        let earlier = move |&(other, way): &(StepRef, Direction)| {
+            (way, direction) == (Direction::Do, Direction::Do) && other < at
+        };
+        let said = self.attempts.iter().filter_map(move |(place, hosts)| {
+            let own = *place == (at, direction);
+            (own || earlier(place)).then_some((*place, own, hosts.get(host)?))
+        });
+        said.flat_map(move |((place, way), own, attempts)| {
+            attempts.iter().filter_map(move |attempt| {
+                let Resolved {
+                    done,
+                    by,
+                    signature,
+                    ..
+                } = attempt.resolved.clone()?;
+                (own || done).then(|| Binding {
+                    origin: self.key(place, way, host, attempt.number),
+                    fact: Fact::Resolved { done, by },
+                    signature,
+                })
             })
         })
     }

@@ -41,6 +41,9 @@ impl Rollout {
     fn fold(&mut self, now: Timestamp, record: &Record) -> Result<bool, IllegalTransition> {
         let state = self.state();
         let illegal = |record| Err(IllegalTransition { record, state });
+        if !self.has_what_is_named_by(record) {
+            return illegal("what a record names");
+        }
         match record {
             Record::TermBegan { .. }
             | Record::TookOver { .. }
@@ -51,6 +54,7 @@ impl Rollout {
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Trust(_)
+            | Record::CallsRefused(_)
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
             Record::Signed { signature, .. } => {
@@ -87,6 +91,10 @@ impl Rollout {
                 };
                 if cursor.waves.is_empty() {
                     cursor.waves = waves;
+                }
+                // As it was when the stage began: hosts that have failed since are still in it.
+                if cursor.waves.len() <= *wave as usize {
+                    return illegal("wave opened");
                 }
                 cursor.wave = Some(*wave as usize);
             }

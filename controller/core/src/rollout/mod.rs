@@ -33,6 +33,7 @@ mod gate;
 mod left;
 mod narrate;
 mod notices;
+mod refers;
 mod retry;
 mod state;
 

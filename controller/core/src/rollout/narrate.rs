@@ -198,6 +198,7 @@ impl Rollout {
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Trust(_)
+            | Record::CallsRefused(_)
             | Record::Submitted { .. }
             | Record::Signed { .. }
             | Record::Matched { .. } => return vec![],
