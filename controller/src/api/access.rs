@@ -156,6 +156,10 @@ fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<
         let status = Status::permission_denied(format!("{identity}: {why}"));
         return Err((Why::Suspended, status));
     }
+    // For as long as the connection is still up: its issuer is trusted no more, say.
+    if peer.is_cut() {
+        return Err((Why::Suspended, peer.cut_status()));
+    }
     let row = TABLE.iter().find(|(call, _)| *call == path);
     let why = match (row.map(|(_, who)| who), identity) {
         (Some(Who::Anybody), _) | (Some(Who::Agents), Identity::Agent(_)) => return Ok(()),
@@ -260,7 +264,12 @@ mod tests {
 
     fn peer(issued: &pki::Issued) -> Peer {
         let certificate = CertificateDer::from_pem_file(&issued.certificate).unwrap();
-        Peer::new(&certificate, "example.com", "127.0.0.1:1".parse().unwrap()).unwrap()
+        Peer::new(
+            &[certificate],
+            "example.com",
+            "127.0.0.1:1".parse().unwrap(),
+        )
+        .unwrap()
     }
 
     // Every call and every kind of peer meet the real server in tests/access.rs; this is about

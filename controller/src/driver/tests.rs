@@ -65,6 +65,7 @@ fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
         hub: Hub::default(),
         notices: mpsc::channel(1).0,
         take_over: false,
+        suspend: vec![],
         epoch_above: 0,
         break_glass: None,
     }

@@ -170,6 +170,16 @@ impl Registry {
         }
     }
 
+    /// Ends a host's session. Returns whether it had one.
+    #[must_use]
+    pub(crate) fn end(&mut self, host: &HostId, status: Status) -> bool {
+        let session = self.sessions.remove(host);
+        if let Some(session) = &session {
+            session.ending.end(status);
+        }
+        session.is_some()
+    }
+
     /// Forgets a session that is gone. Returns whether it was still the host's.
     pub(crate) fn closed(&mut self, host: &HostId, number: SessionNumber) -> bool {
         let current = self.current(host) == Some(number);
