@@ -184,9 +184,15 @@ impl World {
     /// What an agent answers: well, mostly.
     fn answer(&mut self, host: &HostId, message: Message) {
         let body = match message {
-            Message::Offer { rollout, plan, .. } => ReportBody::Consented {
+            Message::Offer {
                 rollout,
                 plan,
+                round,
+                ..
+            } => ReportBody::Consented {
+                rollout,
+                plan,
+                round,
                 state: vec![],
             },
             Message::Order(order) => {
