@@ -1,5 +1,5 @@
-//! Orders within a rollout that people have sealed: out of order, again, of other rollouts and terms,
-//! too often, at the wrong time, and such as are no orders.
+//! Orders within a rollout that people have sealed: out of order, again, of other rollouts and
+//! terms, too often, at the wrong time, and such as are no orders.
 
 use anyhow::Result;
 use lockstep_proto::ids::{Digest, Direction, Epoch, StepKey};
