@@ -1,5 +1,5 @@
-//! Logs in which nobody can forge a line: texts of the other side stand in many events, and whatever
-//! they hold, each event is one line without control characters.
+//! Logs in which nobody can forge a line: texts of the other side stand in many events, and
+//! whatever they hold, each event is one line without control characters.
 
 use std::io::{self, Write};
 

@@ -1,7 +1,7 @@
 //! A controller that a test plays: real TLS, the real contract, and whatever the test wants to say.
 //!
-//! It keeps nothing and decides nothing: the test sends each message and reads each answer. The agent
-//! at the other end is the real one.
+//! It keeps nothing and decides nothing: the test sends each message and reads each answer. The
+//! agent at the other end is the real one.
 
 use std::collections::HashMap;
 use std::io;

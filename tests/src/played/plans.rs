@@ -7,8 +7,8 @@ use lockstep_proto::plan::{
 use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
-/// A plan named `test` with these actions, for hosts with the label `role=app`. Each action that runs
-/// on the controller is a phase of its own, as is what lies between two of them.
+/// A plan named `test` with these actions, for hosts with the label `role=app`. Each action that
+/// runs on the controller is a phase of its own, as is what lies between two of them.
 pub fn compiled(actions: &[(&str, Value)]) -> CompiledPlan {
     let mut phases: Vec<Phase> = vec![];
     for ((name, args), line) in actions.iter().zip(1..) {

@@ -1,6 +1,6 @@
-//! Plans that people have sealed, and that the host's policy does not allow: other actions, paths that
-//! lead elsewhere, other commands, names of units that mean something else. Whoever seals such a plan
-//! was deceived, or is the thief's friend.
+//! Plans that people have sealed, and that the host's policy does not allow: other actions, paths
+//! that lead elsewhere, other commands, names of units that mean something else. Whoever seals such
+//! a plan was deceived, or is the thief's friend.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -371,8 +371,8 @@ async fn units(thief: &mut Thief) -> Result<()> {
     Ok(())
 }
 
-/// Words that mean much to a shell are words here: where a policy lets any word through, the program
-/// gets them as they are.
+/// Words that mean much to a shell are words here: where a policy lets any word through, the
+/// program gets them as they are.
 async fn literally(thief: &mut Thief) -> Result<()> {
     let words = [
         "; touch /tmp/x",

@@ -44,8 +44,8 @@ pub struct Much {
     pub slow: usize,
     /// A round without load, and the least one with it.
     pub round: Duration,
-    /// Whether the waits of honest agents are judged: on a machine that does other things, too, they
-    /// say little.
+    /// Whether the waits of honest agents are judged: on a machine that does other things, too,
+    /// they say little.
     pub judged: bool,
 }
 
@@ -267,7 +267,7 @@ impl Site {
         let number = |name: &str| figures[name].as_f64().unwrap_or(f64::INFINITY);
         let lost = &figures["lost"];
         ensure!(lost == &json!([]), "honest sessions were lost: {lost}");
-        ensure!(number("timeouts") == 0.0, "honest agents waited in vain");
+        ensure!(figures["timeouts"] == 0, "honest agents waited in vain");
         for name in ["growth_mib", "exec_growth_mib"] {
             let growth = number(name);
             ensure!(growth <= GROWTH, "{name} is {growth}");

@@ -185,14 +185,14 @@ impl Load {
                 sent.fetch_add(1, Ordering::Relaxed);
             }
             is_first = false;
-            let held = match number % 5 {
+            // However it ends, another takes its place.
+            let _ = match number % 5 {
                 0 => silent(&self.stranger, stop).await,
                 1 => drip(&self.stranger, &[22, 3, 1, 1, 0, 1, 0, 0, 252, 3, 3], stop).await,
                 2 => slow_preface(agent, stop).await,
                 3 => endless_headers(&self.stranger, stop).await,
                 _ => slow_hello(agent, host, stop).await,
             };
-            let _ = held;
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! thief   all of a controller's keys --orders--> a real agent: nothing happens that people did not
 //!         seal and the host does not allow, and every refusal is on record
-//! liar    one host's certificate    --reports--> a real controller: nothing is believed but what is
+//! liar    one host's certificate --reports--> a real controller: nothing is believed but what is
 //!         its own to say, and what it says is shown harmlessly
 //! flood   malformed frames, slow connections --> both: nobody crashes, nobody else waits
 //! ```

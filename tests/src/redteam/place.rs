@@ -34,7 +34,8 @@ pub(super) const FLEET: &str = "prod";
 /// Writes its third argument to the ledger, as it came.
 const NOTE: &str = "import sys\nopen(sys.argv[1], 'a').write(repr(sys.argv[2:]) + '\\n')\n";
 
-/// Keys by small numbers: 1 to 3 seal plans, 5 and 6 approve, 8 is another host's; others are nobody's.
+/// Keys by small numbers: 1 to 3 seal plans, 5 and 6 approve, 8 is another host's; others are
+/// nobody's.
 pub(super) fn key(seed: u8) -> SigningKey {
     SigningKey::from_seed(&[seed; 32])
 }

@@ -1,5 +1,5 @@
-//! Orders within a rollout that people have sealed: out of order, again, of other rollouts and terms,
-//! too often, at the wrong time, and such as are no orders.
+//! Orders within a rollout that people have sealed: out of order, again, of other rollouts and
+//! terms, too often, at the wrong time, and such as are no orders.
 
 use anyhow::Result;
 use lockstep_proto::ids::{Digest, Direction, Epoch, StepKey};
@@ -49,7 +49,7 @@ async fn in_another_order(thief: &mut Thief) -> Result<()> {
         direction: Direction::Undo,
         ..at(step, attempt)
     };
-    let left_out = BeRefused("comes before");
+    let left_out = BeRefused("is not done on this host");
     for (name, step) in [("second first", 1), ("third first", 2), ("fourth first", 3)] {
         hostile(thief, name, digest, &at(step, 1), left_out).await?;
     }
@@ -109,12 +109,12 @@ async fn in_another_order(thief: &mut Thief) -> Result<()> {
         (
             "done, another attempt",
             at(0, 5),
-            BeRefused("is done, and not undone"),
+            BeRefused("of this step was done"),
         ),
         (
             "done, an attempt far away",
             at(0, 900),
-            BeRefused("is done, and not undone"),
+            BeRefused("of this step was done"),
         ),
         ("done, an earlier attempt", at(0, 1), ChangeNothing),
         (
@@ -246,7 +246,7 @@ async fn bits(thief: &mut Thief) -> Result<()> {
 async fn terms(thief: &mut Thief) -> Result<()> {
     let kind = "term";
     let now = thief.epoch;
-    let words = "this host has obeyed";
+    let words = "term";
     let terms = [
         (
             "a lower one",
@@ -292,7 +292,7 @@ async fn terms(thief: &mut Thief) -> Result<()> {
         let order = thief.session.ordered(&plan, &key, vec![]);
         down::Message::Order(Order { epoch, ..order }.into())
     };
-    let welcomed = "has welcomed this host with another epoch";
+    let welcomed = "other_term";
     let offer = wire::Offer {
         rollout: rollout(),
         plan_digest: plan.digest().0.to_vec().into(),
@@ -401,7 +401,7 @@ async fn not_understood(thief: &mut Thief) -> Result<()> {
         value: "v".into(),
     })?;
     let here = key.to_string();
-    let words = "what the controller says is not understood";
+    let words = "contract";
     let cases = [
         ("a phase beyond all numbers", with(&|it| it.phase = 70_000)),
         ("a step beyond all numbers", with(&|it| it.step = u32::MAX)),

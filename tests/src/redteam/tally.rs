@@ -14,7 +14,7 @@ pub(super) struct Tally {
     kinds: BTreeMap<String, u64>,
     /// Those that were refused, and the numbers of the reports that say so.
     pub(super) refused: BTreeMap<String, u64>,
-    /// Those that ended the session, and what has to stand in the records.
+    /// Those that ended the session, and the kind of refusal that has to stand in the records.
     pub(super) ended: BTreeMap<String, String>,
     /// Those that were answered, without a refusal and without an effect.
     answered: BTreeSet<String>,
@@ -69,8 +69,8 @@ impl Tally {
         ensure!(self.licensed >= 10, "only {} were licensed", self.licensed);
         let lines = self.audit_lines;
         ensure!(
-            lines >= refused as u64,
-            "{refused} were refused, and {lines} are on record"
+            lines > self.refused.len() as u64,
+            "{refused} were refused, and {lines} lines are on record"
         );
         Ok(())
     }
