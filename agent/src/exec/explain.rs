@@ -145,7 +145,7 @@ mod tests {
         for words in [
             "allowed by line 3, 1 in an hour, 00:30-01:00 UTC",
             "NOT ALLOWED: ",
-            r#"where = { argv = [["/bin/x", "8001"]] }"#,
+            r#"argv = [["/bin/x", "8001"]]"#,
             "allowed: it only looks",
             "2 of 3 steps are allowed",
         ] {

@@ -34,7 +34,7 @@ pub(crate) use record::{FORMAT, Held, Intent, Record, Seen};
 use reserve::Reserve;
 #[cfg(feature = "faults")]
 pub(crate) use verify::look;
-pub(crate) use verify::{Verified, verify, walk};
+pub(crate) use verify::{Verified, domain, verify, walk};
 
 /// The largest payload, in bytes.
 pub(crate) const MAX_RECORD: usize = 32 << 10;

@@ -96,6 +96,7 @@ fn facts() -> Vec<Fact> {
             expires: Timestamp(9),
             signature: "-----BEGIN".to_owned(),
         }],
+        broken: vec![],
     };
     vec![
         Fact::Backup {
@@ -177,6 +178,7 @@ fn bodies() -> Vec<ReportBody> {
             rollout: rollout(),
             plan: rollouts::plan().digest(),
             state: facts(),
+            round: 0,
         },
         ReportBody::Declined {
             rollout: rollout(),
@@ -241,16 +243,19 @@ fn messages(seeds: &mut Seeds) {
             epoch: Some(epoch.into()),
             dry_run: true,
             signatures: vec![trust::genuine(0).into_bytes().into()],
+            round: 0,
         }),
         Down::Release(agent::Release {
             rollout: rollout(),
             epoch: Some(epoch.into()),
+            comes_back: false,
         }),
         Down::Welcome(agent::Welcome {
             version: 1,
             epoch: Some(epoch.into()),
             clock_ms: 9,
             acknowledged: 3,
+            earlier: 3,
         }),
         Down::Drain(agent::Drain {
             reconnect_after_ms: 9,

@@ -232,6 +232,10 @@ impl Site {
                             "reports": seen.waits.len(),
                         }),
                     );
+                    tell(&format!(
+                        "{name}: {sent} in {:.0} s",
+                        begun.elapsed().as_secs_f64()
+                    ));
                     loud.push(worst);
                 } else {
                     quiet.push(worst);
@@ -309,6 +313,14 @@ impl Site {
         ensure!(state == "succeeded", "{}", self.cluster.explain(&ended));
         Ok(())
     }
+}
+
+#[expect(
+    clippy::print_stdout,
+    reason = "it takes minutes, and says what it is at"
+)]
+fn tell(line: &str) {
+    println!("  {line}");
 }
 
 fn round(value: f64) -> f64 {

@@ -68,6 +68,9 @@ const SENDERS: u64 = 8;
 /// Frames on one connection, where it lives as long.
 const FRAMES: u64 = 40;
 
+/// Frames that are sent at once where the first one ends the connection.
+const AT_ONCE: u64 = 8;
+
 /// Nothing answers for longer.
 const LONGEST: Duration = Duration::from_secs(10);
 
@@ -133,6 +136,7 @@ impl Load {
         loop {
             let frames = match state {
                 State::Made | State::BeforeTls | State::Bridge => 1,
+                State::InTls => AT_ONCE,
                 _ => FRAMES,
             };
             let granted = take(left, frames);
@@ -189,7 +193,7 @@ impl Load {
                 _ => slow_hello(agent, host, stop).await,
             };
             let _ = held;
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(Duration::from_secs(5)).await;
         }
     }
 }
@@ -230,21 +234,22 @@ async fn in_tls(dial: &Dial, random: &mut StdRng, frames: u64) -> u64 {
     let Ok(Ok(mut tls)) = timeout(LONGEST, dial.tls()).await else {
         return 0;
     };
-    if random.random_bool(0.8) && tls.write_all(frames::PREFACE).await.is_err() {
-        return 0;
+    // The first error ends a connection: what comes with it in one go is still read, or is not.
+    let mut bytes = vec![];
+    if random.random_bool(0.8) {
+        bytes.extend(frames::PREFACE);
     }
-    for sent in 0..frames {
-        if tls.write_all(&frames::http2(random)).await.is_err() || tls.flush().await.is_err() {
-            return sent;
-        }
-        // The first error ends the connection: what is sent after it is for nobody.
-        if sent % 4 == 3
-            && let Ok(Ok(0) | Err(_)) =
-                timeout(Duration::from_millis(2), tls.read(&mut [0; 4096])).await
-        {
-            return sent + 1;
-        }
+    for _ in 0..frames {
+        bytes.extend(frames::http2(random));
     }
+    let ended = async {
+        tls.write_all(&bytes).await?;
+        tls.flush().await?;
+        while tls.read(&mut [0; 4096]).await? > 0 {}
+        Ok::<_, std::io::Error>(())
+    };
+    // It may wait for the rest of a frame that said it is longer.
+    let _ = timeout(Duration::from_millis(300), ended).await;
     frames
 }
 

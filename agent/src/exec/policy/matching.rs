@@ -89,6 +89,8 @@ fn fits(pattern: &Value, value: &Value, way: Way<'_>) -> bool {
     let fits = |pattern: &Value, value: &Value| fits(pattern, value, way);
     match (pattern, value) {
         (Value::String(pattern), Value::String(text)) => fits_text(pattern, text, way),
+        // A file of rules knows no other word for nothing.
+        (Value::String(pattern), Value::Null) => pattern == DEFAULT,
         (Value::Array(patterns), Value::Array(items)) => match patterns.split_last() {
             Some((last, first)) if last == "**" => {
                 first.len() <= items.len() && first.iter().zip(items).all(|(p, i)| fits(p, i))
@@ -116,7 +118,7 @@ fn fits(pattern: &Value, value: &Value, way: Way<'_>) -> bool {
 pub(super) fn stands_for(pattern: &str, text: &str, way: Way<'_>) -> bool {
     let climbs = text.split(['/', '=', ':']).any(|part| part == "..");
     match way {
-        Way::Allow if climbs => pattern == text,
+        Way::Allow if climbs => pieces(pattern).len() == 1 && glob(pattern, text),
         Way::Allow => glob(pattern, text),
         // Where a path with `..` leads, only the file system knows.
         Way::Deny(_) => {
@@ -136,21 +138,58 @@ pub(super) fn plain(path: &str) -> String {
     parts.join("/")
 }
 
-/// `*` stands for anything.
+/// `*` stands for anything, and `\*` for itself.
 pub(super) fn glob(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
+    let mut parts = pieces(pattern);
+    let tail = parts.pop().expect("a pattern has at least one piece");
+    let mut parts = parts.into_iter();
+    let Some(head) = parts.next() else {
+        return tail == text;
     };
-    let Some(mut text) = text.strip_prefix(head) else {
+    let Some(mut text) = text.strip_prefix(&*head) else {
         return false;
     };
-    let mut parts: Vec<&str> = rest.split('*').collect();
-    let tail = parts.pop().expect("a split has at least one part");
     for part in parts {
-        let Some(at) = text.find(part) else {
+        let Some(at) = text.find(&*part) else {
             return false;
         };
         text = &text[at + part.len()..];
     }
-    text.ends_with(tail)
+    text.ends_with(&*tail)
+}
+
+/// What a pattern says literally, before, between and after each `*`.
+pub(super) fn pieces(pattern: &str) -> Vec<String> {
+    let mut pieces = vec![String::new()];
+    let mut rest = pattern;
+    while let Some(c) = rest.chars().next() {
+        let piece = pieces.last_mut().expect("there is one from the start");
+        if let Some(after) = rest.strip_prefix(r"\*") {
+            piece.push('*');
+            rest = after;
+            continue;
+        }
+        if c == '*' {
+            pieces.push(String::new());
+        } else {
+            piece.push(c);
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+    pieces
+}
+
+/// The pattern that stands for a value and for nothing else.
+pub(super) fn literal(value: &Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(text.replace('*', r"\*")),
+        Value::Array(items) => items.iter().map(literal).collect(),
+        Value::Object(fields) => {
+            let fields = fields.iter();
+            let fields = fields.map(|(name, value)| (name.clone(), literal(value)));
+            Value::Object(fields.collect())
+        }
+        Value::Null => DEFAULT.into(),
+        Value::Bool(_) | Value::Number(_) => value.clone(),
+    }
 }
