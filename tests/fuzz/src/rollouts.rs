@@ -184,10 +184,16 @@ impl World {
     /// What an agent answers: well, mostly.
     fn answer(&mut self, host: &HostId, message: Message) {
         let body = match message {
-            Message::Offer { rollout, plan, .. } => ReportBody::Consented {
+            Message::Offer {
+                rollout,
+                plan,
+                round,
+                ..
+            } => ReportBody::Consented {
                 rollout,
                 plan,
                 state: vec![],
+                round,
             },
             Message::Order(order) => {
                 let outcome = match self.throw() {
