@@ -192,8 +192,8 @@ impl World {
             } => ReportBody::Consented {
                 rollout,
                 plan,
-                state: vec![],
                 round,
+                state: vec![],
             },
             Message::Order(order) => {
                 let outcome = match self.throw() {
