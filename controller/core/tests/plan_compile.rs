@@ -109,6 +109,26 @@ fn the_same_plan_is_the_same_bytes() {
     assert_ne!(first.digest(), other.digest());
 }
 
+/// Readers that are a bit off would read another number, and refuse the plan's own encoding.
+#[test]
+fn a_plan_with_any_number_is_opened_again() {
+    for number in [
+        "5e49",
+        "0.1",
+        "123456789.12345678",
+        "1.7976931348623157e308",
+        "4.9e-324",
+    ] {
+        let rest = format!(
+            "phases:\n  - name: a\n    on: [app, db]\n    steps:\n      - check.http: \
+             {{url: 'http://a/', expect: {{json: {{'$.x': {number}}}}}}}\n"
+        );
+        let plan = plan(&rest).unwrap_or_else(|findings| panic!("{findings}"));
+        let sealed = sealed(&plan, &[]).unwrap();
+        assert_eq!(open(sealed.bytes()).expect(number), sealed);
+    }
+}
+
 #[test]
 fn a_fence_is_raised_first_and_lowered_when_its_last_phase_begins() {
     let sealed = sealed(&s0(), &[("release", "v1.0.0")]).unwrap();

@@ -62,7 +62,8 @@ pub(super) fn fits(pattern: &str, url: &str, way: Way<'_>) -> bool {
 fn fits_host(pattern: &str, host: &str, way: Way<'_>) -> bool {
     if matches!(way, Way::Deny(_)) {
         // A dot at its end changes nothing about a name.
-        return stands_for(pattern, host.trim_end_matches('.'), way);
+        let (pattern, host) = (pattern.trim_end_matches('.'), host.trim_end_matches('.'));
+        return stands_for(pattern, host, way);
     }
     let digits = |c: char| c.is_ascii_digit();
     let for_addresses =
@@ -166,6 +167,7 @@ fn parts(text: &str, is_pattern: bool) -> Option<Parts> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exec::policy::names::Names;
 
     #[test]
     fn each_part_is_held_against_its_own() {
@@ -211,6 +213,21 @@ mod tests {
         ] {
             assert!(!fits(pattern, url, Way::Allow), "{pattern} {url}");
         }
+    }
+
+    #[test]
+    fn a_dot_at_the_end_of_a_host_keeps_nobody_from_being_denied() {
+        let names = Names::default();
+        for pattern in ["http://evil.test/*", "http://evil.test./*"] {
+            for url in ["http://evil.test/x", "http://evil.test./x"] {
+                assert!(fits(pattern, url, Way::Deny(&names)), "{pattern} {url}");
+            }
+        }
+        assert!(!fits(
+            "http://evil.test./*",
+            "http://app-1/x",
+            Way::Deny(&names)
+        ));
     }
 
     #[test]

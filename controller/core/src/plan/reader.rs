@@ -213,7 +213,8 @@ impl<'a> Reader<'a> {
 
     /// Reports a key that a mapping of the language does not have, once.
     pub(crate) fn report_unknown_key(&self, key: NodeId, known: &[&str]) {
-        if !self.reported.borrow_mut().insert(key) {
+        let is_new = self.reported.borrow_mut().insert(key);
+        if !is_new || self.findings.borrow().len() >= MOST {
             return;
         }
         let name = self.tree.text(key);
