@@ -15,6 +15,7 @@ use crate::trust::Trust;
 
 mod calls;
 mod fold;
+mod glass;
 mod read;
 mod trust;
 

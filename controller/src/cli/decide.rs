@@ -250,6 +250,7 @@ async fn send(
 }
 
 /// What a signature is for.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Kind {
     /// The statement's name and version.
     pub(super) statement: &'static str,
