@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lockstep_core::trust::Subject;
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
 use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
 use lockstep_proto::wire::enroll_v1::enroll_service_server::EnrollServiceServer;
@@ -30,8 +31,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected;
 
-use crate::api::Control;
 use crate::api::access::AccessLayer;
+use crate::api::{Control, Submissions};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::driver::{Driver, DriverError, Handle, Parts};
@@ -45,7 +46,7 @@ use crate::logs::Logs;
 use crate::notify::{self, Notifier};
 use crate::refusals::Refusals;
 use crate::secrets::Secrets;
-use crate::session::Agents;
+use crate::session::{Agents, Outputs};
 use crate::suspensions::Suspensions;
 use crate::tls::{Settings, spawn_accepting};
 pub(crate) use error::ServeError;
@@ -107,6 +108,8 @@ pub(crate) struct ServeOptions {
     pub(crate) epoch_above: u64,
     /// Go on in the place of another controller, or from an older copy of the state.
     pub(crate) take_over: bool,
+    /// Who is suspended before anybody is let in.
+    pub(crate) suspend: Vec<Subject>,
 }
 
 /// Runs a controller until it is told to stop.
@@ -179,6 +182,8 @@ impl App {
             suspensions: Arc::clone(&suspensions),
             epoch_above: options.epoch_above,
             take_over: options.take_over,
+            break_glass: config.break_glass.clone(),
+            suspend: options.suspend.clone(),
         };
         let driver = Driver::recover(parts, |digest| {
             blobs.plan(digest).unwrap_or_else(|error| {
@@ -250,6 +255,7 @@ impl App {
             logs: logs.clone(),
             hub: hub.clone(),
             tasks: calls.clone(),
+            outputs: Outputs::default(),
             refusals: refusals.clone(),
         };
         let control = Control {
@@ -261,6 +267,7 @@ impl App {
             draining: draining.clone(),
             started: SystemTime::now(),
             list: config.enroll.is_some().then_some(list),
+            submissions: Submissions::default(),
         };
         tokio::spawn(refusals.clone().run(driver.clone(), draining.clone()));
         let enrolment = Enrolment::new(driver.clone(), &config);
@@ -518,6 +525,7 @@ mod tests {
             ready_file: None,
             epoch_above: 0,
             take_over: false,
+            suspend: vec![],
         };
         let hint = || serve(&options).unwrap_err().hint().unwrap_or_default();
         assert!(hint().contains("--config"), "{}", hint());

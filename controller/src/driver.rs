@@ -13,6 +13,7 @@
 
 mod clock;
 mod handle;
+mod rates;
 mod room;
 mod round;
 mod term;
@@ -25,6 +26,7 @@ use std::thread;
 use std::time::Duration;
 
 use lockstep_core::event::EventKind;
+use lockstep_core::trust::Subject;
 use lockstep_core::{
     Answer, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
 };
@@ -46,6 +48,7 @@ pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
 use handle::Input;
 pub(crate) use handle::{Handle, Stopping};
+use rates::Rates;
 use round::Round;
 pub(crate) use term::taken_over;
 
@@ -136,6 +139,10 @@ pub(crate) struct Parts {
     /// Whether this one goes on in the place of another one that may still be alive, or from an
     /// older copy of the state.
     pub(crate) take_over: bool,
+    /// The group two of whom may break the glass of a gate.
+    pub(crate) break_glass: Option<String>,
+    /// Who is suspended before anybody is let in.
+    pub(crate) suspend: Vec<Subject>,
 }
 
 /// The driver, before it runs.
@@ -152,12 +159,15 @@ pub(crate) struct Driver {
     epoch: Epoch,
     /// Whether to say in the journal that this term took over.
     take_over: bool,
+    /// Whom to suspend before anything else.
+    suspend: Vec<Subject>,
     draining: bool,
     stopping: bool,
     /// The journal's disk is full: nothing new begins.
     full: bool,
     /// Hosts that say that this controller is not the newest one.
     doubted_by: BTreeSet<HostId>,
+    rates: Rates,
     /// Events that the driver owes itself.
     own: VecDeque<Event>,
 }
@@ -175,6 +185,8 @@ impl Driver {
             suspensions,
             epoch_above,
             take_over,
+            break_glass,
+            suspend,
         } = parts;
         let entries = read_entries(&*journal)?;
         let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
@@ -189,7 +201,7 @@ impl Driver {
             id: any_number(),
         };
         let head = journal.head().number;
-        let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
+        let coordinator = Coordinator::recover(Config { epoch, break_glass }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
         // Before anybody can connect.
         suspensions.set(coordinator.trust().banned());
@@ -204,10 +216,12 @@ impl Driver {
             alarm: Alarm::default(),
             epoch,
             take_over,
+            suspend,
             draining: false,
             stopping: false,
             full: false,
             doubted_by: BTreeSet::new(),
+            rates: Rates::default(),
             own: VecDeque::new(),
         })
     }
@@ -297,6 +311,12 @@ impl Driver {
         round.take(&self.sessions, effects);
         if self.take_over {
             let effects = self.coordinator.take_over(now);
+            round.take(&self.sessions, effects);
+        }
+        for subject in std::mem::take(&mut self.suspend) {
+            let effects = self
+                .coordinator
+                .suspend(now, subject, "at the controller's start");
             round.take(&self.sessions, effects);
         }
         if !self.full {
@@ -422,6 +442,9 @@ impl Driver {
         candidate: Candidate,
     ) -> Result<Result<SessionNumber, Status>, DriverError> {
         let host = candidate.host.clone();
+        if let Err(refused) = self.rates.may_open(self.clock.now(), &host) {
+            return Ok(Err(refused));
+        }
         if !self.epoch.is_current(hello.highest_epoch) && heeds_terms() {
             return self.meet_term(&host, hello.highest_epoch).map(Err);
         }
@@ -450,6 +473,14 @@ impl Driver {
                      step twice. Put the agent's state directory back, or end {rollout} first"
                 ))));
             }
+        }
+        let known = self.coordinator.hosts().find(|(known, _)| **known == host);
+        let is_news = known.is_none_or(|(_, info)| {
+            (&info.instance, &info.labels, &info.agent_version)
+                != (&hello.instance, &hello.labels, &hello.agent_version)
+        });
+        if is_news && let Err(refused) = self.rates.may_change(self.clock.now(), &host) {
+            return Ok(Err(refused));
         }
         let replaced = self.sessions.current(&host).is_some();
         let number = match self.sessions.admit(candidate) {
@@ -508,6 +539,19 @@ impl Driver {
         let trust = |entry: &Entry| matches!(entry.record, Record::Trust(_));
         if round.persist.iter().any(trust) {
             self.suspensions.set(self.coordinator.trust().banned());
+        }
+        for (index, entry) in round.persist.iter().enumerate() {
+            let Record::Reported { host, .. } = &entry.record else {
+                continue;
+            };
+            let unasked = round.unasked.contains(&index);
+            let size = payloads[index].len() as u64;
+            let paid = self.rates.pay_report(entry.at, host, size, unasked);
+            if let Err(refused) = paid
+                && self.sessions.end(host, refused)
+            {
+                self.own.push_back(Event::HostDown { host: host.clone() });
+            }
         }
         for (host, number, mut message) in round.sends {
             if says_what_is_durable(&message) {

@@ -100,19 +100,25 @@ pub(crate) struct Peer(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     claim: Claim,
+    /// Its certificate and those that came with it, to be verified again when issuers change;
+    /// empty for who has shown none.
+    chain: Vec<CertificateDer<'static>>,
     address: SocketAddr,
     cut: CancellationToken,
     why: OnceLock<String>,
 }
 
 impl Peer {
-    /// The peer with a certificate that the handshake has verified.
+    /// The peer with a certificate that the handshake has verified: the first of those it showed.
     pub(crate) fn new(
-        certificate: &CertificateDer<'_>,
+        shown: &[CertificateDer<'_>],
         domain: &str,
         address: SocketAddr,
     ) -> Result<Self, InvalidIdentity> {
-        Ok(Self::with(read(certificate, domain)?, address))
+        let certificate = shown.first().ok_or(InvalidIdentity::Unreadable)?;
+        let claim = read(certificate, domain)?;
+        let chain = shown.iter().map(|one| one.clone().into_owned()).collect();
+        Ok(Self::with(claim, chain, address))
     }
 
     /// Somebody without a certificate.
@@ -122,12 +128,13 @@ impl Peer {
             serial: Serial::from_bytes(&[]),
             not_after: SystemTime::now() + Duration::from_hours(1),
         };
-        Self::with(claim, address)
+        Self::with(claim, vec![], address)
     }
 
-    fn with(claim: Claim, address: SocketAddr) -> Self {
+    fn with(claim: Claim, chain: Vec<CertificateDer<'static>>, address: SocketAddr) -> Self {
         Self(Arc::new(Inner {
             claim,
+            chain,
             address,
             cut: CancellationToken::new(),
             why: OnceLock::new(),
@@ -142,7 +149,7 @@ impl Peer {
             serial: Serial::from_bytes(&[1]),
             not_after,
         };
-        Self::with(claim, SocketAddr::from(([127, 0, 0, 1], 1)))
+        Self::with(claim, vec![], SocketAddr::from(([127, 0, 0, 1], 1)))
     }
 
     /// Somebody with a certificate that is valid for a while.
@@ -153,7 +160,7 @@ impl Peer {
             serial,
             not_after: SystemTime::now() + Duration::from_hours(1),
         };
-        Self::with(claim, SocketAddr::from(([127, 0, 0, 1], 1)))
+        Self::with(claim, vec![], SocketAddr::from(([127, 0, 0, 1], 1)))
     }
 
     /// Tells every stream of this peer to end, and why; the first reason counts.
@@ -168,7 +175,6 @@ impl Peer {
     }
 
     /// Whether they were told to.
-    #[cfg(test)]
     pub(crate) fn is_cut(&self) -> bool {
         self.0.cut.is_cancelled()
     }
@@ -181,6 +187,11 @@ impl Peer {
             .get()
             .map_or("it may do nothing any more", String::as_str);
         Status::permission_denied(format!("{}: {why}", self.identity()))
+    }
+
+    /// The certificates that it has shown, its own first.
+    pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.0.chain
     }
 
     /// Who it is.

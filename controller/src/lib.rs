@@ -23,6 +23,7 @@ mod limits;
 mod logs;
 mod notify;
 mod pki;
+mod rates;
 mod refusals;
 mod secrets;
 mod session;

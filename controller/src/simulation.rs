@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::Control;
+use crate::api::{Control, Submissions};
 use crate::app::{Services, serve_on};
 use crate::blobs::Blobs;
 use crate::driver::{Driver, DriverError, Handle, Parts};
@@ -29,7 +29,7 @@ use crate::journal::memory::{Memory, MemoryJournal};
 use crate::journal::{AppendError, Head, Journal, JournalId, OpenError};
 use crate::logs::Logs;
 use crate::refusals::Refusals;
-use crate::session::Agents;
+use crate::session::{Agents, Outputs};
 use crate::tls::Connection;
 
 /// What is simulated beside the network.
@@ -174,6 +174,8 @@ pub fn start(
         suspensions: Arc::default(),
         epoch_above: 0,
         take_over,
+        break_glass: None,
+        suspend: vec![],
     };
     let find = |digest| blobs.plan(digest).ok().flatten();
     let driver = Driver::recover(parts, find).map_err(|error| error.to_string())?;
@@ -185,6 +187,7 @@ pub fn start(
         logs: logs.clone(),
         hub: hub.clone(),
         tasks: tasks.clone(),
+        outputs: Outputs::default(),
         refusals: Refusals::default(),
     };
     let control = Control {
@@ -196,6 +199,7 @@ pub fn start(
         draining: CancellationToken::new(),
         started: SystemTime::now(),
         list: None,
+        submissions: Submissions::default(),
     };
     let services = Services {
         agents,

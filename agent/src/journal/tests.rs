@@ -47,6 +47,7 @@ fn what_was_appended_is_found_again_and_read_by_position() {
     journal.append(&[opened()], Need::Opens).unwrap();
     let released = Record::Released {
         rollout: RolloutId::from_random([3; 6]),
+        comes_back: false,
     };
     let positions = journal
         .append(&[record(2), released.clone()], Need::Closes)

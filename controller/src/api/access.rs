@@ -50,6 +50,10 @@ const TABLE: &[(&str, Who)] = &[
     ("/lockstep.control.v1.ControlService/GetRollout", READERS),
     ("/lockstep.control.v1.ControlService/ListRollouts", READERS),
     ("/lockstep.control.v1.ControlService/Decide", only(Approver)),
+    (
+        "/lockstep.control.v1.ControlService/BreakGlass",
+        only(Approver),
+    ),
     ("/lockstep.control.v1.ControlService/Pause", only(Operator)),
     ("/lockstep.control.v1.ControlService/Resume", only(Operator)),
     (
@@ -151,6 +155,10 @@ fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<
         tracing::warn!(peer = %peer.address(), %identity, path, why, "a call was refused");
         let status = Status::permission_denied(format!("{identity}: {why}"));
         return Err((Why::Suspended, status));
+    }
+    // For as long as the connection is still up: its issuer is trusted no more, say.
+    if peer.is_cut() {
+        return Err((Why::Suspended, peer.cut_status()));
     }
     let row = TABLE.iter().find(|(call, _)| *call == path);
     let why = match (row.map(|(_, who)| who), identity) {
@@ -256,7 +264,12 @@ mod tests {
 
     fn peer(issued: &pki::Issued) -> Peer {
         let certificate = CertificateDer::from_pem_file(&issued.certificate).unwrap();
-        Peer::new(&certificate, "example.com", "127.0.0.1:1".parse().unwrap()).unwrap()
+        Peer::new(
+            &[certificate],
+            "example.com",
+            "127.0.0.1:1".parse().unwrap(),
+        )
+        .unwrap()
     }
 
     // Every call and every kind of peer meet the real server in tests/access.rs; this is about

@@ -39,6 +39,7 @@ use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::logs::Logs;
 use crate::refusals::Refusals;
+pub(crate) use output::Outputs;
 use registry::{Candidate, Ending, QUEUE, SessionNumber};
 
 /// An agent says `Hello` as soon as its stream is open.
@@ -63,6 +64,8 @@ pub(crate) struct Agents {
     pub(crate) hub: Hub,
     /// Sessions that are up.
     pub(crate) tasks: TaskTracker,
+    /// Output that comes in.
+    pub(crate) outputs: Outputs,
     /// Where it is noted who breaks the contract.
     pub(crate) refusals: Refusals,
 }
@@ -114,8 +117,9 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<LogChunk>>,
     ) -> Result<Response<LogsSummary>, Status> {
-        let host = peer(&request)?.agent()?.clone();
-        let kept_bytes = output::receive(self, &host, request.into_inner()).await?;
+        let peer = peer(&request)?;
+        let _place = self.outputs.take(peer.agent()?)?;
+        let kept_bytes = output::receive(self, &peer, request.into_inner()).await?;
         Ok(Response::new(LogsSummary { kept_bytes }))
     }
 

@@ -10,11 +10,10 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use super::gate::OfPeer;
+use super::gate::{OfPeer, Place};
 use crate::identity::Peer;
 use crate::suspensions::{Entered, Suspensions};
 
@@ -42,7 +41,7 @@ pub(super) enum Held {
     /// Its place among those that are cut when somebody is suspended, and among its peer's own.
     Known(Entered, OfPeer),
     /// Its place among those that have no certificate.
-    Stranger(OwnedSemaphorePermit),
+    Stranger(Place),
 }
 
 impl Connection {
@@ -55,9 +54,12 @@ impl Connection {
         suspensions: &Arc<Suspensions>,
     ) -> Self {
         let entered = suspensions.enter(&peer);
-        let cut = peer.when_cut().clone();
+        let (cut, ends) = (peer.when_cut().clone(), peer.remaining());
         let end = async move {
-            cut.cancelled_owned().await;
+            tokio::select! {
+                () = cut.cancelled_owned() => {}
+                () = tokio::time::sleep(ends) => {}
+            }
             tokio::time::sleep(LAST_WORDS).await;
         };
         Self {
@@ -72,13 +74,13 @@ impl Connection {
     pub(super) fn stranger(
         stream: TlsStream<TcpStream>,
         address: SocketAddr,
-        permit: OwnedSemaphorePermit,
+        place: Place,
     ) -> Self {
         Self {
             stream,
             peer: Peer::nobody(address),
             end: Some(Box::pin(tokio::time::sleep(STRANGER_FOR))),
-            _held: Some(Held::Stranger(permit)),
+            _held: Some(Held::Stranger(place)),
         }
     }
 }

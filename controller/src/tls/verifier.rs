@@ -1,5 +1,6 @@
 //! Who gets through the handshake: a certificate of its kind's issuer, of nobody who is suspended.
 
+use std::io;
 use std::sync::Arc;
 
 use lockstep_core::refusal::Why;
@@ -13,8 +14,8 @@ use rustls::{
     SignatureScheme,
 };
 
-use super::TlsError;
-use crate::identity::{self, Identity};
+use super::{TlsError, words};
+use crate::identity::{self, Claim, Identity, Peer};
 use crate::refusals::{HANDSHAKE, Refusals, caller};
 use crate::suspensions::Suspensions;
 
@@ -84,6 +85,36 @@ impl RoleVerifier {
     }
 }
 
+impl RoleVerifier {
+    /// What a certificate claims, and who has to stand for that.
+    fn issuers_of(
+        &self,
+        certificate: &CertificateDer<'_>,
+    ) -> Result<(Claim, &dyn ClientCertVerifier), rustls::Error> {
+        let claimed = identity::read(certificate, &self.domain);
+        let claimed = claimed.map_err(|error| {
+            let error = OtherError(Arc::new(error));
+            rustls::Error::InvalidCertificate(CertificateError::Other(error))
+        })?;
+        let verifier = match claimed.identity {
+            Identity::Agent(_) => &*self.agents,
+            Identity::Operator { .. } => &*self.operators,
+            Identity::Nobody => unreachable!("a certificate names somebody"),
+        };
+        Ok((claimed, verifier))
+    }
+
+    /// Why a peer that was let in before would not be let in now; none if it would.
+    pub(super) fn why_not(&self, peer: &Peer) -> Option<String> {
+        let (certificate, intermediates) = peer.chain().split_first()?;
+        let verified = self.issuers_of(certificate).and_then(|(_, verifier)| {
+            verifier.verify_client_cert(certificate, intermediates, UnixTime::now())
+        });
+        let error = io::Error::new(io::ErrorKind::InvalidData, verified.err()?);
+        Some(words(&error))
+    }
+}
+
 impl ClientCertVerifier for RoleVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &self.hints
@@ -99,16 +130,7 @@ impl ClientCertVerifier for RoleVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let claimed = identity::read(end_entity, &self.domain);
-        let claimed = claimed.map_err(|error| {
-            let error = OtherError(Arc::new(error));
-            rustls::Error::InvalidCertificate(CertificateError::Other(error))
-        })?;
-        let verifier = match claimed.identity {
-            Identity::Agent(_) => &self.agents,
-            Identity::Operator { .. } => &self.operators,
-            Identity::Nobody => unreachable!("a certificate names somebody"),
-        };
+        let (claimed, verifier) = self.issuers_of(end_entity)?;
         let verified = verifier.verify_client_cert(end_entity, intermediates, now);
         let verified = verified.inspect_err(|error| {
             // Its issuer is the right one: it is looked for in the list only then.

@@ -80,6 +80,7 @@ struct World {
 fn config() -> Config {
     Config {
         epoch: Epoch { counter: 1, id: 1 },
+        break_glass: Some("incident".to_owned()),
     }
 }
 
