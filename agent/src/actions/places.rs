@@ -59,7 +59,7 @@ impl PlaceError {
             Self::Link { link, .. } => hinted(
                 Cause::Refused,
                 format!("cannot {what}: {self}"),
-                &format!(
+                format!(
                     "name the file that it leads to, and allow that in the host's policy; or let \
                      it be root's: chown -h root {}",
                     link.display()

@@ -232,8 +232,8 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// Writes a file that is there as a whole or not at all, and outlives a power loss. The directory is
-/// `os_user`'s, who may have put anything there, and anything in its place: nothing is followed.
+/// Writes a file that is there as a whole or not at all, and outlives a power loss. The directory
+/// is `os_user`'s, who may have put anything there, and anything in its place: nothing is followed.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_vec_pretty(value).expect("texts and numbers are JSON");
     let write = || {

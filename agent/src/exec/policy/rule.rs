@@ -322,11 +322,11 @@ fn toml(value: &Value) -> String {
 
 /// A rule that allows an action with these arguments and with no others, as TOML.
 pub(super) fn rule_for(name: &str, args: &Value) -> String {
-    let mut rule = format!("[[allow]]\naction = \"{name}\"\n[allow.where]");
-    for argument in arguments::of(name) {
-        rule += &format!("\n{argument} = [{}]", pinned(name, args, argument));
-    }
-    rule
+    let lines = arguments::of(name)
+        .iter()
+        .map(|argument| format!("\n{argument} = [{}]", pinned(name, args, argument)));
+    let lines: String = lines.collect();
+    format!("[[allow]]\naction = \"{name}\"\n[allow.where]{lines}")
 }
 
 /// What a rule lists that allows an argument as it is.
