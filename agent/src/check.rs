@@ -212,6 +212,11 @@ impl Found {
             let names: Vec<&str> = approvers.iter().map(|it| it.name.as_str()).collect();
             self.line("approvals", format!("signed by {}", names.join(", ")));
         }
+        let breakers = policy.trust().breakers();
+        if !breakers.is_empty() {
+            let names: Vec<&str> = breakers.iter().map(|it| it.name.as_str()).collect();
+            self.line("break-glass", format!("two of {}", names.join(", ")));
+        }
         for (action, says) in policy.overview() {
             let _ = writeln!(self.text, "  {action:<26}{says}");
         }

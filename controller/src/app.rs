@@ -182,6 +182,7 @@ impl App {
             suspensions: Arc::clone(&suspensions),
             epoch_above: options.epoch_above,
             take_over: options.take_over,
+            break_glass: config.break_glass.clone(),
             suspend: options.suspend.clone(),
         };
         let driver = Driver::recover(parts, |digest| {

@@ -139,6 +139,8 @@ pub(crate) struct Parts {
     /// Whether this one goes on in the place of another one that may still be alive, or from an
     /// older copy of the state.
     pub(crate) take_over: bool,
+    /// The group two of whom may break the glass of a gate.
+    pub(crate) break_glass: Option<String>,
     /// Who is suspended before anybody is let in.
     pub(crate) suspend: Vec<Subject>,
 }
@@ -183,6 +185,7 @@ impl Driver {
             suspensions,
             epoch_above,
             take_over,
+            break_glass,
             suspend,
         } = parts;
         let entries = read_entries(&*journal)?;
@@ -198,7 +201,7 @@ impl Driver {
             id: any_number(),
         };
         let head = journal.head().number;
-        let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
+        let coordinator = Coordinator::recover(Config { epoch, break_glass }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
         // Before anybody can connect.
         suspensions.set(coordinator.trust().banned());

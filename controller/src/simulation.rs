@@ -174,6 +174,7 @@ pub fn start(
         suspensions: Arc::default(),
         epoch_above: 0,
         take_over,
+        break_glass: None,
         suspend: vec![],
     };
     let find = |digest| blobs.plan(digest).ok().flatten();

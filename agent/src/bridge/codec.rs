@@ -61,6 +61,7 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
                 epoch,
                 dry_run,
                 signatures,
+                round,
             } = offer;
             down(Down::Offer(agent::Offer {
                 rollout: rollout.into(),
@@ -68,12 +69,18 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
                 epoch: Some(epoch.into()),
                 dry_run,
                 signatures: signatures.into_iter().map(Into::into).collect(),
+                round,
             }))
         }
         Inbound::Order(order) => down(Down::Order(Order::clone(&order).into())),
-        Inbound::Release(rollout, epoch) => down(Down::Release(agent::Release {
+        Inbound::Release {
+            rollout,
+            epoch,
+            comes_back,
+        } => down(Down::Release(agent::Release {
             rollout: rollout.into(),
             epoch: Some(epoch.into()),
+            comes_back,
         })),
         Inbound::Cancel(rollout, epoch) => down(Down::Cancel(agent::Cancel {
             rollout: rollout.into(),

@@ -31,6 +31,9 @@ use crate::step::{LogMark, failure};
 /// one that was stolen. A megabyte at most.
 const RELEASED: usize = 1 << 17;
 
+/// How many rollouts may wait that have freed the host: what is forgotten ends when it is released.
+const WAITING: usize = 64;
+
 /// Everything the journal says.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
@@ -42,6 +45,8 @@ pub(crate) struct Memory {
     pub(crate) hold: Option<Hold>,
     /// Rollouts that have ended here by the numbers in their ids, the newest last.
     released: VecDeque<u64>,
+    /// Rollouts that wait, and have freed the host, the newest last.
+    waiting: VecDeque<RolloutId>,
     /// The newest report.
     pub(crate) last_report: u64,
     /// The newest report that is durable at the controller.
@@ -68,6 +73,8 @@ pub(crate) struct Hold {
     pub(crate) plan: PlanDigest,
     pub(crate) steps: Digest,
     pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
+    /// Which time the rollout took its lock.
+    pub(crate) round: u32,
     /// The report of the consent.
     pub(crate) consent: Option<Recorded>,
     /// The attempts at each step, in the order in which they were recorded.
@@ -166,13 +173,25 @@ impl Memory {
                     plan: held.plan,
                     steps: held.steps,
                     log_offsets: held.log_offsets.clone(),
+                    round: held.round,
                     consent: None,
                     attempts: BTreeMap::new(),
                 });
             }
-            Record::Released { rollout } => {
+            Record::Released {
+                rollout,
+                comes_back,
+            } => {
                 self.hold.take_if(|hold| hold.rollout == *rollout);
-                self.end(rollout.clone());
+                self.waiting.retain(|waits| waits != rollout);
+                if *comes_back {
+                    if self.waiting.len() == WAITING {
+                        self.waiting.pop_front();
+                    }
+                    self.waiting.push_back(rollout.clone());
+                } else {
+                    self.end(rollout.clone());
+                }
             }
             Record::Licensed { of, rollout } => self.licences.license(of, rollout),
             Record::Quarantined { acknowledged } => self.quarantined = Some(*acknowledged),
@@ -311,6 +330,11 @@ impl Memory {
         ))
     }
 
+    /// Whether a rollout waits, and has freed this host.
+    pub(crate) fn waits(&self, rollout: &RolloutId) -> bool {
+        self.waiting.contains(rollout)
+    }
+
     /// Whether a rollout has ended on this host.
     pub(crate) fn has_ended(&self, rollout: &RolloutId) -> bool {
         self.released.contains(&number_of(rollout))
@@ -407,6 +431,17 @@ impl Hold {
             .get(&key.at)?
             .iter()
             .find(|a| a.direction == key.direction && a.number == key.attempt)
+    }
+
+    /// Whether a step has begun under this hold that may change something, or is none of these.
+    pub(crate) fn has_changed(&self, steps: &[HeldStep]) -> bool {
+        let only_looks = |at: StepRef| {
+            let step = steps.iter().find(|step| step.at == at);
+            step.is_some_and(|step| !step.action.changes())
+        };
+        let began = |attempts: &[Attempt]| attempts.iter().any(|a| a.began.is_some());
+        let mut begun = self.attempts.iter().filter(|(_, attempts)| began(attempts));
+        begun.any(|(at, _)| !only_looks(*at))
     }
 
     /// Whether a step after this place has begun.

@@ -67,6 +67,7 @@ impl Agent {
             plan: plan(),
             steps: Digest::of(b"steps"),
             log_offsets: BTreeMap::new(),
+            round: 0,
         }));
         agent
     }
@@ -252,6 +253,7 @@ fn an_order_needs_the_hold_and_its_plan() {
     assert!(refusal(agent.decide(&order(key(9, Do, 1)))).contains("not meant for this host"));
     agent.write(Record::Released {
         rollout: rollout(1),
+        comes_back: false,
     });
     assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("has ended"));
 }

@@ -231,8 +231,8 @@ pub(crate) struct Exec {
     /// Offers that are being considered, with the newest epoch that each was made in.
     considering: Vec<Offer>,
     preparing: Option<Preparing>,
-    /// The rollout whose end came while an attempt was still running.
-    release_later: Option<lockstep_proto::ids::RolloutId>,
+    /// The rollout whose end came while an attempt was still running, and whether it comes back.
+    release_later: Option<(lockstep_proto::ids::RolloutId, bool)>,
     /// Whether an acknowledgement waits to be written with the next records.
     acknowledged: bool,
     /// What the controller has said of its journal, and is to be written with the next records.
@@ -443,7 +443,12 @@ impl Exec {
             Inbound::Offer(offer) => self.handle_offer(offer),
             Inbound::Plan(digest, content) => self.handle_plan(digest, content),
             Inbound::Order(order) => self.handle_order(*order),
-            Inbound::Release(rollout, epoch) => self.handle_release(rollout, epoch),
+            Inbound::Release {
+                rollout,
+                epoch,
+                comes_back: false,
+            } => self.handle_release(rollout, epoch),
+            Inbound::Release { rollout, epoch, .. } => self.handle_freed(rollout, epoch),
             Inbound::Cancel(rollout, epoch) => self.handle_cancel(&rollout, epoch),
             Inbound::Survey(rollout, epoch) => self.handle_survey(rollout, epoch),
             Inbound::Refused(why) => {

@@ -9,7 +9,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
 use super::ahead::{self, Earlier};
-use super::approvals::{self, Asked};
+use super::approvals::{self, Asked, People};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
 use super::evidence;
@@ -163,7 +163,11 @@ impl Exec {
             now: wall_clock(),
             begun_after: &|gate| hold.is_some_and(|hold| hold.has_begun_after(gate)),
         };
-        approvals::check(held.gates.as_ref(), approvers, &asked)
+        let people = People {
+            approvers,
+            breakers: policy.trust().breakers(),
+        };
+        approvals::check(held.gates.as_ref(), people, &asked)
             .map_err(|why| refused(why, "whose signatures count stands in the host's policy"))
     }
 
@@ -236,7 +240,8 @@ impl Exec {
             let why = "stopped before it began, as people asked for";
             return Err(failure(Cause::Cancelled, why));
         }
-        if self.release_later.as_ref() == Some(&order.key.rollout) {
+        let ends = self.release_later.as_ref();
+        if ends.is_some_and(|(rollout, _)| *rollout == order.key.rollout) {
             let why = "not begun: the rollout has ended meanwhile";
             return Err(failure(Cause::Cancelled, why));
         }
@@ -328,33 +333,64 @@ impl Exec {
             .as_ref()
             .is_some_and(|hold| hold.rollout == rollout)
         {
-            self.release_later = Some(rollout);
+            self.release_later = Some((rollout, false));
+        } else if self.memory.waits(&rollout) {
+            return self.let_go(rollout, false);
         }
         self.release_now_if_due()
     }
 
-    /// Ends the hold, once nothing of the rollout runs any more.
-    fn release_now_if_due(&mut self) -> Result<(), ExecError> {
-        let idle = self.preparing.is_none()
-            && self
-                .memory
-                .hold
-                .as_ref()
-                .is_none_or(|hold| hold.running().next().is_none());
-        if !idle {
+    /// A rollout waits, and frees this host until it is offered again. A controller that says so
+    /// after something was changed has lost its way, and the hold stays.
+    pub(super) fn handle_freed(
+        &mut self,
+        rollout: RolloutId,
+        epoch: Epoch,
+    ) -> Result<(), ExecError> {
+        if !self.admit(epoch)? {
             return Ok(());
         }
-        let Some(rollout) = self.release_later.take() else {
+        let Some(hold) = self.memory.hold.as_ref().filter(|it| it.rollout == rollout) else {
             return Ok(());
         };
-        self.commit(
-            vec![Record::Released {
-                rollout: rollout.clone(),
-            }],
-            Need::Closes,
-        )?;
-        self.held = None;
-        tracing::info!(%rollout, "released");
+        let steps = self.held.as_ref().map_or(&[][..], |held| &held.steps);
+        if hold.has_changed(steps) {
+            tracing::error!(%rollout, "the controller frees this host, and something was changed \
+                here: the host holds on");
+            return Ok(());
+        }
+        self.release_later = Some((rollout, true));
+        self.release_now_if_due()
+    }
+
+    /// Whether an attempt is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        let hold = self.memory.hold.as_ref();
+        self.preparing.is_some() || hold.is_some_and(|hold| hold.running().next().is_some())
+    }
+
+    /// Ends the hold, once nothing of the rollout runs any more.
+    fn release_now_if_due(&mut self) -> Result<(), ExecError> {
+        if self.is_busy() {
+            return Ok(());
+        }
+        match self.release_later.take() {
+            Some((rollout, comes_back)) => self.let_go(rollout, comes_back),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the hold, if there is one, and whatever was kept for it.
+    pub(super) fn let_go(&mut self, rollout: RolloutId, comes_back: bool) -> Result<(), ExecError> {
+        let record = Record::Released {
+            rollout: rollout.clone(),
+            comes_back,
+        };
+        self.commit(vec![record], Need::Closes)?;
+        if self.memory.hold.is_none() {
+            self.held = None;
+        }
+        tracing::info!(%rollout, comes_back, "released");
         let state_dir = &self.host.config.state_dir;
         HeldPlan::forget(state_dir, &rollout);
         remove_steps(state_dir, |of| *of == rollout);
@@ -412,6 +448,7 @@ impl Exec {
             epoch: order.epoch,
             dry_run: true,
             signatures: vec![],
+            round: 0,
         };
         self.review(&offer, plan).map_err(|refusals| {
             let reasons: Vec<String> = refusals.into_iter().map(|r| r.reason).collect();

@@ -57,7 +57,9 @@ pub(crate) use limits::{Begun, Counted, Moment, parse_utc, utc};
 use matching::glob;
 use names::Names;
 use rule::{Rule, SECRET, Written, rule_for, values_of};
-use trust::{Trust, Word, WrittenApprover, WrittenEvidence, WrittenSeal, WrittenTrust};
+use trust::{
+    Trust, Word, WrittenApprover, WrittenBreaker, WrittenEvidence, WrittenSeal, WrittenTrust,
+};
 
 /// Stands for an argument that the plan leaves out.
 const DEFAULT: &str = "(default)";
@@ -125,6 +127,8 @@ struct File {
     #[serde(default)]
     approver: Vec<WrittenApprover>,
     #[serde(default)]
+    break_glass: Vec<WrittenBreaker>,
+    #[serde(default)]
     bindings: Word,
     #[serde(default)]
     evidence: Vec<WrittenEvidence>,
@@ -176,6 +180,7 @@ impl Policy {
             seal,
             approvals,
             approver,
+            break_glass,
             bindings,
             evidence,
         } = toml::from_str(text).map_err(|source| PolicyError::Parse {
@@ -186,6 +191,7 @@ impl Policy {
             seal,
             approvals,
             approver,
+            break_glass,
             bindings,
             evidence,
         };

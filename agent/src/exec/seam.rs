@@ -30,8 +30,12 @@ pub(crate) enum Inbound {
     Offer(Offer),
     /// The controller orders a step.
     Order(Box<Order>),
-    /// A rollout has ended.
-    Release(RolloutId, Epoch),
+    /// A rollout has ended; or it waits, and comes back.
+    Release {
+        rollout: RolloutId,
+        epoch: Epoch,
+        comes_back: bool,
+    },
     /// What runs of a rollout is to be stopped.
     Cancel(RolloutId, Epoch),
     /// The host's state is asked for.
@@ -52,6 +56,7 @@ impl Inbound {
         Ok(match message {
             Message::Acknowledged(number) => Self::Acknowledged(number),
             Message::Offer(offer) => {
+                let round = offer.round;
                 let (rollout, plan, epoch, dry_run, signatures) = offer.into_parts()?;
                 Self::Offer(Offer {
                     rollout,
@@ -59,12 +64,17 @@ impl Inbound {
                     epoch,
                     dry_run,
                     signatures,
+                    round,
                 })
             }
             Message::Order(order) => Self::Order(Box::new(order.into_order(host.clone())?)),
             Message::Release(release) => {
-                let (rollout, epoch) = release.into_parts()?;
-                Self::Release(rollout, epoch)
+                let (rollout, epoch, comes_back) = release.into_parts()?;
+                Self::Release {
+                    rollout,
+                    epoch,
+                    comes_back,
+                }
             }
             Message::Cancel(cancel) => {
                 let (rollout, epoch) = cancel.into_parts()?;
@@ -89,6 +99,8 @@ pub(crate) struct Offer {
     pub(crate) dry_run: bool,
     /// Armoured, as they came.
     pub(crate) signatures: Vec<String>,
+    /// Which time the rollout takes its lock.
+    pub(crate) round: u32,
 }
 
 /// From exec to link.

@@ -118,6 +118,21 @@ pub enum Call {
         /// A signed approval: until when it is good, and its armoured SSH signature.
         signed: Option<(Timestamp, String)>,
     },
+    /// One of two people who let a gate be met without what it waits for.
+    BreakGlass {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate; none if only one is open.
+        gate: Option<StepRef>,
+        /// What was shown to the operator.
+        evidence: Digest,
+        /// Why that has to be.
+        reason: String,
+        /// How long the word holds.
+        life: Period,
+        /// The same signed: until when, and its armoured SSH signature.
+        signature: Option<(Timestamp, String)>,
+    },
     /// Send nothing new.
     Pause {
         /// The rollout.
@@ -257,15 +272,19 @@ pub enum Message {
         dry_run: bool,
         /// The signatures that came with the plan.
         signatures: Arc<[String]>,
+        /// Which time the lock is taken; 0 is the first.
+        round: u32,
     },
     /// One step to do now.
     Order(Order),
-    /// The rollout has ended: the hold is free.
+    /// The rollout has ended, or waits at a gate that frees it: the hold is free.
     Release {
         /// The rollout.
         rollout: RolloutId,
         /// The term.
         epoch: Epoch,
+        /// It will be offered again.
+        comes_back: bool,
     },
     /// End what is running.
     Cancel {
@@ -414,6 +433,7 @@ pub enum EventKind {
     GateOpened,
     GateDecided,
     GateClosed,
+    GlassBroken,
     Quarantined,
     RollbackStarted,
     Paused,

@@ -50,6 +50,10 @@ const TABLE: &[(&str, Who)] = &[
     ("/lockstep.control.v1.ControlService/GetRollout", READERS),
     ("/lockstep.control.v1.ControlService/ListRollouts", READERS),
     ("/lockstep.control.v1.ControlService/Decide", only(Approver)),
+    (
+        "/lockstep.control.v1.ControlService/BreakGlass",
+        only(Approver),
+    ),
     ("/lockstep.control.v1.ControlService/Pause", only(Operator)),
     ("/lockstep.control.v1.ControlService/Resume", only(Operator)),
     (

@@ -3,6 +3,7 @@
 pub(crate) mod access;
 pub(crate) mod convert;
 mod follow;
+mod glass;
 mod trust;
 mod watch;
 
@@ -276,6 +277,19 @@ impl ControlService for Control {
             _ => String::new(),
         };
         Ok(Response::new(wire::DecideResponse { missing }))
+    }
+
+    async fn break_glass(
+        &self,
+        request: Request<wire::BreakGlassRequest>,
+    ) -> Result<Response<wire::BreakGlassResponse>, Status> {
+        let peer = peer(&request)?;
+        let call = glass::call(request.into_inner())?;
+        let missing = match self.call(&peer, call).await? {
+            Answer::Missing(missing) => missing,
+            _ => String::new(),
+        };
+        Ok(Response::new(wire::BreakGlassResponse { missing }))
     }
 
     async fn pause(

@@ -158,7 +158,8 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     let printer = session.printer;
     let client = session.connect().await?;
     let (document, _) = fetch(&client, &at.rollout).await?;
-    let (step, gate) = choose(&document, at)?;
+    let open: Vec<_> = document.open_gates().collect();
+    let (step, gate) = choose(&document, at.gate.as_deref(), &open)?;
     decision.verb.check(&document, step)?;
     if let Some(item) = decision
         .items
@@ -191,7 +192,12 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     let signed = match &decision.sign {
         Some((key, good_for)) => {
             let approver = super::client::operator_name(&Profile::load(&session.profile)?)?;
-            Some(sign(&document, step, gate, &approver, (key, *good_for))?)
+            let kind = Kind {
+                statement: approval::STATEMENT,
+                namespace: approval::NAMESPACE,
+            };
+            let key = (key.as_path(), *good_for);
+            Some(sign(kind, &document, step, gate, &approver, key)?)
         }
         None => None,
     };
@@ -243,9 +249,18 @@ async fn send(
     Ok(clean::line(&answer.missing))
 }
 
+/// What a signature is for.
+pub(super) struct Kind {
+    /// The statement's name and version.
+    pub(super) statement: &'static str,
+    /// In SSH's sense.
+    pub(super) namespace: &'static str,
+}
+
 /// Signs what was shown. What is signed is made from the very document that was shown, so that a
 /// controller cannot have something else signed than what people read.
-fn sign(
+pub(super) fn sign(
+    kind: Kind,
     document: &Document,
     step: &Step,
     gate: &Gate,
@@ -264,20 +279,12 @@ fn sign(
         .map_err(|_| unreadable("rollout"))?;
     let plan: Digest = document.digest.parse().map_err(|_| unreadable("plan"))?;
     let evidence: Digest = gate.evidence.parse().map_err(|_| unreadable("evidence"))?;
-    let place = |text: &str| -> Option<StepRef> {
-        let (phase, step) = text.split_once('.')?;
-        Some(StepRef {
-            phase: phase.parse().ok()?,
-            step: step.parse().ok()?,
-        })
-    };
     let at = place(&step.at).ok_or_else(|| unreadable("gate"))?;
     let hosts = document.hosts.iter().map(|host| host.host.parse());
     let hosts: Result<Vec<HostId>, _> = hosts.collect();
     let hosts = hosts.map_err(|_| unreadable("hosts"))?;
-    let attempts = document.steps().flat_map(|(_, step)| &step.attempts);
-    let facts = attempts.flat_map(super::document::Attempt::facts);
-    let sql = facts.filter_map(|fact| match fact {
+    let facts = facts_before(document, at);
+    let sql = facts.into_iter().filter_map(|fact| match fact {
         Fact::SqlPlan { digest, .. } => Some(digest),
         _ => None,
     });
@@ -294,7 +301,7 @@ fn sign(
     let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
     let expires = now.plus(good_for);
     let statement = Approval {
-        statement: approval::STATEMENT,
+        statement: kind.statement,
         rollout: &rollout,
         plan,
         hosts: &hosts,
@@ -305,8 +312,8 @@ fn sign(
         expires,
     };
     let statement = statement.encode();
-    let signature = super::seal::ssh_sign(key, approval::NAMESPACE, &statement)?;
-    sshsig::verify(signature.as_bytes(), approval::NAMESPACE, &statement).map_err(|error| {
+    let signature = super::seal::ssh_sign(key, kind.namespace, &statement)?;
+    sshsig::verify(signature.as_bytes(), kind.namespace, &statement).map_err(|error| {
         CliError::usage(
             format!(
                 "what ssh-keygen made with {} cannot be used: {error}",
@@ -318,16 +325,37 @@ fn sign(
     Ok((expires, signature))
 }
 
+/// Where a step stands.
+fn place(text: &str) -> Option<StepRef> {
+    let (phase, step) = text.split_once('.')?;
+    Some(StepRef {
+        phase: phase.parse().ok()?,
+        step: step.parse().ok()?,
+    })
+}
+
+/// What was proven before a gate and still counts, in plan order.
+fn facts_before(document: &Document, gate: StepRef) -> Vec<Fact> {
+    let earlier = |step: &&Step| place(&step.at).is_some_and(|at| at < gate);
+    let steps = document.steps().map(|(_, step)| step).filter(earlier);
+    let attempts = steps.flat_map(|step| &step.attempts);
+    let attempts = attempts.filter(|attempt| !attempt.stale);
+    attempts.flat_map(super::document::Attempt::facts).collect()
+}
+
 /// The gate that is meant: the named one, or the only one that is open.
-fn choose<'a>(document: &'a Document, at: &GateArgs) -> Result<(&'a Step, &'a Gate), CliError> {
-    let open: Vec<(&Step, &Gate)> = document.open_gates().collect();
+pub(super) fn choose<'a>(
+    document: &'a Document,
+    gate: Option<&str>,
+    open: &[(&'a Step, &'a Gate)],
+) -> Result<(&'a Step, &'a Gate), CliError> {
     let names = || {
         open.iter()
             .map(|(step, _)| step.at.as_str())
             .collect::<Vec<_>>()
             .join(", ")
     };
-    match (&at.gate, open.as_slice()) {
+    match (gate, open) {
         (Some(name), open) => open
             .iter()
             .find(|(step, _)| step.at == *name)
@@ -352,7 +380,7 @@ fn choose<'a>(document: &'a Document, at: &GateArgs) -> Result<(&'a Step, &'a Ga
 }
 
 /// What is decided upon, whole: plan, hosts, SQL, items.
-fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Line> {
+pub(super) fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Line> {
     let mut lines = vec![
         Line::new(
             Tone::Heading,
@@ -375,8 +403,8 @@ fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Li
     if let Some(title) = step.args["title"].as_str() {
         lines.push(Line::plain(format!("what      {}", clean::line(title))));
     }
-    if step.action == "gate.approval" {
-        lines.extend(sql(document));
+    if let Some(gate) = place(&step.at).filter(|_| step.action == "gate.approval") {
+        lines.extend(sql(document, gate));
     }
     for (index, item) in gate.items.iter().enumerate() {
         let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
@@ -399,37 +427,31 @@ fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Li
     lines
 }
 
-fn sql(document: &Document) -> Vec<Line> {
+fn sql(document: &Document, gate: StepRef) -> Vec<Line> {
     let mut lines = Vec::new();
-    for (_, step) in document.steps() {
-        for fact in step
-            .attempts
-            .iter()
-            .flat_map(super::document::Attempt::facts)
+    for fact in facts_before(document, gate) {
+        if let Fact::SqlPlan {
+            database,
+            from,
+            to,
+            digest,
+            sql,
+        } = fact
         {
-            if let Fact::SqlPlan {
-                database,
-                from,
-                to,
-                digest,
-                sql,
-            } = fact
-            {
-                let from = if from.is_empty() { "nothing" } else { &from };
-                lines.push(Line::plain(format!(
-                    "SQL for   {database}, {from} -> {to}, {digest}"
-                )));
-                // What is approved is the digest: say where it cannot be held against the text.
-                if Digest::of(sql.as_bytes()) != digest {
-                    lines.push(Line::plain(
-                        "  only a part of it is shown, so that its digest cannot be compared here",
-                    ));
-                }
-                lines.extend(
-                    sql.lines()
-                        .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
-                );
+            let from = if from.is_empty() { "nothing" } else { &from };
+            lines.push(Line::plain(format!(
+                "SQL for   {database}, {from} -> {to}, {digest}"
+            )));
+            // What is approved is the digest: say where it cannot be held against the text.
+            if Digest::of(sql.as_bytes()) != digest {
+                lines.push(Line::plain(
+                    "  only a part of it is shown, so that its digest cannot be compared here",
+                ));
             }
+            lines.extend(
+                sql.lines()
+                    .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
+            );
         }
     }
     lines
@@ -443,18 +465,11 @@ mod tests {
         Document::read(include_bytes!("render/fixtures/waiting.json")).unwrap()
     }
 
-    fn at(gate: Option<&str>) -> GateArgs {
-        GateArgs {
-            rollout: "ro_0123456789ab".parse().unwrap(),
-            gate: gate.map(ToOwned::to_owned),
-            comment: String::new(),
-        }
-    }
-
     #[test]
     fn a_decision_shows_plan_hosts_sql_and_evidence() {
         let document = document();
-        let (step, gate) = choose(&document, &at(None)).unwrap();
+        let open: Vec<_> = document.open_gates().collect();
+        let (step, gate) = choose(&document, None, &open).unwrap();
         let text: Vec<String> = shown(&document, step, gate, &[])
             .iter()
             .map(|line| line.render(false))
@@ -465,7 +480,8 @@ mod tests {
     #[test]
     fn a_gate_that_is_not_open_is_named_with_those_that_are() {
         let document = document();
-        let error = choose(&document, &at(Some("0.0"))).unwrap_err();
+        let open: Vec<_> = document.open_gates().collect();
+        let error = choose(&document, Some("0.0"), &open).unwrap_err();
         assert_eq!(
             said(&error),
             [
@@ -483,7 +499,8 @@ mod tests {
     #[test]
     fn each_kind_of_gate_has_its_own_command() {
         let document = document();
-        let (step, _) = choose(&document, &at(None)).unwrap();
+        let open: Vec<_> = document.open_gates().collect();
+        let (step, _) = choose(&document, None, &open).unwrap();
         assert_eq!(step.action, "gate.approval");
         assert!(Verb::Approve.check(&document, step).is_ok());
         assert!(Verb::Reject.check(&document, step).is_ok());

@@ -67,6 +67,7 @@ fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
         take_over: false,
         suspend: vec![],
         epoch_above: 0,
+        break_glass: None,
     }
 }
 

@@ -151,7 +151,14 @@ fn fold(entries: &[Entry], blobs: &Blobs) -> Result<Coordinator, CompactError> {
     let epoch = Epoch::NONE;
     // A plan that cannot be read is missing, which the fold says by name.
     let plan = |digest| blobs.plan(digest).ok().flatten();
-    let folded = Coordinator::recover(Config { epoch }, entries.iter().cloned(), plan)?;
+    let folded = Coordinator::recover(
+        Config {
+            epoch,
+            break_glass: None,
+        },
+        entries.iter().cloned(),
+        plan,
+    )?;
     Ok(folded)
 }
 

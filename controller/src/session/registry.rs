@@ -220,17 +220,24 @@ pub(crate) fn from_message(message: Message) -> wire::Down {
             epoch,
             dry_run,
             signatures,
+            round,
         } => Wire::Offer(wire::Offer {
             rollout: rollout.into(),
             plan_digest: plan.0.to_vec().into(),
             epoch: Some(epoch.into()),
             dry_run,
             signatures: signatures.iter().map(|it| it.clone().into()).collect(),
+            round,
         }),
         Message::Order(order) => Wire::Order(order.into()),
-        Message::Release { rollout, epoch } => Wire::Release(wire::Release {
+        Message::Release {
+            rollout,
+            epoch,
+            comes_back,
+        } => Wire::Release(wire::Release {
             rollout: rollout.into(),
             epoch: Some(epoch.into()),
+            comes_back,
         }),
         Message::Cancel { rollout, epoch } => Wire::Cancel(wire::Cancel {
             rollout: rollout.into(),

@@ -13,6 +13,16 @@ impl wire::DecideRequest {
     }
 }
 
+impl wire::BreakGlassRequest {
+    /// The gate's place; `None` if the request names none, an error if it names none rightly.
+    pub fn place(&self) -> Result<Option<StepRef>, super::InvalidMessage> {
+        if self.gate.is_empty() {
+            return Ok(None);
+        }
+        place(&self.gate, "gate").map(Some)
+    }
+}
+
 impl wire::ResolveRequest {
     /// The step's place.
     pub fn place(&self) -> Result<StepRef, super::InvalidMessage> {

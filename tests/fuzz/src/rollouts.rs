@@ -80,6 +80,7 @@ struct World {
 fn config() -> Config {
     Config {
         epoch: Epoch { counter: 1, id: 1 },
+        break_glass: Some("incident".to_owned()),
     }
 }
 
@@ -183,9 +184,15 @@ impl World {
     /// What an agent answers: well, mostly.
     fn answer(&mut self, host: &HostId, message: Message) {
         let body = match message {
-            Message::Offer { rollout, plan, .. } => ReportBody::Consented {
+            Message::Offer {
                 rollout,
                 plan,
+                round,
+                ..
+            } => ReportBody::Consented {
+                rollout,
+                plan,
+                round,
                 state: vec![],
             },
             Message::Order(order) => {

@@ -96,6 +96,7 @@ fn facts() -> Vec<Fact> {
             expires: Timestamp(9),
             signature: "-----BEGIN".to_owned(),
         }],
+        broken: vec![],
     };
     vec![
         Fact::Backup {
@@ -177,6 +178,7 @@ fn bodies() -> Vec<ReportBody> {
             rollout: rollout(),
             plan: rollouts::plan().digest(),
             state: facts(),
+            round: 0,
         },
         ReportBody::Declined {
             rollout: rollout(),
@@ -241,10 +243,12 @@ fn messages(seeds: &mut Seeds) {
             epoch: Some(epoch.into()),
             dry_run: true,
             signatures: vec![trust::genuine(0).into_bytes().into()],
+            round: 0,
         }),
         Down::Release(agent::Release {
             rollout: rollout(),
             epoch: Some(epoch.into()),
+            comes_back: false,
         }),
         Down::Welcome(agent::Welcome {
             version: 1,

@@ -231,6 +231,7 @@ impl Agent {
             rollout,
             plan,
             state: vec![],
+            round: 0,
         })
         .await;
         Ok(())

@@ -335,6 +335,7 @@ impl Session {
             epoch: Some(self.epoch.into()),
             dry_run,
             signatures: signatures.into_iter().map(Into::into).collect(),
+            round: 0,
         }))
         .await;
     }
@@ -375,6 +376,7 @@ impl Session {
         self.send(down::Message::Release(wire::Release {
             rollout: rollout.to_string(),
             epoch: Some(self.epoch.into()),
+            comes_back: false,
         }))
         .await;
     }

@@ -253,6 +253,7 @@ impl Liar {
                 rollout: rollout.clone(),
                 plan: self.plan,
                 state: state.clone(),
+                round: 0,
             };
             self.reports(&format!("consented: {what} rollout"), consented)
                 .await?;
@@ -313,6 +314,7 @@ impl Liar {
             rollout: self.own.clone(),
             plan: Digest::of(b"another plan"),
             state: vec![],
+            round: 0,
         };
         self.reports("consented to another plan", other).await
     }
@@ -666,6 +668,7 @@ impl Liar {
                                 rollout,
                                 plan,
                                 state: vec![note()],
+                                round: 0,
                             }
                         })
                     }

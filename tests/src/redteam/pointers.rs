@@ -305,6 +305,7 @@ async fn terms(thief: &mut Thief) -> Result<()> {
         ),
         dry_run: false,
         signatures: vec![],
+        round: 0,
     };
     let release = wire::Release {
         rollout: rollout(),
@@ -315,6 +316,7 @@ async fn terms(thief: &mut Thief) -> Result<()> {
             }
             .into(),
         ),
+        comes_back: false,
     };
     let cancel = wire::Cancel {
         rollout: rollout(),

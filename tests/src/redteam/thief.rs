@@ -344,6 +344,7 @@ impl Thief {
         let release = wire::Release {
             rollout: rollout.to_string(),
             epoch: Some(self.epoch.into()),
+            comes_back: false,
         };
         let said = wire::Down {
             message: Some(down::Message::Release(release)),

@@ -95,6 +95,7 @@ fn approved(rollout: &RolloutId, plan: PlanDigest, signatures: Vec<Signature>) -
                 sql: vec![],
                 requester: "alice".into(),
                 signatures,
+                broken: vec![],
             })),
         },
         signature: None,

@@ -9,7 +9,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
 use super::limits::{Begun, Moment};
-use super::matching::{glob, is_any_of, is_one_of};
+use super::matching::{glob, is_any_of, is_one_of, pieces};
 use super::names::Names;
 use super::rule::{SECRET, values_of};
 use super::{DEFAULT, Policy, Refused, is_harmless, url};
@@ -145,7 +145,8 @@ pub fn policy_patterns(bytes: &[u8]) {
         let Some(text) = value.as_str().filter(|_| allows && argument != "url") else {
             continue;
         };
-        let Some(pattern) = listed[0].as_str().filter(|pattern| *pattern != text) else {
+        let other = |pattern: &&str| pieces(pattern) != [text];
+        let Some(pattern) = listed[0].as_str().filter(other) else {
             continue;
         };
         let climbs = text.split(['/', '=', ':']).any(|part| part == "..");
@@ -187,15 +188,22 @@ fn globbed(pattern: &str, text: &str) -> bool {
     let text: Vec<char> = text.chars().collect();
     let mut fits = vec![false; text.len() + 1];
     fits[0] = true;
-    for c in pattern.chars() {
+    let mut signs = pattern.chars().peekable();
+    while let Some(c) = signs.next() {
+        // None is the sign that stands for anything.
+        let c = match c {
+            '*' => None,
+            '\\' => Some(signs.next_if_eq(&'*').unwrap_or(c)),
+            c => Some(c),
+        };
         let mut next = vec![false; text.len() + 1];
         for at in 0..=text.len() {
             let before = at.checked_sub(1);
             next[at] = match (c, before) {
-                ('*', None) => fits[0],
-                ('*', Some(before)) => fits[at] || next[before],
-                (_, None) => false,
-                (c, Some(before)) => fits[before] && text[before] == c,
+                (None, None) => fits[0],
+                (None, Some(before)) => fits[at] || next[before],
+                (Some(_), None) => false,
+                (Some(c), Some(before)) => fits[before] && text[before] == c,
             };
         }
         fits = next;

@@ -159,7 +159,7 @@ pub(super) fn glob(pattern: &str, text: &str) -> bool {
 }
 
 /// What a pattern says literally, before, between and after each `*`.
-fn pieces(pattern: &str) -> Vec<String> {
+pub(super) fn pieces(pattern: &str) -> Vec<String> {
     let mut pieces = vec![String::new()];
     let mut rest = pattern;
     while let Some(c) = rest.chars().next() {

@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::matching::{glob, plain};
+use super::matching::{glob, pieces, plain};
 use crate::process::base_env;
 
 /// Where systemd looks for units, the first of a name winning.
@@ -136,8 +136,11 @@ impl Names {
     }
 
     fn places_of_pattern(&self, pattern: &str) -> Vec<String> {
+        if let [literal] = &pieces(pattern)[..] {
+            return self.places(literal);
+        }
         let Some((head, _)) = pattern.split_once('*') else {
-            return self.places(pattern);
+            return vec![];
         };
         // As far as the last directory before the first `*`.
         let Some(at) = head.rfind('/').filter(|_| head.starts_with('/')) else {
@@ -158,13 +161,14 @@ impl Names {
 /// Whether a path leads, through symbolic links, out of the directory that a pattern names before its
 /// first `*`. What is named without one is meant, wherever it leads.
 pub(super) fn leads_away(pattern: &str, text: &str) -> bool {
-    let Some((head, _)) = pattern.split_once('*') else {
+    let pieces = pieces(pattern);
+    let [head, _, ..] = &pieces[..] else {
         return false;
     };
     let Some(at) = head.rfind('/').filter(|_| head.starts_with('/')) else {
         return false;
     };
-    let directory = real(Path::new(&pattern[..at.max(1)]));
+    let directory = real(Path::new(&head[..at.max(1)]));
     text.starts_with('/') && !real(Path::new(&plain(text))).starts_with(directory)
 }
 

@@ -272,7 +272,7 @@ fn the_rule_to_add_can_be_pasted_and_allows_nothing_else() {
 #[test]
 fn no_secret_goes_where_no_rule_lists_it() {
     let open = policy(
-        "[[allow]]\naction = '*'\n[[allow]]\naction = 'env.render'\n\
+        "[[allow]]\naction = 'env.render'\n\
          [[allow]]\naction = 'check.http'\nwhere = { url = ['http://app/*'] }",
     );
     let render = |set: Value| action("env.render", json!({"path": "/srv/a.env", "set": set}));
@@ -282,6 +282,8 @@ fn no_secret_goes_where_no_rule_lists_it() {
         .unwrap_err();
     let add = "add `set = [{ A = \"secret://root\" }]` to its `where`";
     assert!(refusal.contains(add), "{refusal}");
+    let any = policy("[[allow]]\naction = '*'");
+    assert!(any.check(&render(json!({"A": "secret://root"}))).is_err());
     for hidden in [
         json!({"headers": {"A": "secret://root"}}),
         json!({"form": {"A": "secret://root"}}),

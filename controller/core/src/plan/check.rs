@@ -38,6 +38,7 @@ pub(crate) fn check(reader: &Reader<'_>, draft: &Draft) {
         check.only_checks(phase);
     }
     check.order();
+    super::locks::check(reader, draft);
     check.times();
     check.unused_groups();
 }

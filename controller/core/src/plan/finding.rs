@@ -69,6 +69,7 @@ codes! {
     NotACheck "0040" "`after_rollback` holds checks only.";
     TooLarge "0041" "The compiled plan is larger than an agent holds.";
     RepeatedEffect "0042" "A check would repeat a request that changes something.";
+    KeptLock "0043" "A gate cannot free the lock: something is changed before it, or it halts.";
 }
 
 impl fmt::Display for Code {

@@ -8,8 +8,8 @@ use lockstep_proto::values::Timestamp;
 
 use super::retry::Retry;
 use super::state::{
-    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
-    Resolved, SignOff, States, Survey,
+    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Glass, Mode, NoticeState,
+    Outcome, Resolved, SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
@@ -173,6 +173,7 @@ impl Rollout {
                             asked_again: None,
                             after_undo,
                             resolved: None,
+                            stale: false,
                         }),
                     }
                 }
@@ -254,10 +255,51 @@ impl Rollout {
                     opened: now,
                     until: *until,
                     evidence: *evidence,
+                    released: None,
+                    glass: vec![],
                     decisions: vec![],
                     closed: None,
                 };
                 self.gates.insert(*at, gate);
+            }
+            Record::GlassBroken {
+                at,
+                operator,
+                reason,
+                until,
+                signed,
+                ..
+            } => {
+                let Some(gate) = self.gates.get_mut(at) else {
+                    return illegal("glass broken");
+                };
+                gate.glass.push(Glass {
+                    at: now,
+                    operator: operator.clone(),
+                    reason: reason.clone(),
+                    until: *until,
+                    signed: signed.clone(),
+                });
+            }
+            Record::LockReleased { at, .. } => {
+                if !self.fold_released(*at) {
+                    return illegal("lock released");
+                }
+            }
+            Record::LockTaken { round, .. } => {
+                if !self.fold_taken(now, *round) {
+                    return illegal("lock taken");
+                }
+            }
+            Record::GateReopened {
+                at,
+                evidence,
+                until,
+                ..
+            } => {
+                if !self.fold_reopened(now, *at, *evidence, *until) {
+                    return illegal("gate reopened");
+                }
             }
             Record::GateDecided {
                 at,
@@ -376,11 +418,13 @@ impl Rollout {
     fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) -> bool {
         let ended = self.ended.is_some();
         match body {
-            ReportBody::Consented { state, .. } => {
+            ReportBody::Consented { state, round, .. } => {
+                let current = *round == self.lock.round;
                 let Some(member) = self.members.get_mut(host) else {
                     return false;
                 };
-                let is_first = member.consent.is_none();
+                // One for an earlier round was under way when the lock was freed.
+                let is_first = member.consent.is_none() && current;
                 if is_first {
                     member.consent = Some(Ok(()));
                     keep_states(&mut member.before, state);

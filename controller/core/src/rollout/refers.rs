@@ -27,7 +27,11 @@ impl Rollout {
             Record::Dispatched { at, hosts, .. } => {
                 runs(at, Site::Host) && hosts.iter().all(member)
             }
-            Record::GateOpened { at, .. } => runs(at, Site::Controller),
+            Record::GateOpened { at, .. }
+            | Record::GateReopened { at, .. }
+            | Record::GlassBroken { at, .. }
+            | Record::LockReleased { at, .. }
+            | Record::LockTaken { at, .. } => runs(at, Site::Controller),
             Record::NoticeOrdered { which, .. } => match which {
                 NoticeRef::Step(at) => runs(at, Site::Controller),
                 NoticeRef::Plan { index, .. } => plan.notices.len() > usize::from(*index),

@@ -79,6 +79,7 @@ fn what_a_host_says_of_what_is_not_its_own_means_nothing() {
             rollout: rollout(1),
             plan,
             state: vec![],
+            round: 0,
         };
         fleet.report("b", consented);
     }

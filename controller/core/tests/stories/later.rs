@@ -123,6 +123,7 @@ fn what_nobody_ordered_is_acknowledged_and_changes_nothing() {
                 rollout: rollout(number),
                 plan,
                 state: vec![state("down")],
+                round: 0,
             });
         }
         for body in bodies {
@@ -340,6 +341,7 @@ fn a_host_that_consents_to_what_this_controller_never_knew_is_let_go() {
                 .unwrap()
                 .digest(),
             state: vec![],
+            round: 0,
         },
     );
     let released = |(_, message): &(HostId, Message)| matches!(message, Message::Release { rollout: of, .. } if *of == rollout(7));

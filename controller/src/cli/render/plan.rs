@@ -101,6 +101,15 @@ fn size(batch: Batch) -> String {
 }
 
 fn waits_for(action: &Action) -> Option<String> {
+    let free = if action.releases_lock() {
+        "; the hosts are free meanwhile"
+    } else {
+        ""
+    };
+    asks_for(action).map(|what| what + free)
+}
+
+fn asks_for(action: &Action) -> Option<String> {
     match action {
         Action::GateApproval(gate) => {
             let from = gate

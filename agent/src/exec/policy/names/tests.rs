@@ -165,9 +165,9 @@ fn a_star_leads_nowhere_through_links() {
     for name in ["in/sub", "out"] {
         std::fs::create_dir_all(at(name)).unwrap();
     }
-    std::os::unix::fs::symlink("../out", at("in/away")).unwrap();
-    std::os::unix::fs::symlink("sub", at("in/current")).unwrap();
-    std::os::unix::fs::symlink("in", at("by")).unwrap();
+    symlink("../out", at("in/away")).unwrap();
+    symlink("sub", at("in/current")).unwrap();
+    symlink("in", at("by")).unwrap();
     let allowed = |pattern: &str, path: &str| {
         let rule = format!(
             "[[allow]]\naction = 'env.render'\nwhere = {{ path = ['{}'] }}\n",
