@@ -35,13 +35,16 @@ const FOLLOWER_LAG: usize = 1024;
 
 const FRAME_HEADER: usize = 12;
 
+/// What each host has left in a rollout, for as long as somebody writes.
+type Rooms = HashMap<(RolloutId, HostId), Weak<AtomicU64>>;
+
 /// The directory of logs.
 #[derive(Debug, Clone)]
 pub(crate) struct Logs {
     dir: PathBuf,
     followed: Arc<Mutex<HashMap<RolloutId, broadcast::Sender<StepKey>>>>,
     /// What hosts with open files have left, so that it is the same for all their streams.
-    rooms: Arc<Mutex<HashMap<(RolloutId, HostId), Weak<AtomicU64>>>>,
+    rooms: Arc<Mutex<Rooms>>,
 }
 
 impl Logs {
@@ -488,7 +491,7 @@ mod tests {
     fn several_streams_have_no_more_room_than_one() {
         let (_dir, logs) = logs();
         let mut writers: Vec<_> = (0..3).map(|_| logs.writer(&key()).unwrap()).collect();
-        let line = [b'x'; 65_536];
+        let line = vec![b'x'; 65_536];
         for writer in &mut writers {
             for number in 0..100 {
                 writer.append(number * 65_536, &line).unwrap();
