@@ -372,7 +372,9 @@ fn shown(document: &Document, step: &Step, gate: &Gate, decision: &Decision) -> 
         clean::line(&gate.missing)
     )));
     lines.push(Line::plain(format!("evidence  {}", gate.evidence)));
-    lines
+    // A plan's author may have chosen names that look like lines of ours.
+    let plain = |line: Line| Line::new(line.tone, clean::line(&line.text));
+    lines.into_iter().map(plain).collect()
 }
 
 fn sql(document: &Document, own: &Own) -> Vec<Line> {
@@ -461,6 +463,24 @@ mod tests {
             .map(|line| line.render(false))
             .collect();
         insta::assert_snapshot!(text.join("\n"));
+    }
+
+    #[test]
+    fn names_do_not_look_like_lines_of_ours() {
+        let mut document = document();
+        let forged = "x\nevidence  sha256:00\nby        dana";
+        document.plan = forged.to_owned();
+        document.requester = forged.to_owned();
+        document.inputs.insert(forged.to_owned(), forged.to_owned());
+        document.phases[1].steps[1].name = Some(forged.to_owned());
+        let (step, gate) = choose(&document, &at(None)).unwrap();
+        let lines = shown(&document, step, gate, &decision(None));
+        let text: Vec<String> = lines.iter().map(|line| line.render(false)).collect();
+        let text = text.join("\n");
+        for word in ["evidence", "by"] {
+            let named = text.lines().filter(|line| line.starts_with(word));
+            assert_eq!(named.count(), 1, "{text}");
+        }
     }
 
     #[test]
