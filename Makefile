@@ -7,16 +7,18 @@ SHELL := /bin/bash
 
 CARGO := cargo
 LOCKED := --locked
-# The product, without the packages that plant faults in it.
-PRODUCT := --workspace --exclude lockstep-faults --exclude lockstep-sim
-FAULTY := -p lockstep-faults -p lockstep-sim
+# The product, without the packages that plant faults in it, or reach into its parsers.
+PRODUCT := --workspace --exclude lockstep-faults --exclude lockstep-fuzz --exclude lockstep-sim
+FAULTY := -p lockstep-faults -p lockstep-fuzz -p lockstep-sim
 # How many seeds `make sim` runs, through the shells and on the pure core.
 SEEDS := 2000
 CORE_SEEDS := 2000
+# How long `make fuzz` tries each target; a shell's own variable of that name is its age.
+SECONDS := 600
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet skew chaos sim sim-replay ci
+.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet skew redteam chaos sim sim-replay fuzz fuzz-keep ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -51,7 +53,8 @@ test: build ## unit, property, golden and whole-process tests, and the documenta
 		$(CARGO) test $(LOCKED) $(PRODUCT) --lib --bins --tests -- --test-threads=2
 	fi
 	$(CARGO) test $(LOCKED) $(PRODUCT) --doc
-	# Samples of what `make sim` and `make chaos` do in full; built apart, for the faults in them.
+	# Samples of what `make sim`, `make chaos` and `make fuzz` do in full; built apart, for the faults
+	# in them.
 	$(CARGO) build $(LOCKED) $(FAULTY) --bins
 	if $(CARGO) nextest --version >/dev/null 2>&1; then
 		$(CARGO) nextest run $(LOCKED) $(FAULTY)
@@ -85,6 +88,11 @@ skew: build ## the same with the previous release on one side, or on some hosts 
 	@$(NOFILE)
 	target/debug/skew
 
+redteam: build ## a stolen controller, a hostile host, hostile load: target/reports/redteam.json
+	@$(NOFILE)
+	rm -f target/reports/redteam.json
+	target/debug/redteam
+
 chaos: prepare ## kills at every write of both sides: target/reports/chaos.json; up to an hour
 	@$(NOFILE)
 	rm -f target/reports/chaos.json
@@ -103,5 +111,11 @@ sim: ## seeds of everything in one thread, under faults; planted ones are found:
 sim-replay: ## one seed again, event by event: SEED=7 [WITHOUT=1,2] [PLANTED=UndoTwice]
 	@$(CARGO) build $(LOCKED) --profile sim -p lockstep-sim
 	target/sim/sim replay $(SEED) $(if $(WITHOUT),--without $(WITHOUT)) $(if $(PLANTED),--planted $(PLANTED)) $(if $(STEP),--step)
+
+fuzz: ## every parser that meets bytes from elsewhere, SECONDS=600 each: [TARGETS="plan policy"]
+	@tests/fuzz/run.sh $(SECONDS) $(TARGETS)
+
+fuzz-keep: ## choose the inputs that reach most, of those that `make fuzz` found: tests/fuzz/corpus
+	@tests/fuzz/run.sh keep $(TARGETS)
 
 ci: fmt clippy doc test deny demo fleet ## everything

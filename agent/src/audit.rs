@@ -6,6 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::Digest;
+use lockstep_proto::shown;
 use lockstep_proto::witness::{self, Account, Head, Judgement, Witness};
 use serde_json::json;
 
@@ -60,7 +61,7 @@ fn print(config: &Config, mut each: impl FnMut(Link, Record, &mut Vec<serde_json
     let mut out = std::io::stdout().lock();
     for line in lines {
         // Whoever closes the pipe has read enough.
-        if writeln!(out, "{line}").is_err() {
+        if writeln!(out, "{}", shown::json(&line.to_string())).is_err() {
             break;
         }
     }

@@ -114,6 +114,7 @@ impl Found {
     /// Who could change what decides, or read what is secret.
     fn files(&mut self, config: &Config, path: &Path) {
         self.problems.extend(unsafe_files(config, path));
+        self.problems.extend(unsafe_key(config));
         if let Some(secrets) = &config.secrets_dir {
             let entries = std::fs::read_dir(secrets).into_iter().flatten().flatten();
             for entry in entries {
@@ -211,6 +212,11 @@ impl Found {
             let names: Vec<&str> = approvers.iter().map(|it| it.name.as_str()).collect();
             self.line("approvals", format!("signed by {}", names.join(", ")));
         }
+        let breakers = policy.trust().breakers();
+        if !breakers.is_empty() {
+            let names: Vec<&str> = breakers.iter().map(|it| it.name.as_str()).collect();
+            self.line("break-glass", format!("two of {}", names.join(", ")));
+        }
         for (action, says) in policy.overview() {
             let _ = writeln!(self.text, "  {action:<26}{says}");
         }
@@ -218,7 +224,7 @@ impl Found {
 }
 
 /// What keeps the agent from starting: files that decide and that others than their owner can
-/// change, and a key that others can read.
+/// change.
 pub(crate) fn unsafe_files(config: &Config, path: &Path) -> Vec<String> {
     let directories = [path, config.policy_path()].map(|file| match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -232,9 +238,13 @@ pub(crate) fn unsafe_files(config: &Config, path: &Path) -> Vec<String> {
             .chain(secrets)
             .filter_map(open_directory),
     );
-    found.extend(private(&config.tls.key, "the agent's key"));
     found.dedup();
     found
+}
+
+/// What keeps the network side from starting: a key that others can read.
+pub(crate) fn unsafe_key(config: &Config) -> Option<String> {
+    private(&config.tls.key, "the agent's key")
 }
 
 /// A directory in which others could put files in place of those that are there.

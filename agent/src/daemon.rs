@@ -72,7 +72,7 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
         IdentityError::InUse(_) => exit::IN_USE,
         IdentityError::Io { .. } => exit::INTERNAL,
     };
-    check_files(&config, config_path)?;
+    check_files(&config, config_path, half)?;
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     private_dir(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
     let _lock = StateLock::take(&config.state_dir).map_err(|error| failed(&error, code(&error)))?;
@@ -80,10 +80,7 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
     if half == Half::Both {
         settle(&config)?;
     }
-    let identity = Identity::load(&config.tls).map_err(|error| {
-        say("run `lockstep-agent check` for everything that is wrong");
-        failed(&error, exit::USAGE)
-    })?;
+    let domain = domain(&config, half)?;
     // A policy that cannot be used allows nothing, and this is the time to say so.
     if let Err(error) = Policy::load(config.policy_path()) {
         return Err(failed(&error, exit::USAGE));
@@ -93,7 +90,7 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
         return Err(failed(&error, exit::INTERNAL));
     }
     let (logs, pieces) = mpsc::channel(LOGS);
-    let exec = match Exec::open(&config, config_path, &identity.domain, logs) {
+    let exec = match Exec::open(&config, config_path, &domain, logs) {
         Ok(exec) => exec,
         Err(ExecError::Journal(error @ JournalError::Quarantined { .. })) => {
             return quarantined(&config, &error, &stop).await;
@@ -124,7 +121,7 @@ async fn serve(config: Arc<Config>, config_path: &Path, half: Half) -> Result<()
 
 /// The network side alone. It has nothing to remember, and begins anew whenever it is started.
 async fn link(config: Arc<Config>, config_path: &Path) -> Result<(), u8> {
-    check_files(&config, config_path)?;
+    check_files(&config, config_path, Half::Link)?;
     settle(&config)?;
     let stop = stop_on_signals().map_err(|error| failed(&error, exit::INTERNAL))?;
     let (to_exec, said) = mpsc::channel(INBOUND);
@@ -145,9 +142,28 @@ fn settle(config: &Config) -> Result<(), u8> {
     crate::enroll::settle(&config.tls).map_err(|error| failed(&error, exit::INTERNAL))
 }
 
+/// Which domain the agent belongs to: what its certificate says, which in two processes is the
+/// link's to write. So exec asks it once, and its own journal from then on: whatever the link does
+/// to certificate and key costs it the connection, and not the host its exec.
+fn domain(config: &Config, half: Half) -> Result<String, u8> {
+    if half == Half::Exec
+        && let Some(domain) = crate::journal::domain(&config.state_dir)
+    {
+        return Ok(domain);
+    }
+    let identity = Identity::load(&config.tls).map_err(|error| {
+        say("run `lockstep-agent check` for everything that is wrong");
+        failed(&error, exit::USAGE)
+    })?;
+    Ok(identity.domain)
+}
+
 /// What others can change or read is not relied on, and people see it at once.
-fn check_files(config: &Config, config_path: &Path) -> Result<(), u8> {
-    let found = crate::check::unsafe_files(config, config_path);
+fn check_files(config: &Config, config_path: &Path, half: Half) -> Result<(), u8> {
+    let mut found = crate::check::unsafe_files(config, config_path);
+    if half != Half::Exec {
+        found.extend(crate::check::unsafe_key(config));
+    }
     if found.is_empty() {
         return Ok(());
     }

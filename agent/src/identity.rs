@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{BootId, Digest};
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 
 use crate::faults::reached;
 use crate::journal::{sync_all, sync_dir};
@@ -119,7 +119,8 @@ pub(crate) fn remove_left_over(run_dir: &Path) {
     }
 }
 
-/// Writes a whole new file and makes its content durable, but not its name.
+/// Writes a whole new file and makes its content durable, but not its name. A symbolic link of that
+/// name is not followed.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     reached("file: to be written");
     let mut file = OpenOptions::new()
@@ -127,6 +128,7 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .create(true)
         .truncate(true)
         .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(path)?;
     reached("file: opened");
     file.write_all(bytes)?;

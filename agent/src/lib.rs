@@ -30,6 +30,9 @@ mod enroll;
 mod errors;
 mod exec;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod journal;
 mod link;
@@ -52,6 +55,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::oneline::OneLine;
+use lockstep_proto::shown;
 use lockstep_proto::values::Timestamp;
 use tracing_subscriber::EnvFilter;
 
@@ -401,10 +406,11 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// Events go to standard error: journald takes them from there, with its own clock.
 fn log() {
     let filter = EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(move || OneLine::new(std::io::stderr(), colours))
+        .with_ansi(colours);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         builder.without_time().init();
     } else {
@@ -414,5 +420,7 @@ fn log() {
 
 /// One line for people. Nobody may be reading.
 fn say(line: &str) {
+    // Others wrote parts of it.
+    let line = shown::lines(line);
     let _ = writeln!(std::io::stderr(), "lockstep-agent: {line}");
 }

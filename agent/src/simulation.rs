@@ -226,7 +226,7 @@ impl Agent {
             }
             Record::Acknowledged { number, .. } => account.acknowledged = number,
             Record::Held(held) => account.hold = Some(held.rollout),
-            Record::Released { rollout } => {
+            Record::Released { rollout, .. } => {
                 account.hold.take_if(|held| *held == rollout);
             }
             _ => {}
@@ -309,7 +309,15 @@ fn copy(message: &Inbound) -> Option<Inbound> {
         Inbound::Acknowledged(number) => Inbound::Acknowledged(*number),
         Inbound::Offer(offer) => Inbound::Offer(offer.clone()),
         Inbound::Order(order) => Inbound::Order(order.clone()),
-        Inbound::Release(rollout, epoch) => Inbound::Release(rollout.clone(), *epoch),
+        Inbound::Release {
+            rollout,
+            epoch,
+            comes_back,
+        } => Inbound::Release {
+            rollout: rollout.clone(),
+            epoch: *epoch,
+            comes_back: *comes_back,
+        },
         Inbound::Cancel(rollout, epoch) => Inbound::Cancel(rollout.clone(), *epoch),
         Inbound::Survey(rollout, epoch) => Inbound::Survey(rollout.clone(), *epoch),
         _ => return None,

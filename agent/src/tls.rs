@@ -281,7 +281,7 @@ impl ServerCertVerifier for ControllerVerifier {
 
 /// The names of a certificate.
 struct Names {
-    /// Domain, role and name of each `spiffe://` name.
+    /// Domain, role and name of each URI: all of them are `spiffe://` names.
     spiffe: Vec<(String, String, String)>,
     not_before: i64,
     not_after: i64,
@@ -289,8 +289,11 @@ struct Names {
 
 impl Names {
     fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, parsed) =
+        let (after, parsed) =
             X509Certificate::from_der(certificate).map_err(|error| error.to_string())?;
+        if !after.is_empty() {
+            return Err("something follows the certificate".to_owned());
+        }
         let names = parsed
             .subject_alternative_name()
             .map_err(|error| error.to_string())?;
@@ -298,19 +301,12 @@ impl Names {
             .into_iter()
             .flat_map(|names| &names.value.general_names)
             .filter_map(|name| match name {
-                GeneralName::URI(uri) => uri.strip_prefix("spiffe://"),
+                GeneralName::URI(uri) => Some(*uri),
                 _ => None,
             })
-            .map(|rest| {
-                let mut parts = rest.split('/');
-                match (parts.next(), parts.next(), parts.next(), parts.next()) {
-                    (Some(domain), Some(role), Some(name), None) if !domain.is_empty() => {
-                        Ok((domain.into(), role.into(), name.into()))
-                    }
-                    _ => Err(format!(
-                        "`spiffe://{rest}` is not spiffe://<domain>/<role>/<name>"
-                    )),
-                }
+            .map(|uri| {
+                read_name(uri)
+                    .ok_or_else(|| format!("`{uri}` is not spiffe://<domain>/<role>/<name>"))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self {
@@ -318,5 +314,65 @@ impl Names {
             not_before: parsed.validity().not_before.timestamp(),
             not_after: parsed.validity().not_after.timestamp(),
         })
+    }
+}
+
+/// Domain, role and name of a `spiffe://` name.
+fn read_name(uri: &str) -> Option<(String, String, String)> {
+    let mut parts = uri.strip_prefix("spiffe://")?.split('/');
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(domain), Some(role), Some(name), None) if !domain.is_empty() => {
+            Some((domain.into(), role.into(), name.into()))
+        }
+        _ => None,
+    }
+}
+
+/// For fuzzers: what must hold of names in certificates.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    use super::{CertificateDer, read_name, spiffe_names};
+
+    /// Domain, role and name of a URI; what was read is what stands there.
+    pub fn san(uri: &str) -> Option<(String, String, String)> {
+        let read = read_name(uri)?;
+        let (domain, role, name) = &read;
+        assert_eq!(format!("spiffe://{domain}/{role}/{name}"), uri);
+        Some(read)
+    }
+
+    /// The one name of a certificate, if it has one.
+    pub fn certificate_name(der: &[u8]) -> Option<(String, String, String)> {
+        let names = spiffe_names(&CertificateDer::from(der)).ok()?;
+        <[_; 1]>::try_from(names).ok().map(|[name]| name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair, SanType};
+
+    #[test]
+    fn a_certificate_has_the_names_that_the_controller_reads_in_it() {
+        let certificate = |uris: &[&str]| {
+            let mut params = CertificateParams::default();
+            let names = uris
+                .iter()
+                .map(|uri| SanType::URI((*uri).try_into().unwrap()));
+            params.subject_alt_names = names.collect();
+            let key = KeyPair::generate().unwrap();
+            params.self_signed(&key).unwrap().der().to_vec()
+        };
+        let names = |der: Vec<u8>| spiffe_names(&CertificateDer::from(der));
+        let own = "spiffe://example.com/agent/app-1";
+        let read = ["example.com", "agent", "app-1"].map(str::to_owned);
+        assert_eq!(names(certificate(&[own])), Ok(vec![read.into()]));
+        let mut longer = certificate(&[own]);
+        longer.push(0);
+        assert!(names(longer).unwrap_err().contains("follows"));
+        let with_another = names(certificate(&[own, "https://example.com/"]));
+        assert!(with_another.unwrap_err().contains("https://example.com/"));
+        assert!(names(certificate(&["spiffe://example.com/agent/a/b"])).is_err());
     }
 }

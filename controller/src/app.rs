@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lockstep_core::trust::Subject;
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
 use lockstep_proto::wire::control_v1::control_service_server::ControlServiceServer;
 use lockstep_proto::wire::enroll_v1::enroll_service_server::EnrollServiceServer;
@@ -30,8 +31,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected;
 
-use crate::api::Control;
 use crate::api::access::AccessLayer;
+use crate::api::{Control, Submissions};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::driver::{Driver, DriverError, Handle, Parts};
@@ -43,8 +44,9 @@ use crate::journal::sled::SledJournal;
 use crate::limits;
 use crate::logs::Logs;
 use crate::notify::{self, Notifier};
+use crate::refusals::Refusals;
 use crate::secrets::Secrets;
-use crate::session::Agents;
+use crate::session::{Agents, Outputs};
 use crate::suspensions::Suspensions;
 use crate::tls::{Settings, spawn_accepting};
 pub(crate) use error::ServeError;
@@ -106,6 +108,8 @@ pub(crate) struct ServeOptions {
     pub(crate) epoch_above: u64,
     /// Go on in the place of another controller, or from an older copy of the state.
     pub(crate) take_over: bool,
+    /// Who is suspended before anybody is let in.
+    pub(crate) suspend: Vec<Subject>,
 }
 
 /// Runs a controller until it is told to stop.
@@ -142,6 +146,7 @@ pub(crate) struct App {
     hub: Hub,
     tls: Arc<Settings>,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
     listener: TcpListener,
     signals: Signals,
 }
@@ -151,7 +156,8 @@ impl App {
     pub(crate) async fn build(config: Config, options: &ServeOptions) -> Result<Self, ServeError> {
         let signals = Signals::new()?;
         let suspensions = Arc::new(Suspensions::default());
-        let tls = Settings::load(&config, &suspensions)?;
+        let refusals = Refusals::default();
+        let tls = Settings::load(&config, &suspensions, &refusals)?;
         if let Some(enroll) = &config.enroll {
             // What cannot sign is found out now, and not by the first host that wants to join.
             let issuer = Issuer::load(enroll, &config.tls, &config.domain)?;
@@ -176,6 +182,8 @@ impl App {
             suspensions: Arc::clone(&suspensions),
             epoch_above: options.epoch_above,
             take_over: options.take_over,
+            break_glass: config.break_glass.clone(),
+            suspend: options.suspend.clone(),
         };
         let driver = Driver::recover(parts, |digest| {
             blobs.plan(digest).unwrap_or_else(|error| {
@@ -196,6 +204,7 @@ impl App {
             hub,
             tls,
             suspensions,
+            refusals,
             listener,
             signals,
         })
@@ -213,6 +222,7 @@ impl App {
             hub,
             tls,
             suspensions,
+            refusals,
             listener,
             signals,
         } = self;
@@ -245,6 +255,8 @@ impl App {
             logs: logs.clone(),
             hub: hub.clone(),
             tasks: calls.clone(),
+            outputs: Outputs::default(),
+            refusals: refusals.clone(),
         };
         let control = Control {
             driver: driver.clone(),
@@ -255,13 +267,16 @@ impl App {
             draining: draining.clone(),
             started: SystemTime::now(),
             list: config.enroll.is_some().then_some(list),
+            submissions: Submissions::default(),
         };
+        tokio::spawn(refusals.clone().run(driver.clone(), draining.clone()));
         let enrolment = Enrolment::new(driver.clone(), &config);
         let services = Services {
             agents,
             control,
             enrolment,
             suspensions,
+            refusals: refusals.clone(),
         };
         let connections = spawn_accepting(listener, tls, stop_accepting.clone());
         let connections = ReceiverStream::new(connections).map(Ok::<_, io::Error>);
@@ -277,6 +292,7 @@ impl App {
             draining,
             calls,
             messages,
+            refusals,
             reload,
             signals,
         })
@@ -293,6 +309,8 @@ pub(crate) struct Services {
     pub(crate) enrolment: Enrolment,
     /// To whom not.
     pub(crate) suspensions: Arc<Suspensions>,
+    /// Who was refused what.
+    pub(crate) refusals: Refusals,
 }
 
 /// Says in time that hosts will not get certificates any more.
@@ -321,9 +339,13 @@ where
         control,
         enrolment,
         suspensions,
+        refusals,
     } = services;
     tonic::transport::Server::builder()
-        .layer(AccessLayer(suspensions))
+        .layer(AccessLayer {
+            suspensions,
+            refusals,
+        })
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(STREAMS)
@@ -368,6 +390,7 @@ pub(crate) struct Running {
     calls: TaskTracker,
     /// Messages to people that are being sent.
     messages: TaskTracker,
+    refusals: Refusals,
     reload: mpsc::Sender<()>,
     signals: Signals,
 }
@@ -424,6 +447,7 @@ impl Running {
             draining,
             calls,
             messages,
+            refusals,
             mut signals,
             ..
         } = self;
@@ -451,6 +475,7 @@ impl Running {
                 tracing::info!("draining: some peers keep their connections; they are cut");
             }
             tracing::info!("draining: closing the journal");
+            refusals.finish(&driver).await;
             let _ = driver.stop().await;
             match (&mut driver_end).await {
                 Ok(Ok(())) => Ok(Drained),
@@ -500,6 +525,7 @@ mod tests {
             ready_file: None,
             epoch_above: 0,
             take_over: false,
+            suspend: vec![],
         };
         let hint = || serve(&options).unwrap_err().hint().unwrap_or_default();
         assert!(hint().contains("--config"), "{}", hint());

@@ -68,17 +68,38 @@ impl Blobs {
     }
 
     /// Stores a plan and its source; when it returns, both are on the disk. A plan that is
-    /// stored already keeps its first source.
-    pub(crate) fn store_plan(&self, plan: &Arc<SealedPlan>, source: &str) -> Result<(), BlobError> {
+    /// stored already keeps its first source. Returns whether it was not there before.
+    pub(crate) fn store_plan(
+        &self,
+        plan: &Arc<SealedPlan>,
+        source: &str,
+    ) -> Result<bool, BlobError> {
         let path = self.path(plan.digest());
         let source_path = path.with_extension("source");
         if !source.is_empty() && !path.exists() {
             self.write(&source_path, source.as_bytes())?;
         }
-        if !path.exists() {
+        let is_new = !path.exists();
+        if is_new {
             self.write(&path, plan.bytes())?;
         }
         self.plans().insert(plan.digest(), Arc::clone(plan));
+        Ok(is_new)
+    }
+
+    /// Removes a plan that no record names, and its source.
+    pub(crate) fn remove_plan(&self, digest: PlanDigest) -> Result<(), BlobError> {
+        self.plans().remove(&digest);
+        let path = self.path(digest);
+        // The plan first: a source alone is written over.
+        for path in [&path, &path.with_extension("source")] {
+            match fs::remove_file(path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(error(path, source));
+                }
+                _ => {}
+            }
+        }
         Ok(())
     }
 

@@ -18,6 +18,9 @@
 //! controller_ca = "ca-controllers.crt"
 //! life = "24h"                       # of what is issued
 //!
+//! [break_glass]                      # only where two people may let a gate be met, for an hour at most
+//! group = "incident_lead"            # both are of this group
+//!
 //! [email]                            # only for `notify.email`
 //! host = "smtp.example.com"
 //! port = 587
@@ -51,6 +54,8 @@ pub(crate) struct Config {
     pub(crate) enroll: Option<Enroll>,
     /// Where `secret://NAME` is found; none if the controller uses no secrets.
     pub(crate) secrets_dir: Option<PathBuf>,
+    /// The group two of whom may break the glass of a gate; none if nobody may.
+    pub(crate) break_glass: Option<String>,
     /// How mail is sent; none if it is not.
     pub(crate) email: Option<Email>,
 }
@@ -88,6 +93,12 @@ struct RawEnroll {
     agent_ca_key: PathBuf,
     controller_ca: PathBuf,
     life: Option<Period>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBreakGlass {
+    group: String,
 }
 
 /// How long an agent's certificate lives, if nobody says otherwise.
@@ -172,6 +183,7 @@ struct RawConfig {
     secrets_dir: Option<PathBuf>,
     tls: TlsFiles,
     enroll: Option<RawEnroll>,
+    break_glass: Option<RawBreakGlass>,
     email: Option<Email>,
 }
 
@@ -204,6 +216,7 @@ impl Config {
             secrets_dir,
             tls,
             enroll,
+            break_glass,
             email,
         } = raw;
         let life = enroll.as_ref().and_then(|enroll| enroll.life);
@@ -217,6 +230,11 @@ impl Config {
         if domain.is_empty() || domain.contains(['/', ':']) {
             let why = "must be the trust domain of the certificates, such as `example.com`";
             return Err(invalid("domain", why));
+        }
+        let break_glass = break_glass.map(|it| it.group);
+        if break_glass.as_ref().is_some_and(|it| it.trim().is_empty()) {
+            let why = "must name a group of operators, such as `incident_lead`";
+            return Err(invalid("break_glass.group", why));
         }
         if let Some(email) = &email {
             match (&email.user, &email.password) {
@@ -260,6 +278,7 @@ impl Config {
                 life,
             }),
             secrets_dir: secrets_dir.map(|dir| base.join(dir)),
+            break_glass,
             email,
         })
     }
@@ -288,6 +307,8 @@ mod tests {
         agent_ca_key = "a.key"
         controller_ca = "c-ca.crt"
         life = "1h"
+        [break_glass]
+        group = "incident"
     "#;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -303,6 +324,7 @@ mod tests {
         let enroll = config.enroll.unwrap();
         assert_eq!(enroll.agent_ca_key, Path::new("/etc/lockstep/a.key"));
         assert_eq!(enroll.life, Duration::from_hours(1));
+        assert_eq!(config.break_glass.as_deref(), Some("incident"));
         assert_eq!(config.email.unwrap().security, EmailSecurity::Starttls);
     }
 
@@ -317,6 +339,7 @@ mod tests {
             ("\"1h\"", "\"90d\""),
             ("controller_ca", "# controller_ca"),
             ("secrets_dir", "# secrets_dir"),
+            ("\"incident\"", "\" \""),
             ("127.0.0.1:0", "localhost"),
             ("host = \"smtp\"", "host = \"smtp\"\nsecurity = \"none\""),
         ] {

@@ -13,19 +13,20 @@
 
 mod clock;
 mod handle;
+mod rates;
 mod room;
 mod round;
 mod term;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use lockstep_core::event::EventKind;
-use lockstep_core::trust::TrustRecord;
+use lockstep_core::trust::{Subject, TrustRecord};
 use lockstep_core::{
     Answer, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
 };
@@ -47,6 +48,7 @@ pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
 use handle::Input;
 pub(crate) use handle::{Handle, Stopping};
+use rates::Rates;
 use round::Round;
 pub(crate) use term::taken_over;
 
@@ -71,7 +73,7 @@ pub(crate) enum DriverError {
     /// A batch could not be made durable; nothing of it was sent.
     #[error("a batch could not be made durable, so the controller stops")]
     Append(#[from] AppendError),
-    /// An agent has obeyed a newer controller (INV-4).
+    /// Agents have obeyed a newer controller (INV-4).
     #[error("{}", term::superseded(.host, *.theirs, *.ours))]
     Superseded {
         /// The host.
@@ -81,7 +83,7 @@ pub(crate) enum DriverError {
         /// The term of this controller.
         ours: Epoch,
     },
-    /// An agent was told of more reports that are durable than this journal has (INV-2).
+    /// Agents were told of more reports that are durable than this journal has (INV-2).
     #[error(
         "{host} was told that its reports up to {theirs} are durable, and this journal has those \
          up to {ours}: the state directory is an older copy, and what was recorded since is not \
@@ -137,6 +139,10 @@ pub(crate) struct Parts {
     /// Whether this one goes on in the place of another one that may still be alive, or from an
     /// older copy of the state.
     pub(crate) take_over: bool,
+    /// The group two of whom may break the glass of a gate.
+    pub(crate) break_glass: Option<String>,
+    /// Who is suspended before anybody is let in.
+    pub(crate) suspend: Vec<Subject>,
 }
 
 /// The driver, before it runs.
@@ -153,10 +159,15 @@ pub(crate) struct Driver {
     epoch: Epoch,
     /// Whether to say in the journal that this term took over.
     take_over: bool,
+    /// Whom to suspend before anything else.
+    suspend: Vec<Subject>,
     draining: bool,
     stopping: bool,
     /// The journal's disk is full: nothing new begins.
     full: bool,
+    /// Hosts that say that this controller is not the newest one.
+    doubted_by: BTreeSet<HostId>,
+    rates: Rates,
     /// Events that the driver owes itself.
     own: VecDeque<Event>,
 }
@@ -174,6 +185,8 @@ impl Driver {
             suspensions,
             epoch_above,
             take_over,
+            break_glass,
+            suspend,
         } = parts;
         let entries = read_entries(&*journal)?;
         let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
@@ -188,7 +201,7 @@ impl Driver {
             id: any_number(),
         };
         let head = journal.head().number;
-        let coordinator = Coordinator::recover(Config { epoch }, entries, plan)?;
+        let coordinator = Coordinator::recover(Config { epoch, break_glass }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
         // Before anybody can connect.
         for host in coordinator.trust().joined() {
@@ -206,9 +219,12 @@ impl Driver {
             alarm: Alarm::default(),
             epoch,
             take_over,
+            suspend,
             draining: false,
             stopping: false,
             full: false,
+            doubted_by: BTreeSet::new(),
+            rates: Rates::default(),
             own: VecDeque::new(),
         })
     }
@@ -300,6 +316,12 @@ impl Driver {
             let effects = self.coordinator.take_over(now);
             round.take(&self.sessions, effects);
         }
+        for subject in std::mem::take(&mut self.suspend) {
+            let effects = self
+                .coordinator
+                .suspend(now, subject, "at the controller's start");
+            round.take(&self.sessions, effects);
+        }
         if !self.full {
             // What an earlier controller held back.
             self.let_go(&mut round);
@@ -344,6 +366,8 @@ impl Driver {
 
     fn take_input(&mut self, round: &mut Round, input: Input) -> Result<(), DriverError> {
         match input {
+            // The log has it; what is left of the disk is for what runs.
+            Input::Event(Event::CallsRefused(_)) if self.full => {}
             Input::Event(event) => self.handle(round, event),
             Input::Call {
                 operator,
@@ -421,12 +445,11 @@ impl Driver {
         candidate: Candidate,
     ) -> Result<Result<SessionNumber, Status>, DriverError> {
         let host = candidate.host.clone();
+        if let Err(refused) = self.rates.may_open(self.clock.now(), &host) {
+            return Ok(Err(refused));
+        }
         if !self.epoch.is_current(hello.highest_epoch) && heeds_terms() {
-            return Err(DriverError::Superseded {
-                host,
-                theirs: hello.highest_epoch,
-                ours: self.epoch,
-            });
+            return self.meet_term(&host, hello.highest_epoch).map(Err);
         }
         if self.draining {
             return Ok(Err(Stopping.into()));
@@ -441,6 +464,7 @@ impl Driver {
             Ok(lost) => lost,
             Err(refused) => return Ok(Err(refused)),
         };
+        self.doubted_by.remove(&host);
         let known = self.coordinator.hosts().find(|(known, _)| **known == host);
         let anew = known.is_some_and(|(_, info)| info.instance != hello.instance);
         let taken = self.sessions.is_taken(&host, &hello.instance);
@@ -452,6 +476,14 @@ impl Driver {
                      step twice. Put the agent's state directory back, or end {rollout} first"
                 ))));
             }
+        }
+        let known = self.coordinator.hosts().find(|(known, _)| **known == host);
+        let is_news = known.is_none_or(|(_, info)| {
+            (&info.instance, &info.labels, &info.agent_version)
+                != (&hello.instance, &hello.labels, &hello.agent_version)
+        });
+        if is_news && let Err(refused) = self.rates.may_change(self.clock.now(), &host) {
+            return Ok(Err(refused));
         }
         let replaced = self.sessions.current(&host).is_some();
         let number = match self.sessions.admit(candidate) {
@@ -526,6 +558,19 @@ impl Driver {
         }
         if changed {
             self.suspensions.set(trust.banned());
+        }
+        for (index, entry) in round.persist.iter().enumerate() {
+            let Record::Reported { host, .. } = &entry.record else {
+                continue;
+            };
+            let unasked = round.unasked.contains(&index);
+            let size = payloads[index].len() as u64;
+            let paid = self.rates.pay_report(entry.at, host, size, unasked);
+            if let Err(refused) = paid
+                && self.sessions.end(host, refused)
+            {
+                self.own.push_back(Event::HostDown { host: host.clone() });
+            }
         }
         for (host, number, mut message) in round.sends {
             if says_what_is_durable(&message) {

@@ -100,19 +100,25 @@ pub(crate) struct Peer(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     claim: Claim,
+    /// Its certificate and those that came with it, to be verified again when issuers change;
+    /// empty for who has shown none.
+    chain: Vec<CertificateDer<'static>>,
     address: SocketAddr,
     cut: CancellationToken,
     why: OnceLock<String>,
 }
 
 impl Peer {
-    /// The peer with a certificate that the handshake has verified.
+    /// The peer with a certificate that the handshake has verified: the first of those it showed.
     pub(crate) fn new(
-        certificate: &CertificateDer<'_>,
+        shown: &[CertificateDer<'_>],
         domain: &str,
         address: SocketAddr,
     ) -> Result<Self, InvalidIdentity> {
-        Ok(Self::with(read(certificate, domain)?, address))
+        let certificate = shown.first().ok_or(InvalidIdentity::Unreadable)?;
+        let claim = read(certificate, domain)?;
+        let chain = shown.iter().map(|one| one.clone().into_owned()).collect();
+        Ok(Self::with(claim, chain, address))
     }
 
     /// Somebody without a certificate.
@@ -122,12 +128,13 @@ impl Peer {
             serial: Serial::from_bytes(&[]),
             not_after: SystemTime::now() + Duration::from_hours(1),
         };
-        Self::with(claim, address)
+        Self::with(claim, vec![], address)
     }
 
-    fn with(claim: Claim, address: SocketAddr) -> Self {
+    fn with(claim: Claim, chain: Vec<CertificateDer<'static>>, address: SocketAddr) -> Self {
         Self(Arc::new(Inner {
             claim,
+            chain,
             address,
             cut: CancellationToken::new(),
             why: OnceLock::new(),
@@ -142,7 +149,7 @@ impl Peer {
             serial: Serial::from_bytes(&[1]),
             not_after,
         };
-        Self::with(claim, SocketAddr::from(([127, 0, 0, 1], 1)))
+        Self::with(claim, vec![], SocketAddr::from(([127, 0, 0, 1], 1)))
     }
 
     /// Somebody with a certificate that is valid for a while.
@@ -153,7 +160,7 @@ impl Peer {
             serial,
             not_after: SystemTime::now() + Duration::from_hours(1),
         };
-        Self::with(claim, SocketAddr::from(([127, 0, 0, 1], 1)))
+        Self::with(claim, vec![], SocketAddr::from(([127, 0, 0, 1], 1)))
     }
 
     /// Tells every stream of this peer to end, and why; the first reason counts.
@@ -168,7 +175,6 @@ impl Peer {
     }
 
     /// Whether they were told to.
-    #[cfg(test)]
     pub(crate) fn is_cut(&self) -> bool {
         self.0.cut.is_cancelled()
     }
@@ -181,6 +187,11 @@ impl Peer {
             .get()
             .map_or("it may do nothing any more", String::as_str);
         Status::permission_denied(format!("{}: {why}", self.identity()))
+    }
+
+    /// The certificates that it has shown, its own first.
+    pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.0.chain
     }
 
     /// Who it is.
@@ -258,6 +269,25 @@ fn uris_of<'a>(parsed: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, InvalidI
     Ok(uris.collect())
 }
 
+/// Whom a certificate's URI names.
+enum Named {
+    Agent(HostId),
+    Operator(OperatorName),
+}
+
+impl Named {
+    fn read(uri: &str, domain: &str) -> Option<Self> {
+        let path = uri.strip_prefix("spiffe://")?.strip_prefix(domain)?;
+        if let Some(host) = path.strip_prefix("/agent/") {
+            return Some(Self::Agent(host.parse().ok()?));
+        }
+        let name = path.strip_prefix("/operator/")?;
+        let ok = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        let fits = (1..=63).contains(&name.len()) && name.bytes().all(ok);
+        fits.then(|| Self::Operator(name.to_owned()))
+    }
+}
+
 /// What a certificate claims.
 pub(crate) fn read(
     certificate: &CertificateDer<'_>,
@@ -272,31 +302,22 @@ pub(crate) fn read(
         uri: uri.to_owned(),
         domain: domain.to_owned(),
     };
-    let path = uri
-        .strip_prefix("spiffe://")
-        .and_then(|rest| rest.strip_prefix(domain))
-        .ok_or_else(invalid)?;
-    let identity = if let Some(host) = path.strip_prefix("/agent/") {
-        Identity::Agent(host.parse().map_err(|_| invalid())?)
-    } else if let Some(name) = path.strip_prefix("/operator/") {
-        let ok = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-        if !(1..=63).contains(&name.len()) || !name.bytes().all(ok) {
-            return Err(invalid());
+    let identity = match Named::read(uri, domain).ok_or_else(invalid)? {
+        Named::Agent(host) => Identity::Agent(host),
+        Named::Operator(name) => {
+            let units = parsed.subject().iter_organizational_unit();
+            let groups = units
+                .filter_map(|unit| unit.as_str().ok())
+                .flat_map(|unit| unit.split(','))
+                .map(|group| group.trim().to_owned())
+                .filter(|group| !group.is_empty())
+                .collect();
+            Identity::Operator {
+                name,
+                groups,
+                roles: roles_of(&parsed),
+            }
         }
-        let units = parsed.subject().iter_organizational_unit();
-        let groups = units
-            .filter_map(|unit| unit.as_str().ok())
-            .flat_map(|unit| unit.split(','))
-            .map(|group| group.trim().to_owned())
-            .filter(|group| !group.is_empty())
-            .collect();
-        Identity::Operator {
-            name: name.to_owned(),
-            groups,
-            roles: roles_of(&parsed),
-        }
-    } else {
-        return Err(invalid());
     };
     let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
     Ok(Claim {
@@ -312,6 +333,44 @@ fn roles_of(parsed: &X509Certificate<'_>) -> Option<Roles> {
     let found = parsed.subject().iter_by_oid(&attribute);
     let found = found.map(|value| Roles::read(value.as_str().unwrap_or_default()));
     found.reduce(Roles::with)
+}
+
+/// For fuzzers: what must hold of names in certificates.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    use super::{CertificateDer, Identity, Named, read};
+
+    /// Role and name of a URI of this domain; what was read is what stands there.
+    pub fn san(uri: &str, domain: &str) -> Option<(&'static str, String)> {
+        let (role, name) = match Named::read(uri, domain)? {
+            Named::Agent(host) => ("agent", host.to_string()),
+            Named::Operator(name) => ("operator", name),
+        };
+        assert_eq!(format!("spiffe://{domain}/{role}/{name}"), uri);
+        Some((role, name))
+    }
+
+    /// Role and name of a certificate of this domain.
+    pub fn certificate_name(der: &[u8], domain: &str) -> Option<(&'static str, String)> {
+        let claim = read(&CertificateDer::from(der), domain).ok()?;
+        let serial = claim.serial.to_string();
+        if let Ok(read) = serial.parse::<lockstep_core::trust::Serial>() {
+            assert_eq!(read, claim.serial);
+        }
+        claim.identity.roles();
+        match claim.identity {
+            Identity::Agent(host) => Some(("agent", host.to_string())),
+            Identity::Operator { name, groups, .. } => {
+                assert!(
+                    groups
+                        .iter()
+                        .all(|group| !group.is_empty() && group.trim() == group)
+                );
+                Some(("operator", name))
+            }
+            Identity::Nobody => unreachable!("a certificate names somebody"),
+        }
+    }
 }
 
 #[cfg(test)]

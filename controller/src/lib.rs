@@ -13,6 +13,9 @@ mod config;
 mod driver;
 mod enroll;
 mod faults;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hub;
 mod identity;
 mod journal;
@@ -20,6 +23,8 @@ mod limits;
 mod logs;
 mod notify;
 mod pki;
+mod rates;
+mod refusals;
 mod secrets;
 mod session;
 #[cfg(feature = "faults")]

@@ -14,9 +14,11 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use lockstep_proto::ids::{HostId, RolloutId, StepKey, StepRef};
+use lockstep_proto::shown::is_shown;
 use lockstep_proto::wire::CHUNK;
 use tokio::sync::broadcast;
 
@@ -38,6 +40,8 @@ const FRAME_HEADER: usize = 12;
 pub(crate) struct Logs {
     dir: PathBuf,
     followed: Arc<Mutex<HashMap<RolloutId, broadcast::Sender<StepKey>>>>,
+    /// What hosts with open files have left, so that it is the same for all their streams.
+    rooms: Arc<Mutex<HashMap<(RolloutId, HostId), Weak<AtomicU64>>>>,
 }
 
 impl Logs {
@@ -47,6 +51,7 @@ impl Logs {
         Ok(Self {
             dir,
             followed: Arc::default(),
+            rooms: Arc::default(),
         })
     }
 
@@ -64,10 +69,7 @@ impl Logs {
     pub(crate) fn writer(&self, key: &StepKey) -> io::Result<Writer> {
         let host = self.host_dir(&key.rollout, &key.host);
         make_directory(&host)?;
-        let mut used = 0;
-        for entry in fs::read_dir(&host)? {
-            used += entry?.metadata()?.len();
-        }
+        let room = self.room(key, &host)?;
         let mut options = OpenOptions::new();
         let options = options.read(true).append(true).create(true).mode(0o600);
         let mut file = options.open(self.path(key))?;
@@ -77,9 +79,8 @@ impl Logs {
         Ok(Writer {
             file,
             next: end.next,
-            room: MAX_STEP
-                .saturating_sub(end.position)
-                .min(MAX_HOST.saturating_sub(used)),
+            room,
+            full: false,
             kept: 0,
             changed: false,
             key: key.clone(),
@@ -140,6 +141,23 @@ impl Logs {
         self.host_dir(rollout, host).join(name)
     }
 
+    /// What a host has left in a rollout.
+    fn room(&self, key: &StepKey, dir: &Path) -> io::Result<Arc<AtomicU64>> {
+        let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
+        rooms.retain(|_, room| room.strong_count() > 0);
+        let of = (key.rollout.clone(), key.host.clone());
+        if let Some(room) = rooms.get(&of).and_then(Weak::upgrade) {
+            return Ok(room);
+        }
+        let mut used = 0;
+        for entry in fs::read_dir(dir)? {
+            used += entry?.metadata()?.len();
+        }
+        let room = Arc::new(AtomicU64::new(MAX_HOST.saturating_sub(used)));
+        rooms.insert(of, Arc::downgrade(&room));
+        Ok(room)
+    }
+
     fn announce(&self, key: &StepKey) {
         let mut followed = self.followed();
         if let Some(sender) = followed.get(&key.rollout)
@@ -161,7 +179,10 @@ pub(crate) struct Writer {
     file: File,
     /// The offset after the last byte that is stored, or known to be dropped.
     next: u64,
-    room: u64,
+    /// What the host has left.
+    room: Arc<AtomicU64>,
+    /// There was no room for a piece: what follows would only tear holes.
+    full: bool,
     kept: u64,
     changed: bool,
     key: StepKey,
@@ -179,12 +200,18 @@ impl Writer {
         let offset = offset.max(self.next);
         let size = (FRAME_HEADER + fresh.len()) as u64;
         self.changed = true;
-        if size > self.room {
-            self.room = 0;
+        // Another stream may write the same file.
+        let stored = self.file.metadata()?.len();
+        let take = |room: u64| room.checked_sub(size);
+        self.full |= stored + size > MAX_STEP
+            || self
+                .room
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+                .is_err();
+        if self.full {
             return Ok(());
         }
         self.write_frame(offset, fresh)?;
-        self.room -= size;
         self.kept += fresh.len() as u64;
         self.next = offset + fresh.len() as u64;
         self.logs.announce(&self.key);
@@ -278,7 +305,7 @@ impl Reader {
 }
 
 /// Text without anything that a terminal or a reader could be misled by: escape sequences,
-/// control characters but tab and newline, and changes of the writing direction.
+/// control characters but tab and newline, and characters that reorder or hide others.
 pub(crate) fn harmless(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();
@@ -286,9 +313,8 @@ pub(crate) fn harmless(text: &str) -> String {
         match char {
             '\u{1b}' => skip_escape(&mut chars),
             '\n' | '\t' => out.push(char),
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' => {}
-            _ if char.is_control() => {}
-            _ => out.push(char),
+            _ if is_shown(char) => out.push(char),
+            _ => {}
         }
     }
     out
@@ -459,6 +485,31 @@ mod tests {
     }
 
     #[test]
+    fn several_streams_have_no_more_room_than_one() {
+        let (_dir, logs) = logs();
+        let mut writers: Vec<_> = (0..3).map(|_| logs.writer(&key()).unwrap()).collect();
+        let line = [b'x'; 65_536];
+        for writer in &mut writers {
+            for number in 0..100 {
+                writer.append(number * 65_536, &line).unwrap();
+            }
+        }
+        let size = fs::metadata(logs.path(&key())).unwrap().len();
+        assert!(size <= MAX_STEP, "{size}");
+        let mut other = key();
+        other.attempt += 1;
+        let room = logs.writer(&other).unwrap().room;
+        assert_eq!(room.load(Ordering::Relaxed), MAX_HOST - size);
+        drop((writers, room));
+        let room = logs.writer(&other).unwrap().room;
+        assert_eq!(
+            room.load(Ordering::Relaxed),
+            MAX_HOST - size,
+            "counted anew"
+        );
+    }
+
+    #[test]
     fn a_torn_frame_does_not_hide_what_follows() {
         let (_dir, logs) = logs();
         let mut writer = logs.writer(&key()).unwrap();
@@ -484,6 +535,7 @@ mod tests {
             ("a\rb\u{8}c\u{0}", "abc"),
             ("\u{9b}31mx", "31mx"),
             ("abc\u{202e}def", "abcdef"),
+            ("a\u{200b}b\u{2064}c\u{feff}", "abc"),
             ("tab\tstays", "tab\tstays"),
             ("\u{1b}", ""),
         ] {

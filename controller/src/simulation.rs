@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::Control;
+use crate::api::{Control, Submissions};
 use crate::app::{Services, serve_on};
 use crate::blobs::Blobs;
 use crate::driver::{Driver, DriverError, Handle, Parts};
@@ -28,7 +28,8 @@ use crate::identity::Peer;
 use crate::journal::memory::{Memory, MemoryJournal};
 use crate::journal::{AppendError, Head, Journal, JournalId, OpenError};
 use crate::logs::Logs;
-use crate::session::Agents;
+use crate::refusals::Refusals;
+use crate::session::{Agents, Outputs};
 use crate::tls::Connection;
 
 /// What is simulated beside the network.
@@ -173,6 +174,8 @@ pub fn start(
         suspensions: Arc::default(),
         epoch_above: 0,
         take_over,
+        break_glass: None,
+        suspend: vec![],
     };
     let find = |digest| blobs.plan(digest).ok().flatten();
     let driver = Driver::recover(parts, find).map_err(|error| error.to_string())?;
@@ -184,6 +187,8 @@ pub fn start(
         logs: logs.clone(),
         hub: hub.clone(),
         tasks: tasks.clone(),
+        outputs: Outputs::default(),
+        refusals: Refusals::default(),
     };
     let control = Control {
         driver: handle.clone(),
@@ -194,12 +199,14 @@ pub fn start(
         draining: CancellationToken::new(),
         started: SystemTime::now(),
         list: None,
+        submissions: Submissions::default(),
     };
     let services = Services {
         agents,
         control,
         enrolment: Enrolment::none(handle.clone()),
         suspensions: Arc::default(),
+        refusals: Refusals::default(),
     };
     let connections =
         ReceiverStream::new(connections).map(|it| Ok::<_, io::Error>(Connection::from(it)));

@@ -73,6 +73,19 @@ impl Suspensions {
         self.cut();
     }
 
+    /// Cuts whoever is connected and for whom there is a reason. Who connects meanwhile is for the
+    /// caller to find.
+    pub(crate) fn cut_where(&self, why: impl Fn(&Peer) -> Option<String>) {
+        // Reasons may take long to find, and others come and go.
+        let live: Vec<Peer> = self.live().values().cloned().collect();
+        for peer in live {
+            if let Some(why) = why(&peer) {
+                say_cut(&peer, &why);
+                peer.cut(why);
+            }
+        }
+    }
+
     /// Resolves when who is suspended has changed.
     pub(crate) fn changed(&self) -> Notified<'_> {
         self.changed.notified()
@@ -86,10 +99,7 @@ impl Suspensions {
         let live = self.live();
         for peer in live.values().filter(|peer| wanted(peer.identity())) {
             if let Some(why) = self.why(peer.identity(), peer.serial()) {
-                tracing::warn!(
-                    peer = %peer.address(), identity = %peer.identity(), why,
-                    "a connection is cut"
-                );
+                say_cut(peer, &why);
                 peer.cut(why);
             }
         }
@@ -160,6 +170,13 @@ impl Suspensions {
         // Nothing that holds the lock leaves the map half changed.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn say_cut(peer: &Peer, why: &str) {
+    tracing::warn!(
+        peer = %peer.address(), identity = %peer.identity(), why,
+        "a connection is cut"
+    );
 }
 
 /// A peer that is connected.

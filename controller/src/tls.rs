@@ -1,7 +1,8 @@
 //! The accept loop: TLS 1.3 only, both sides with certificates, live reload.
 //!
 //! ```text
-//! TcpListener -> a task each: per-address and overall bound -> handshake -> Connection -> tonic
+//! TcpListener -> room for it -> a task each: first word -> its turn -> handshake -> Connection
+//!                                                                               -> tonic
 //!                             ArcSwap<Settings>: one swap replaces certificate and issuers
 //! ```
 //!
@@ -25,26 +26,29 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
+use lockstep_core::refusal::{Caller, Why};
 use lockstep_core::trust::Serial;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::NoServerSessionStorage;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::config::{Config, TlsFiles};
 use crate::identity::{self, Identity, Peer};
+use crate::refusals::{HANDSHAKE, Refusals};
 use crate::suspensions::{OperatorList, Suspensions};
 pub(crate) use connection::Connection;
-use gate::Gate;
+use gate::{Gate, Place};
 use verifier::RoleVerifier;
 pub(crate) use words::words;
 
-/// A handshake takes a few milliseconds; a peer that needs longer than this holds it up.
+/// A peer says its first word at once, and a handshake takes a few milliseconds; a peer that needs
+/// longer than this for either holds it up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Connections that have shaken hands and wait for tonic, which takes them at once.
@@ -124,7 +128,16 @@ pub(crate) struct Settings {
     shown: Option<PathBuf>,
     domain: Arc<str>,
     suspensions: Arc<Suspensions>,
-    current: ArcSwap<rustls::ServerConfig>,
+    refusals: Refusals,
+    current: ArcSwap<Current>,
+}
+
+/// What new connections are held against.
+#[derive(Debug)]
+struct Current {
+    config: Arc<rustls::ServerConfig>,
+    /// The same that `config` has; none before the files are read.
+    verifier: Option<Arc<RoleVerifier>>,
 }
 
 impl Settings {
@@ -132,6 +145,7 @@ impl Settings {
     pub(crate) fn load(
         config: &Config,
         suspensions: &Arc<Suspensions>,
+        refusals: &Refusals,
     ) -> Result<Arc<Self>, TlsError> {
         let settings = Self {
             files: config.tls.clone(),
@@ -141,18 +155,24 @@ impl Settings {
                 .map(|enroll| enroll.controller_ca.clone()),
             domain: config.domain.as_str().into(),
             suspensions: Arc::clone(suspensions),
-            current: ArcSwap::from_pointee(unused()?),
+            refusals: refusals.clone(),
+            current: ArcSwap::from_pointee(Current {
+                config: Arc::new(unused()?),
+                verifier: None,
+            }),
         };
         settings.reload()?;
         Ok(Arc::new(settings))
     }
 
     /// Reads the files again. If they cannot be used, everything stays as it was. Connections
-    /// that are up stay up, but for those of operators that are revoked now.
+    /// that are up stay up, but for those whose certificate would not be let in now: its issuer is
+    /// gone, or it was revoked.
     pub(crate) fn reload(&self) -> Result<(), TlsError> {
         let (lists, operators) = operator_lists(self.files.operator_crl.as_deref())?;
-        let config = self.server_config(lists)?;
-        self.current.store(Arc::new(config));
+        let current = Arc::new(self.server_config(lists)?);
+        self.current.store(Arc::clone(&current));
+        self.suspensions.cut_where(|peer| current.why_not(peer));
         if let Some(operators) = operators {
             warn_of_end(&operators);
             self.suspensions.set_operators(operators);
@@ -208,7 +228,7 @@ impl Settings {
     fn server_config(
         &self,
         lists: Vec<CertificateRevocationListDer<'static>>,
-    ) -> Result<rustls::ServerConfig, TlsError> {
+    ) -> Result<Current, TlsError> {
         let Self { files, domain, .. } = self;
         let mut chain = certificates("the certificate", &files.cert)?;
         let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|source| TlsError::File {
@@ -240,16 +260,46 @@ impl Settings {
         }
         let suspensions = Arc::clone(&self.suspensions);
         let optional = self.shown.is_some();
-        let verifier = RoleVerifier::new(domain, agents, operators, lists, optional, suspensions)?;
+        let refusals = self.refusals.clone();
+        let verifier = RoleVerifier::new(
+            domain,
+            agents,
+            operators,
+            lists,
+            optional,
+            suspensions,
+            refusals,
+        )?;
+        let verifier = Arc::new(verifier);
         let mut config = builder()?
-            .with_client_cert_verifier(Arc::new(verifier))
+            .with_client_cert_verifier(Arc::clone(&verifier) as Arc<_>)
             .with_single_cert(chain, key)
             .map_err(unusable("the controller's certificate and key"))?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         // A resumed session skips the client's certificate: its expiry, and any new issuer.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(config)
+        Ok(Current {
+            config: Arc::new(config),
+            verifier: Some(verifier),
+        })
+    }
+
+    /// Cuts a peer whose handshake began before the issuers were replaced that it was held
+    /// against. It is among those that are up by now: either this finds it, or `reload` does.
+    fn look_again(&self, peer: &Peer, shaken: &Arc<Current>) {
+        let current = self.current.load();
+        if !Arc::ptr_eq(&current, shaken)
+            && let Some(why) = current.why_not(peer)
+        {
+            peer.cut(why);
+        }
+    }
+}
+
+impl Current {
+    fn why_not(&self, peer: &Peer) -> Option<String> {
+        self.verifier.as_ref()?.why_not(peer)
     }
 }
 
@@ -368,11 +418,11 @@ pub(crate) fn spawn_accepting(
     let (accepted, connections) = mpsc::channel(ACCEPTED);
     let gate = Arc::new(Gate::default());
     tokio::spawn(async move {
-        while let Some((stream, address, waiting)) = next(&listener, &gate, &stop).await {
+        while let Some((stream, address, place)) = next(&listener, &gate, &stop).await {
             let (settings, gate) = (Arc::clone(&settings), Arc::clone(&gate));
             let (accepted, stop) = (accepted.clone(), stop.clone());
             tokio::spawn(async move {
-                let _waiting = waiting;
+                let _place = place;
                 let shaking = shake_hands(stream, address, &settings, &gate);
                 tokio::select! {
                     () = stop.cancelled() => {}
@@ -387,21 +437,31 @@ pub(crate) fn spawn_accepting(
     connections
 }
 
+/// The next connection that there is room for. What there is none for is closed, so that nobody
+/// waits behind it.
 async fn next(
     listener: &TcpListener,
     gate: &Gate,
     stop: &CancellationToken,
-) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+) -> Option<(TcpStream, SocketAddr, Place)> {
     loop {
         tokio::select! {
             () = stop.cancelled() => return None,
-            next = async {
-                let waiting = Arc::clone(&gate.waiting).acquire_owned().await;
-                let waiting = waiting.expect("the semaphore is never closed");
-                (waiting, listener.accept().await)
-            } => match next {
-                (waiting, Ok((stream, address))) => return Some((stream, address, waiting)),
-                (_, Err(error)) => {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, address)) => {
+                    let closed = match gate.wait(address.ip()) {
+                        Ok(place) => return Some((stream, address, place)),
+                        Err(closed) => closed,
+                    };
+                    if closed.is_power_of_two() {
+                        tracing::warn!(
+                            %address, closed,
+                            "too many connections of one address wait for their handshake; what \
+                             comes beyond is closed"
+                        );
+                    }
+                }
+                Err(error) => {
                     // A connection that was gone before it was accepted, or no descriptor left:
                     // the loop must outlive both.
                     tracing::warn!(%error, "a connection cannot be accepted");
@@ -418,7 +478,17 @@ async fn shake_hands(
     settings: &Settings,
     gate: &Arc<Gate>,
 ) -> Option<Connection> {
-    let _permits = gate.enter(address.ip()).await;
+    // One that says nothing takes nobody's turn.
+    let mut first = [0];
+    let speaks = tokio::time::timeout(HANDSHAKE_TIMEOUT, stream.peek(&mut first)).await;
+    if !matches!(speaks, Ok(Ok(1))) {
+        tracing::debug!(%address, "a connection said nothing within {HANDSHAKE_TIMEOUT:?}");
+        return None;
+    }
+    let Some(_permits) = gate.enter(address.ip(), gate::TURN_WITHIN).await else {
+        tracing::debug!(%address, "no turn to shake hands within {:?}", gate::TURN_WITHIN);
+        return None;
+    };
     let prepared = stream.set_nodelay(true).and_then(|()| {
         rustix::net::sockopt::set_tcp_user_timeout(&stream, USER_TIMEOUT_MS)?;
         Ok(())
@@ -427,12 +497,19 @@ async fn shake_hands(
         tracing::debug!(%address, %error, "the connection was gone before its handshake");
         return None;
     }
-    let acceptor = TlsAcceptor::from(settings.current.load_full());
-    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+    let current = settings.current.load_full();
+    let acceptor = TlsAcceptor::from(Arc::clone(&current.config));
+    // Boxed: those that wait need not have room for it.
+    let shaking = Box::pin(acceptor.accept(stream));
+    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, shaking).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             // TLS 1.3 tells a refused client little; this line is where the reason stands.
             tracing::warn!(%address, error = words(&error), "a handshake was refused");
+            if is_unverified(&error) {
+                let refusals = &settings.refusals;
+                refusals.note(Caller::Unverified, HANDSHAKE, Why::Certificate);
+            }
             return None;
         }
         Err(_) => {
@@ -440,15 +517,15 @@ async fn shake_hands(
             return None;
         }
     };
-    let certificates = stream.get_ref().1.peer_certificates();
-    let Some(certificate) = certificates.and_then(<[_]>::first) else {
-        let Some(permit) = gate.admit_stranger() else {
+    let Some(shown) = stream.get_ref().1.peer_certificates() else {
+        let Some(permit) = gate.admit_stranger(address.ip()) else {
             tracing::warn!(%address, "too many without a certificate; this one is closed");
+            settings.refusals.note(Caller::Nobody, HANDSHAKE, Why::Rate);
             return None;
         };
         return Some(Connection::stranger(stream, address, permit));
     };
-    match Peer::new(certificate, &settings.domain, address) {
+    match Peer::new(shown, &settings.domain, address) {
         Ok(peer) => {
             if let Identity::Operator {
                 name, roles: None, ..
@@ -460,13 +537,31 @@ async fn shake_hands(
                      them; make another with `lockstep operator add NAME --role ROLE`"
                 );
             }
-            Some(Connection::known(stream, peer, &settings.suspensions))
+            let Some(permit) = gate.admit_peer(peer.identity()) else {
+                let identity = peer.identity();
+                tracing::warn!(%address, %identity, "too many connections; this one is closed");
+                return None;
+            };
+            let connection = Connection::known(stream, peer.clone(), permit, &settings.suspensions);
+            settings.look_again(&peer, &current);
+            Some(connection)
         }
         Err(error) => {
             tracing::warn!(%address, %error, "a verified certificate names nobody");
             None
         }
     }
+}
+
+/// Whether a handshake failed by what the other side has shown, or has not. Whoever is void or
+/// suspended is known, and noted already; a connection that broke was refused nothing.
+fn is_unverified(error: &std::io::Error) -> bool {
+    let inner = error.get_ref();
+    let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    tls.is_some_and(|error| {
+        let revoked = rustls::CertificateError::Revoked;
+        *error != rustls::Error::InvalidCertificate(revoked)
+    })
 }
 
 #[cfg(test)]
@@ -480,7 +575,7 @@ mod tests {
         let mut config = Config::parse(text, Path::new("x")).unwrap();
         config.tls = files.clone();
         config.domain = domain.to_owned();
-        Settings::load(&config, &Arc::default()).map(|_| ())
+        Settings::load(&config, &Arc::default(), &Refusals::default()).map(|_| ())
     }
 
     #[test]

@@ -81,7 +81,7 @@ fn of_role(role: Role) -> &'static [&'static str] {
     match role {
         Role::Viewer => &[],
         Role::Author => &["Submit"],
-        Role::Approver => &["Decide", "SignOff"],
+        Role::Approver => &["Decide", "BreakGlass", "SignOff"],
         Role::Operator => &["Pause", "Resume", "Resolve", "Cancel", "RollBack", "Close"],
         Role::Admin => &[
             "ForgetHost",

@@ -1,6 +1,9 @@
 //! `lockstep serve` as a process: who gets in, what is refused, and how it ends.
 
 #[allow(dead_code, reason = "other tests of this crate use the rest of it")]
+#[path = "support/agent.rs"]
+mod agent;
+#[allow(dead_code, reason = "other tests of this crate use the rest of it")]
 mod support;
 
 use std::fs;
@@ -132,6 +135,24 @@ fn a_peer_that_does_not_shake_hands_is_left_and_harms_nobody() {
     silent.set_read_timeout(Some(SOON)).unwrap();
     assert_eq!(silent.read(&mut [0; 1]).unwrap_or(0), 0, "it is closed");
     assert!(begun.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn connections_that_say_nothing_take_nobodys_turn() {
+    let place = Place::new();
+    let controller = place.start();
+    let connect = |_| TcpStream::connect(controller.address).unwrap();
+    let silent: Vec<TcpStream> = (0..640).map(connect).collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let operator = place.operator("dora", &[]);
+    let begun = Instant::now();
+    runtime.block_on(async {
+        list_hosts(&controller, Some(&operator)).await.unwrap();
+    });
+    // One after another, 64 at a time, they would take 50 seconds.
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    drop(silent);
 }
 
 #[tokio::test]
@@ -333,14 +354,30 @@ async fn new_certificates_are_taken_while_it_runs() {
     wait_for(|| place.log().contains("the old ones stay")).await;
     list_hosts(&controller, Some(&old)).await.unwrap();
 
+    // Whoever is connected goes with the issuer: a thief that holds it must not stay.
+    let mut open = controller.control(&old).await;
+    let ask = control::ListHostsRequest {};
+    open.list_hosts(ask).await.unwrap();
     fs::copy(other.path().join("ca-operators.crt"), &issuers).unwrap();
     controller.signal(Signal::HUP);
     wait_for(|| place.log().contains("were read again")).await;
     list_hosts(&controller, Some(&new)).await.unwrap();
     assert!(list_hosts(&controller, Some(&old)).await.is_err());
+    assert!(open.list_hosts(ask).await.is_err(), "it is connected still");
     // Sessions that are up stay up.
     let quiet = tokio::time::timeout(Duration::from_millis(300), session.next()).await;
     assert!(quiet.is_err(), "{quiet:?}");
+
+    fs::copy(
+        other.path().join("ca-agents.crt"),
+        place.path().join("ca-agents.crt"),
+    )
+    .unwrap();
+    controller.signal(Signal::HUP);
+    let ended = tokio::time::timeout(SOON, session.next()).await;
+    let refused = ended.expect("its issuer is trusted no more").unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    wait_for(|| place.log().contains("a connection is cut")).await;
 }
 
 #[tokio::test]
@@ -371,6 +408,68 @@ async fn what_is_too_large_or_no_plan_is_refused() {
     let request = control::WatchRequest { rollout, after: 0 };
     let refused = client.watch(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn what_is_refused_leaves_nothing_on_the_disk() {
+    let place = Place::new();
+    let controller = place.start();
+    let mut operator = controller.control(&place.operator("dora", &[])).await;
+    let request = |serial, dry_run| control::SubmitRequest {
+        compiled_plan: agent::plan(serial).bytes().to_vec().into(),
+        source: "version: 1".to_owned(),
+        dry_run,
+        ..control::SubmitRequest::default()
+    };
+    let kept = || {
+        fs::read_dir(place.path().join("state/blobs"))
+            .unwrap()
+            .count()
+    };
+    // There is no host for it.
+    operator.submit(request(1, false)).await.unwrap_err();
+    assert_eq!(kept(), 0);
+    let identity = place.agent("app-1");
+    let app = agent::Agent::connect(&controller, identity.clone(), 0).await;
+    let submitted = operator
+        .submit(request(1, false))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(kept(), 2);
+    // The host is taken, and the plan is another rollout's.
+    operator.submit(request(1, false)).await.unwrap_err();
+    assert_eq!(kept(), 2);
+    operator.submit(request(2, false)).await.unwrap_err();
+    assert_eq!(kept(), 2);
+
+    // Output of what was never ordered.
+    for step in ["0.0.do.1", "9.9.do.1"] {
+        let chunk = lockstep_proto::wire::agent_v1::LogChunk {
+            key: format!("{}.{step}@app-1", submitted.rollout),
+            data: vec![b'x'].into(),
+            ..Default::default()
+        };
+        let mut client = controller.agents(&identity).await;
+        let refused = client.logs(tokio_stream::iter([chunk])).await.unwrap_err();
+        assert_eq!(refused.code(), Code::NotFound, "{refused:?}");
+    }
+    assert!(
+        !place
+            .path()
+            .join("state/logs")
+            .join(&submitted.rollout)
+            .exists()
+    );
+    drop(app);
+
+    // Somebody who cannot be asked for it is suspended at the start.
+    controller.kill();
+    let controller = place.start_with(&["--suspend", "host:app-1"]);
+    controller
+        .session(&identity, hello("app-1"))
+        .await
+        .unwrap_err();
 }
 
 async fn wait_for(mut met: impl FnMut() -> bool) {

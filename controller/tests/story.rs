@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use agent::{Agent, fetch, plan};
 use lockstep_proto::action::Action;
-use lockstep_proto::action::gate::{Approval, OnTimeout};
+use lockstep_proto::action::gate::{Approval, Lock, OnTimeout};
 use lockstep_proto::ids::{Direction, StepRef};
 use lockstep_proto::plan::{Step, Target, Undo};
 use lockstep_proto::report::ReportBody;
@@ -271,6 +271,7 @@ async fn heartbeats_say_what_is_missing_at_a_gate() {
             timeout: Period::seconds(600),
             on_timeout: OnTimeout::default(),
             title: Some("Go live".into()),
+            lock: Lock::Hold,
         }),
         timeout: Period::seconds(600),
         undo: Undo::Auto,

@@ -134,16 +134,25 @@ async fn of_two_controllers_from_one_copy_an_agent_obeys_the_first_and_both_are_
     place.start().terminate();
     let other = copy_of(&place);
     let (mut one, mut two) = (place.start(), other.start());
-    let (x, y) = (place.agent("app-1"), place.agent("app-2"));
-    let obeyed = one.session(&x, hello("app-1")).await.unwrap().epoch;
-    let also = two.session(&y, hello("app-2")).await.unwrap().epoch;
-    assert_eq!(obeyed.counter, also.counter);
-    assert_ne!(obeyed.id, also.id);
+    let fleet = ["app-1", "app-2", "app-3", "app-4"].map(|name| (name, place.agent(name)));
+    let (mine, others) = fleet.split_at(2);
+    let mut obeyed = Vec::new();
+    for (controller, hosts) in [(&one, mine), (&two, others)] {
+        for (name, identity) in hosts {
+            let session = controller.session(identity, hello(name)).await.unwrap();
+            obeyed.push(session.epoch);
+        }
+    }
+    assert_eq!(obeyed[0].counter, obeyed[2].counter);
+    assert_ne!(obeyed[0].id, obeyed[2].id);
 
-    assert!(two.session(&x, known(obeyed, 0)).await.is_err());
-    let mut met = hello("app-2");
-    met.highest_epoch = Some(also);
-    assert!(one.session(&y, met).await.is_err());
+    for (controller, hosts, epoch) in [(&two, mine, obeyed[0]), (&one, others, obeyed[2])] {
+        for (name, identity) in hosts {
+            let mut met = hello(name);
+            met.highest_epoch = Some(epoch);
+            assert!(controller.session(identity, met).await.is_err());
+        }
+    }
     for (controller, place) in [(&mut one, &place), (&mut two, &other)] {
         assert_eq!(controller.wait(), Some(12), "{}", place.log());
         assert!(
@@ -209,6 +218,10 @@ async fn an_older_state_is_refused_and_with_take_over_it_names_what_it_lacks() {
 
     // Its term would be above the one that it was copied in: only what agents were told shows it.
     let mut restored = backup.start();
+    let mut also = second_host.clone();
+    (also.last_report, also.acknowledged) = (5, 5);
+    // One host alone may lie.
+    assert!(restored.session(&other, also).await.is_err());
     assert!(
         restored
             .session(&identity, known(first, reported))
@@ -260,9 +273,12 @@ async fn an_older_state_is_refused_and_with_take_over_it_names_what_it_lacks() {
     // has obeyed this controller has not.
     let mut restored = backup.start();
     (second_host.last_report, second_host.acknowledged) = (5, 5);
-    let session = restored.session(&other, second_host).await.unwrap();
-    assert_eq!(session.acknowledged, 5);
+    let session = restored.session(&other, second_host.clone()).await;
+    assert_eq!(session.unwrap().acknowledged, 5);
+    second_host.highest_epoch = Some(taken_over);
+    (second_host.last_report, second_host.acknowledged) = (6, 6);
     let more = agent.reported + 1;
+    assert!(restored.session(&other, second_host).await.is_err());
     assert!(
         restored
             .session(&identity, known(taken_over, more))
@@ -270,6 +286,57 @@ async fn an_older_state_is_refused_and_with_take_over_it_names_what_it_lacks() {
             .is_err()
     );
     assert_eq!(restored.wait(), Some(10), "{}", backup.log());
+}
+
+#[tokio::test]
+async fn one_host_that_lies_stops_nobody() {
+    let place = Place::new();
+    let admin = place.admin();
+    let (thief, honest) = (place.agent("app-1"), place.agent("app-2"));
+    let controller = place.start();
+    let first = controller.session(&thief, hello("app-1")).await.unwrap();
+    controller.session(&honest, hello("app-2")).await.unwrap();
+    let above = |counter| Epoch { counter, id: 1 };
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = now.unwrap().as_secs();
+    let lies = [
+        known(above(first.epoch.counter + 1), 0),
+        known(above(first.epoch.counter), 0),
+        known(above(now), 0),
+        known(above(u64::MAX), 0),
+        known(first.epoch, 1_000_000_000),
+        known(first.epoch, u64::MAX),
+    ];
+    for lie in &lies {
+        let refused = controller.session(&thief, lie.clone()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    }
+    for words in ["one host alone", "which no controller can have told it"] {
+        assert!(place.log().contains(words), "{words}: {}", place.log());
+    }
+    // Everybody else goes on, and there is somebody to ask for a suspension.
+    controller.session(&honest, hello("app-2")).await.unwrap();
+    let suspend = control::SuspendRequest {
+        subject: "host:app-1".to_owned(),
+        reason: "stolen".to_owned(),
+    };
+    let mut client = controller.control(&admin).await;
+    client.suspend(suspend).await.unwrap();
+    // What a suspended host has said counts no more: this is the only one that says so.
+    let third = place.agent("app-3");
+    let mut lie = hello("app-3");
+    lie.highest_epoch = Some(above(now));
+    controller.session(&third, lie.clone()).await.unwrap_err();
+    controller.session(&honest, hello("app-2")).await.unwrap();
+
+    // Nor does one stop a controller that took over, and skips what hosts say they were told.
+    controller.kill();
+    let controller = place.start_with(&["--take-over"]);
+    lie.highest_epoch = None;
+    (lie.last_report, lie.acknowledged) = (u64::MAX, u64::MAX);
+    controller.session(&third, lie).await.unwrap_err();
+    controller.session(&third, hello("app-3")).await.unwrap();
+    controller.session(&honest, hello("app-2")).await.unwrap();
 }
 
 #[tokio::test]

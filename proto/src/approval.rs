@@ -9,13 +9,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Digest, HostId, PlanDigest, RolloutId, StepRef};
-use crate::values::Timestamp;
+use crate::values::{Period, Timestamp};
 
 /// What signatures of approvals are for, in SSH's sense.
 pub const NAMESPACE: &str = "lockstep-approval";
 
 /// The statement's name and version.
 pub const STATEMENT: &str = "lockstep.approval/1";
+
+/// What signatures of people who break the glass of a gate are for.
+pub const GLASS_NAMESPACE: &str = "lockstep-break-glass";
+
+/// The name and version of what they sign, which is otherwise what approvers sign.
+pub const GLASS_STATEMENT: &str = "lockstep.break-glass/1";
+
+/// The longest time for which their word holds.
+pub const LONGEST_GLASS: Period = Period::seconds(3600);
 
 /// The largest [`Signed`] in its JSON form, in bytes: it fits into a fact with room for the rest,
 /// and travels with each order after the gate.
@@ -24,7 +33,7 @@ pub const MAX_SIGNED_BYTES: usize = 20 << 10;
 /// The statement. Its canonical form is JSON without white space, fields in this order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Approval<'a> {
-    /// [`STATEMENT`].
+    /// [`STATEMENT`], or [`GLASS_STATEMENT`].
     pub statement: &'static str,
     /// The rollout.
     pub rollout: &'a RolloutId,
@@ -73,6 +82,9 @@ pub struct Signed {
     pub requester: String,
     /// What people signed.
     pub signatures: Vec<Signature>,
+    /// What people signed who broke the glass of the gate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub broken: Vec<Signature>,
 }
 
 /// What people decide upon: the plan, the matched hosts, and the SQL that was shown (INV-12).

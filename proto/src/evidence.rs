@@ -20,14 +20,17 @@ pub const SIGNATURE_DIGITS: usize = 128;
 #[derive(Serialize)]
 struct Evidence<'a> {
     statement: &'static str,
+    plan: PlanDigest,
     origin: &'a StepKey,
     fact: &'a Fact,
 }
 
-/// What a host signs: canonical JSON of the step and of the fact as orders carry it.
-pub fn statement(origin: &StepKey, fact: &Fact) -> Vec<u8> {
+/// What a host signs: canonical JSON of the plan, the step and the fact as orders carry it. A
+/// controller chooses the ids of rollouts, so that an id alone would not say which plan it was.
+pub fn statement(plan: PlanDigest, origin: &StepKey, fact: &Fact) -> Vec<u8> {
     let evidence = Evidence {
-        statement: "lockstep.evidence/1",
+        statement: "lockstep.evidence/2",
+        plan,
         origin,
         fact: &fact.as_bound(),
     };

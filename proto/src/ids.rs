@@ -325,7 +325,9 @@ impl FromStr for StepKey {
             };
             parts.next().is_none().then_some(key)
         };
-        parse().ok_or_else(|| InvalidId {
+        // Numbers could also be written `+1` and `01`: a key has one text, as it has one file.
+        let parsed = parse().filter(|key| key.to_string() == text);
+        parsed.ok_or_else(|| InvalidId {
             what: "step key",
             text: text.to_owned(),
             rule: "<rollout>.<phase>.<step>.<direction>.<attempt>@<host>",
@@ -348,6 +350,15 @@ mod tests {
         };
         assert_eq!(key.to_string(), "ro_010203040506.3.14.undo.2@db-1.prod");
         assert_eq!(key.to_string().parse::<StepKey>().unwrap(), key);
+        for other in [
+            "03.14.undo.2",
+            "3.+14.undo.2",
+            "3.14.undo.02",
+            "3.14.undo.2.1",
+        ] {
+            let other = format!("ro_010203040506.{other}@db-1.prod");
+            assert!(other.parse::<StepKey>().is_err(), "{other}");
+        }
     }
 
     #[test]

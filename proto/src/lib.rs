@@ -16,10 +16,13 @@ pub mod approval;
 pub mod evidence;
 pub mod floor;
 pub mod ids;
+pub mod oneline;
 pub mod order;
 pub mod plan;
+pub mod refusals;
 pub mod report;
 pub mod seal;
+pub mod shown;
 #[cfg(feature = "signatures")]
 pub mod sshsig;
 #[cfg(feature = "signatures")]

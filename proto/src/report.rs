@@ -36,6 +36,9 @@ pub enum ReportBody {
         plan: PlanDigest,
         /// The host's state before anything happened.
         state: Vec<Fact>,
+        /// Which time the rollout took its lock, as the offer said; 0 is the first.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        round: u32,
     },
     /// The agent refuses the plan; nothing has happened.
     Declined {
@@ -156,4 +159,11 @@ impl Cause {
             Self::Interrupted => "interrupted",
         }
     }
+}
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks with a reference"
+)]
+fn is_zero(round: &u32) -> bool {
+    *round == 0
 }

@@ -159,8 +159,7 @@ fn plan(port: u16, show: &str, exit: u8) -> String {
     )
 }
 
-const POLICY: &str = "[[allow]]\naction = 'postgres.*'\n[[allow]]\naction = 'check.sql'\n\
-                      [[allow]]\naction = 'env.render'\n[[allow]]\naction = 'check.http'\n";
+const POLICY: &str = "[[allow]]\naction = 'postgres.*'\n[[allow]]\naction = 'check.sql'\n";
 
 /// What may have them: the hosts' files of secrets, what the agent hands to its steps, and what
 /// `env.render` was told to write.
@@ -220,12 +219,17 @@ fn no_source_and_no_slot_lets_a_secret_out() {
         SOURCES.map(|source| (source, canary(source))).into();
     canaries.insert("token", canary("token"));
     let server = Server::start(&canaries["token"]);
-    let env = slots(
-        |source| format!("S_{} = 'secret://{source}'", source.to_uppercase()),
-        ", ",
+    let listed = |prefix: &str| {
+        let slot =
+            |source: &str| format!("{prefix}{} = 'secret://{source}'", source.to_uppercase());
+        format!("[{{ {} }}, '(default)']", slots(slot, ", "))
+    };
+    let (set, headers) = (listed("S_"), listed("X-"));
+    let policy = format!(
+        "{POLICY}[[allow]]\naction = 'exec.run'\n[allow.where]\nenv = {set}\n\
+         [[allow]]\naction = 'env.render'\n[allow.where]\nset = {set}\n\
+         [[allow]]\naction = 'check.http'\n[allow.where]\nform = {set}\nheaders = {headers}\n"
     );
-    let policy =
-        format!("{POLICY}[[allow]]\naction = 'exec.run'\n[allow.where]\nenv = [{{ {env} }}]\n");
     let cluster = Cluster::builder()
         .hosts(&[("db-1", "db"), ("app-1", "app")])
         .policy("app-1", Some(&policy))

@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use super::exec::app_of;
 use super::files::{self, OrFailed as _};
+use super::places::Place;
 use super::{Act, Done, Probe};
 use crate::process::User;
 use crate::secrets::{Secret, named};
@@ -224,24 +225,71 @@ fn checked_path(path: &str) -> Result<&Path, Failure> {
     Ok(checked)
 }
 
+/// Where a file is, or would be. Its directory is held, so that it stays the one that was found.
+struct Spot<'a> {
+    path: &'a str,
+    /// None if it does not exist.
+    directory: Option<Place>,
+}
+
+impl<'a> Spot<'a> {
+    fn of(cx: &Context, path: &'a str) -> Result<Self, Failure> {
+        let parent = files::parent(checked_path(path)?);
+        let directory = match Place::find(&cx.config, parent) {
+            Ok(directory) => Some(directory),
+            Err(error) if error.is_missing() => None,
+            Err(error) => return Err(error.failed(&format!("use {path}"))),
+        };
+        Ok(Self { path, directory })
+    }
+
+    /// The file's path, within the directory that is held.
+    fn file(&self) -> Option<PathBuf> {
+        let name = Path::new(self.path).file_name()?;
+        Some(self.directory.as_ref()?.path().join(name))
+    }
+
+    /// The same, to write it.
+    fn writable(&self) -> Result<PathBuf, Failure> {
+        let file = self.file().filter(|file| files::parent(file).is_dir());
+        file.ok_or_else(|| no_directory(files::parent(Path::new(self.path))))
+    }
+
+    fn has_left_over(&self) -> bool {
+        self.file().is_some_and(|file| files::has_left_over(&file))
+    }
+
+    fn remove_left_over(&self) -> Result<(), Failure> {
+        let removed = self
+            .file()
+            .map_or(Ok(()), |file| files::remove_left_over(&file));
+        removed.or_failed(|| format!("tidy up beside {}", self.path))
+    }
+
+    /// The file as it is; `None` if there is none.
+    fn find(&self) -> Result<Option<Found>, Failure> {
+        match self.file() {
+            Some(file) => find(&file, self.path),
+            None => Ok(None),
+        }
+    }
+}
+
 /// The file as it is; `None` if there is none.
-fn find(path: &Path) -> Result<Option<Found>, Failure> {
-    let file = match files::open(path, rustix::fs::OFlags::NOFOLLOW) {
+fn find(file: &Path, path: &str) -> Result<Option<Found>, Failure> {
+    let file = match files::open(file, rustix::fs::OFlags::NOFOLLOW) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
             return Err(Failure {
                 hint: Some("name the file that the link points at".into()),
-                ..failure(
-                    Cause::Refused,
-                    format!("{} is a symbolic link", path.display()),
-                )
+                ..failure(Cause::Refused, format!("{path} is a symbolic link"))
             });
         }
-        Err(error) => return Err(files::failed(format!("read {}", path.display()), &error)),
+        Err(error) => return Err(files::failed(format!("read {path}"), &error)),
     };
     read_found(&file)
-        .or_failed(|| format!("read {}", path.display()))
+        .or_failed(|| format!("read {path}"))
         .map(Some)
 }
 
@@ -341,10 +389,12 @@ impl std::fmt::Display for Changes {
 
 async fn changes(
     cx: &Context,
-    path: &Path,
+    spot: &Spot<'_>,
     set: &BTreeMap<String, String>,
 ) -> Result<Changes, Failure> {
-    let old = find(path)?.map(|found| parse_env(&String::from_utf8_lossy(&found.content)));
+    let old = spot
+        .find()?
+        .map(|found| parse_env(&String::from_utf8_lossy(&found.content)));
     Ok(Changes::between(
         &old.unwrap_or_default(),
         &resolve(cx, set).await?,
@@ -353,12 +403,12 @@ async fn changes(
 
 impl Act for Diff {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let changes = changes(cx, checked_path(&self.path)?, &self.set).await?;
+        let changes = changes(cx, &Spot::of(cx, &self.path)?, &self.set).await?;
         Ok(Probe::Present(format!("{}: {changes}", self.path)))
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let changes = changes(cx, checked_path(&self.path)?, &self.set).await?;
+        let changes = changes(cx, &Spot::of(cx, &self.path)?, &self.set).await?;
         let fact = Fact::Note {
             name: format!("env {}", self.path),
             value: changes.to_string(),
@@ -428,11 +478,13 @@ fn no_directory(parent: &Path) -> Failure {
 
 impl Act for Render {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        let path = checked_path(&self.path)?;
+        let spot = Spot::of(cx, &self.path)?;
         let wanted = Wanted::of(cx, self).await?;
-        Ok(match find(path)? {
-            None if cx.dry_run && !files::parent(path).is_dir() => {
-                Probe::Unmet(no_directory(files::parent(path)))
+        Ok(match spot.find()? {
+            None if cx.dry_run
+                && let Err(no_directory) = spot.writable() =>
+            {
+                Probe::Unmet(no_directory)
             }
             None => Probe::Absent(format!(
                 "creates {} with {} variables",
@@ -445,13 +497,13 @@ impl Act for Render {
             Some(_) => Probe::Absent(format!(
                 "{}: {}",
                 self.path,
-                changes(cx, path, &self.set).await?
+                changes(cx, &spot, &self.set).await?
             )),
         })
     }
 
     async fn before(&self, cx: &Context) -> Result<Value, Failure> {
-        let before = match find(checked_path(&self.path)?)? {
+        let before = match Spot::of(cx, &self.path)?.find()? {
             None => Before::Absent,
             Some(found) => {
                 let copy = cx.dir.join(COPY);
@@ -473,11 +525,11 @@ impl Act for Render {
 
     /// Without another copy: the one that was made is what an undo needs.
     async fn is_as_before(&self, cx: &Context, before: &Value) -> Result<bool, Failure> {
-        let path = checked_path(&self.path)?;
-        if files::has_left_over(path) {
+        let spot = Spot::of(cx, &self.path)?;
+        if spot.has_left_over() {
             return Ok(false);
         }
-        let now = find(path)?;
+        let now = spot.find()?;
         let now = now.map(|found| found.digest(cx)).transpose()?;
         Ok(match parse_before(before)? {
             Before::Absent => now.is_none(),
@@ -486,22 +538,18 @@ impl Act for Render {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let path = checked_path(&self.path)?;
+        let spot = Spot::of(cx, &self.path)?;
         let wanted = Wanted::of(cx, self).await?;
-        files::remove_left_over(path).or_failed(|| format!("tidy up beside {}", self.path))?;
-        if find(path)?.is_some_and(|found| wanted.is(&found)) {
+        spot.remove_left_over()?;
+        if spot.find()?.is_some_and(|found| wanted.is(&found)) {
             return Ok(Done {
                 summary: format!("{} was as it should be", self.path),
                 ..Done::default()
             });
         }
-        let changes = changes(cx, path, &self.set).await?;
-        let parent = files::parent(path);
-        if !parent.is_dir() {
-            return Err(no_directory(parent));
-        }
+        let changes = changes(cx, &spot, &self.set).await?;
         files::write(
-            path,
+            &spot.writable()?,
             wanted.content.as_bytes(),
             wanted.mode,
             Some(wanted.owner),
@@ -509,7 +557,9 @@ impl Act for Render {
         .or_failed(|| format!("write {}", self.path))
         .map_err(|failure| Failure {
             // It may be in place, and only not be durable.
-            changed: find(path).map_or(true, |found| found.is_some_and(|is| wanted.is(&is))),
+            changed: spot
+                .find()
+                .map_or(true, |found| found.is_some_and(|is| wanted.is(&is))),
             ..failure
         })?;
         let fact = Fact::Note {
@@ -524,12 +574,13 @@ impl Act for Render {
     }
 
     async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
-        let path = checked_path(&self.path)?;
-        files::remove_left_over(path).or_failed(|| format!("tidy up beside {}", self.path))?;
+        let spot = Spot::of(cx, &self.path)?;
+        spot.remove_left_over()?;
         match parse_before(before)? {
             Before::Absent => {
-                let changed = find(path)?.is_some();
-                files::remove(path).or_failed(|| format!("remove {}", self.path))?;
+                let changed = spot.find()?.is_some();
+                let removed = spot.file().map_or(Ok(()), |file| files::remove(&file));
+                removed.or_failed(|| format!("remove {}", self.path))?;
                 Ok(Done {
                     changed,
                     summary: format!("{} is gone again", self.path),
@@ -561,10 +612,10 @@ impl Act for Render {
                         )
                     });
                 }
-                let now = find(path)?.map(|found| found.digest(cx)).transpose()?;
+                let now = spot.find()?.map(|found| found.digest(cx)).transpose()?;
                 let changed = now != Some(digest);
                 if changed {
-                    files::write(path, &old.content, mode, Some((user, group)))
+                    files::write(&spot.writable()?, &old.content, mode, Some((user, group)))
                         .or_failed(|| format!("write {}", self.path))?;
                 }
                 Ok(Done {
@@ -581,7 +632,7 @@ impl Act for Render {
     }
 
     async fn state(&self, cx: &Context) -> Result<Vec<Fact>, Failure> {
-        let (digest, text) = match find(checked_path(&self.path)?)? {
+        let (digest, text) = match Spot::of(cx, &self.path)?.find()? {
             None => (Digest::of(b"absent"), "absent".to_owned()),
             Some(found) => {
                 let text = format!("mode {:04o}, {} bytes", found.mode, found.content.len());

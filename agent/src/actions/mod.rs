@@ -22,6 +22,7 @@ mod exec;
 mod files;
 mod migration;
 mod net;
+mod places;
 mod postgres;
 mod release;
 pub(crate) mod service;

@@ -25,6 +25,7 @@ fn record(number: u64) -> Record {
         },
         number if number % 3 == 0 => Record::Released {
             rollout: RolloutId::from_random([u8::try_from(number).unwrap(); 6]),
+            comes_back: false,
         },
         counter => Record::Epoch(Epoch { counter, id: 7 }),
     }

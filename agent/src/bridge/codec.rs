@@ -6,9 +6,10 @@ use lockstep_proto::wire::agent_v1 as agent;
 use lockstep_proto::wire::host_v1::{self as wire, to_exec, to_link};
 use lockstep_proto::wire::{Hello, InvalidMessage, Welcome};
 
-use crate::exec::{Inbound, LogPiece, Offer, Outbound};
+use crate::exec::{Inbound, LogPiece, Offer, Outbound, Refusal};
 
 /// What exec hears from the link.
+#[derive(Debug)]
 pub(super) enum Heard {
     /// It asks for a `Hello`.
     Dial,
@@ -39,6 +40,15 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
             };
             return Some(exec_message(to_exec::Message::Plan(plan)));
         }
+        Inbound::Refused(why) => {
+            let why = match why {
+                Refusal::Certificate => wire::Refusal::Certificate,
+                Refusal::Contract => wire::Refusal::Contract,
+                // Only exec can tell.
+                _ => return None,
+            };
+            return Some(exec_message(to_exec::Message::Refused(why.into())));
+        }
         Inbound::Witness(head) => agent::Down {
             message: None,
             head: Some(head.into()),
@@ -51,6 +61,7 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
                 epoch,
                 dry_run,
                 signatures,
+                round,
             } = offer;
             down(Down::Offer(agent::Offer {
                 rollout: rollout.into(),
@@ -58,12 +69,18 @@ pub(super) fn to_exec(inbound: Inbound) -> Option<wire::ToExec> {
                 epoch: Some(epoch.into()),
                 dry_run,
                 signatures: signatures.into_iter().map(Into::into).collect(),
+                round,
             }))
         }
         Inbound::Order(order) => down(Down::Order(Order::clone(&order).into())),
-        Inbound::Release(rollout, epoch) => down(Down::Release(agent::Release {
+        Inbound::Release {
+            rollout,
+            epoch,
+            comes_back,
+        } => down(Down::Release(agent::Release {
             rollout: rollout.into(),
             epoch: Some(epoch.into()),
+            comes_back,
         })),
         Inbound::Cancel(rollout, epoch) => down(Down::Cancel(agent::Cancel {
             rollout: rollout.into(),
@@ -113,6 +130,11 @@ pub(super) fn heard(message: wire::ToExec, host: &HostId) -> Result<Heard, Inval
             };
             Heard::Inbound(Inbound::Plan(digest, answer))
         }
+        Message::Refused(why) => Heard::Inbound(Inbound::Refused(match why.try_into() {
+            Ok(wire::Refusal::Certificate) => Refusal::Certificate,
+            Ok(wire::Refusal::Contract) => Refusal::Contract,
+            _ => return Err(InvalidMessage::Field("refused")),
+        })),
         Message::Down(agent::Down {
             message: None,
             head: Some(head),
@@ -151,6 +173,7 @@ pub(super) fn log(piece: LogPiece) -> wire::ToLink {
 }
 
 /// What the link hears from exec.
+#[derive(Debug)]
 pub(super) enum Said {
     Hello(Hello),
     Log(LogPiece),

@@ -11,6 +11,8 @@
 
 mod codec;
 mod exec;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod link;
 
 use std::io;

@@ -31,6 +31,7 @@ use tonic::transport::Endpoint;
 use tonic::{Code, Status};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use super::place::{Place, PlaceError};
 use super::{PairError, Pending, in_pem, is_pair, settle};
 use crate::config::{Config, ConfigError, Tls};
 use crate::errors::chain;
@@ -110,6 +111,8 @@ enum JoinError {
     Address(String),
     #[error("the link's certificate cannot be handed over: {0}")]
     LinkUser(String),
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     #[error("TLS cannot be used")]
     Tls(#[from] rustls::Error),
     #[error("the controller at {address} cannot be reached, or is not the right one: {why}")]
@@ -138,7 +141,9 @@ impl JoinError {
             | Self::Address(_) => exit::USAGE,
             Self::State(IdentityError::InUse(_)) => exit::IN_USE,
             Self::Connect { .. } | Self::Refused(_) | Self::Failed(_) => exit::REFUSED,
-            Self::State(_) | Self::Pair(_) | Self::Tls(_) | Self::Write { .. } => exit::INTERNAL,
+            Self::State(_) | Self::Place(_) | Self::Pair(_) | Self::Tls(_) | Self::Write { .. } => {
+                exit::INTERNAL
+            }
         }
     }
 
@@ -211,19 +216,14 @@ async fn join(arguments: &Join) -> Result<String, JoinError> {
     private_dir(&state)?;
     // An agent that runs has a certificate, and renews it.
     let _lock = StateLock::take(&state)?;
-    for path in [&tls.cert, &tls.key, &tls.controller_ca] {
-        if let Some(directory) = path.parent() {
-            private_dir(directory)?;
-        }
-    }
-    settle(&tls)?;
-    let until = match enrolled(&tls, &host) {
+    let place = Place::new(&tls, link.as_ref(), Path::new(LINK_DIR));
+    place.prepare()?;
+    place.with_pair(|| settle(&tls))??;
+    let until = match place.with_pair(|| enrolled(&tls, &host))? {
         Some(until) => until,
-        None => redeem(arguments, &token, &host, &tls).await?,
+        None => redeem(arguments, &token, &host, &tls, &place).await?,
     };
-    if let Some(link) = &link {
-        hand_over(&tls, link)?;
-    }
+    place.hand_over()?;
     if known.is_none() {
         write_config(arguments, &host, &tls, link.as_ref())?;
     }
@@ -243,23 +243,6 @@ fn link_user(known: Option<&Config>) -> Result<Option<User>, JoinError> {
         None if rustix::process::geteuid().is_root() => Ok(User::find(LINK_USER).ok()),
         None => Ok(None),
     }
-}
-
-/// Certificate and key become the link's, which renews them, and so does their directory.
-fn hand_over(tls: &Tls, link: &User) -> Result<(), JoinError> {
-    let directories = [tls.key.parent(), Some(Path::new(LINK_DIR))];
-    let own = |path: &&Path| path.starts_with(LINK_DIR) && path.exists();
-    let directories = directories.into_iter().flatten().filter(own);
-    let files = [&tls.controller_ca, &tls.cert, &tls.key];
-    for path in files.into_iter().map(PathBuf::as_path).chain(directories) {
-        std::os::unix::fs::chown(path, Some(link.uid), Some(link.gid)).map_err(|source| {
-            JoinError::Write {
-                path: path.to_owned(),
-                source,
-            }
-        })?;
-    }
-    Ok(())
 }
 
 fn read_token(arguments: &Join) -> Result<String, JoinError> {
@@ -321,11 +304,17 @@ fn enrolled(tls: &Tls, host: &HostId) -> Option<i64> {
     valid.then_some(left)
 }
 
-async fn redeem(arguments: &Join, token: &str, host: &HostId, tls: &Tls) -> Result<i64, JoinError> {
+async fn redeem(
+    arguments: &Join,
+    token: &str,
+    host: &HostId,
+    tls: &Tls,
+    place: &Place<'_>,
+) -> Result<i64, JoinError> {
     // Durable before anybody is asked: whatever happens from here on, it is this key.
-    let pending = Pending::of(tls)?;
+    let pending = place.with_pair(|| Pending::of(tls))??;
     let (channel, shown) = dial(arguments).await?;
-    keep_issuer(&tls.controller_ca, &shown.issuer)?;
+    place.with_issuer(|| keep_issuer(&tls.controller_ca, &shown.issuer))??;
     let request = JoinRequest {
         token: token.to_owned(),
         csr: pending.request(&shown.domain, host)?.into(),
@@ -335,9 +324,9 @@ async fn redeem(arguments: &Join, token: &str, host: &HostId, tls: &Tls) -> Resu
     let answer = answer.map_err(|_| JoinError::Failed("it does not answer".to_owned()))?;
     let answer = answer.map_err(|status| refused(&status))?.into_inner();
     let uri = format!("spiffe://{}/agent/{host}", shown.domain);
-    pending.complete(tls, &uri, &answer.certificates)?;
+    place.with_pair(|| pending.complete(tls, &uri, &answer.certificates))??;
     let none = || JoinError::Failed("the certificate that it sent is not valid now".to_owned());
-    enrolled(tls, host).ok_or_else(none)
+    place.with_pair(|| enrolled(tls, host))?.ok_or_else(none)
 }
 
 fn refused(status: &Status) -> JoinError {

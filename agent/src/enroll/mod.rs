@@ -10,6 +10,7 @@
 //! that was lost is given again for the same key.
 
 pub(crate) mod join;
+mod place;
 
 use std::io;
 use std::path::{Path, PathBuf};

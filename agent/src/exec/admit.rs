@@ -7,7 +7,7 @@ use lockstep_proto::values::Period;
 
 use super::consent::HeldStep;
 use super::machine::refused;
-use super::policy::{Counted, Moment, Refused};
+use super::policy::{Counted, Moment, Policy, Refused};
 use super::{Exec, wall_clock};
 use crate::journal::Intent;
 use crate::step::hinted;
@@ -17,15 +17,13 @@ impl Exec {
     /// counted under. What was done may be undone at any time.
     pub(super) fn admit_step(
         &self,
+        policy: &Policy,
         key: &StepKey,
         step: &HeldStep,
     ) -> Result<Option<Counted>, Failure> {
         if key.direction == Direction::Undo {
             return Ok(None);
         }
-        let policy = self
-            .policy()
-            .map_err(|why| refused(why, "repair it first"))?;
         let now = self.moment();
         match policy.admit(&step.action, &self.memory.begun, &now) {
             Ok(rules) if rules.is_empty() => Ok(None),

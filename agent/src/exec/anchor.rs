@@ -9,7 +9,7 @@ use lockstep_proto::ids::{Digest, InstanceId};
 use lockstep_proto::sshsig;
 
 use super::machine::Memory;
-use super::{Exec, any_bytes, wall_clock};
+use super::{Exec, Refusal, any_bytes, wall_clock};
 use crate::config::Config;
 use crate::identity::{IdentityError, StateLock};
 use crate::journal::{AppendError, Journal, JournalError, Need, Record};
@@ -114,10 +114,10 @@ pub(crate) fn anchor(
 }
 
 impl Exec {
-    /// Whether the host asks for sealed plans. A policy that cannot be read allows nothing anyway.
-    pub(super) fn is_sealed(&self) -> bool {
-        self.policy()
-            .is_ok_and(|policy| policy.trust().seal().is_some())
+    /// Whether the host asks for sealed plans. A policy that cannot be read does not say.
+    pub(super) fn is_sealed(&self) -> Result<bool, String> {
+        let policy = self.policy()?;
+        Ok(policy.trust().seal().is_some())
     }
 
     /// From here on no order is taken, also after a restart.
@@ -137,7 +137,7 @@ impl Exec {
         let policy = self.policy().ok();
         let fleet = policy.as_ref().and_then(|policy| policy.trust().seal());
         let fleet = fleet.map_or("FLEET", |seal| seal.fleet());
-        self.refuse_session(format!(
+        let why = format!(
             "this host is quarantined: a controller had {acknowledged} reports of this host, and its \
              journal had fewer: the state directory was put back to an earlier time, or lost, and \
              which serials were licensed since is not known here. Let people sign from where it may go \
@@ -145,7 +145,8 @@ impl Exec {
              sign floor.json --key KEY`; then stop this agent and run `lockstep-agent anchor \
              --floor floor.json --sig floor.json.sig`",
             config.host, self.instance
-        ));
+        );
+        self.refuse_session(Refusal::Ahead, why);
         true
     }
 }

@@ -5,7 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lockstep_proto::action::{Action, Class};
-use lockstep_proto::approval::{self, Approval, STATEMENT, Signature, Signed, unfilled};
+use lockstep_proto::approval::{
+    self, Approval, GLASS_STATEMENT, LONGEST_GLASS, STATEMENT, Signature, Signed, unfilled,
+};
 use lockstep_proto::ids::{HostId, StepRef};
 use lockstep_proto::order::{Binding, Fact, Order, controller_host};
 use lockstep_proto::plan::{CLOCK_TOLERANCE, CompiledPlan};
@@ -13,7 +15,7 @@ use lockstep_proto::sshsig;
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::policy::trust::Approver;
+use super::policy::trust::{Approver, Breaker};
 
 /// The gates of a plan, as far as they decide what a host may do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +56,15 @@ impl Gates {
     }
 }
 
+/// Whose signatures count.
+#[derive(Clone, Copy)]
+pub(super) struct People<'a> {
+    /// Who approves.
+    pub(super) approvers: &'a [Approver],
+    /// Who may, two together, let a gate be met without approvals.
+    pub(super) breakers: &'a [Breaker],
+}
+
 /// What an order is held against.
 pub(super) struct Asked<'a> {
     /// The host that was ordered.
@@ -70,7 +81,7 @@ pub(super) struct Asked<'a> {
 /// Refuses a step that people have not approved, where they have to.
 pub(super) fn check(
     gates: Option<&Gates>,
-    approvers: &[Approver],
+    people: People<'_>,
     asked: &Asked<'_>,
 ) -> Result<(), String> {
     let gates = gates.ok_or(
@@ -83,7 +94,7 @@ pub(super) fn check(
         return Ok(());
     }
     for gate in gates.approvals.iter().filter(|gate| gate.at < at) {
-        let signed = check_gate(gate, approvers, asked).map_err(|why| {
+        let signed = check_gate(gate, people, asked).map_err(|why| {
             format!(
                 "this host asks for signed approvals, and gate {} has too few: {why}; see \
                  `lockstep approve --sign`",
@@ -98,9 +109,13 @@ pub(super) fn check(
 /// The approvals at a gate, if they are enough.
 fn check_gate<'a>(
     gate: &Gate,
-    approvers: &[Approver],
+    people: People<'_>,
     asked: &Asked<'a>,
 ) -> Result<&'a Signed, String> {
+    let People {
+        approvers,
+        breakers,
+    } = people;
     let order = asked.order;
     let of_gate = |binding: &&Binding| {
         binding.origin.at == gate.at && binding.origin.host == controller_host()
@@ -123,19 +138,19 @@ fn check_gate<'a>(
     }
     let mut people: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     let mut not_counted = Vec::new();
+    let statement = |statement, one: &'a Signature| Approval {
+        statement,
+        rollout: &order.key.rollout,
+        plan: order.plan,
+        hosts: &signed.hosts,
+        gate: gate.at,
+        evidence,
+        requester: &signed.requester,
+        approver: &one.approver,
+        expires: one.expires,
+    };
     for one in signed.signatures.iter().take(MOST_SIGNATURES) {
-        let statement = Approval {
-            statement: STATEMENT,
-            rollout: &order.key.rollout,
-            plan: order.plan,
-            hosts: &signed.hosts,
-            gate: gate.at,
-            evidence,
-            requester: &signed.requester,
-            approver: &one.approver,
-            expires: one.expires,
-        };
-        match check_one(one, &statement, approvers, asked) {
+        match check_one(one, &statement(STATEMENT, one), approvers, asked) {
             Ok(approver) => {
                 let groups = approver.groups.iter().map(String::as_str);
                 people.entry(&approver.name).or_default().extend(groups);
@@ -145,6 +160,16 @@ fn check_gate<'a>(
     }
     let missing = unfilled(&gate.from, &people);
     if missing.is_empty() {
+        return Ok(signed);
+    }
+    let mut broke: BTreeSet<&str> = BTreeSet::new();
+    for one in signed.broken.iter().take(MOST_SIGNATURES) {
+        match check_broken(one, &statement(GLASS_STATEMENT, one), breakers, asked) {
+            Ok(name) => _ = broke.insert(name),
+            Err(why) => not_counted.push(format!("{}: {why}", one.approver.escape_debug())),
+        }
+    }
+    if broke.len() >= BREAK_TOGETHER {
         return Ok(signed);
     }
     let missing: Vec<String> = missing
@@ -185,6 +210,41 @@ fn check_one<'a>(
         return Err("the approval has expired".to_owned());
     }
     Ok(approver)
+}
+
+/// So many people break the glass of a gate together.
+const BREAK_TOGETHER: usize = 2;
+
+/// Who has signed that the glass of a gate is to be broken, if that counts: a word for an hour, of
+/// somebody whom this host's own policy names, and who did not submit the rollout.
+fn check_broken<'a>(
+    one: &Signature,
+    statement: &Approval<'_>,
+    breakers: &'a [Breaker],
+    asked: &Asked<'_>,
+) -> Result<&'a str, String> {
+    let signature = one.signature.as_bytes();
+    let key = sshsig::verify(signature, approval::GLASS_NAMESPACE, &statement.encode())
+        .map_err(|error| error.to_string())?;
+    let known = breakers.iter().find(|breaker| breaker.key == key);
+    let breaker = known.ok_or_else(|| {
+        let key = key.fingerprint();
+        format!("the key {key} may break no glass on this host")
+    })?;
+    if breaker.name != one.approver {
+        return Err(format!("it is {}'s key", breaker.name));
+    }
+    if breaker.name == statement.requester {
+        return Err("has submitted the rollout".to_owned());
+    }
+    if one.expires > asked.now.plus(LONGEST_GLASS).plus(CLOCK_TOLERANCE) {
+        return Err(format!("the word would hold for more than {LONGEST_GLASS}"));
+    }
+    let late = asked.now > one.expires.plus(CLOCK_TOLERANCE);
+    if late && !(asked.begun_after)(statement.gate) {
+        return Err("the word has ended".to_owned());
+    }
+    Ok(&breaker.name)
 }
 
 /// SQL that was shown before a gate is what was approved there.

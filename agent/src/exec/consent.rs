@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use lockstep_proto::action::Action;
 use lockstep_proto::action::service::Driver;
 use lockstep_proto::ids::StepRef;
-use lockstep_proto::plan::{CompiledPlan, Placed, Undo};
+use lockstep_proto::plan::{CompiledPlan, Placed, Target, Undo};
 use lockstep_proto::report::Refusal;
 use lockstep_proto::values::{Period, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,29 @@ pub(crate) struct HeldStep {
     pub(crate) undo: Undo,
     /// The line in the plan file.
     pub(crate) line: u32,
+    /// Who does it.
+    #[serde(default, skip_serializing_if = "Duty::is_some_hosts")]
+    pub(crate) duty: Duty,
+}
+
+/// Which of the hosts that a step is meant for do it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Duty {
+    /// Some: one is elected. Steps that a release before this one held say so, too.
+    #[default]
+    SomeHosts,
+    /// All: nothing that comes after it begins here before it is done here.
+    AllHosts,
+    /// Those that were rolled back, whatever they have done.
+    AfterRollback,
+}
+
+impl Duty {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+    fn is_some_hosts(&self) -> bool {
+        *self == Self::SomeHosts
+    }
 }
 
 /// The steps that are meant for this host, or everything that speaks against them.
@@ -49,7 +72,7 @@ pub(crate) fn review(
     let mut meant = 0;
     for placed in plan.steps_for(&config.labels) {
         meant += 1;
-        match review_step(&placed, config, policy) {
+        match review_step(plan, &placed, config, policy) {
             Ok(step) => steps.push(step),
             Err(reasons) => refusals.extend(reasons.into_iter().map(|reason| Refusal {
                 at: Some(placed.at),
@@ -104,15 +127,16 @@ pub(super) fn steps_of(
     vars: &BTreeMap<String, String>,
 ) -> Result<Vec<HeldStep>, String> {
     let steps = plan.steps_for(labels);
-    steps.map(|placed| held_step(&placed, vars)).collect()
+    steps.map(|placed| held_step(plan, &placed, vars)).collect()
 }
 
 fn review_step(
+    plan: &CompiledPlan,
     placed: &Placed<'_>,
     config: &Config,
     policy: &Policy,
 ) -> Result<HeldStep, Vec<String>> {
-    let step = held_step(placed, &config.vars).map_err(|reason| vec![reason])?;
+    let step = held_step(plan, placed, &config.vars).map_err(|reason| vec![reason])?;
     let mut reasons = missing_names(&step.action, config);
     reasons.extend(policy.check(&step.action).err());
     if reasons.is_empty() {
@@ -122,13 +146,23 @@ fn review_step(
     }
 }
 
-fn held_step(placed: &Placed<'_>, vars: &BTreeMap<String, String>) -> Result<HeldStep, String> {
+fn held_step(
+    plan: &CompiledPlan,
+    placed: &Placed<'_>,
+    vars: &BTreeMap<String, String>,
+) -> Result<HeldStep, String> {
+    let duty = match placed.target {
+        _ if placed.at.phase == plan.after_rollback_index() => Duty::AfterRollback,
+        Target::Groups(_) => Duty::AllHosts,
+        Target::OneOf(_) | Target::Controller => Duty::SomeHosts,
+    };
     Ok(HeldStep {
         at: placed.at,
         action: put_in_variables(&placed.step.action, vars)?,
         timeout: placed.step.timeout,
         undo: placed.step.undo,
         line: placed.step.line,
+        duty,
     })
 }
 

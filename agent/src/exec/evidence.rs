@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::evidence::{self, NAMESPACE, RESOLVE_NAMESPACE};
-use lockstep_proto::ids::{HostId, StepKey};
+use lockstep_proto::ids::{Direction, HostId, PlanDigest};
 use lockstep_proto::order::{Binding, Fact, Order};
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::sshsig::{self, PublicKey, SigningKey};
@@ -61,7 +61,7 @@ fn read(path: &Path) -> io::Result<Option<SigningKey>> {
 }
 
 /// Signs the facts of an attempt that may be bound to orders.
-pub(super) fn sign(key: &SigningKey, body: &mut ReportBody) {
+pub(super) fn sign(key: &SigningKey, plan: PlanDigest, body: &mut ReportBody) {
     let ReportBody::Finished {
         key: origin,
         facts,
@@ -76,7 +76,7 @@ pub(super) fn sign(key: &SigningKey, body: &mut ReportBody) {
     }
     let sign = |fact: &Fact| {
         if fact.may_be_bound() {
-            hex::encode(key.sign_bare(NAMESPACE, &evidence::statement(origin, fact)))
+            hex::encode(key.sign_bare(NAMESPACE, &evidence::statement(plan, origin, fact)))
         } else {
             String::new()
         }
@@ -99,6 +99,9 @@ pub(super) fn check(
         if origin.rollout != order.key.rollout {
             return Err(refused("of another rollout".to_owned()));
         }
+        if order.key.direction == Direction::Do && origin.at > order.key.at {
+            return Err(refused("of a step that comes after this one".to_owned()));
+        }
         match &binding.fact {
             // Judged with the gate that it is of.
             Fact::Approved { .. } => {}
@@ -119,7 +122,7 @@ pub(super) fn check(
                         origin.host
                     ))
                 })?;
-                check_fact(key, origin, fact, binding.signature.as_deref()).map_err(refused)?;
+                check_fact(key, order.plan, binding, fact).map_err(refused)?;
             }
         }
     }
@@ -128,13 +131,15 @@ pub(super) fn check(
 
 fn check_fact(
     key: &PublicKey,
-    origin: &StepKey,
+    plan: PlanDigest,
+    binding: &Binding,
     fact: &Fact,
-    signature: Option<&str>,
 ) -> Result<(), String> {
+    let origin = &binding.origin;
+    let signature = binding.signature.as_deref();
     let signature = signature.ok_or("not signed by its host")?;
     let signature = hex::decode(signature).map_err(|_| "not signed by its host")?;
-    let statement = evidence::statement(origin, fact);
+    let statement = evidence::statement(plan, origin, fact);
     key.verify_bare(NAMESPACE, &statement, &signature)
         .map_err(|_| format!("not what {} has signed", origin.host))
 }
@@ -165,7 +170,7 @@ fn check_word(
 
 #[cfg(test)]
 mod tests {
-    use lockstep_proto::ids::{Digest, Epoch};
+    use lockstep_proto::ids::{Digest, Epoch, StepKey};
     use lockstep_proto::report::StepOutcome;
     use lockstep_proto::values::{Period, Timestamp};
 
@@ -179,6 +184,10 @@ mod tests {
              [[evidence]]\nhost = \"db-1\"\nkey = \"{db}\"\n"
         );
         Policy::parse(Path::new("policy.toml"), &text).unwrap()
+    }
+
+    fn plan() -> PlanDigest {
+        Digest::of(b"plan")
     }
 
     fn fenced(token: &str) -> Fact {
@@ -201,7 +210,7 @@ mod tests {
             took: Period(0),
             signatures: vec![],
         };
-        sign(&key(seed), &mut body);
+        sign(&key(seed), plan(), &mut body);
         match body {
             ReportBody::Finished { signatures, .. } => signatures,
             other => panic!("{other:?}"),
@@ -211,7 +220,7 @@ mod tests {
     fn taken(origin: StepKey, fact: Fact, signature: Option<String>) -> Result<(), String> {
         let order = Order {
             key: "ro_010101010101.1.0.do.1@app-1".parse().unwrap(),
-            plan: Digest::of(b"plan"),
+            plan: plan(),
             epoch: Epoch { counter: 1, id: 1 },
             not_after: Timestamp(0),
             bindings: vec![Binding {
@@ -248,6 +257,28 @@ mod tests {
         let old: StepKey = "ro_020202020202.0.0.do.1@db-1".parse().unwrap();
         let replayed = reported(2, &old, vec![fenced("t")]).remove(0);
         refused(old, fenced("t"), Some(replayed), "of another rollout");
+        // What another plan's rollout of the same id has proven is no fact of this one.
+        let mut elsewhere = ReportBody::Finished {
+            key: db.clone(),
+            outcome: StepOutcome::Unknown { why: String::new() },
+            facts: vec![fenced("t")],
+            took: Period(0),
+            signatures: vec![],
+        };
+        sign(&key(2), Digest::of(b"other"), &mut elsewhere);
+        let ReportBody::Finished { signatures, .. } = elsewhere else {
+            unreachable!("as it was made")
+        };
+        let of_other = signatures.first().cloned();
+        refused(
+            db.clone(),
+            fenced("t"),
+            of_other,
+            "not what db-1 has signed",
+        );
+        let later: StepKey = "ro_010101010101.2.0.do.1@db-1".parse().unwrap();
+        let of_later = reported(2, &later, vec![fenced("t")]).remove(0);
+        refused(later, fenced("t"), Some(of_later), "comes after this one");
         // Its own facts are held against its own key.
         let own = origin("1@app-1");
         let by_own = reported(3, &own, vec![fenced("t")]).remove(0);

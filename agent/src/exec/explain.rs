@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::BootId;
 use lockstep_proto::plan::CompiledPlan;
+use lockstep_proto::shown;
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::consent::{check_time, missing_names, put_in_variables};
@@ -52,7 +53,7 @@ pub(crate) fn explain(
         problems.push("no step of the plan is meant for this host's labels".to_owned());
     }
     let count = says.iter().filter(|(allowed, _)| *allowed).count();
-    let mut text = format!("plan {} at {}\n", plan.plan, utc(at));
+    let mut text = format!("plan {} at {}\n", shown::line(&plan.plan), utc(at));
     for (placed, (allowed, words)) in placed.iter().zip(&says) {
         let verdict = if *allowed { "" } else { "NOT ALLOWED: " };
         let words = format!("{verdict}{words}").replace('\n', "\n      ");
@@ -68,7 +69,7 @@ pub(crate) fn explain(
         let _ = writeln!(text, "{problem}");
     }
     Explained {
-        text,
+        text: shown::lines(&text),
         allowed: problems.is_empty() && count == placed.len(),
     }
 }
@@ -104,6 +105,23 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn a_plan_does_nothing_to_the_screen_and_adds_no_lines_of_its_own() {
+        let run = json!({"name": "x\u{9b}2J", "argv": ["/bin/x", "\u{202e}\u{1b}[2J"]});
+        let mut plan = plan_of(&[("exec.run", run)]);
+        plan.plan = "p\n1 of 1 steps are allowed\u{1b}[8m".into();
+        let mut host = crate::testing::Host::new();
+        host.config.labels = [("role".to_owned(), "app".to_owned())].into();
+        let policy = Policy::default();
+        let said = explain(&plan, &host.config, &policy, Timestamp(0)).text;
+        let odd = |c: char| c.is_control() && c != '\n' || c == '\u{202e}';
+        assert!(!said.contains(odd), "{said:?}");
+        assert!(
+            !said.lines().any(|line| line.starts_with("1 of 1")),
+            "{said}"
+        );
+    }
+
+    #[test]
     fn each_step_is_explained_and_only_all_of_them_are_enough() {
         let stop = ("service.stop", json!({"service": "web"}));
         let run = (
@@ -127,7 +145,7 @@ mod tests {
         for words in [
             "allowed by line 3, 1 in an hour, 00:30-01:00 UTC",
             "NOT ALLOWED: ",
-            r#"where = { argv = [["/bin/x", "8001"]] }"#,
+            r#"argv = [["/bin/x", "8001"]]"#,
             "allowed: it only looks",
             "2 of 3 steps are allowed",
         ] {

@@ -19,6 +19,7 @@ use lockstep_proto::report::{Cause, Failure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +40,12 @@ const SETTLE_WITHIN: Duration = Duration::from_secs(WITHIN.as_secs() + GONE.as_s
 
 /// What a process needs beside its question's own limit, to start and to write the answer.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// How many processes look for dry runs at a time, and how many more looks wait for that. A dry run
+/// asks each step of a plan at once, and a host allows everybody's: without a bound, a controller
+/// that repeats itself would have thousands of processes begin as root.
+const AT_A_TIME: usize = 4;
+const WAITING: usize = 512;
 
 /// How often the answer is looked for, at first and later.
 const POLL_FIRST: Duration = Duration::from_millis(4);
@@ -155,6 +162,40 @@ fn context(config: &Arc<Config>, job: &Job, limit: Duration) -> Context {
     }
 }
 
+/// Where looks of dry runs wait. What an attempt asks is not among them: it is one at a time, and
+/// does not stand behind those.
+struct Room {
+    /// For all, those that wait too.
+    all: Semaphore,
+    /// For those that look.
+    inside: Semaphore,
+}
+
+static DRY_RUNS: Room = Room::new();
+
+impl Room {
+    const fn new() -> Self {
+        Self {
+            all: Semaphore::const_new(AT_A_TIME + WAITING),
+            inside: Semaphore::const_new(AT_A_TIME),
+        }
+    }
+
+    /// Waits for a place, which is free again when the value is dropped.
+    async fn enter(&self) -> Result<[SemaphorePermit<'_>; 2], Failure> {
+        let crowded = |_| Failure {
+            hint: Some("try it again once the other dry runs are over".into()),
+            ..failure(
+                Cause::Host,
+                format!("{} questions of dry runs wait already", AT_A_TIME + WAITING),
+            )
+        };
+        let waits = self.all.try_acquire().map_err(crowded)?;
+        let looks = self.inside.acquire().await;
+        Ok([waits, looks.expect("it is never closed")])
+    }
+}
+
 /// The failure of a host that is silent.
 fn no_answer(within: Duration) -> Failure {
     let seconds = within.as_secs();
@@ -222,6 +263,10 @@ impl Host {
     /// Asks, where steps run.
     async fn look<T: DeserializeOwned>(&self, look: Look) -> Result<T, Failure> {
         let answer = if self.runner.has_units() {
+            let _place = match &look {
+                Look::DryRun { .. } => Some(DRY_RUNS.enter().await?),
+                _ => None,
+            };
             let number = self.looks.get() + 1;
             self.looks.set(number);
             let name = format!("{}-{number}", std::process::id());
@@ -347,4 +392,33 @@ pub(crate) async fn run(config: Config, dir: &Path) -> io::Result<()> {
     let look: Look = serde_json::from_slice(&std::fs::read(dir.join("look.json"))?)?;
     let answer: Answer = look.answer(&Arc::new(config)).await;
     replace_file(&dir.join("answer.json"), &serde_json::to_vec(&answer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_flood_of_dry_runs_looks_a_few_at_a_time_and_the_rest_is_refused() {
+        static ROOM: Room = Room::new();
+        static INSIDE: AtomicUsize = AtomicUsize::new(0);
+        async fn look() -> Result<usize, Failure> {
+            let _place = ROOM.enter().await?;
+            let inside = INSIDE.fetch_add(1, Ordering::Relaxed) + 1;
+            tokio::task::yield_now().await;
+            INSIDE.fetch_sub(1, Ordering::Relaxed);
+            Ok(inside)
+        }
+        let flood: JoinSet<_> = (0..2000).map(|_| look()).collect();
+        let looked = flood.join_all().await;
+        let most = looked.iter().flatten().max();
+        assert_eq!(most, Some(&AT_A_TIME));
+        let refused = looked.iter().filter(|looked| looked.is_err()).count();
+        assert_eq!(refused, 2000 - AT_A_TIME - WAITING);
+        assert!(look().await.is_ok(), "there is room again");
+    }
 }

@@ -19,16 +19,20 @@ use lockstep_proto::report::{Cause, Failure, ReportBody, StepOutcome};
 use lockstep_proto::values::Timestamp;
 
 use super::admit;
-use super::consent::HeldStep;
+use super::consent::{Duty, HeldStep};
 use super::licences::Licences;
 use super::policy::Begun;
 use crate::faults::planted;
 use crate::journal::{Position, Record, Seen};
 use crate::step::{LogMark, failure};
 
-/// How many ended rollouts are remembered by name, so that a late offer of one does not bring it
-/// back. Offers come in order on one stream; late ones come from a restored controller.
-const RELEASED: usize = 1024;
+/// How many ended rollouts are remembered, so that a late offer of one does not bring it back: its
+/// approvals and facts would count once more. Late ones come from a restored controller, and from
+/// one that was stolen. A megabyte at most.
+const RELEASED: usize = 1 << 17;
+
+/// How many rollouts may wait that have freed the host: what is forgotten ends when it is released.
+const WAITING: usize = 64;
 
 /// Everything the journal says.
 #[derive(Debug, Default)]
@@ -39,8 +43,10 @@ pub(crate) struct Memory {
     pub(crate) epoch: Option<Epoch>,
     /// The rollout that the host holds itself for.
     pub(crate) hold: Option<Hold>,
-    /// Rollouts that have ended here, the newest last.
-    released: VecDeque<RolloutId>,
+    /// Rollouts that have ended here by the numbers in their ids, the newest last.
+    released: VecDeque<u64>,
+    /// Rollouts that wait, and have freed the host, the newest last.
+    waiting: VecDeque<RolloutId>,
     /// The newest report.
     pub(crate) last_report: u64,
     /// The newest report that is durable at the controller.
@@ -67,6 +73,8 @@ pub(crate) struct Hold {
     pub(crate) plan: PlanDigest,
     pub(crate) steps: Digest,
     pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
+    /// Which time the rollout took its lock.
+    pub(crate) round: u32,
     /// The report of the consent.
     pub(crate) consent: Option<Recorded>,
     /// The attempts at each step, in the order in which they were recorded.
@@ -165,13 +173,25 @@ impl Memory {
                     plan: held.plan,
                     steps: held.steps,
                     log_offsets: held.log_offsets.clone(),
+                    round: held.round,
                     consent: None,
                     attempts: BTreeMap::new(),
                 });
             }
-            Record::Released { rollout } => {
+            Record::Released {
+                rollout,
+                comes_back,
+            } => {
                 self.hold.take_if(|hold| hold.rollout == *rollout);
-                self.end(rollout.clone());
+                self.waiting.retain(|waits| waits != rollout);
+                if *comes_back {
+                    if self.waiting.len() == WAITING {
+                        self.waiting.pop_front();
+                    }
+                    self.waiting.push_back(rollout.clone());
+                } else {
+                    self.end(rollout.clone());
+                }
             }
             Record::Licensed { of, rollout } => self.licences.license(of, rollout),
             Record::Quarantined { acknowledged } => self.quarantined = Some(*acknowledged),
@@ -206,6 +226,8 @@ impl Memory {
                     attempt.cancelled = true;
                 }
             }
+            // What was refused changes nothing.
+            Record::SessionsRefused(_) => {}
             Record::Report { number, body } => self.apply_report(position, *number, body),
             Record::Acknowledged { number, seen } => {
                 self.acknowledge(*number);
@@ -222,7 +244,7 @@ impl Memory {
         if self.released.len() == RELEASED {
             self.released.pop_front();
         }
-        self.released.push_back(rollout);
+        self.released.push_back(number_of(&rollout));
     }
 
     fn apply_report(&mut self, position: Position, number: u64, body: &ReportBody) {
@@ -308,9 +330,14 @@ impl Memory {
         ))
     }
 
+    /// Whether a rollout waits, and has freed this host.
+    pub(crate) fn waits(&self, rollout: &RolloutId) -> bool {
+        self.waiting.contains(rollout)
+    }
+
     /// Whether a rollout has ended on this host.
     pub(crate) fn has_ended(&self, rollout: &RolloutId) -> bool {
-        self.released.contains(rollout)
+        self.released.contains(&number_of(rollout))
     }
 
     /// What is done with an order. The caller has made its epoch durable if it is a new one.
@@ -379,6 +406,12 @@ impl Memory {
     }
 }
 
+/// The number in a rollout's id: twelve hexadecimal digits after `ro_`.
+fn number_of(rollout: &RolloutId) -> u64 {
+    let digits = rollout.as_str().trim_start_matches("ro_");
+    u64::from_str_radix(digits, 16).expect("an id is held against its form when it is read")
+}
+
 /// Refuses an order that is too old by the controller's clock.
 pub(crate) fn check_freshness(order: &Order, controller: Timestamp) -> Result<(), Failure> {
     if controller > order.not_after && !planted!(IgnoreNotAfter) {
@@ -398,6 +431,17 @@ impl Hold {
             .get(&key.at)?
             .iter()
             .find(|a| a.direction == key.direction && a.number == key.attempt)
+    }
+
+    /// Whether a step has begun under this hold that may change something, or is none of these.
+    pub(crate) fn has_changed(&self, steps: &[HeldStep]) -> bool {
+        let only_looks = |at: StepRef| {
+            let step = steps.iter().find(|step| step.at == at);
+            step.is_some_and(|step| !step.action.changes())
+        };
+        let began = |attempts: &[Attempt]| attempts.iter().any(|a| a.began.is_some());
+        let mut begun = self.attempts.iter().filter(|(_, attempts)| began(attempts));
+        begun.any(|(at, _)| !only_looks(*at))
     }
 
     /// Whether a step after this place has begun.
@@ -472,17 +516,21 @@ impl Hold {
                 "a host takes steps in the order of the plan",
             ));
         }
-        // One that was only refused says nothing of the one before it.
-        let mut begun = attempts.iter().rev().filter(|a| a.began.is_some());
-        let done = begun.find(|a| a.direction == Direction::Do);
-        let done = done.filter(|a| matches!(a.ended, Some((_, How::Ok { .. }))));
-        if let Some(done) = done.filter(|_| chain.before.is_some()) {
+        // What was taken back stays so: forward again means another rollout.
+        if let Some(done) = attempts.iter().find(|a| a.is_done()) {
+            return Err(refused(
+                format!("attempt {} of this step was done", done.number),
+                "its report says so; nothing is done twice",
+            ));
+        }
+        if let Some(missing) = self.missing_before(order, step, now.steps) {
             return Err(refused(
                 format!(
-                    "attempt {} of this step is done, and not undone",
-                    done.number
+                    "step {missing} is not done on this host, and {} comes after it",
+                    key.at
                 ),
-                "its report says so; nothing is done twice",
+                "a host takes every step of the plan that is meant for it; if a person knows that \
+                 it was done, `lockstep resolve` says so",
             ));
         }
         let resolved = |a: &Attempt| {
@@ -521,6 +569,34 @@ impl Hold {
         }))
     }
 
+    /// The first step before the one ordered that this host has not done, and has to.
+    fn missing_before(
+        &self,
+        order: &Order,
+        step: &HeldStep,
+        steps: &[HeldStep],
+    ) -> Option<StepRef> {
+        if step.duty == Duty::AfterRollback {
+            return None;
+        }
+        let said = |at: StepRef| {
+            order.bindings.iter().any(|binding| {
+                let origin = &binding.origin;
+                (origin.at, origin.direction, &origin.host) == (at, Direction::Do, &order.key.host)
+                    && matches!(binding.fact, Fact::Resolved { done: true, .. })
+            })
+        };
+        let done = |at: StepRef| {
+            let attempts = self.attempts.get(&at).map_or(&[][..], Vec::as_slice);
+            attempts.iter().any(Attempt::is_done) || said(at)
+        };
+        let earlier = steps.iter().filter(|earlier| earlier.at < step.at);
+        let mut required = earlier.filter(|earlier| earlier.duty == Duty::AllHosts);
+        required
+            .find(|earlier| !done(earlier.at))
+            .map(|earlier| earlier.at)
+    }
+
     /// A step before this one whose newest word is that it was undone.
     fn undone_before(&self, at: StepRef) -> Option<StepRef> {
         let undone = |attempts: &[Attempt]| {
@@ -549,6 +625,12 @@ impl Hold {
 }
 
 impl Attempt {
+    /// Whether it did what the step is for.
+    fn is_done(&self) -> bool {
+        let ok = matches!(self.ended, Some((_, How::Ok { .. })));
+        self.direction == Direction::Do && self.began.is_some() && ok
+    }
+
     /// Whether it took back what was done.
     fn undid(&self) -> bool {
         let ok = matches!(self.ended, Some((_, How::Ok { .. })));
@@ -587,7 +669,7 @@ impl Chain {
     fn then(self, attempt: &Attempt) -> Self {
         let how = attempt.ended.as_ref().map(|(_, how)| *how);
         match (attempt.direction, attempt.began) {
-            (Direction::Undo, _) if matches!(how, Some(How::Ok { .. })) => Self::default(),
+            (Direction::Undo, Some(_)) if matches!(how, Some(How::Ok { .. })) => Self::default(),
             (Direction::Do, Some(began)) => Self {
                 // What an attempt found before it, while nothing had been changed, is newer.
                 before: Some(self.before.filter(|_| self.changed).unwrap_or(began)),

@@ -32,6 +32,7 @@ fn held_step(step: u16, action: &str, args: Value) -> HeldStep {
         timeout: Period::seconds(5),
         undo: Undo::Auto,
         line: 1,
+        duty: Duty::default(),
     }
 }
 
@@ -66,6 +67,7 @@ impl Agent {
             plan: plan(),
             steps: Digest::of(b"steps"),
             log_offsets: BTreeMap::new(),
+            round: 0,
         }));
         agent
     }
@@ -251,6 +253,7 @@ fn an_order_needs_the_hold_and_its_plan() {
     assert!(refusal(agent.decide(&order(key(9, Do, 1)))).contains("not meant for this host"));
     agent.write(Record::Released {
         rollout: rollout(1),
+        comes_back: false,
     });
     assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("has ended"));
 }
@@ -297,11 +300,62 @@ fn what_is_done_is_not_done_again_under_another_number() {
             StepOutcome::Failed(refused(why, "hint")),
         );
     }
+    // Nor when it was taken back: a stolen controller could go on like that for ever.
     agent.run(&key(0, Back, 1), ok(true));
-    assert!(matches!(
-        agent.decide(&order(key(0, Do, 5))),
-        Decision::Begin(_)
-    ));
+    let why = refusal(agent.decide(&order(key(0, Do, 5))));
+    assert!(why.contains("attempt 1"), "INV-1: {why}");
+}
+
+#[test]
+fn an_undo_with_nothing_to_take_back_makes_no_step_new() {
+    let mut agent = Agent::holding();
+    agent.run(&key(3, Do, 1), ok(true));
+    let undo = agent.decide(&order(key(3, Back, 1)));
+    assert!(matches!(undo, Decision::Nothing(_)), "{undo:?}");
+    agent.end(&key(3, Back, 1), ok(false));
+    for (step, words) in [(3, "attempt 1"), (2, "comes before")] {
+        let why = refusal(agent.decide(&order(key(step, Do, 2))));
+        assert!(why.contains(words), "INV-1: {why}");
+    }
+}
+
+#[test]
+fn no_step_is_left_out_that_every_host_does() {
+    let mut agent = Agent::holding();
+    agent.steps[0].duty = Duty::AllHosts;
+    agent.steps[1].duty = Duty::AllHosts;
+    agent.steps[3].duty = Duty::AfterRollback;
+    let decide = |agent: &Agent, step| agent.decide(&order(key(step, Do, 1)));
+    assert!(refusal(decide(&agent, 2)).contains("step 0.0 is not done"));
+    agent.run(&key(0, Do, 1), failed(true));
+    assert!(refusal(decide(&agent, 1)).contains("step 0.0 is not done"));
+    agent.run(&key(0, Do, 2), ok(true));
+    assert!(refusal(decide(&agent, 2)).contains("step 0.1 is not done"));
+    // Whatever happened before, the checks after a rollback look at what is left.
+    assert!(matches!(decide(&agent, 3), Decision::Begin(_)));
+    // What a person knows counts; what was said of another host does not.
+    let said = |host: &str, done| Order {
+        bindings: vec![Binding {
+            origin: StepKey {
+                host: HostId::try_from(host.to_owned()).unwrap(),
+                ..key(1, Do, 1)
+            },
+            fact: Fact::Resolved {
+                done,
+                by: "olga".into(),
+            },
+            signature: None,
+        }],
+        ..order(key(2, Do, 1))
+    };
+    for (host, done) in [("app-2", true), ("app-1", false)] {
+        let why = refusal(agent.decide(&said(host, done)));
+        assert!(why.contains("step 0.1 is not done"), "{why}");
+    }
+    let decided = agent.decide(&said("app-1", true));
+    assert!(matches!(decided, Decision::Begin(_)), "{decided:?}");
+    agent.run(&key(1, Do, 1), ok(false));
+    assert!(matches!(decide(&agent, 2), Decision::Begin(_)));
 }
 
 #[test]

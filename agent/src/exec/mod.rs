@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey, StepRef};
 use lockstep_proto::order::{Fact, Order};
+use lockstep_proto::refusals::Ledger;
 use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
 use lockstep_proto::sshsig::SigningKey;
 use lockstep_proto::values::{Period, Timestamp};
@@ -51,6 +52,7 @@ mod offers;
 mod orders;
 mod plans;
 mod policy;
+mod refusals;
 mod report;
 mod runner;
 mod seam;
@@ -66,9 +68,25 @@ pub(crate) use licences::{Raised, Serial};
 pub(crate) use look::run as look;
 use machine::{Attempt, Hold, Memory, Recorded};
 use plans::HeldPlan;
+#[cfg(feature = "fuzzing")]
+pub(crate) use policy::fuzzing as policy_fuzzing;
 pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
+pub(crate) use refusals::{Refusal, SessionsRefused};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
+
+/// How far a term's counter may be ahead of this host's clock, in seconds: ten years. Counters are no
+/// more than seconds since 1970; nobody could ever come after one without bounds.
+const TERMS_AHEAD: u64 = 10 * 365 * 86_400;
+
+fn check_ahead(epoch: Epoch, wall: Timestamp) -> Result<(), String> {
+    if epoch.counter <= (wall.0 / 1000).saturating_add(TERMS_AHEAD) {
+        return Ok(());
+    }
+    Err(format!(
+        "the controller claims the term {epoch}, whose counter is years ahead of this host's clock"
+    ))
+}
 
 /// Answers of tasks that wait for the journal's owner. A host runs one step at a time and looks
 /// at few things beside it.
@@ -120,6 +138,15 @@ fn any_bytes() -> [u8; 8] {
     rand::random()
 }
 
+/// For fuzzers: a journal whose chain holds is folded, whatever it says.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fold_fuzzed(records: &[(crate::journal::Link, Record)]) {
+    let mut memory = Memory::default();
+    for (link, record) in records {
+        memory.apply(link.position, record);
+    }
+}
+
 /// What a task has found out.
 #[derive(Debug)]
 enum Event {
@@ -150,6 +177,8 @@ struct Session {
     sent: u64,
     /// What goes out before reports.
     first: VecDeque<Outbound>,
+    /// It was refused, and ends.
+    refused: bool,
 }
 
 impl Session {
@@ -202,12 +231,14 @@ pub(crate) struct Exec {
     /// Offers that are being considered, with the newest epoch that each was made in.
     considering: Vec<Offer>,
     preparing: Option<Preparing>,
-    /// The rollout whose end came while an attempt was still running.
-    release_later: Option<lockstep_proto::ids::RolloutId>,
+    /// The rollout whose end came while an attempt was still running, and whether it comes back.
+    release_later: Option<(lockstep_proto::ids::RolloutId, bool)>,
     /// Whether an acknowledgement waits to be written with the next records.
     acknowledged: bool,
     /// What the controller has said of its journal, and is to be written with the next records.
     seen: Option<Seen>,
+    /// Sessions that were refused, as far as they are not written.
+    refusals: Ledger<Refusal>,
     events: mpsc::Receiver<Event>,
     answers: mpsc::Sender<Event>,
 }
@@ -301,6 +332,7 @@ impl Exec {
             release_later: None,
             acknowledged: false,
             seen: None,
+            refusals: refusals::ledger(),
             events,
             answers,
         })
@@ -316,7 +348,7 @@ impl Exec {
         self.take_up();
         let mut due = Due::new();
         loop {
-            let outbox = self.outgoing();
+            let (outbox, refusals_due) = (self.outgoing(), self.refusals_due());
             let room = async {
                 match outbox {
                     Some(outbox) => outbox.reserve_owned().await.ok(),
@@ -327,6 +359,8 @@ impl Exec {
                 biased;
                 () = stop.cancelled() => return self.keep_seen(),
                 () = due.come() => beat(&self.host.config.state_dir),
+                // A few a minute, whatever comes.
+                () = refusals_due => self.write_refusals()?,
                 Some(event) = self.events.recv() => self.handle_event(event)?,
                 message = inbound.recv() => match message {
                     Some(message) => self.handle_inbound(message)?,
@@ -409,9 +443,18 @@ impl Exec {
             Inbound::Offer(offer) => self.handle_offer(offer),
             Inbound::Plan(digest, content) => self.handle_plan(digest, content),
             Inbound::Order(order) => self.handle_order(*order),
-            Inbound::Release(rollout, epoch) => self.handle_release(rollout, epoch),
+            Inbound::Release {
+                rollout,
+                epoch,
+                comes_back: false,
+            } => self.handle_release(rollout, epoch),
+            Inbound::Release { rollout, epoch, .. } => self.handle_freed(rollout, epoch),
             Inbound::Cancel(rollout, epoch) => self.handle_cancel(&rollout, epoch),
             Inbound::Survey(rollout, epoch) => self.handle_survey(rollout, epoch),
+            Inbound::Refused(why) => {
+                self.note_refused(why);
+                Ok(())
+            }
         }
     }
 
@@ -444,31 +487,41 @@ impl Exec {
             outbox,
             sent: welcome.acknowledged,
             first: VecDeque::new(),
+            refused: false,
         });
         if planted!(DropLastReport) {
             self.memory.outstanding.pop_back();
         }
         if welcome.acknowledged > self.memory.last_report {
             // INV-2: a loss is detected, never silent.
-            if self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
+            if self.is_sealed() == Ok(true) && self.memory.check_epoch(welcome.epoch).is_ok() {
                 self.quarantine(welcome.acknowledged)?;
             }
             if self.is_quarantined() {
                 return Ok(());
             }
-            self.refuse_session(format!(
+            let why = format!(
                 "the controller has {} reports of this agent, its journal has {}: the state \
                  directory was put back to an earlier time, and what was done since is not known \
                  here; move {} aside and start the agent afresh",
                 welcome.acknowledged,
                 self.memory.last_report,
                 self.host.config.state_dir.display()
-            ));
+            );
+            self.refuse_session(Refusal::Ahead, why);
             return Ok(());
         }
         let anew = welcome.earlier > 0 && self.memory.is_new();
-        if anew && self.is_sealed() && self.memory.check_epoch(welcome.epoch).is_ok() {
-            self.quarantine(welcome.earlier)?;
+        if anew && self.memory.check_epoch(welcome.epoch).is_ok() {
+            match self.is_sealed() {
+                Ok(true) => self.quarantine(welcome.earlier)?,
+                Ok(false) => {}
+                // Whether this host needs a floor first is not known.
+                Err(why) => {
+                    self.refuse_session(Refusal::Ahead, why);
+                    return Ok(());
+                }
+            }
         }
         if !self.admit(welcome.epoch)? {
             return Ok(());
@@ -520,11 +573,18 @@ impl Exec {
     /// Whether a controller of this term may be obeyed; a higher term is durable when this
     /// returns (INV-4).
     fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
-        if self.is_quarantined() {
+        // What came with the message that ended it is not heard either.
+        if self.session.as_ref().is_some_and(|session| session.refused) || self.is_quarantined() {
             return Ok(false);
         }
         if let Err(why) = self.memory.check_epoch(epoch) {
-            self.refuse_session(why);
+            let counter = epoch.counter;
+            self.refuse_session(Refusal::Term { counter }, why);
+            return Ok(false);
+        }
+        if let Err(why) = check_ahead(epoch, wall_clock()) {
+            let counter = epoch.counter;
+            self.refuse_session(Refusal::Term { counter }, why);
             return Ok(false);
         }
         if self
@@ -532,9 +592,9 @@ impl Exec {
             .as_ref()
             .is_some_and(|session| session.epoch != epoch)
         {
-            self.refuse_session(format!(
-                "the controller has welcomed this host with another epoch than {epoch}"
-            ));
+            let why =
+                format!("the controller has welcomed this host with another epoch than {epoch}");
+            self.refuse_session(Refusal::OtherTerm, why);
             return Ok(false);
         }
         if planted!(EpochNotWritten) {
@@ -546,11 +606,16 @@ impl Exec {
         Ok(true)
     }
 
-    fn refuse_session(&mut self, why: String) {
+    /// Ends the session, once: what else comes in it changes nothing, and a link that does not read
+    /// fills no memory.
+    fn refuse_session(&mut self, kind: Refusal, why: String) {
+        let Some(session) = self.session.as_mut().filter(|session| !session.refused) else {
+            return;
+        };
         tracing::error!(%why, "the controller is refused");
-        if let Some(session) = &mut self.session {
-            session.first.push_back(Outbound::Refuse(why));
-        }
+        session.refused = true;
+        session.first.push_back(Outbound::Refuse(why));
+        self.note_refused(kind);
     }
 
     /// Appends records and folds them in.
@@ -571,9 +636,8 @@ impl Exec {
         self.acknowledged = false;
         self.seen = None;
         if self.memory.outstanding.len() > OUTSTANDING {
-            self.refuse_session(format!(
-                "more than {OUTSTANDING} reports are not acknowledged"
-            ));
+            let why = format!("more than {OUTSTANDING} reports are not acknowledged");
+            self.refuse_session(Refusal::Unacknowledged, why);
         }
         Ok(())
     }
@@ -586,7 +650,9 @@ impl Exec {
 
     fn numbered(&self, body: ReportBody) -> Record {
         let mut body = report::fit(body);
-        evidence::sign(&self.key, &mut body);
+        if let Some(hold) = &self.memory.hold {
+            evidence::sign(&self.key, hold.plan, &mut body);
+        }
         Record::Report {
             number: self.memory.last_report + 1,
             body,

@@ -26,6 +26,9 @@ impl Exec {
         if !self.admit(offer.epoch)? {
             return Ok(());
         }
+        // What was looked at for an earlier round is not what is there now.
+        let is_older = |other: &Offer| other.rollout == offer.rollout && other.round < offer.round;
+        self.considering.retain(|other| !is_older(other));
         let mut considered = self.considering.iter_mut();
         if let Some(considered) = considered.find(|other| other.rollout == offer.rollout) {
             // Said again, perhaps by a successor: then the answer is for that one.
@@ -40,6 +43,7 @@ impl Exec {
             return Ok(());
         }
         if !offer.dry_run {
+            self.let_go_of_earlier_round(&offer)?;
             if let Some(hold) = &self.memory.hold {
                 if hold.rollout != offer.rollout {
                     let why = self.holds_for(&hold.rollout);
@@ -74,6 +78,20 @@ impl Exec {
                 session.first.push_back(Outbound::Fetch(offer.plan));
             }
             self.awaiting_plan.push(offer);
+        }
+        Ok(())
+    }
+
+    /// The host was free meanwhile as far as the controller knows, and has not heard of it.
+    fn let_go_of_earlier_round(&mut self, offer: &Offer) -> Result<(), ExecError> {
+        let steps = self.held.as_ref().map_or(&[][..], |held| &held.steps);
+        let earlier = self.memory.hold.as_ref().is_some_and(|hold| {
+            (&hold.rollout, hold.plan) == (&offer.rollout, offer.plan)
+                && hold.round < offer.round
+                && !hold.has_changed(steps)
+        });
+        if earlier && !self.is_busy() {
+            return self.let_go(offer.rollout.clone(), true);
         }
         Ok(())
     }
@@ -201,6 +219,7 @@ impl Exec {
             epoch: _,
             dry_run,
             signatures: _,
+            round,
         } = offer;
         let mut considered = self.considering.iter();
         let Some(index) = considered.position(|other| other.rollout == rollout) else {
@@ -229,6 +248,7 @@ impl Exec {
             rollout: rollout.clone(),
             plan,
             state,
+            round,
         };
         if dry_run {
             return self.report(consented);
@@ -257,6 +277,7 @@ impl Exec {
             plan,
             steps,
             log_offsets: log_offsets(held),
+            round,
         });
         let report = self.numbered(consented);
         let records = licence.into_iter().chain([hold, report]).collect();
@@ -276,7 +297,7 @@ impl Exec {
     /// The record that a serial licenses this rollout, where the host asks for sealed plans. The
     /// policy, or what was licensed, may have changed since the plan was reviewed.
     fn licence(&self, held: &HeldPlan, rollout: &RolloutId) -> Result<Option<Record>, String> {
-        let (Some(seal), true) = (&held.seal, self.is_sealed()) else {
+        let (true, Some(seal)) = (self.is_sealed()?, &held.seal) else {
             return Ok(None);
         };
         self.memory.licences.check(&seal.of, rollout)?;
@@ -296,7 +317,8 @@ impl Exec {
 
     /// Why another rollout has to wait.
     fn holds_for(&self, holder: &RolloutId) -> String {
-        if self.release_later.as_ref() == Some(holder) {
+        let ended = self.release_later.as_ref();
+        if ended.is_some_and(|(ended, _)| ended == holder) {
             return format!(
                 "this host holds for {holder}, which has ended, as long as a step of it runs here; \
                  apply the plan again when that is over"

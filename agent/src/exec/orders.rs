@@ -9,7 +9,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::Value;
 
 use super::ahead::{self, Earlier};
-use super::approvals::{self, Asked};
+use super::approvals::{self, Asked, People};
 use super::attend::{Met, failed, wall_clock};
 use super::consent::HeldStep;
 use super::evidence;
@@ -17,7 +17,7 @@ use super::machine::{Begin, Decision, Now, check_freshness, refused};
 use super::plans::{self, HeldPlan};
 use super::policy::Policy;
 use super::runner::Runner;
-use super::{Event, Exec, ExecError, Offer, Preparing};
+use super::{Event, Exec, ExecError, Offer, Preparing, Refusal};
 use crate::actions;
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
@@ -42,7 +42,8 @@ impl Exec {
         tracing::debug!(step = %order.key, ?decision, "ordered");
         match decision {
             Decision::Stale(why) => {
-                self.refuse_session(why);
+                let counter = order.epoch.counter;
+                self.refuse_session(Refusal::Term { counter }, why);
                 Ok(())
             }
             Decision::Repeat(recorded) => self.send_again(recorded),
@@ -56,9 +57,11 @@ impl Exec {
     }
 
     fn begin(&mut self, order: Order, begin: Begin) -> Result<(), ExecError> {
-        let step = self.step_for(&order).cloned();
-        let admitted = step.and_then(|step| {
-            let counted = self.admit_step(&order.key, &step)?;
+        // Read once: a file that is being replaced must not be two policies for one order.
+        let policy = self.policy().map_err(|why| refused(why, "repair it first"));
+        let admitted = policy.and_then(|policy| {
+            let step = self.step_for(&policy, &order)?.clone();
+            let counted = self.admit_step(&policy, &order.key, &step)?;
             Ok((step, counted))
         });
         let (step, counted) = match admitted {
@@ -106,7 +109,7 @@ impl Exec {
 
     /// The step that is ordered; refused if the host's policy has changed, or the plan expired,
     /// since it consented. What was done may always be undone.
-    fn step_for(&self, order: &Order) -> Result<&HeldStep, Failure> {
+    fn step_for(&self, policy: &Policy, order: &Order) -> Result<&HeldStep, Failure> {
         let held = self.held.as_ref().ok_or_else(|| {
             refused(
                 "the steps that this host consented to cannot be read",
@@ -119,26 +122,24 @@ impl Exec {
             .find(|step| step.at == order.key.at)
             .expect("decided to begin a step of this host");
         if order.key.direction != Direction::Undo {
-            self.check_allowed(held, order.plan, &step.action)?;
-            self.check_approved(held, order, &step.action)?;
+            self.check_allowed(policy, held, order.plan, &step.action)?;
+            self.check_approved(policy, held, order, &step.action)?;
         }
-        self.check_bindings(order)?;
+        self.check_bindings(policy, order)?;
         Ok(step)
     }
 
     /// Refuses what was allowed when the plan was offered, and is not any more.
     fn check_allowed(
         &self,
+        policy: &Policy,
         held: &HeldPlan,
         plan: PlanDigest,
         action: &Action,
     ) -> Result<(), Failure> {
         check_expiry(held.expires, self.session.as_ref().map(super::Session::now))?;
-        let policy = self
-            .policy()
-            .map_err(|why| refused(why, "repair it first"))?;
         let changed = "the policy was changed after this host had consented";
-        held.check_seal(&policy, plan)
+        held.check_seal(policy, plan)
             .and_then(|()| policy.check(action))
             .map_err(|why| refused(why, changed))
     }
@@ -146,13 +147,11 @@ impl Exec {
     /// Refuses what people have not approved, where the host asks for their signatures.
     fn check_approved(
         &self,
+        policy: &Policy,
         held: &HeldPlan,
         order: &Order,
         action: &Action,
     ) -> Result<(), Failure> {
-        let policy = self
-            .policy()
-            .map_err(|why| refused(why, "repair it first"))?;
         let Some(approvers) = policy.trust().approvers() else {
             return Ok(());
         };
@@ -164,18 +163,19 @@ impl Exec {
             now: wall_clock(),
             begun_after: &|gate| hold.is_some_and(|hold| hold.has_begun_after(gate)),
         };
-        approvals::check(held.gates.as_ref(), approvers, &asked)
+        let people = People {
+            approvers,
+            breakers: policy.trust().breakers(),
+        };
+        approvals::check(held.gates.as_ref(), people, &asked)
             .map_err(|why| refused(why, "whose signatures count stands in the host's policy"))
     }
 
     /// Refuses facts that nobody has signed, where the host asks for that; also of an undo, which
     /// may bring back what a fact names.
-    fn check_bindings(&self, order: &Order) -> Result<(), Failure> {
-        let policy = self
-            .policy()
-            .map_err(|why| refused(why, "repair it first"))?;
+    fn check_bindings(&self, policy: &Policy, order: &Order) -> Result<(), Failure> {
         let own = (&self.host.config.host, &self.key.public());
-        evidence::check(&policy, own, order).map_err(|why| {
+        evidence::check(policy, own, order).map_err(|why| {
             refused(
                 why,
                 "`bindings` in the host's policy says whose facts it takes",
@@ -240,7 +240,8 @@ impl Exec {
             let why = "stopped before it began, as people asked for";
             return Err(failure(Cause::Cancelled, why));
         }
-        if self.release_later.as_ref() == Some(&order.key.rollout) {
+        let ends = self.release_later.as_ref();
+        if ends.is_some_and(|(rollout, _)| *rollout == order.key.rollout) {
             let why = "not begun: the rollout has ended meanwhile";
             return Err(failure(Cause::Cancelled, why));
         }
@@ -332,33 +333,64 @@ impl Exec {
             .as_ref()
             .is_some_and(|hold| hold.rollout == rollout)
         {
-            self.release_later = Some(rollout);
+            self.release_later = Some((rollout, false));
+        } else if self.memory.waits(&rollout) {
+            return self.let_go(rollout, false);
         }
         self.release_now_if_due()
     }
 
-    /// Ends the hold, once nothing of the rollout runs any more.
-    fn release_now_if_due(&mut self) -> Result<(), ExecError> {
-        let idle = self.preparing.is_none()
-            && self
-                .memory
-                .hold
-                .as_ref()
-                .is_none_or(|hold| hold.running().next().is_none());
-        if !idle {
+    /// A rollout waits, and frees this host until it is offered again. A controller that says so
+    /// after something was changed has lost its way, and the hold stays.
+    pub(super) fn handle_freed(
+        &mut self,
+        rollout: RolloutId,
+        epoch: Epoch,
+    ) -> Result<(), ExecError> {
+        if !self.admit(epoch)? {
             return Ok(());
         }
-        let Some(rollout) = self.release_later.take() else {
+        let Some(hold) = self.memory.hold.as_ref().filter(|it| it.rollout == rollout) else {
             return Ok(());
         };
-        self.commit(
-            vec![Record::Released {
-                rollout: rollout.clone(),
-            }],
-            Need::Closes,
-        )?;
-        self.held = None;
-        tracing::info!(%rollout, "released");
+        let steps = self.held.as_ref().map_or(&[][..], |held| &held.steps);
+        if hold.has_changed(steps) {
+            tracing::error!(%rollout, "the controller frees this host, and something was changed \
+                here: the host holds on");
+            return Ok(());
+        }
+        self.release_later = Some((rollout, true));
+        self.release_now_if_due()
+    }
+
+    /// Whether an attempt is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        let hold = self.memory.hold.as_ref();
+        self.preparing.is_some() || hold.is_some_and(|hold| hold.running().next().is_some())
+    }
+
+    /// Ends the hold, once nothing of the rollout runs any more.
+    fn release_now_if_due(&mut self) -> Result<(), ExecError> {
+        if self.is_busy() {
+            return Ok(());
+        }
+        match self.release_later.take() {
+            Some((rollout, comes_back)) => self.let_go(rollout, comes_back),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the hold, if there is one, and whatever was kept for it.
+    pub(super) fn let_go(&mut self, rollout: RolloutId, comes_back: bool) -> Result<(), ExecError> {
+        let record = Record::Released {
+            rollout: rollout.clone(),
+            comes_back,
+        };
+        self.commit(vec![record], Need::Closes)?;
+        if self.memory.hold.is_none() {
+            self.held = None;
+        }
+        tracing::info!(%rollout, comes_back, "released");
         let state_dir = &self.host.config.state_dir;
         HeldPlan::forget(state_dir, &rollout);
         remove_steps(state_dir, |of| *of == rollout);
@@ -367,7 +399,13 @@ impl Exec {
 
     /// A dry run: only asks.
     fn look(&mut self, order: Order) -> Result<(), ExecError> {
-        let (step, earlier) = match self.step_to_look_at(&order) {
+        let policy = self.policy().map_err(|why| refused(why, "repair it first"));
+        let found = policy.and_then(|policy| {
+            let (step, earlier) = self.step_to_look_at(&policy, &order)?;
+            let limited = policy.limits_asking(&step.action);
+            Ok((step, earlier, limited))
+        });
+        let (step, earlier, limited) = match found {
             Ok(found) => found,
             Err(failure) => return self.finish(order.key, failed(failure)),
         };
@@ -379,9 +417,6 @@ impl Exec {
             timeout: step.timeout,
             log_offsets: std::collections::BTreeMap::new(),
         };
-        let limited = self
-            .policy()
-            .is_ok_and(|policy| policy.limits_asking(&job.action));
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
             let begun = tokio::time::Instant::now();
@@ -413,6 +448,7 @@ impl Exec {
             epoch: order.epoch,
             dry_run: true,
             signatures: vec![],
+            round: 0,
         };
         self.review(&offer, plan).map_err(|refusals| {
             let reasons: Vec<String> = refusals.into_iter().map(|r| r.reason).collect();
@@ -424,7 +460,11 @@ impl Exec {
     }
 
     /// The step that a dry run asks about, and what the plan does before it.
-    fn step_to_look_at(&self, order: &Order) -> Result<(HeldStep, Vec<Earlier>), Failure> {
+    fn step_to_look_at(
+        &self,
+        policy: &Policy,
+        order: &Order,
+    ) -> Result<(HeldStep, Vec<Earlier>), Failure> {
         let plan = plans::load(&self.host.config.state_dir, order.plan).ok_or_else(|| {
             refused(
                 "this host does not have the plan",
@@ -451,7 +491,7 @@ impl Exec {
                     "the labels that decide it are in the host's own agent.toml",
                 )
             })?;
-        self.check_allowed(&held, order.plan, &step.action)?;
+        self.check_allowed(policy, &held, order.plan, &step.action)?;
         let earlier = ahead::earlier(plan.plan(), &held.steps, step.at);
         Ok((step.clone(), earlier))
     }

@@ -18,14 +18,15 @@
 //! Nothing is allowed that is not listed, but probes that neither run what a plan names nor read
 //! what a plan points at. `deny` wins. Each argument under `where` must be one of the listed
 //! values; if it is a list, each of its items must. In texts `*` stands for anything (but never
-//! lets `..` through); in lists of words a last `**` stands for any further words. A command may
-//! be given by its words alone. `(default)` stands for an argument that the plan leaves out.
+//! lets `..` through) and `\*` for itself; in lists of words a last `**` stands for any further
+//! words. A command may be given by its words alone. `(default)` stands for an argument that the
+//! plan leaves out.
 //! `deny` also holds for other spellings of a value: `/etc/./x`, `/y/../etc/x`, `x.service`.
 //!
 //! Patterns that begin with `http://` or `https://` are held against URLs part by part: scheme,
 //! host, port, and path with query. A rule for `check.http` holds for each request of a chain.
-//! Secrets reach the commands of `exec.run` and `check.command` only where `env` lists them, name
-//! by name: `env = [{ TOKEN = "secret://smoke_token" }]`.
+//! An argument holds a secret only where a rule lists it, name by name:
+//! `env = [{ TOKEN = "secret://smoke_token" }]`.
 //!
 //! `per_hour` and `windows` limit how often and when a rule allows ([`limits`]); `deny` holds for
 //! what has another name on this host, too ([`names`]).
@@ -42,6 +43,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 mod arguments;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod limits;
 mod matching;
 mod names;
@@ -54,7 +57,9 @@ pub(crate) use limits::{Begun, Counted, Moment, parse_utc, utc};
 use matching::glob;
 use names::Names;
 use rule::{Rule, SECRET, Written, rule_for, values_of};
-use trust::{Trust, Word, WrittenApprover, WrittenEvidence, WrittenSeal, WrittenTrust};
+use trust::{
+    Trust, Word, WrittenApprover, WrittenBreaker, WrittenEvidence, WrittenSeal, WrittenTrust,
+};
 
 /// Stands for an argument that the plan leaves out.
 const DEFAULT: &str = "(default)";
@@ -122,6 +127,8 @@ struct File {
     #[serde(default)]
     approver: Vec<WrittenApprover>,
     #[serde(default)]
+    break_glass: Vec<WrittenBreaker>,
+    #[serde(default)]
     bindings: Word,
     #[serde(default)]
     evidence: Vec<WrittenEvidence>,
@@ -173,6 +180,7 @@ impl Policy {
             seal,
             approvals,
             approver,
+            break_glass,
             bindings,
             evidence,
         } = toml::from_str(text).map_err(|source| PolicyError::Parse {
@@ -183,6 +191,7 @@ impl Policy {
             seal,
             approvals,
             approver,
+            break_glass,
             bindings,
             evidence,
         };

@@ -8,6 +8,8 @@ use lockstep_proto::wire::{Hello, InvalidMessage, Welcome, agent_v1 as wire};
 use lockstep_proto::witness::Head;
 use tokio::sync::{mpsc, oneshot};
 
+use super::Refusal;
+
 /// From link to exec. Exec never waits for the link, so that the link may wait here.
 #[derive(Debug)]
 pub(crate) enum Inbound {
@@ -28,14 +30,20 @@ pub(crate) enum Inbound {
     Offer(Offer),
     /// The controller orders a step.
     Order(Box<Order>),
-    /// A rollout has ended.
-    Release(RolloutId, Epoch),
+    /// A rollout has ended; or it waits, and comes back.
+    Release {
+        rollout: RolloutId,
+        epoch: Epoch,
+        comes_back: bool,
+    },
     /// What runs of a rollout is to be stopped.
     Cancel(RolloutId, Epoch),
     /// The host's state is asked for.
     Survey(RolloutId, Epoch),
     /// A compiled plan that was asked for, or why it cannot be had.
     Plan(PlanDigest, Result<Vec<u8>, String>),
+    /// The link has refused what answered there.
+    Refused(Refusal),
 }
 
 impl Inbound {
@@ -48,6 +56,7 @@ impl Inbound {
         Ok(match message {
             Message::Acknowledged(number) => Self::Acknowledged(number),
             Message::Offer(offer) => {
+                let round = offer.round;
                 let (rollout, plan, epoch, dry_run, signatures) = offer.into_parts()?;
                 Self::Offer(Offer {
                     rollout,
@@ -55,12 +64,17 @@ impl Inbound {
                     epoch,
                     dry_run,
                     signatures,
+                    round,
                 })
             }
             Message::Order(order) => Self::Order(Box::new(order.into_order(host.clone())?)),
             Message::Release(release) => {
-                let (rollout, epoch) = release.into_parts()?;
-                Self::Release(rollout, epoch)
+                let (rollout, epoch, comes_back) = release.into_parts()?;
+                Self::Release {
+                    rollout,
+                    epoch,
+                    comes_back,
+                }
             }
             Message::Cancel(cancel) => {
                 let (rollout, epoch) = cancel.into_parts()?;
@@ -85,6 +99,8 @@ pub(crate) struct Offer {
     pub(crate) dry_run: bool,
     /// Armoured, as they came.
     pub(crate) signatures: Vec<String>,
+    /// Which time the rollout takes its lock.
+    pub(crate) round: u32,
 }
 
 /// From exec to link.

@@ -17,7 +17,7 @@ const SLOT_DISTANCE: u64 = 4096;
 
 const MAGIC: [u8; 8] = *b"LSHEAD1\n";
 const BODY: usize = 8 + 8 + 32;
-const SLOT: usize = BODY + 32;
+pub(super) const SLOT: usize = BODY + 32;
 
 /// The open head file.
 #[derive(Debug)]
@@ -65,12 +65,7 @@ impl Head {
 
     /// Makes a new head durable.
     pub(super) fn write(&mut self, number: u64, hash: Hash) -> io::Result<()> {
-        let mut slot = Vec::with_capacity(SLOT);
-        slot.extend_from_slice(&MAGIC);
-        slot.extend_from_slice(&number.to_le_bytes());
-        slot.extend_from_slice(&hash);
-        let check = Sha256::digest(&slot);
-        slot.extend_from_slice(&check);
+        let slot = encode(number, hash);
         reached("head: to be written");
         self.file.write_all_at(&slot, self.next * SLOT_DISTANCE)?;
         reached("head: written");
@@ -120,11 +115,26 @@ fn read_slot(file: &File, slot: u64) -> io::Result<Option<(u64, Hash)>> {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         Err(error) => return Err(error),
     }
-    let (body, check) = bytes.split_at(BODY);
+    Ok(decode(&bytes))
+}
+
+pub(super) fn encode(number: u64, hash: Hash) -> Vec<u8> {
+    let mut slot = Vec::with_capacity(SLOT);
+    slot.extend_from_slice(&MAGIC);
+    slot.extend_from_slice(&number.to_le_bytes());
+    slot.extend_from_slice(&hash);
+    let check = Sha256::digest(&slot);
+    slot.extend_from_slice(&check);
+    slot
+}
+
+/// What a slot says; none if it is empty or torn.
+pub(super) fn decode(slot: &[u8; SLOT]) -> Option<(u64, Hash)> {
+    let (body, check) = slot.split_at(BODY);
     if body[..8] != MAGIC || Sha256::digest(body)[..] != *check {
-        return Ok(None);
+        return None;
     }
     let number = u64::from_le_bytes(body[8..16].try_into().expect("8 bytes"));
     let hash = body[16..].try_into().expect("32 bytes");
-    Ok(Some((number, hash)))
+    Some((number, hash))
 }

@@ -22,6 +22,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::faults::reached;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod head;
 mod record;
 mod reserve;
@@ -32,7 +34,7 @@ pub(crate) use record::{FORMAT, Held, Intent, Record, Seen};
 use reserve::Reserve;
 #[cfg(feature = "faults")]
 pub(crate) use verify::look;
-pub(crate) use verify::{Verified, verify, walk};
+pub(crate) use verify::{Verified, domain, verify, walk};
 
 /// The largest payload, in bytes.
 pub(crate) const MAX_RECORD: usize = 32 << 10;
@@ -517,7 +519,7 @@ impl ScanError {
 
 impl Scan {
     fn run(
-        file: &File,
+        file: impl io::Read,
         known: Option<u64>,
         visit: &mut impl FnMut(Link, Record),
     ) -> Result<Self, ScanError> {

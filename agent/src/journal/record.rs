@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::exec::Counted;
-use crate::exec::{Raised, Serial};
+use crate::exec::{Raised, Serial, SessionsRefused};
 use crate::step::LogMark;
 
 /// The version of this vocabulary. Readers refuse kinds of records that they do not know.
@@ -57,10 +57,13 @@ pub(crate) enum Record {
         /// The instance from now on.
         instance: InstanceId,
     },
-    /// The rollout has ended, and the hold with it.
+    /// The rollout has ended, and the hold with it; or it waits, and has freed the host.
     Released {
         /// The rollout.
         rollout: RolloutId,
+        /// It waits: it may be held for again.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        comes_back: bool,
     },
     /// An attempt begins: written before its step process starts (INV-1).
     Intent(Intent),
@@ -76,6 +79,8 @@ pub(crate) enum Record {
         /// What it says.
         body: ReportBody,
     },
+    /// Controllers, or what posed as one, were refused.
+    SessionsRefused(SessionsRefused),
     /// Reports up to this one are durable at the controller. Losing this record costs nothing.
     Acknowledged {
         /// The number.
@@ -107,6 +112,17 @@ pub(crate) struct Held {
     /// Where the log files that the plan's `check.log` steps name ended at the time of consent.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
+    /// Which time the rollout took its lock; 0 is the first.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub(crate) round: u32,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks with a reference"
+)]
+fn is_first(round: &u32) -> bool {
+    *round == 0
 }
 
 /// The beginning of an attempt.

@@ -27,7 +27,10 @@ fn opened() -> Record {
 fn record(counter: u64) -> Record {
     if counter.is_multiple_of(3) {
         let rollout = RolloutId::from_random([3; 6]);
-        Record::Released { rollout }
+        Record::Released {
+            rollout,
+            comes_back: false,
+        }
     } else {
         Record::Epoch(Epoch { counter, id: 7 })
     }

@@ -47,6 +47,7 @@ fn what_was_appended_is_found_again_and_read_by_position() {
     journal.append(&[opened()], Need::Opens).unwrap();
     let released = Record::Released {
         rollout: RolloutId::from_random([3; 6]),
+        comes_back: false,
     };
     let positions = journal
         .append(&[record(2), released.clone()], Need::Closes)
@@ -59,6 +60,32 @@ fn what_was_appended_is_found_again_and_read_by_position() {
     assert_eq!(found.len(), 3);
     assert_eq!(found[2], (positions[1], released.clone()));
     assert_eq!(journal.read(found[2].0).unwrap(), released);
+}
+
+#[test]
+fn the_first_record_alone_says_where_a_journal_belongs() {
+    let none = tempfile::tempdir().unwrap();
+    assert_eq!(domain(none.path()), None);
+    let dir = filled(3);
+    let says = || domain(dir.path());
+    assert_eq!(says().as_deref(), Some("example.org"));
+    let path = dir.path().join("journal");
+    let whole = std::fs::read(&path).unwrap();
+    // What follows it is not asked.
+    std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    assert_eq!(says().as_deref(), Some("example.org"));
+    for broken in [&whole[..40], &whole[..60], &[]] {
+        std::fs::write(&path, broken).unwrap();
+        assert_eq!(says(), None);
+    }
+    let at = whole
+        .windows(7)
+        .position(|part| part == b"example")
+        .unwrap();
+    let mut other = whole.clone();
+    other[at] = b'f';
+    std::fs::write(&path, other).unwrap();
+    assert_eq!(says(), None);
 }
 
 #[test]

@@ -2,11 +2,14 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io;
+use std::io::{self, BufReader, Read as _};
 use std::path::Path;
 
 use super::head::{Head, Known};
-use super::{Broken, Hash, JournalError, Link, Record, Scan, ScanError, genesis, io_error, judge};
+use super::{
+    Broken, FRAME, Frame, Hash, JournalError, Link, MAX_RECORD, Record, Scan, ScanError, chain,
+    genesis, io_error, judge,
+};
 
 /// What is found in a journal.
 #[derive(Debug)]
@@ -78,6 +81,22 @@ pub(crate) fn walk(
         torn,
         broken,
     })
+}
+
+/// The domain that the journal of a state directory belongs to, by its first record alone; none if
+/// there is no such record, or it is broken.
+pub(crate) fn domain(dir: &Path) -> Option<String> {
+    let mut reader = BufReader::new(File::open(dir.join("journal")).ok()?);
+    let mut frame = [0; FRAME];
+    reader.read_exact(&mut frame).ok()?;
+    let frame = Frame::split(&frame);
+    let mut payload = vec![0; Some(frame.size()).filter(|size| *size <= MAX_RECORD)?];
+    reader.read_exact(&mut payload).ok()?;
+    let whole = chain(genesis(), frame.length, frame.number, &payload) == frame.hash;
+    match serde_json::from_slice(&payload).ok().filter(|_| whole)? {
+        Record::Opened { domain, .. } => Some(domain),
+        _ => None,
+    }
 }
 
 /// Every record that is whole, while an agent may be running.

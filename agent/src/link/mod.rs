@@ -23,7 +23,7 @@ use tonic::{Code, Status, Streaming};
 
 use crate::config::Config;
 use crate::errors::chain;
-use crate::exec::{Inbound, LogPiece, Outbound};
+use crate::exec::{Inbound, LogPiece, Outbound, Refusal};
 use crate::notify::notify;
 use crate::tls::TlsError;
 
@@ -34,7 +34,7 @@ mod words;
 
 use renew::Activity;
 pub(crate) use words::tls_words;
-use words::words;
+use words::{is_bad_certificate, words};
 
 /// Messages up that wait for the network. Reports beyond wait in the journal.
 const UP: usize = 16;
@@ -116,6 +116,17 @@ impl From<Status> for LinkError {
 }
 
 impl LinkError {
+    /// What this side refused, for the journal; what exec has refused it knows.
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Connect { source, .. } if is_bad_certificate(source) => {
+                Some(Refusal::Certificate)
+            }
+            Self::Message(_) => Some(Refusal::Contract),
+            _ => None,
+        }
+    }
+
     /// What people can do about it.
     fn hint(&self) -> Option<&'static str> {
         let text = chain(self);
@@ -199,8 +210,12 @@ impl Link {
                 () = stop.cancelled() => return,
                 result = self.session() => result,
             };
-            if self.exec.send(Inbound::Disconnected).await.is_err() {
-                return;
+            let refused = result.as_ref().err().and_then(LinkError::refusal);
+            let said = refused.map(Inbound::Refused).into_iter();
+            for message in said.chain([Inbound::Disconnected]) {
+                if self.exec.send(message).await.is_err() {
+                    return;
+                }
             }
             if begun.elapsed() > GOOD_SESSION {
                 failures = 0;

@@ -51,6 +51,18 @@ pub(crate) fn tls_words(error: &io::Error) -> String {
     tls_error(error).map_or_else(|| error.to_string(), tls)
 }
 
+/// Whether an error holds that the other side's certificate was refused.
+pub(super) fn is_bad_certificate(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(tls) = tls_error(cause) {
+            return matches!(tls, rustls::Error::InvalidCertificate(_));
+        }
+        next = cause.source();
+    }
+    false
+}
+
 /// The error of TLS that this one is, or holds.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     error.downcast_ref().or_else(|| {
@@ -120,8 +132,13 @@ mod tests {
             let said = words(&io::Error::new(io::ErrorKind::InvalidData, refused));
             assert!(said.contains(word) && !said.contains('{'), "{said}");
         }
+        let refused = CertificateError::UnknownIssuer;
+        let refused = rustls::Error::InvalidCertificate(refused);
+        let refused = io::Error::new(io::ErrorKind::InvalidData, refused);
+        assert!(is_bad_certificate(&refused));
         let alert = rustls::Error::AlertReceived(AlertDescription::UnknownCA);
         assert!(words(&alert).contains("does not know the issuer"));
+        assert!(!is_bad_certificate(&alert));
     }
 
     #[test]

@@ -34,6 +34,9 @@ mod tests;
 mod value;
 mod vault;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use vault::fuzzing as vault_fuzzing;
+
 pub(crate) use handed::hand_over;
 pub(crate) use source::Source;
 pub(crate) use value::Secret;

@@ -370,5 +370,7 @@ fn refused(name: &str, path: &str, status: u16, body: &[u8], token: &Secret) -> 
     }
 }
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod tests;

@@ -67,7 +67,9 @@ async fn offer(
     signatures: Vec<String>,
 ) -> Result<(), String> {
     controller.keep(plan);
-    session.offer_signed(rollout, plan, signatures, false).await;
+    session
+        .offer_signed(rollout, plan.digest(), signatures, false)
+        .await;
     match session.report().await {
         ReportBody::Consented { .. } => Ok(()),
         ReportBody::Declined { refusals, .. } => {
@@ -182,7 +184,7 @@ async fn whoever_holds_the_controller_gets_no_consent_without_the_seal() {
         ] {
             let signatures = sign(plan, &[1, 2]);
             session
-                .offer_signed(&rollout(of), plan, signatures.clone(), true)
+                .offer_signed(&rollout(of), plan.digest(), signatures.clone(), true)
                 .await;
             let dry = session.report().await;
             let declined = matches!(dry, ReportBody::Declined { .. });
@@ -471,7 +473,7 @@ async fn nothing_is_taken_from_an_order_that_nobody_has_signed() {
     };
     let sign = |seed: u8| {
         let binding = bound("db-1", None);
-        let statement = evidence::statement(&binding.origin, &binding.fact);
+        let statement = evidence::statement(plan.digest(), &binding.origin, &binding.fact);
         let signature = signer(seed).sign_bare(evidence::NAMESPACE, &statement);
         Some(hex::encode(signature))
     };

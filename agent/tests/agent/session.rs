@@ -20,6 +20,16 @@ fn append(line: &str, pause: &str) -> (&'static str, Value) {
     ("exec.run", json!({"name": line, "argv": argv}))
 }
 
+/// Why sessions were refused, and how often, by the journal.
+fn refused(host: &Host) -> Vec<(Value, u64)> {
+    let lines = host.journal();
+    let records = lines.iter().map(|line| &line["record"]["sessions_refused"]);
+    let records = records.filter(|record| !record.is_null());
+    records
+        .map(|record| (record["why"].clone(), record["count"].as_u64().unwrap()))
+        .collect()
+}
+
 fn effects(host: &Host) -> Vec<String> {
     let text = std::fs::read_to_string(host.path("effects")).unwrap_or_default();
     text.lines().map(str::to_owned).collect()
@@ -198,6 +208,10 @@ async fn an_older_controller_is_refused_even_after_a_restart() {
         assert!(session.next().await.is_none(), "the agent ends the stream");
     }
     assert!(host.log().contains("is refused"), "{}", host.log());
+    // Both counters are one kind each: neither waits for the other.
+    wait_for("records", || (refused(&host).len() == 2).then_some(())).await;
+    let term = |counter: u64| json!({"term": {"counter": counter}});
+    assert_eq!(refused(&host), [(term(4), 1), (term(5), 1)]);
 }
 
 #[tokio::test]
@@ -228,6 +242,11 @@ async fn only_a_controllers_certificate_makes_a_controller() {
         said.contains("hint") && !said.contains("OtherError"),
         "not in words: {said}"
     );
+    wait_for("record", || (!refused(&host).is_empty()).then_some(())).await;
+    // The agent goes on dialling, and that is one record.
+    let dialled = || host.log().matches("its role is `agent`").count();
+    wait_for("dials", || (dialled() >= 3).then_some(())).await;
+    assert_eq!(refused(&host), [(json!("certificate"), 1)]);
 }
 
 #[tokio::test]

@@ -198,3 +198,39 @@ async fn check_finds_a_controller_ca_that_is_none() {
         assert!(said.contains(words), "{words}: {said}");
     }
 }
+
+/// Certificate and key are the link's to write, and what is on the host is rolled back by exec.
+#[tokio::test]
+async fn whatever_the_link_does_to_certificate_and_key_exec_starts() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, "");
+    host.start();
+    drop(controller.accept(epoch(1), 0).await);
+    assert_eq!(host.stop(), Some(0));
+    let starts = async |what: &str| {
+        let socket = host.path("run/exec.sock");
+        let _ = std::fs::remove_file(&socket);
+        let mut exec = host.command("exec").spawn().unwrap();
+        wait_for("exec, or its end", || {
+            (socket.exists() || exec.try_wait().unwrap().is_some()).then_some(())
+        })
+        .await;
+        assert!(exec.try_wait().unwrap().is_none(), "{what}");
+        exec.kill().unwrap();
+        exec.wait().unwrap();
+    };
+    host.move_to(&controller, "other.org");
+    starts("a certificate of another domain").await;
+    let open = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(host.path("agent.key"), open).unwrap();
+    starts("a key that others can read").await;
+    let link = host.command("link").output().unwrap();
+    assert_eq!(link.status.code(), Some(2));
+    std::fs::write(host.path("agent.pem"), "none").unwrap();
+    starts("no certificate").await;
+    // Before it has a journal it has to be told where it belongs.
+    std::fs::remove_dir_all(host.path("state")).unwrap();
+    let refused = host.command("exec").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+}

@@ -25,6 +25,8 @@ pub use read::Summary;
 pub struct Config {
     /// The term of this controller.
     pub epoch: Epoch,
+    /// The group two of whom may break the glass of a gate; none: nobody may.
+    pub break_glass: Option<String>,
 }
 
 /// A journal that cannot be folded.
@@ -63,6 +65,9 @@ pub struct HostInfo {
     pub agent_version: String,
     /// The newest durable report of this installation.
     pub acknowledged: u64,
+    /// How many of its reports answered nothing that was asked of it. A few come from agents that
+    /// say again what is known, or report to a controller that came from a backup.
+    pub unasked: u64,
     /// The newest of the installations before it.
     earlier: u64,
     /// When its session began, if one is up.
@@ -328,6 +333,9 @@ impl Coordinator {
             Event::Join { .. } | Event::Renew { .. } => {
                 self.handle_wish(now, event, &mut effects);
             }
+            Event::CallsRefused(refused) => {
+                self.commit(now, Record::CallsRefused(refused), &mut effects);
+            }
             Event::Tick => {}
         }
         self.settle(now, &mut effects);
@@ -390,6 +398,10 @@ impl Coordinator {
         info.since = now;
         info.last_seen = now;
         self.surveyed.retain(|(_, other)| *other != host);
+        // It lets go before it is asked to hold for another one.
+        if let Some(rollout) = held {
+            self.send_release(host.clone(), rollout, effects);
+        }
         let epoch = self.config.epoch;
         for rollout in self.rollouts.values() {
             let Some(member) = rollout.members.get(&host) else {
@@ -406,16 +418,14 @@ impl Coordinator {
                 }
             }
         }
-        if let Some(rollout) = held {
-            self.send_release(host, rollout, effects);
-        }
     }
 
     /// Tells a host that holds itself for a rollout to let go, if that has ended. What still runs
     /// there is stopped only if people cancelled it, or nobody knows it.
     fn send_release(&self, host: HostId, rollout: RolloutId, effects: &mut Effects) {
         let known = self.rollouts.get(&rollout);
-        if known.is_some_and(|it| it.ended.is_none() || it.is_locking()) {
+        let comes_back = known.is_some_and(|it| it.ended.is_none() && it.lock.released);
+        if known.is_some_and(|it| !comes_back && (it.ended.is_none() || it.is_locking())) {
             return;
         }
         let epoch = self.config.epoch;
@@ -426,7 +436,11 @@ impl Coordinator {
             };
             effects.send.push((host.clone(), cancel));
         }
-        let release = Message::Release { rollout, epoch };
+        let release = Message::Release {
+            rollout,
+            epoch,
+            comes_back,
+        };
         effects.send.push((host, release));
     }
 
@@ -443,7 +457,8 @@ impl Coordinator {
             return;
         };
         info.last_seen = now;
-        if report.number == info.acknowledged + 1 {
+        let before = info.unasked;
+        if info.acknowledged.checked_add(1) == Some(report.number) {
             let record = Record::Reported {
                 host: host.clone(),
                 number: report.number,
@@ -459,6 +474,10 @@ impl Coordinator {
             };
             self.may_ask_again(&host, &record);
             self.commit(now, record, effects);
+            let unasked = self.hosts[&host].unasked;
+            if unasked > before {
+                effects.unasked.push((host.clone(), unasked));
+            }
             // A consent that was under way when its rollout ended, and has come since; or for one
             // that only a controller before this one knew.
             let over = |rollout: &RolloutId| {
@@ -513,21 +532,45 @@ impl Coordinator {
 
     /// Everything that is due, until nothing is.
     fn settle(&mut self, now: Timestamp, effects: &mut Effects) {
-        let ids: Vec<RolloutId> = self.order.clone();
-        for id in ids {
-            loop {
-                let rollout = &self.rollouts[&id];
-                let since = |host: &HostId| self.since(host);
-                let due = rollout.advance(now, self.floor, &since);
-                if due.is_empty() {
-                    break;
-                }
-                for record in due {
-                    self.commit(now, record, effects);
-                }
+        loop {
+            for id in self.order.clone() {
+                self.settle_one(now, &id, effects);
             }
-            self.ask_for_states(&id, effects);
+            // A rollout that has ended, or waits, may have freed what another one waits for. Those
+            // that have waited longest come first.
+            let mut waiting = self.order.iter();
+            let Some(taken) = waiting.find_map(|id| self.lock_for(now, id)) else {
+                return;
+            };
+            self.commit(now, taken, effects);
         }
+    }
+
+    fn settle_one(&mut self, now: Timestamp, id: &RolloutId, effects: &mut Effects) {
+        loop {
+            let rollout = &self.rollouts[id];
+            let since = |host: &HostId| self.since(host);
+            let due = rollout.advance(now, self.floor, &since);
+            if due.is_empty() {
+                break;
+            }
+            for record in due {
+                self.commit(now, record, effects);
+            }
+        }
+        self.ask_for_states(id, effects);
+    }
+
+    /// The lock for a rollout that waits for nothing else, if every host of it is free.
+    fn lock_for(&self, now: Timestamp, id: &RolloutId) -> Option<Record> {
+        let rollout = &self.rollouts[id];
+        let at = rollout.wants_lock(now)?;
+        let mut hosts = rollout.members.keys();
+        hosts.all(|host| self.locked_by(host).is_none()).then(|| {
+            let round = rollout.lock.round + 1;
+            let rollout = id.clone();
+            Record::LockTaken { rollout, at, round }
+        })
     }
 
     fn ask_for_states(&mut self, id: &RolloutId, effects: &mut Effects) {
@@ -594,7 +637,18 @@ impl Coordinator {
                     });
                 }
             }
-            Record::Ended { rollout, .. } | Record::Closed { rollout, .. } => {
+            Record::LockTaken { rollout, .. } => {
+                let rollout = &self.rollouts[rollout];
+                let asked = rollout.members.iter();
+                let asked = asked.filter(|(_, member)| member.consent.is_none());
+                let offer = rollout.offer(self.config.epoch);
+                effects
+                    .send
+                    .extend(asked.map(|(host, _)| (host.clone(), offer.clone())));
+            }
+            Record::LockReleased { rollout, .. }
+            | Record::Ended { rollout, .. }
+            | Record::Closed { rollout, .. } => {
                 for host in self.rollouts[rollout].members.keys() {
                     self.send_release(host.clone(), rollout.clone(), effects);
                 }
@@ -618,6 +672,7 @@ impl Rollout {
             epoch,
             dry_run: self.dry_run,
             signatures: Arc::clone(&self.signatures),
+            round: self.lock.round,
         }
     }
 }

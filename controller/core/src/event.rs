@@ -14,6 +14,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde::Serialize;
 
 use crate::record::{Archived, Entry, NoticeRef};
+use crate::refusal::CallsRefused;
 use crate::trust::{Grant, Serial, Subject, Wanted};
 
 /// Something that happened outside.
@@ -80,6 +81,8 @@ pub enum Event {
         /// What it asks for.
         wanted: Box<Wanted>,
     },
+    /// A peer was refused something, and that is to be written down now.
+    CallsRefused(CallsRefused),
     /// Time has passed: [`crate::Coordinator::next_deadline`] was reached.
     Tick,
 }
@@ -114,6 +117,21 @@ pub enum Call {
         comment: String,
         /// A signed approval: until when it is good, and its armoured SSH signature.
         signed: Option<(Timestamp, String)>,
+    },
+    /// One of two people who let a gate be met without what it waits for.
+    BreakGlass {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate; none if only one is open.
+        gate: Option<StepRef>,
+        /// What was shown to the operator.
+        evidence: Digest,
+        /// Why that has to be.
+        reason: String,
+        /// How long the word holds.
+        life: Period,
+        /// The same signed: until when, and its armoured SSH signature.
+        signature: Option<(Timestamp, String)>,
     },
     /// Send nothing new.
     Pause {
@@ -230,6 +248,9 @@ pub struct Effects {
     pub notify: Vec<Notify>,
     /// New events of rollouts, for whoever watches.
     pub published: Vec<(RolloutId, RolloutEvent)>,
+    /// Hosts whose report answered nothing that was asked of them, and how many did so far. Such
+    /// reports are acknowledged like all others, and change nothing.
+    pub unasked: Vec<(HostId, u64)>,
     /// The answer to an operator's call, or to a wish for a certificate; absent for other events.
     pub answer: Option<Result<Answer, Refused>>,
 }
@@ -251,15 +272,19 @@ pub enum Message {
         dry_run: bool,
         /// The signatures that came with the plan.
         signatures: Arc<[String]>,
+        /// Which time the lock is taken; 0 is the first.
+        round: u32,
     },
     /// One step to do now.
     Order(Order),
-    /// The rollout has ended: the hold is free.
+    /// The rollout has ended, or waits at a gate that frees it: the hold is free.
     Release {
         /// The rollout.
         rollout: RolloutId,
         /// The term.
         epoch: Epoch,
+        /// It will be offered again.
+        comes_back: bool,
     },
     /// End what is running.
     Cancel {
@@ -408,6 +433,7 @@ pub enum EventKind {
     GateOpened,
     GateDecided,
     GateClosed,
+    GlassBroken,
     Quarantined,
     RollbackStarted,
     Paused,

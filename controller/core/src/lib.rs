@@ -17,6 +17,7 @@ pub mod event;
 mod faults;
 pub mod plan;
 pub mod record;
+pub mod refusal;
 pub mod rollout;
 pub mod schema;
 pub mod trust;

@@ -13,6 +13,7 @@ use lockstep_proto::values::Timestamp;
 use lockstep_proto::witness::Head;
 use serde::{Deserialize, Serialize};
 
+use crate::refusal::CallsRefused;
 use crate::trust::TrustRecord;
 
 /// A record with its time on the controller's clock.
@@ -94,6 +95,8 @@ pub enum Record {
     },
     /// Who may be: tokens, hosts' certificates, suspensions.
     Trust(TrustRecord),
+    /// A peer was refused something, once or often.
+    CallsRefused(CallsRefused),
     /// A report is durable, and may be acknowledged.
     Reported {
         /// Who reported.
@@ -275,6 +278,57 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         signed: Option<Signature>,
     },
+    /// One of two people said that a gate is to be met without what it waits for. Two such words
+    /// that hold at the same time do it.
+    GlassBroken {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// Who.
+        operator: OperatorName,
+        /// The group for which that person may say so.
+        group: String,
+        /// What was shown.
+        evidence: Digest,
+        /// Why that has to be.
+        reason: String,
+        /// The word ends by itself then: an hour after it was given at the latest.
+        until: Timestamp,
+        /// The signature of that word. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signed: Option<Signature>,
+    },
+    /// The rollout frees its lock and its hosts while a gate waits: nothing was changed yet.
+    LockReleased {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+    },
+    /// What the gate waited for is there, and so are the hosts: the rollout has its lock again.
+    /// Hosts are asked for consent anew, and whatever was seen before the gate is looked at again.
+    LockTaken {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// Which time; the lock that came with the submission is 0.
+        round: u32,
+    },
+    /// What was decided at a gate is no longer true: the decisions count no more (INV-12).
+    GateReopened {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The gate.
+        at: StepRef,
+        /// What is decided upon now.
+        evidence: Digest,
+        /// Until when.
+        until: Timestamp,
+        /// What has changed.
+        why: String,
+    },
     /// A gate is closed.
     GateClosed {
         /// The rollout.
@@ -385,7 +439,8 @@ impl Record {
             | Self::ReportsArchived { .. }
             | Self::HostSeen { .. }
             | Self::HostForgotten { .. }
-            | Self::Trust(_) => None,
+            | Self::Trust(_)
+            | Self::CallsRefused(_) => None,
             Self::Archived(archived) => Some(&archived.rollout),
             Self::Reported { body, .. } => Some(match body {
                 ReportBody::Consented { rollout, .. }
@@ -409,6 +464,10 @@ impl Record {
             | Self::Quarantined { rollout, .. }
             | Self::GateOpened { rollout, .. }
             | Self::GateDecided { rollout, .. }
+            | Self::GlassBroken { rollout, .. }
+            | Self::LockReleased { rollout, .. }
+            | Self::LockTaken { rollout, .. }
+            | Self::GateReopened { rollout, .. }
             | Self::GateClosed { rollout, .. }
             | Self::NoticeOrdered { rollout, .. }
             | Self::NoticeSent { rollout, .. }
@@ -473,6 +532,7 @@ impl Record {
         let text = match self {
             Self::Quarantined { why, .. }
             | Self::GateClosed { why, .. }
+            | Self::GateReopened { why, .. }
             | Self::Trust(TrustRecord::TokenTried { why, .. }) => why,
             Self::GateDecided { comment, .. } | Self::SignedOff { comment, .. } => comment,
             Self::NoticeSent {
@@ -481,6 +541,7 @@ impl Record {
             Self::RollbackStarted { reason, .. }
             | Self::Ended { reason, .. }
             | Self::Resolved { reason, .. }
+            | Self::GlassBroken { reason, .. }
             | Self::Closed { reason, .. }
             | Self::Trust(TrustRecord::Suspended { reason, .. }) => reason,
             _ => return,

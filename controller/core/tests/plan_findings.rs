@@ -135,6 +135,42 @@ fn control_characters_and_long_lines_do_not_reach_the_terminal() {
 }
 
 #[test]
+fn a_carriage_return_by_itself_ends_a_line() {
+    let findings = Plan::parse("p.yaml", "version: 1\r\rplan: p\r\nphase: x\n").unwrap_err();
+    let found = findings.iter().find(|found| found.code == Code::UnknownKey);
+    let found = found.expect("`phase` is no key");
+    assert_eq!((found.line, found.source_line.as_str()), (4, "phase: x"));
+}
+
+#[test]
+fn what_is_wrong_is_said_up_to_a_bound_and_quotes_no_more_than_is_shown() {
+    // Each finding would quote the whole line.
+    let text = format!("{{{}}}", "a: {},".repeat(20_000));
+    let findings = Plan::parse("p.yaml", &text).unwrap_err();
+    assert_eq!(findings.len(), 1000);
+    assert!(findings.iter().all(|found| found.source_line.len() <= 1000));
+    let shown = findings.to_string();
+    assert!(
+        shown.len() < 500_000 && shown.contains("perhaps more"),
+        "{} bytes",
+        shown.len()
+    );
+    let wrong = steps(&"      - chek.disk: {pth: /}\n".repeat(3000)).unwrap_err();
+    assert_eq!(wrong.len(), 1000);
+}
+
+#[test]
+fn a_json_path_that_takes_long_to_be_read_is_refused() {
+    let with = |path: &str| {
+        codes(&format!(
+            "check.http: {{url: 'http://a/', expect: {{json: {{'{path}': 1}}}}}}"
+        ))
+    };
+    assert_eq!(with(&format!("${}", "[?@".repeat(30))), [Code::BadJsonPath]);
+    assert_eq!(with("$.items[?@.a > 1 && @.b].c"), []);
+}
+
+#[test]
 fn warnings_do_not_keep_a_plan_from_being_one() {
     let text = "
 version: 1

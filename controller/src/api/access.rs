@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{Request, Response};
+use lockstep_core::refusal::Why;
 use lockstep_proto::wire::CALLS;
 use tonic::Status;
 use tonic::body::Body;
@@ -15,6 +16,7 @@ use tower::{Layer, Service};
 use crate::identity::{Identity, Peer};
 use crate::pki::roles::Role::{Admin, Approver, Author, Operator};
 use crate::pki::roles::{Role, Roles};
+use crate::refusals::{OTHER, Refusals, caller};
 use crate::suspensions::Suspensions;
 
 /// Who may make a call.
@@ -48,6 +50,10 @@ const TABLE: &[(&str, Who)] = &[
     ("/lockstep.control.v1.ControlService/GetRollout", READERS),
     ("/lockstep.control.v1.ControlService/ListRollouts", READERS),
     ("/lockstep.control.v1.ControlService/Decide", only(Approver)),
+    (
+        "/lockstep.control.v1.ControlService/BreakGlass",
+        only(Approver),
+    ),
     ("/lockstep.control.v1.ControlService/Pause", only(Operator)),
     ("/lockstep.control.v1.ControlService/Resume", only(Operator)),
     (
@@ -127,24 +133,40 @@ const fn is_same(one: &[u8], other: &[u8]) -> bool {
     at == one.len() && at == other.len()
 }
 
-/// Whether a peer may make a call now.
-fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<(), Status> {
-    let peer = peer.ok_or_else(|| Status::unauthenticated("no certificate"))?;
+/// A call of the table by its own name; what is in none is not repeated.
+fn name(path: &str) -> &'static str {
+    let row = TABLE.iter().find(|(call, _)| *call == path);
+    row.and_then(|(call, _)| call.rsplit('/').next())
+        .unwrap_or(OTHER)
+}
+
+/// Whether a peer may make a call now; otherwise what it is told, and what the journal has.
+fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<(), (Why, Status)> {
+    let peer = peer.ok_or_else(|| {
+        let status = Status::unauthenticated("no certificate");
+        (Why::Certificate, status)
+    })?;
     let identity = peer.identity();
     if peer.remaining().is_zero() {
         let why = format!("the certificate of {identity} has ended");
-        return Err(Status::unauthenticated(why));
+        return Err((Why::Ended, Status::unauthenticated(why)));
     }
     if let Some(why) = suspensions.why(identity, peer.serial()) {
         tracing::warn!(peer = %peer.address(), %identity, path, why, "a call was refused");
-        return Err(Status::permission_denied(format!("{identity}: {why}")));
+        let status = Status::permission_denied(format!("{identity}: {why}"));
+        return Err((Why::Suspended, status));
+    }
+    // For as long as the connection is still up: its issuer is trusted no more, say.
+    if peer.is_cut() {
+        return Err((Why::Suspended, peer.cut_status()));
     }
     let row = TABLE.iter().find(|(call, _)| *call == path);
     let why = match (row.map(|(_, who)| who), identity) {
         (Some(Who::Anybody), _) | (Some(Who::Agents), Identity::Agent(_)) => return Ok(()),
         (_, Identity::Nobody) => {
             tracing::warn!(peer = %peer.address(), path, "a call without a certificate was refused");
-            return Err(Status::unauthenticated("this takes a certificate"));
+            let status = Status::unauthenticated("this takes a certificate");
+            return Err((Why::Certificate, status));
         }
         (Some(Who::Operators(roles)), Identity::Operator { .. }) => {
             if identity.roles().meets(*roles) {
@@ -163,12 +185,18 @@ fn decide(peer: Option<&Peer>, path: &str, suspensions: &Suspensions) -> Result<
         _ => format!("{identity} may not call {path}"),
     };
     tracing::warn!(peer = %peer.address(), %identity, path, "a call was refused");
-    Err(Status::permission_denied(why))
+    let kind = row.map_or(Why::NoSuchCall, |_| Why::Role);
+    Err((kind, Status::permission_denied(why)))
 }
 
 /// Puts the table in front of every service.
 #[derive(Debug, Clone)]
-pub(crate) struct AccessLayer(pub(crate) Arc<Suspensions>);
+pub(crate) struct AccessLayer {
+    /// Who may do nothing.
+    pub(crate) suspensions: Arc<Suspensions>,
+    /// Where it is noted who was refused what.
+    pub(crate) refusals: Refusals,
+}
 
 impl<S> Layer<S> for AccessLayer {
     type Service = Access<S>;
@@ -176,7 +204,8 @@ impl<S> Layer<S> for AccessLayer {
     fn layer(&self, inner: S) -> Access<S> {
         Access {
             inner,
-            suspensions: Arc::clone(&self.0),
+            suspensions: Arc::clone(&self.suspensions),
+            refusals: self.refusals.clone(),
         }
     }
 }
@@ -186,6 +215,7 @@ impl<S> Layer<S> for AccessLayer {
 pub(crate) struct Access<S> {
     inner: S,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
 }
 
 type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
@@ -205,10 +235,22 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Answer {
         let path = request.uri().path();
-        match decide(request.extensions().get(), path, &self.suspensions) {
-            Ok(()) => Box::pin(self.inner.call(request)),
-            Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
+        let (peer, call) = (request.extensions().get::<Peer>().cloned(), name(path));
+        let refusals = self.refusals.clone();
+        if let Err((why, status)) = decide(peer.as_ref(), path, &self.suspensions) {
+            let identity = peer.as_ref().map_or(&Identity::Nobody, Peer::identity);
+            refusals.note(caller(identity), call, why);
+            return Box::pin(std::future::ready(Ok(status.into_http())));
         }
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let answer = answer.await?;
+            // What a handler refuses is an answer that is nothing but its status.
+            if let (Some(peer), Some(status)) = (peer, Status::from_header_map(answer.headers())) {
+                refusals.note_answer(&peer, call, &status);
+            }
+            Ok(answer)
+        })
     }
 }
 
@@ -222,7 +264,12 @@ mod tests {
 
     fn peer(issued: &pki::Issued) -> Peer {
         let certificate = CertificateDer::from_pem_file(&issued.certificate).unwrap();
-        Peer::new(&certificate, "example.com", "127.0.0.1:1".parse().unwrap()).unwrap()
+        Peer::new(
+            &[certificate],
+            "example.com",
+            "127.0.0.1:1".parse().unwrap(),
+        )
+        .unwrap()
     }
 
     // Every call and every kind of peer meet the real server in tests/access.rs; this is about
@@ -262,7 +309,8 @@ mod tests {
         let admin = peer(&pki::issue_operator(dir, &person, dir).unwrap());
         let call = "/lockstep.control.v1.ControlService/Decide";
         let refused = decide(Some(&admin), call, &Suspensions::default());
-        let refused = refused.unwrap_err();
+        let (why, refused) = refused.unwrap_err();
+        assert_eq!(why, Why::Role);
         assert_eq!(
             refused.message(),
             "operator ada may not call Decide: that takes the role approver, and the certificate \

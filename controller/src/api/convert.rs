@@ -53,6 +53,7 @@ fn kind(kind: EventKind) -> wire::EventKind {
         EventKind::GateOpened => wire::EventKind::GateOpened,
         EventKind::GateDecided => wire::EventKind::GateDecided,
         EventKind::GateClosed => wire::EventKind::GateClosed,
+        EventKind::GlassBroken => wire::EventKind::GlassBroken,
         EventKind::Quarantined => wire::EventKind::Quarantined,
         EventKind::RollbackStarted => wire::EventKind::RollbackStarted,
         EventKind::Paused => wire::EventKind::Paused,

@@ -3,6 +3,7 @@
 pub(crate) mod access;
 pub(crate) mod convert;
 mod follow;
+mod glass;
 mod trust;
 mod watch;
 
@@ -11,22 +12,25 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT, TrustCall};
-use lockstep_proto::ids::{Digest, HostId, InvalidId, RolloutId, StepKey};
+use lockstep_proto::ids::{
+    Digest, HostId, InvalidId, OperatorName, PlanDigest, RolloutId, StepKey,
+};
 use lockstep_proto::seal;
 use lockstep_proto::values::Timestamp;
 use lockstep_proto::wire::control_v1::control_service_server::ControlService;
 use lockstep_proto::wire::{control_v1 as wire, signatures as signatures_of};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::blobs::Blobs;
-use crate::driver::Handle;
+use crate::driver::{Handle, wall_clock};
 use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::logs::Logs;
+use crate::rates::{Rate, Used};
 
 /// Items of one decision: no checklist is longer.
 const MAX_ITEMS: usize = 1000;
@@ -36,6 +40,12 @@ const MAX_SOURCE: usize = 2 << 20;
 
 /// Rollouts in one list.
 const MAX_LIST: usize = 1000;
+
+/// Submissions of one operator: with each, a plan is written to the disk and synced.
+const SUBMISSIONS: Rate = Rate {
+    burst: 300,
+    per_second: 2,
+};
 
 /// Messages of one stream that wait for a slow operator; the rest waits where it is read from.
 const STREAM_QUEUE: usize = 64;
@@ -59,6 +69,19 @@ pub(crate) struct Control {
     pub(crate) started: SystemTime,
     /// The agents' revocation list; none if the controller signs none.
     pub(crate) list: Option<PathBuf>,
+    /// Held while a plan is submitted.
+    pub(crate) submissions: Submissions,
+}
+
+/// What operators have submitted. Held from when a plan is stored until it is known whether a record
+/// names it: one that was refused goes again, and may not be another one's meanwhile.
+#[derive(Debug, Clone)]
+pub(crate) struct Submissions(Arc<Mutex<Used<OperatorName>>>);
+
+impl Default for Submissions {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Used::new(SUBMISSIONS))))
+    }
 }
 
 type Stream<T> = ReceiverStream<Result<T, Status>>;
@@ -91,11 +114,18 @@ impl ControlService for Control {
             Status::invalid_argument(format!("{error}{cause}"))
         })?;
         let plan = Arc::new(plan);
+        let (name, _) = peer.operator()?;
+        let mut submissions = self.submissions.0.lock().await;
+        if !submissions.take(wall_clock(), name.clone(), 1) {
+            tracing::warn!(operator = name, "plans are submitted too often");
+            let why = format!("{name} submits too many plans; wait a minute");
+            return Err(Status::resource_exhausted(why));
+        }
         let (blobs, stored) = (Arc::clone(&self.blobs), Arc::clone(&plan));
         // The plan is on the disk before any record names it.
         let stored = tokio::task::spawn_blocking(move || blobs.store_plan(&stored, &source)).await;
         let stored = stored.map_err(|_| Status::internal("storing the plan has failed"))?;
-        stored.map_err(|error| {
+        let is_new = stored.map_err(|error| {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "a plan cannot be stored"
@@ -107,17 +137,24 @@ impl ControlService for Control {
             ))
         })?;
         let rollout = self.unused_id().await?;
-        let plan_digest = plan.digest().to_string();
+        let digest = plan.digest();
         let call = Call::Submit {
             rollout: rollout.clone(),
             plan,
             dry_run,
             signatures,
         };
-        self.call(&peer, call).await?;
+        if let Err(refused) = self.call(&peer, call).await {
+            // A controller that stops has not refused it: then a record may name it.
+            if is_new && refused.code() != Code::Unavailable {
+                self.remove(digest).await;
+            }
+            return Err(refused);
+        }
+        drop(submissions);
         Ok(Response::new(wire::SubmitResponse {
             rollout: rollout.into(),
-            plan_digest,
+            plan_digest: digest.to_string(),
         }))
     }
 
@@ -240,6 +277,19 @@ impl ControlService for Control {
             _ => String::new(),
         };
         Ok(Response::new(wire::DecideResponse { missing }))
+    }
+
+    async fn break_glass(
+        &self,
+        request: Request<wire::BreakGlassRequest>,
+    ) -> Result<Response<wire::BreakGlassResponse>, Status> {
+        let peer = peer(&request)?;
+        let call = glass::call(request.into_inner())?;
+        let missing = match self.call(&peer, call).await? {
+            Answer::Missing(missing) => missing,
+            _ => String::new(),
+        };
+        Ok(Response::new(wire::BreakGlassResponse { missing }))
     }
 
     async fn pause(
@@ -479,6 +529,16 @@ impl ControlService for Control {
 }
 
 impl Control {
+    /// Removes a plan that was refused.
+    async fn remove(&self, digest: PlanDigest) {
+        let blobs = Arc::clone(&self.blobs);
+        let removed = tokio::task::spawn_blocking(move || blobs.remove_plan(digest)).await;
+        if let Ok(Err(error)) = removed {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "a refused plan stays on the disk");
+        }
+    }
+
     async fn call(&self, peer: &Peer, call: Call) -> Result<Answer, Status> {
         let (name, groups) = peer.operator()?;
         let answer = self
@@ -486,7 +546,9 @@ impl Control {
             .call(name.clone(), groups.to_vec(), call)
             .await?;
         answer.map_err(|refused| {
-            tracing::info!(operator = name, %refused, "a call was refused");
+            // As a text it is quoted: people's words are in it.
+            let why = refused.to_string();
+            tracing::info!(operator = name, why, "a call was refused");
             convert::refused(&refused)
         })
     }

@@ -1,30 +1,7 @@
-//! Text from the wire, made fit for a terminal. Hosts write summaries, output and notes; none of
-//! them may move a cursor, change a colour or hide a word on an operator's screen.
+//! Text from the wire, made fit for a terminal, and so for documents.
 
-use std::fmt::Write as _;
-
+pub(crate) use lockstep_proto::shown::{json, line, lines};
 use serde_json::Value;
-
-/// What stands in the place of a character that is not shown.
-const REPLACED: char = '\u{fffd}';
-
-/// One line without control characters; tabs and line breaks become spaces.
-pub(crate) fn line(text: &str) -> String {
-    let shown = text.chars().map(|c| match c {
-        '\t' | '\n' | '\r' => ' ',
-        c => visible(c),
-    });
-    shown.collect()
-}
-
-/// Several lines without control characters but the line breaks and tabs.
-pub(crate) fn lines(text: &str) -> String {
-    let shown = text.chars().map(|c| match c {
-        '\t' | '\n' => c,
-        c => visible(c),
-    });
-    shown.collect()
-}
 
 /// Cleans every text of a JSON value, keys included; [`lines`] says how.
 pub(crate) fn value(value: Value) -> Value {
@@ -36,63 +13,5 @@ pub(crate) fn value(value: Value) -> Value {
             Value::Object(map.into_iter().map(clean).collect())
         }
         other => other,
-    }
-}
-
-/// JSON text in which no control character stands as itself: what it says is unchanged, for
-/// outside of its strings JSON has none of them but white space.
-pub(crate) fn json(text: &str) -> String {
-    let mut clean = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c != '\n' && visible(c) == REPLACED && c != REPLACED {
-            let mut units = [0; 2];
-            for unit in c.encode_utf16(&mut units) {
-                let _ = write!(clean, "\\u{unit:04x}");
-            }
-        } else {
-            clean.push(c);
-        }
-    }
-    clean
-}
-
-/// Control characters (C0, DEL, C1) and those that reorder or hide text are replaced.
-fn visible(c: char) -> char {
-    let hides = matches!(c,
-        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
-        | '\u{e0000}'..='\u{e007f}');
-    if c.is_control() || hides { REPLACED } else { c }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HOSTILE: &str = "a\u{1b}[2Jb\u{9b}31mc\rd\u{7}e\u{202e}f\ng";
-
-    #[test]
-    fn nothing_that_moves_a_cursor_survives() {
-        assert_eq!(
-            line(HOSTILE),
-            "a\u{fffd}[2Jb\u{fffd}31mc d\u{fffd}e\u{fffd}f g"
-        );
-        assert!(!lines(HOSTILE).contains(['\u{1b}', '\u{9b}', '\r', '\u{7}', '\u{202e}']));
-        assert!(lines(HOSTILE).contains('\n'));
-    }
-
-    #[test]
-    fn names_in_any_script_stay() {
-        assert_eq!(line("Zoë 東京 ✓ …"), "Zoë 東京 ✓ …");
-    }
-
-    #[test]
-    fn cleaned_json_says_the_same() {
-        let said = serde_json::json!({ HOSTILE: [HOSTILE, {"x": 1}] });
-        let text = json(&serde_json::to_string_pretty(&said).unwrap());
-        assert!(
-            text.chars().all(|c| c == '\n' || visible(c) == c),
-            "{text:?}"
-        );
-        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), said);
     }
 }

@@ -3,7 +3,8 @@
 
 use std::path::PathBuf;
 
-use lockstep_proto::ids::{Digest, RolloutId};
+use lockstep_proto::approval;
+use lockstep_proto::ids::{Digest, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::control_v1 as wire;
@@ -20,7 +21,7 @@ use super::{Session, clean, fetch};
 
 mod own;
 
-use own::{Own, Shown};
+pub(super) use own::{Own, Shown};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Approve {
@@ -200,7 +201,8 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     let printer = session.printer;
     let client = session.connect().await?;
     let (document, _) = fetch(&client, &at.rollout).await?;
-    let (step, gate) = choose(&document, at)?;
+    let open: Vec<_> = document.open_gates().collect();
+    let (step, gate) = choose(&document, at.gate.as_deref(), &open)?;
     decision.verb.check(&document, step)?;
     if let Some(item) = decision
         .items
@@ -215,7 +217,13 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     decision.check_evidence(step, gate)?;
     decision.own.check_plan(&document, step)?;
     if decision.verb != Verb::Reject {
-        printer.talk(&shown(&document, step, gate, &decision));
+        printer.talk(&shown(
+            &document,
+            step,
+            gate,
+            &decision.items,
+            &decision.own,
+        ));
     }
     if let Some(question) = decision.question {
         if !Printer::can_ask() {
@@ -235,13 +243,17 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
     let signed = match &decision.sign {
         Some((key, good_for)) => {
             let approver = super::client::operator_name(&Profile::load(&session.profile)?)?;
+            let kind = Kind {
+                statement: approval::STATEMENT,
+                namespace: approval::NAMESPACE,
+            };
             let shown = Shown {
                 document: &document,
                 step,
                 gate,
                 own: &decision.own,
             };
-            Some(shown.sign(&approver, key, *good_for)?)
+            Some(shown.sign(kind, &approver, (key.as_path(), *good_for))?)
         }
         None => None,
     };
@@ -293,16 +305,45 @@ async fn send(
     Ok(clean::line(&answer.missing))
 }
 
+/// What a signature is for.
+pub(super) struct Kind {
+    /// The statement's name and version.
+    pub(super) statement: &'static str,
+    /// In SSH's sense.
+    pub(super) namespace: &'static str,
+}
+
+/// Where a step stands.
+pub(super) fn place(text: &str) -> Option<StepRef> {
+    let (phase, step) = text.split_once('.')?;
+    Some(StepRef {
+        phase: phase.parse().ok()?,
+        step: step.parse().ok()?,
+    })
+}
+
+/// What was proven before a gate and still counts, in plan order.
+pub(super) fn facts_before(document: &Document, gate: StepRef) -> Vec<Fact> {
+    let earlier = |step: &&Step| place(&step.at).is_some_and(|at| at < gate);
+    let steps = document.steps().map(|(_, step)| step).filter(earlier);
+    let attempts = steps.flat_map(|step| &step.attempts);
+    let attempts = attempts.filter(|attempt| !attempt.stale);
+    attempts.flat_map(super::document::Attempt::facts).collect()
+}
+
 /// The gate that is meant: the named one, or the only one that is open.
-fn choose<'a>(document: &'a Document, at: &GateArgs) -> Result<(&'a Step, &'a Gate), CliError> {
-    let open: Vec<(&Step, &Gate)> = document.open_gates().collect();
+pub(super) fn choose<'a>(
+    document: &'a Document,
+    gate: Option<&str>,
+    open: &[(&'a Step, &'a Gate)],
+) -> Result<(&'a Step, &'a Gate), CliError> {
     let names = || {
         open.iter()
             .map(|(step, _)| step.at.as_str())
             .collect::<Vec<_>>()
             .join(", ")
     };
-    match (&at.gate, open.as_slice()) {
+    match (gate, open) {
         (Some(name), open) => open
             .iter()
             .find(|(step, _)| step.at == *name)
@@ -327,8 +368,13 @@ fn choose<'a>(document: &'a Document, at: &GateArgs) -> Result<(&'a Step, &'a Ga
 }
 
 /// What is decided upon, whole: plan, hosts, SQL, items.
-fn shown(document: &Document, step: &Step, gate: &Gate, decision: &Decision) -> Vec<Line> {
-    let items = &decision.items;
+pub(super) fn shown(
+    document: &Document,
+    step: &Step,
+    gate: &Gate,
+    items: &[u32],
+    own: &Own,
+) -> Vec<Line> {
     let mut lines = vec![
         Line::new(
             Tone::Heading,
@@ -351,8 +397,8 @@ fn shown(document: &Document, step: &Step, gate: &Gate, decision: &Decision) -> 
     if let Some(title) = step.args["title"].as_str() {
         lines.push(Line::plain(format!("what      {}", clean::line(title))));
     }
-    if step.action == "gate.approval" {
-        lines.extend(sql(document, &decision.own));
+    if let Some(gate) = place(&step.at).filter(|_| step.action == "gate.approval") {
+        lines.extend(sql(document, gate, own));
     }
     for (index, item) in gate.items.iter().enumerate() {
         let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
@@ -377,40 +423,34 @@ fn shown(document: &Document, step: &Step, gate: &Gate, decision: &Decision) -> 
     lines.into_iter().map(plain).collect()
 }
 
-fn sql(document: &Document, own: &Own) -> Vec<Line> {
+fn sql(document: &Document, gate: StepRef, own: &Own) -> Vec<Line> {
     let mut lines = Vec::new();
-    for (_, step) in document.steps() {
-        for fact in step
-            .attempts
-            .iter()
-            .flat_map(super::document::Attempt::facts)
+    for fact in facts_before(document, gate) {
+        if let Fact::SqlPlan {
+            database,
+            from,
+            to,
+            digest,
+            sql,
+        } = fact
         {
-            if let Fact::SqlPlan {
-                database,
-                from,
-                to,
-                digest,
-                sql,
-            } = fact
-            {
-                let from = if from.is_empty() { "nothing" } else { &from };
-                lines.push(Line::plain(format!(
-                    "SQL for   {database}, {from} -> {to}, {digest}"
-                )));
-                // What is approved is the digest: say where it cannot be held against the text.
-                if own.has_sql(digest) {
-                    lines.push(Line::plain("  your own copy has this digest"));
-                } else if Digest::of(sql.as_bytes()) != digest {
-                    lines.push(Line::new(
-                        Tone::Bad,
-                        "  what is shown has another digest: it was shortened, or it is false",
-                    ));
-                }
-                lines.extend(
-                    sql.lines()
-                        .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
-                );
+            let from = if from.is_empty() { "nothing" } else { &from };
+            lines.push(Line::plain(format!(
+                "SQL for   {database}, {from} -> {to}, {digest}"
+            )));
+            // What is approved is the digest: say where it cannot be held against the text.
+            if own.has_sql(digest) {
+                lines.push(Line::plain("  your own copy has this digest"));
+            } else if Digest::of(sql.as_bytes()) != digest {
+                lines.push(Line::new(
+                    Tone::Bad,
+                    "  what is shown has another digest: it was shortened, or it is false",
+                ));
             }
+            lines.extend(
+                sql.lines()
+                    .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),
+            );
         }
     }
     lines
@@ -422,14 +462,6 @@ mod tests {
 
     fn document() -> Document {
         Document::read(include_bytes!("render/fixtures/waiting.json")).unwrap()
-    }
-
-    fn at(gate: Option<&str>) -> GateArgs {
-        GateArgs {
-            rollout: "ro_0123456789ab".parse().unwrap(),
-            gate: gate.map(ToOwned::to_owned),
-            comment: String::new(),
-        }
     }
 
     fn decision(evidence: Option<Digest>) -> Decision {
@@ -446,7 +478,8 @@ mod tests {
     #[test]
     fn evidence_that_was_named_is_what_the_gate_shows() {
         let document = document();
-        let (step, gate) = choose(&document, &at(None)).unwrap();
+        let (step, gate) =
+            choose(&document, None, &document.open_gates().collect::<Vec<_>>()).unwrap();
         let check = |evidence| decision(evidence).check_evidence(step, gate);
         assert!(check(None).is_ok());
         assert!(check(Some(gate.evidence.parse().unwrap())).is_ok());
@@ -457,8 +490,9 @@ mod tests {
     #[test]
     fn a_decision_shows_plan_hosts_sql_and_evidence() {
         let document = document();
-        let (step, gate) = choose(&document, &at(None)).unwrap();
-        let text: Vec<String> = shown(&document, step, gate, &decision(None))
+        let (step, gate) =
+            choose(&document, None, &document.open_gates().collect::<Vec<_>>()).unwrap();
+        let text: Vec<String> = shown(&document, step, gate, &[], &Own::default())
             .iter()
             .map(|line| line.render(false))
             .collect();
@@ -473,8 +507,9 @@ mod tests {
         document.requester = forged.to_owned();
         document.inputs.insert(forged.to_owned(), forged.to_owned());
         document.phases[1].steps[1].name = Some(forged.to_owned());
-        let (step, gate) = choose(&document, &at(None)).unwrap();
-        let lines = shown(&document, step, gate, &decision(None));
+        let open: Vec<_> = document.open_gates().collect();
+        let (step, gate) = choose(&document, None, &open).unwrap();
+        let lines = shown(&document, step, gate, &[], &Own::default());
         let text: Vec<String> = lines.iter().map(|line| line.render(false)).collect();
         let text = text.join("\n");
         for word in ["evidence", "by"] {
@@ -486,7 +521,8 @@ mod tests {
     #[test]
     fn a_gate_that_is_not_open_is_named_with_those_that_are() {
         let document = document();
-        let error = choose(&document, &at(Some("0.0"))).unwrap_err();
+        let open: Vec<_> = document.open_gates().collect();
+        let error = choose(&document, Some("0.0"), &open).unwrap_err();
         assert_eq!(
             said(&error),
             [
@@ -504,7 +540,8 @@ mod tests {
     #[test]
     fn each_kind_of_gate_has_its_own_command() {
         let document = document();
-        let (step, _) = choose(&document, &at(None)).unwrap();
+        let open: Vec<_> = document.open_gates().collect();
+        let (step, _) = choose(&document, None, &open).unwrap();
         assert_eq!(step.action, "gate.approval");
         assert!(Verb::Approve.check(&document, step).is_ok());
         assert!(Verb::Reject.check(&document, step).is_ok());

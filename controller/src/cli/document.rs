@@ -64,6 +64,31 @@ pub(crate) struct Document {
     pub(crate) notices: Vec<Notice>,
     pub(crate) closed: Option<Closed>,
     pub(crate) signoff: Vec<Signoff>,
+    pub(crate) break_glass: Vec<Glass>,
+}
+
+/// A person's word that a gate is to be met without what it waits for.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Glass {
+    pub(crate) gate: String,
+    pub(crate) operator: String,
+    pub(crate) reason: String,
+    pub(crate) at: u64,
+    pub(crate) until: u64,
+}
+
+impl Glass {
+    /// In one line.
+    pub(crate) fn say(&self) -> String {
+        let Self {
+            gate,
+            operator,
+            reason,
+            ..
+        } = self;
+        format!("gate {gate} by {operator}: {reason}")
+    }
 }
 
 /// Since when it is paused, and by whom.
@@ -145,6 +170,8 @@ pub(crate) struct Attempt {
     pub(crate) message: String,
     pub(crate) hint: Option<String>,
     pub(crate) last_lines: Vec<String>,
+    /// The hosts were free since, and it was made again: what it has seen counts no more.
+    pub(crate) stale: bool,
     facts: Vec<Value>,
 }
 
@@ -278,6 +305,14 @@ impl Document {
         self.steps().filter_map(|(_, step)| {
             let gate = step.gate.as_ref()?;
             (gate.closed.is_none() && step.waits_for_people()).then_some((step, gate))
+        })
+    }
+
+    /// Gates of any kind that wait.
+    pub(crate) fn waiting_gates(&self) -> impl Iterator<Item = (&Step, &Gate)> {
+        self.steps().filter_map(|(_, step)| {
+            let gate = step.gate.as_ref()?;
+            gate.closed.is_none().then_some((step, gate))
         })
     }
 

@@ -19,6 +19,9 @@ mod error;
 mod event;
 mod exit;
 mod floor;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+mod glass;
 mod journal;
 mod live;
 mod logs;
@@ -109,6 +112,8 @@ enum Command {
     Reject(decide::Reject),
     /// Confirm items of a checklist
     Confirm(decide::Confirm),
+    /// In an emergency: let a gate be met without what it waits for; takes two people
+    BreakGlass(glass::BreakGlass),
     /// Send nothing new; what runs, runs on
     Pause(RolloutArg),
     /// Go on after a pause or a halt
@@ -244,6 +249,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::Approve(approve) => decide::approve(approve, session).await,
         Command::Reject(reject) => decide::reject(reject, session).await,
         Command::Confirm(confirm) => decide::confirm(confirm, session).await,
+        Command::BreakGlass(arguments) => glass::break_glass(arguments, session).await,
         Command::Pause(RolloutArg { rollout }) => control::pause(rollout, session).await,
         Command::Resume(resume) => control::resume(resume, session).await,
         Command::Cancel(cancel) => control::cancel(cancel, session).await,

@@ -15,6 +15,7 @@ use lockstep_proto::sshsig::{self, NamedKey, PublicKey};
 use lockstep_proto::trust::Keyring;
 use serde_json::json;
 
+use super::clean;
 use super::error::CliError;
 use super::exit::Exit;
 use super::plan::{self, PlanArgs};
@@ -112,7 +113,8 @@ impl Signable {
                     plan => format!("plan      {plan} from serial {serial} on"),
                 };
                 lines.extend(serials.iter().map(serial).map(Line::plain));
-                lines
+                let plain = |line: Line| Line::new(line.tone, clean::line(&line.text));
+                lines.into_iter().map(plain).collect()
             }
         }
     }

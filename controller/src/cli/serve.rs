@@ -3,6 +3,8 @@
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
+use lockstep_core::trust::Subject;
+use lockstep_proto::oneline::OneLine;
 use tracing_subscriber::EnvFilter;
 
 use super::exit::Exit;
@@ -36,6 +38,11 @@ pub(crate) struct Serve {
         value_parser = clap::value_parser!(u64).range(..u64::MAX)
     )]
     epoch_above: u64,
+    /// Suspend `host:NAME`, `operator:NAME` or `serial:HEX` before anybody is let in
+    ///
+    /// For a controller that cannot be asked, because it ends. `lockstep unsuspend` lifts it.
+    #[arg(long, value_name = "SUBJECT")]
+    suspend: Vec<Subject>,
 }
 
 /// `lockstep serve`. A controller speaks through its log, at the level that `LOCKSTEP_LOG` says.
@@ -47,10 +54,11 @@ pub(crate) fn serve(arguments: Serve) -> Exit {
         Some(Err(error)) => (EnvFilter::new("info"), Some(error)),
         None => (EnvFilter::new("info"), None),
     };
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_writer(move || OneLine::new(std::io::stderr(), colours))
+        .with_ansi(colours)
         .init();
     if let Some(error) = mistake {
         tracing::warn!(%error, "LOCKSTEP_LOG is no level, such as `info` or `debug`; `info` holds");
@@ -60,12 +68,14 @@ pub(crate) fn serve(arguments: Serve) -> Exit {
         ready_file,
         take_over,
         epoch_above,
+        suspend,
     } = arguments;
     match app::serve(&ServeOptions {
         config,
         ready_file,
         epoch_above,
         take_over,
+        suspend,
     }) {
         Ok(Drained) => Exit::Done,
         Err(error) => {

@@ -50,6 +50,7 @@ impl Driver {
             | Call::RollBack { .. }
             | Call::Trust(TrustCall::CreateToken { .. }) => true,
             Call::Decide { .. }
+            | Call::BreakGlass { .. }
             | Call::Pause { .. }
             | Call::Resolve { .. }
             | Call::Cancel { .. }

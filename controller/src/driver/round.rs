@@ -1,8 +1,8 @@
 //! What one batch of inputs leads to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use lockstep_core::{Answer, Effects, Entry, Message, Notify, Refused, RolloutEvent};
+use lockstep_core::{Answer, Effects, Entry, Message, Notify, Record, Refused, RolloutEvent};
 use lockstep_proto::ids::{HostId, RolloutId};
 use tokio::sync::oneshot;
 use tonic::Status;
@@ -20,6 +20,8 @@ pub(super) type Owed<T> = (oneshot::Sender<T>, T);
 #[derive(Default)]
 pub(super) struct Round {
     pub(super) persist: Vec<Entry>,
+    /// Which of them are reports that answer nothing.
+    pub(super) unasked: HashSet<usize>,
     pub(super) sends: Vec<(HostId, SessionNumber, registry::Down)>,
     /// Where in `sends` a session is told which of its reports are durable.
     acknowledged: HashMap<SessionNumber, usize>,
@@ -39,10 +41,26 @@ impl Round {
             send,
             notify,
             published,
+            unasked,
             answer,
         } = effects;
         debug_assert!(answer.is_none(), "calls take their answer out first");
+        for (index, entry) in (self.persist.len()..).zip(&persist) {
+            let by = |host: &HostId| unasked.iter().any(|(it, _)| it == host);
+            if matches!(&entry.record, Record::Reported { host, .. } if by(host)) {
+                self.unasked.insert(index);
+            }
+        }
         self.persist.extend(persist);
+        // A host that does nothing else must not fill the log.
+        for (host, times) in unasked.iter().filter(|(_, times)| times.is_power_of_two()) {
+            tracing::warn!(
+                %host, times,
+                "the agent reports what nobody has ordered, or what is known already: this is \
+                 recorded and changes nothing. A controller from a backup sees it at first; \
+                 otherwise look at the host"
+            );
+        }
         for (host, message) in send {
             let Some(number) = sessions.current(&host) else {
                 continue;

@@ -65,7 +65,9 @@ fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
         hub: Hub::default(),
         notices: mpsc::channel(1).0,
         take_over: false,
+        suspend: vec![],
         epoch_above: 0,
+        break_glass: None,
     }
 }
 

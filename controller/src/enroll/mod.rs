@@ -8,6 +8,8 @@
 //! The driver decides and persists; only then is anything signed. What was granted to a key is
 //! signed for that key again, so an answer that is lost costs nothing.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub(crate) mod issuer;
 mod limits;
 pub(crate) mod list;

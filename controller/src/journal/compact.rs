@@ -151,7 +151,14 @@ fn fold(entries: &[Entry], blobs: &Blobs) -> Result<Coordinator, CompactError> {
     let epoch = Epoch::NONE;
     // A plan that cannot be read is missing, which the fold says by name.
     let plan = |digest| blobs.plan(digest).ok().flatten();
-    let folded = Coordinator::recover(Config { epoch }, entries.iter().cloned(), plan)?;
+    let folded = Coordinator::recover(
+        Config {
+            epoch,
+            break_glass: None,
+        },
+        entries.iter().cloned(),
+        plan,
+    )?;
     Ok(folded)
 }
 
@@ -266,7 +273,8 @@ fn keep(
             .rollout()
             .is_some_and(|rollout| goes_out.contains(rollout));
         let said = match &entry.record {
-            Record::Compacted { .. } => continue,
+            // The archive has them.
+            Record::Compacted { .. } | Record::CallsRefused(_) => continue,
             Record::TermBegan { .. } if index != last_term => continue,
             Record::TookOver { .. } if index != last_take_over => continue,
             Record::Reported { host, number, .. } if out => {

@@ -18,6 +18,8 @@ pub(crate) mod compact;
 #[cfg(test)]
 mod contract;
 mod disk;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod head;
 #[cfg(any(test, feature = "faults"))]
 pub(crate) mod memory;

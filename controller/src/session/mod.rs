@@ -8,6 +8,8 @@
 //! too. A session ends when its certificate does, when the agent connects again, when it does not
 //! read, or when the controller drains.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod output;
 pub(crate) mod registry;
 
@@ -17,6 +19,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use lockstep_core::Event;
+use lockstep_core::refusal::{Caller, Why};
 use lockstep_proto::ids::HostId;
 use lockstep_proto::report::{MAX_REPORT_BYTES, Report};
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentService;
@@ -35,6 +38,8 @@ use crate::driver::Handle;
 use crate::hub::Hub;
 use crate::identity::Peer;
 use crate::logs::Logs;
+use crate::refusals::Refusals;
+pub(crate) use output::Outputs;
 use registry::{Candidate, Ending, QUEUE, SessionNumber};
 
 /// An agent says `Hello` as soon as its stream is open.
@@ -59,6 +64,10 @@ pub(crate) struct Agents {
     pub(crate) hub: Hub,
     /// Sessions that are up.
     pub(crate) tasks: TaskTracker,
+    /// Output that comes in.
+    pub(crate) outputs: Outputs,
+    /// Where it is noted who breaks the contract.
+    pub(crate) refusals: Refusals,
 }
 
 #[tonic::async_trait]
@@ -98,6 +107,7 @@ impl AgentService for Agents {
             number,
             peer: peer.clone(),
             ending: ending.clone(),
+            refusals: self.refusals.clone(),
         };
         self.tasks.spawn(reader.run(inbound, peer.remaining()));
         Ok(Response::new(Downstream::new(messages, ending)))
@@ -107,8 +117,9 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<LogChunk>>,
     ) -> Result<Response<LogsSummary>, Status> {
-        let host = peer(&request)?.agent()?.clone();
-        let kept_bytes = output::receive(self, &host, request.into_inner()).await?;
+        let peer = peer(&request)?;
+        let _place = self.outputs.take(peer.agent()?)?;
+        let kept_bytes = output::receive(self, &peer, request.into_inner()).await?;
         Ok(Response::new(LogsSummary { kept_bytes }))
     }
 
@@ -188,6 +199,7 @@ struct Reader {
     number: SessionNumber,
     peer: Peer,
     ending: Ending,
+    refusals: Refusals,
 }
 
 impl Reader {
@@ -235,6 +247,8 @@ impl Reader {
         };
         let report = report.map_err(|why| {
             tracing::error!(host = %self.host, why, "the agent breaks the contract");
+            let agent = Caller::Agent(self.host.clone());
+            self.refusals.note(agent, "Session", Why::Invalid);
             self.ending.end(Status::invalid_argument(why.clone()));
             why
         })?;

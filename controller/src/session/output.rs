@@ -1,17 +1,18 @@
 //! Output of steps and their progress: bounded, never in the way of reports.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lockstep_core::Coordinator;
-use lockstep_proto::ids::{HostId, PlanDigest, RolloutId, StepKey};
+use lockstep_proto::ids::{HostId, PlanDigest, StepKey};
 use lockstep_proto::wire::CHUNK;
 use lockstep_proto::wire::agent_v1::LogChunk;
 use lockstep_proto::wire::control_v1::{EventKind, RolloutEvent};
 use tonic::{Status, Streaming};
 
 use super::Agents;
+use crate::identity::Peer;
 use crate::logs::{Writer, harmless};
 
 /// Attempts that one stream may write at a time. A host runs one step at a time; the others are
@@ -23,6 +24,55 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 
 /// The longest progress text, in characters.
 const MAX_PROGRESS_TEXT: usize = 200;
+
+/// Streams of output that one host may have open: its own, and those that it has lost and this side
+/// has not missed yet. Each has up to [`OPEN_ATTEMPTS`] files open.
+const STREAMS: usize = 8;
+
+/// The streams of output that are open.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Outputs(Arc<Mutex<HashMap<HostId, usize>>>);
+
+/// One of them, for as long as the value lives.
+#[derive(Debug)]
+pub(super) struct Output {
+    all: Outputs,
+    host: HostId,
+}
+
+impl Outputs {
+    /// A place for one more stream of a host.
+    pub(super) fn take(&self, host: &HostId) -> Result<Output, Status> {
+        let mut open = self.open();
+        let mine = open.entry(host.clone()).or_default();
+        if *mine == STREAMS {
+            let why = format!("{host} has {STREAMS} streams of output open");
+            return Err(Status::resource_exhausted(why));
+        }
+        *mine += 1;
+        Ok(Output {
+            all: self.clone(),
+            host: host.clone(),
+        })
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<HostId, usize>> {
+        // Nothing that holds the lock leaves the map half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        let mut open = self.all.open();
+        if let Some(mine) = open.get_mut(&self.host) {
+            *mine -= 1;
+            if *mine == 0 {
+                open.remove(&self.host);
+            }
+        }
+    }
+}
 
 /// One attempt that is being written.
 struct Attempt {
@@ -39,13 +89,24 @@ struct Attempt {
 /// Takes an agent's output until it ends. Returns how many bytes were kept.
 pub(super) async fn receive(
     agents: &Agents,
-    host: &HostId,
+    peer: &Peer,
     mut chunks: Streaming<LogChunk>,
 ) -> Result<u64, Status> {
+    let host = peer.agent()?;
     let mut attempts: HashMap<StepKey, Attempt> = HashMap::new();
     let mut kept = 0;
+    let ends = tokio::time::sleep(peer.remaining());
+    tokio::pin!(ends);
     let result = loop {
-        let chunk = match chunks.message().await {
+        let chunk = tokio::select! {
+            biased;
+            () = peer.when_cut().cancelled() => break Err(peer.cut_status()),
+            () = &mut ends => {
+                break Err(Status::unauthenticated("the agent's certificate has ended"));
+            }
+            chunk = chunks.message() => chunk,
+        };
+        let chunk = match chunk {
             Ok(Some(chunk)) => chunk,
             Ok(None) => break Ok(()),
             Err(status) => break Err(status),
@@ -125,17 +186,17 @@ async fn take(
     Ok(())
 }
 
-/// Opens an attempt's file; only for rollouts and steps that there are.
+/// Opens an attempt's file; only for attempts that were ordered.
 async fn open(agents: &Agents, key: &StepKey) -> Result<Attempt, Status> {
     let unknown = || Status::not_found(format!("there is no step {}", key.at));
-    let digest = plan_of(agents, &key.rollout).await?;
-    let blobs = Arc::clone(&agents.blobs);
-    let plan = tokio::task::spawn_blocking(move || blobs.plan(digest)).await;
-    let plan = plan.map_err(|_| Status::internal("reading the plan has failed"))?;
+    let digest = plan_of(agents, key).await?;
+    let (blobs, logs, attempt) = (Arc::clone(&agents.blobs), agents.logs.clone(), key.clone());
+    let open = move || (blobs.plan(digest), logs.writer(&attempt));
+    let opened = tokio::task::spawn_blocking(open).await;
+    let (plan, writer) = opened.map_err(|_| Status::internal("reading the plan has failed"))?;
     let plan = plan.map_err(|error| Status::data_loss(error.to_string()))?;
     let plan = plan.ok_or_else(unknown)?;
     let placed = plan.plan().step(key.at).ok_or_else(unknown)?;
-    let writer = agents.logs.writer(key);
     let writer = writer
         .map_err(|error| Status::resource_exhausted(format!("no output is kept: {error}")))?;
     Ok(Attempt {
@@ -148,11 +209,14 @@ async fn open(agents: &Agents, key: &StepKey) -> Result<Attempt, Status> {
     })
 }
 
-async fn plan_of(agents: &Agents, rollout: &RolloutId) -> Result<PlanDigest, Status> {
-    let asked = rollout.clone();
-    let read = move |coordinator: &Coordinator| coordinator.summary(&asked).map(|s| s.digest);
+async fn plan_of(agents: &Agents, key: &StepKey) -> Result<PlanDigest, Status> {
+    let asked = key.clone();
+    let read = move |coordinator: &Coordinator| {
+        let summary = coordinator.summary(&asked.rollout)?;
+        coordinator.was_ordered(&asked).then_some(summary.digest)
+    };
     let digest = agents.driver.read(read).await?;
-    digest.ok_or_else(|| Status::not_found(format!("there is no rollout {rollout}")))
+    digest.ok_or_else(|| Status::not_found(format!("{key} was never ordered")))
 }
 
 fn finish(mut attempt: Attempt) -> u64 {

@@ -170,6 +170,16 @@ impl Registry {
         }
     }
 
+    /// Ends a host's session. Returns whether it had one.
+    #[must_use]
+    pub(crate) fn end(&mut self, host: &HostId, status: Status) -> bool {
+        let session = self.sessions.remove(host);
+        if let Some(session) = &session {
+            session.ending.end(status);
+        }
+        session.is_some()
+    }
+
     /// Forgets a session that is gone. Returns whether it was still the host's.
     pub(crate) fn closed(&mut self, host: &HostId, number: SessionNumber) -> bool {
         let current = self.current(host) == Some(number);
@@ -210,17 +220,24 @@ pub(crate) fn from_message(message: Message) -> wire::Down {
             epoch,
             dry_run,
             signatures,
+            round,
         } => Wire::Offer(wire::Offer {
             rollout: rollout.into(),
             plan_digest: plan.0.to_vec().into(),
             epoch: Some(epoch.into()),
             dry_run,
             signatures: signatures.iter().map(|it| it.clone().into()).collect(),
+            round,
         }),
         Message::Order(order) => Wire::Order(order.into()),
-        Message::Release { rollout, epoch } => Wire::Release(wire::Release {
+        Message::Release {
+            rollout,
+            epoch,
+            comes_back,
+        } => Wire::Release(wire::Release {
             rollout: rollout.into(),
             epoch: Some(epoch.into()),
+            comes_back,
         }),
         Message::Cancel { rollout, epoch } => Wire::Cancel(wire::Cancel {
             rollout: rollout.into(),

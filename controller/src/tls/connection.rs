@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
+use super::gate::{OfPeer, Place};
 use crate::identity::Peer;
 use crate::suspensions::{Entered, Suspensions};
 
@@ -38,10 +38,10 @@ pub(crate) struct Connection<S = TlsStream<TcpStream>> {
     reason = "each is given back when the connection is dropped"
 )]
 pub(super) enum Held {
-    /// Its place among those that are cut when somebody is suspended.
-    Known(Entered),
+    /// Its place among those that are cut when somebody is suspended, and among its peer's own.
+    Known(Entered, OfPeer),
     /// Its place among those that have no certificate.
-    Stranger(OwnedSemaphorePermit),
+    Stranger(Place),
 }
 
 impl Connection {
@@ -50,19 +50,23 @@ impl Connection {
     pub(super) fn known(
         stream: TlsStream<TcpStream>,
         peer: Peer,
+        permit: OfPeer,
         suspensions: &Arc<Suspensions>,
     ) -> Self {
         let entered = suspensions.enter(&peer);
-        let cut = peer.when_cut().clone();
+        let (cut, ends) = (peer.when_cut().clone(), peer.remaining());
         let end = async move {
-            cut.cancelled_owned().await;
+            tokio::select! {
+                () = cut.cancelled_owned() => {}
+                () = tokio::time::sleep(ends) => {}
+            }
             tokio::time::sleep(LAST_WORDS).await;
         };
         Self {
             stream,
             peer,
             end: Some(Box::pin(end)),
-            _held: Some(Held::Known(entered)),
+            _held: Some(Held::Known(entered, permit)),
         }
     }
 
@@ -70,13 +74,13 @@ impl Connection {
     pub(super) fn stranger(
         stream: TlsStream<TcpStream>,
         address: SocketAddr,
-        permit: OwnedSemaphorePermit,
+        place: Place,
     ) -> Self {
         Self {
             stream,
             peer: Peer::nobody(address),
             end: Some(Box::pin(tokio::time::sleep(STRANGER_FOR))),
-            _held: Some(Held::Stranger(permit)),
+            _held: Some(Held::Stranger(place)),
         }
     }
 }

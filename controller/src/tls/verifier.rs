@@ -1,7 +1,9 @@
 //! Who gets through the handshake: a certificate of its kind's issuer, of nobody who is suspended.
 
+use std::io;
 use std::sync::Arc;
 
+use lockstep_core::refusal::Why;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::ring;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
@@ -12,8 +14,9 @@ use rustls::{
     SignatureScheme,
 };
 
-use super::TlsError;
-use crate::identity::{self, Identity};
+use super::{TlsError, words};
+use crate::identity::{self, Claim, Identity, Peer};
+use crate::refusals::{HANDSHAKE, Refusals, caller};
 use crate::suspensions::Suspensions;
 
 /// Asks the issuers of the role that a certificate claims.
@@ -21,6 +24,7 @@ use crate::suspensions::Suspensions;
 pub(super) struct RoleVerifier {
     domain: Arc<str>,
     suspensions: Arc<Suspensions>,
+    refusals: Refusals,
     /// Whether one without a certificate is let through, for the one call that it may make.
     optional: bool,
     agents: Arc<dyn ClientCertVerifier>,
@@ -38,6 +42,7 @@ impl RoleVerifier {
         lists: Vec<CertificateRevocationListDer<'static>>,
         optional: bool,
         suspensions: Arc<Suspensions>,
+        refusals: Refusals,
     ) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let verifier = |what, issuers: Vec<CertificateDer<'static>>, lists: Vec<_>| {
@@ -71,11 +76,42 @@ impl RoleVerifier {
         Ok(Self {
             domain: domain.into(),
             suspensions,
+            refusals,
             optional,
             agents,
             operators,
             hints,
         })
+    }
+}
+
+impl RoleVerifier {
+    /// What a certificate claims, and who has to stand for that.
+    fn issuers_of(
+        &self,
+        certificate: &CertificateDer<'_>,
+    ) -> Result<(Claim, &dyn ClientCertVerifier), rustls::Error> {
+        let claimed = identity::read(certificate, &self.domain);
+        let claimed = claimed.map_err(|error| {
+            let error = OtherError(Arc::new(error));
+            rustls::Error::InvalidCertificate(CertificateError::Other(error))
+        })?;
+        let verifier = match claimed.identity {
+            Identity::Agent(_) => &*self.agents,
+            Identity::Operator { .. } => &*self.operators,
+            Identity::Nobody => unreachable!("a certificate names somebody"),
+        };
+        Ok((claimed, verifier))
+    }
+
+    /// Why a peer that was let in before would not be let in now; none if it would.
+    pub(super) fn why_not(&self, peer: &Peer) -> Option<String> {
+        let (certificate, intermediates) = peer.chain().split_first()?;
+        let verified = self.issuers_of(certificate).and_then(|(_, verifier)| {
+            verifier.verify_client_cert(certificate, intermediates, UnixTime::now())
+        });
+        let error = io::Error::new(io::ErrorKind::InvalidData, verified.err()?);
+        Some(words(&error))
     }
 }
 
@@ -94,20 +130,23 @@ impl ClientCertVerifier for RoleVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let claimed = identity::read(end_entity, &self.domain);
-        let claimed = claimed.map_err(|error| {
-            let error = OtherError(Arc::new(error));
-            rustls::Error::InvalidCertificate(CertificateError::Other(error))
+        let (claimed, verifier) = self.issuers_of(end_entity)?;
+        let verified = verifier.verify_client_cert(end_entity, intermediates, now);
+        let verified = verified.inspect_err(|error| {
+            // Its issuer is the right one: it is looked for in the list only then.
+            if matches!(
+                error,
+                rustls::Error::InvalidCertificate(CertificateError::Revoked)
+            ) {
+                let who = caller(&claimed.identity);
+                self.refusals.note(who, HANDSHAKE, Why::Suspended);
+            }
         })?;
-        let verifier = match claimed.identity {
-            Identity::Agent(_) => &self.agents,
-            Identity::Operator { .. } => &self.operators,
-            Identity::Nobody => unreachable!("a certificate names somebody"),
-        };
-        let verified = verifier.verify_client_cert(end_entity, intermediates, now)?;
         if let Some(why) = self.suspensions.why(&claimed.identity, &claimed.serial) {
             let identity = &claimed.identity;
             tracing::warn!(%identity, serial = %claimed.serial, why, "a handshake was refused");
+            self.refusals
+                .note(caller(identity), HANDSHAKE, Why::Suspended);
             // The alert says so to the other side.
             return Err(rustls::Error::InvalidCertificate(CertificateError::Revoked));
         }

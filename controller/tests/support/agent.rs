@@ -136,6 +136,7 @@ impl Agent {
             rollout,
             plan: digest,
             state: vec![],
+            round: 0,
         })
         .await;
     }

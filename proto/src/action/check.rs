@@ -7,6 +7,25 @@ use serde::{Deserialize, Serialize};
 use super::Address;
 use crate::values::{ByteSize, Period};
 
+/// The longest JSONPath, in bytes.
+const MAX_JSON_PATH: usize = 1 << 10;
+
+/// The greatest number of filters, and of brackets around conditions, in one JSONPath.
+const MAX_FILTERS: usize = 4;
+const MAX_CONDITIONS: usize = 8;
+
+/// Refuses a JSONPath that would take long to be read: each filter within another one doubles it.
+pub fn check_json_path(path: &str) -> Result<(), &'static str> {
+    let count = |c: char| path.matches(c).count();
+    if path.len() > MAX_JSON_PATH {
+        return Err("it has more than 1024 bytes");
+    }
+    if count('?') > MAX_FILTERS || count('(') > MAX_CONDITIONS {
+        return Err("it has more than 4 filters, or more than 8 brackets in them");
+    }
+    Ok(())
+}
+
 /// An HTTP method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

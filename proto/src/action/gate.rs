@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::Action;
 use crate::values::Period;
 
 /// What happens when nobody decided in time.
@@ -16,6 +17,19 @@ pub enum OnTimeout {
     Abort,
     /// The rollout halts and keeps its lock.
     Halt,
+}
+
+/// What becomes of the rollout's lock, and of its hosts' holds, while a gate waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Lock {
+    /// The rollout keeps them.
+    #[default]
+    Hold,
+    /// Other rollouts may have them. They are taken again before the rollout goes on, and what was
+    /// seen before the gate is looked at again.
+    Release,
 }
 
 /// A day of the week, in UTC.
@@ -58,6 +72,10 @@ pub struct Approval {
     /// What is approved, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
+    /// Whether the hosts stay locked meanwhile. `release` only where nothing was changed before the
+    /// gate. Default: hold.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub lock: Lock,
 }
 
 /// Arguments of `gate.checklist`.
@@ -76,6 +94,10 @@ pub struct Checklist {
     /// Default: abort.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub on_timeout: OnTimeout,
+    /// Whether the hosts stay locked meanwhile. `release` only where nothing was changed before the
+    /// gate. Default: hold.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub lock: Lock,
 }
 
 /// Arguments of `gate.window`.
@@ -87,6 +109,10 @@ pub struct Window {
     pub days: Vec<Day>,
     /// From and until, such as `14:00-18:00`.
     pub utc: String,
+    /// Whether the hosts stay locked meanwhile. `release` only where nothing was changed before the
+    /// gate. Default: hold.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub lock: Lock,
 }
 
 /// Arguments of `gate.wait`.
@@ -96,8 +122,26 @@ pub struct Window {
 pub struct Wait {
     /// How long.
     pub r#for: Period,
+    /// Whether the hosts stay locked meanwhile. `release` only where nothing was changed before the
+    /// gate. Default: hold.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub lock: Lock,
 }
 
 fn day() -> Period {
     Period::seconds(86_400)
+}
+
+impl Action {
+    /// Whether it is a gate that frees the lock while it waits.
+    pub fn releases_lock(&self) -> bool {
+        let lock = match self {
+            Self::GateApproval(gate) => gate.lock,
+            Self::GateChecklist(gate) => gate.lock,
+            Self::GateWindow(gate) => gate.lock,
+            Self::GateWait(gate) => gate.lock,
+            _ => Lock::Hold,
+        };
+        lock == Lock::Release
+    }
 }

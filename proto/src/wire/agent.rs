@@ -438,6 +438,7 @@ impl wire::Offer {
             epoch: term,
             dry_run,
             signatures,
+            round: _,
         } = self;
         Ok((
             rollout.parse()?,
@@ -460,7 +461,19 @@ macro_rules! rollout_and_epoch {
         }
     )*};
 }
-rollout_and_epoch!(Release Cancel Survey);
+rollout_and_epoch!(Cancel Survey);
+
+impl wire::Release {
+    /// Rollout, term, and whether the rollout comes back.
+    pub fn into_parts(self) -> Result<(RolloutId, Epoch, bool), InvalidMessage> {
+        let Self {
+            rollout,
+            epoch: term,
+            comes_back,
+        } = self;
+        Ok((rollout.parse()?, epoch(term)?, comes_back))
+    }
+}
 
 #[cfg(test)]
 mod tests {

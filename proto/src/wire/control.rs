@@ -13,6 +13,16 @@ impl wire::DecideRequest {
     }
 }
 
+impl wire::BreakGlassRequest {
+    /// The gate's place; `None` if the request names none, an error if it names none rightly.
+    pub fn place(&self) -> Result<Option<StepRef>, super::InvalidMessage> {
+        if self.gate.is_empty() {
+            return Ok(None);
+        }
+        place(&self.gate, "gate").map(Some)
+    }
+}
+
 impl wire::ResolveRequest {
     /// The step's place.
     pub fn place(&self) -> Result<StepRef, super::InvalidMessage> {
@@ -24,8 +34,13 @@ fn place(text: &str, field: &'static str) -> Result<StepRef, super::InvalidMessa
     let invalid = || super::InvalidMessage::Field(field);
     let (phase, step) = text.split_once('.').ok_or_else(invalid)?;
     let number = |text: &str| text.parse().map_err(|_| invalid());
-    Ok(StepRef {
+    let place = StepRef {
         phase: number(phase)?,
         step: number(step)?,
-    })
+    };
+    // As it is shown, and no other way.
+    if place.to_string() != text {
+        return Err(invalid());
+    }
+    Ok(place)
 }

@@ -538,9 +538,9 @@ impl Run {
                 daemon.kill();
             }
         }
-        // Until it has ended, or a rollout would wait for it for ever.
-        if index == 0 {
-            self.at(5_000, Later::Detour(0));
+        // Until it has ended, or a rollout would wait for it for ever. It ends at the word of two.
+        if index < 2 {
+            self.at(5_000, Later::Detour(index));
         }
     }
 

@@ -13,12 +13,16 @@ use crate::operator::{Operator, Said};
 impl Cluster {
     /// An admin with a certificate.
     pub fn admin(&self) -> Result<Operator> {
+        self.person("ada", &["--role", "admin"])
+    }
+
+    /// One more person, whose certificate is made with these arguments.
+    pub fn person(&self, name: &str, arguments: &[&str]) -> Result<Operator> {
         let pki = self.pki();
         let text = pki.to_str().context("the path is UTF-8")?;
-        let role = ["operator", "ada", "--role", "admin"];
         let at = ["--dir", text, "--out", text];
-        self.make_certificate(&[&role[..], &at].concat())?;
-        let directory = self.root().join("operators/ada");
+        self.make_certificate(&[&["operator", name], arguments, &at].concat())?;
+        let directory = self.root().join("operators").join(name);
         fs::create_dir_all(&directory)?;
         let profile = directory.join("profile.toml");
         let file = |name: &str| quote_path(&pki.join(name));
@@ -26,12 +30,12 @@ impl Cluster {
             "controller = {}\nca = {}\ncert = {}\nkey = {}\n",
             quote(self.address()),
             file("ca-controllers.crt"),
-            file("operator-ada.crt"),
-            file("operator-ada.key"),
+            file(&format!("operator-{name}.crt")),
+            file(&format!("operator-{name}.key")),
         );
         fs::write(&profile, text)?;
         Ok(Operator {
-            name: "ada".to_owned(),
+            name: name.to_owned(),
             groups: vec![],
             binary: self.binaries().lockstep.clone(),
             profile,

@@ -15,7 +15,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lockstep_proto::action::check::{Expect, Http, Method, Request};
+use lockstep_proto::action::check::{Expect, Http, Method, Request, check_json_path};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
@@ -376,8 +376,11 @@ fn find_captures(
 }
 
 fn json_path(text: &str) -> Result<JsonPath, Failure> {
-    JsonPath::parse(text)
-        .map_err(|error| failure(Cause::Refused, format!("`{text}` is no JSONPath: {error}")))
+    let unfit = |why: &dyn std::fmt::Display| {
+        failure(Cause::Refused, format!("`{text}` is no JSONPath: {why}"))
+    };
+    check_json_path(text).map_err(|why| unfit(&why))?;
+    JsonPath::parse(text).map_err(|error| unfit(&error))
 }
 
 /// What is not as expected, if anything.

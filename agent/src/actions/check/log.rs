@@ -16,6 +16,8 @@ use tokio::time::{Instant, sleep};
 use super::{Act, Done, Finding, Probe, until};
 use crate::actions::exec::pattern;
 use crate::actions::files;
+use crate::actions::places::Place;
+use crate::config::Config;
 use crate::process::head;
 use crate::step::{Context, LogMark, failure};
 
@@ -30,6 +32,7 @@ const MAX_SHOWN: usize = 300;
 
 /// A log on the way through its new lines.
 struct Reader<'a> {
+    config: &'a Config,
     path: &'a Path,
     /// Where the next line begins, and in which file: a rotated log begins anew.
     mark: LogMark,
@@ -52,11 +55,12 @@ impl Reader<'_> {
     fn read(&mut self, last: bool, mut each: impl FnMut(&str)) -> Result<bool, Failure> {
         let failed =
             |error: std::io::Error| files::failed(format!("read {}", self.path.display()), &error);
-        let file = match files::open(self.path, OFlags::empty()) {
-            Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(failed(error)),
+        let place = match Place::find(self.config, self.path) {
+            Ok(place) => place,
+            Err(error) if error.is_missing() => return Ok(false),
+            Err(error) => return Err(error.failed(&format!("read {}", self.path.display()))),
         };
+        let file = files::open(&place.path(), OFlags::empty()).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         let inode = Some(metadata.ino());
         if self.mark.inode.is_some() && self.mark.inode != inode {
@@ -78,12 +82,16 @@ impl Reader<'_> {
     /// The file that the mark is in, which has another name by now: `app.log.1`.
     fn put_aside(&self) -> Option<File> {
         let name = self.path.file_name()?.as_encoded_bytes();
-        let entries = std::fs::read_dir(self.path.parent()?).ok()?;
+        let directory = Place::find(self.config, self.path.parent()?).ok()?;
+        let entries = std::fs::read_dir(directory.path()).ok()?;
         let mut logs = entries.filter_map(Result::ok).filter(|entry| {
             entry.file_name().as_encoded_bytes().starts_with(name)
                 && Some(entry.ino()) == self.mark.inode
         });
-        files::open(&logs.next()?.path(), OFlags::empty()).ok()
+        let file = files::open(&logs.next()?.path(), OFlags::NOFOLLOW).ok()?;
+        // Its name may stand for another file by now.
+        let is_same = Some(file.metadata().ok()?.ino()) == self.mark.inode;
+        is_same.then_some(file)
     }
 
     fn lines(
@@ -146,6 +154,7 @@ impl<'a> Patterns<'a> {
 async fn look(check: &Log, cx: &Context, until: Instant) -> Result<Finding, Failure> {
     let path = Path::new(&check.path);
     let mut reader = Reader {
+        config: &cx.config,
         path,
         mark: cx.log_offsets.get(path).copied().unwrap_or_default(),
         read: 0,
@@ -339,5 +348,29 @@ mod tests {
         assert!(failed.message.ends_with("ERROR last"), "{}", failed.message);
         std::fs::remove_file(&aside).unwrap();
         assert!(apply().await.is_ok());
+    }
+
+    /// Whoever owns the log's directory wants to have another file read.
+    #[tokio::test]
+    async fn a_log_that_became_somebodys_link_is_not_read() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let host = Host::new();
+        let log = check(&host, &["root:"], &[], None);
+        std::fs::write(&log.path, "fine\n").unwrap();
+        let cx = context_at(&host, &log, LogMark::end_of(Path::new(&log.path)));
+        let shadow = host.path().join("shadow");
+        std::fs::write(&shadow, "root:canary\n").unwrap();
+        std::fs::remove_file(&log.path).unwrap();
+        std::os::unix::fs::symlink(&shadow, &log.path).unwrap();
+        let apply = async || log.apply(&cx, &Value::Null).await.unwrap_err();
+        std::os::unix::fs::lchown(&log.path, Some(65534), None).unwrap();
+        let refused = apply().await;
+        assert_eq!(refused.cause, Cause::Refused);
+        assert!(!refused.message.contains("canary"), "{refused:?}");
+        // One that an administrator has made leads where it should.
+        std::os::unix::fs::lchown(&log.path, Some(0), None).unwrap();
+        assert!(apply().await.message.contains("canary"));
     }
 }

@@ -236,3 +236,34 @@ async fn a_file_within_an_application_belongs_to_its_user() {
     owned.apply(&host.context(), &Value::Null).await.unwrap();
     assert_eq!(uid(&owned), 0);
 }
+
+/// The application's user has the directory that the policy's pattern goes through.
+#[tokio::test]
+async fn nothing_is_written_where_somebodys_link_leads() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let host = Host::new();
+    let (shared, units) = (host.path().join("shared"), host.path().join("system"));
+    fs::create_dir(&shared).unwrap();
+    fs::create_dir(&units).unwrap();
+    std::os::unix::fs::symlink(&units, shared.join("x")).unwrap();
+    let act = Render {
+        path: shared.join("x/app.env").to_string_lossy().into_owned(),
+        ..render_to(&host, &[("A", "1")])
+    };
+    let cx = host.context();
+    let owner = |owner| std::os::unix::fs::lchown(shared.join("x"), Some(owner), None).unwrap();
+    owner(65534);
+    let refused = act.apply(&cx, &Value::Null).await.unwrap_err();
+    assert_eq!(refused.cause, Cause::Refused, "{refused:?}");
+    assert!(act.before(&cx).await.is_err());
+    assert_eq!(fs::read_dir(&units).unwrap().count(), 0);
+    // One that an administrator has made is a directory like any other.
+    owner(0);
+    let before = act.before(&cx).await.unwrap();
+    assert!(act.apply(&cx, &before).await.unwrap().changed);
+    assert!(units.join("app.env").exists());
+    assert!(act.undo(&cx, &before).await.unwrap().changed);
+    assert_eq!(fs::read_dir(&units).unwrap().count(), 0);
+}

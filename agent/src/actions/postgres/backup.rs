@@ -323,7 +323,8 @@ fn make_directory(path: &Path, user: Option<&User>) -> Result<(), Failure> {
         DirBuilder::new().mode(0o700).create(path)?;
         reached("backup: begun");
         match user.filter(|user| !user.is_self()) {
-            Some(user) => std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)),
+            // `backup_dir` may be the user's own, and this name another's by now.
+            Some(user) => std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid)),
             None => Ok(()),
         }
     };

@@ -2,18 +2,22 @@
 //! backup was restored and compared, `verified.json`. The directory gets its name last, so one
 //! that has it is complete.
 
-use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::fs::{self, File, OpenOptions};
+use std::io::Read as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::postgres::{Aspect, Format};
 use lockstep_proto::ids::{Digest, StepKey};
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
 use super::measure::Contents;
+use crate::actions::files;
 use crate::faults::reached;
 use crate::sql::Database;
 use crate::step::{Context, failure};
@@ -228,20 +232,19 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// Writes a file that is there as a whole or not at all, and outlives a power loss.
+/// Writes a file that is there as a whole or not at all, and outlives a power loss. The directory is
+/// `os_user`'s, who may have put anything there, and anything in its place: nothing is followed.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_vec_pretty(value).expect("texts and numbers are JSON");
-    let temporary = path.with_extension("tmp");
     let write = || {
         reached("manifest: to be written");
-        let mut file = File::create(&temporary)?;
-        file.write_all(&text)?;
-        reached("manifest: written");
-        file.sync_all()?;
-        reached("manifest: synchronised");
-        fs::rename(&temporary, path)?;
-        reached("manifest: renamed");
-        sync_directory(path.parent().unwrap_or(path))?;
+        let directory = OpenOptions::new()
+            .read(true)
+            .custom_flags((OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed())
+            .open(files::parent(path))?;
+        let name = path.file_name().expect("it has a name");
+        let within = format!("/proc/self/fd/{}", directory.as_raw_fd());
+        files::write(&Path::new(&within).join(name), &text, 0o600, None)?;
         reached("manifest: there");
         Ok(())
     };
@@ -321,4 +324,39 @@ pub(super) async fn blocking<T: Send + 'static>(
             ..failure(Cause::Host, format!("{what}: {error}"))
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::testing::Host;
+
+    #[test]
+    fn what_the_tools_user_plants_beside_a_backup_is_not_followed() {
+        let host = Host::new();
+        let (backup, target) = (host.path().join("shop-1"), host.path().join("passwd"));
+        let verified = Verified {
+            key: host.context().key,
+            digest: Digest::of(b"archive"),
+            compared: vec![],
+        };
+        let mark = || write_json(&backup.join(VERIFIED), &verified);
+        fs::create_dir(&backup).unwrap();
+        for name in ["verified.tmp", VERIFIED] {
+            fs::write(&target, "root:").unwrap();
+            symlink(&target, backup.join(name)).unwrap();
+            mark().unwrap();
+            assert_eq!(fs::read(&target).unwrap(), b"root:", "{name}");
+            assert_eq!(read_json(&backup.join(VERIFIED)), Some(verified.clone()));
+            fs::remove_file(backup.join(VERIFIED)).unwrap();
+        }
+        // Another directory in its place.
+        let elsewhere = host.path().join("elsewhere");
+        fs::rename(&backup, &elsewhere).unwrap();
+        symlink(&elsewhere, &backup).unwrap();
+        mark().unwrap_err();
+        assert!(!elsewhere.join(VERIFIED).exists());
+    }
 }

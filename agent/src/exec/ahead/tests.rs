@@ -150,6 +150,7 @@ fn earlier_are_the_changing_steps_before_on_whichever_host() {
         timeout: Period::seconds(1),
         undo: Undo::Auto,
         line: 1,
+        duty: crate::exec::consent::Duty::default(),
     };
     let found = earlier(&plan, std::slice::from_ref(&own), at(2));
     assert_eq!(found.len(), 1);

@@ -27,6 +27,14 @@ fn approvers() -> Vec<Approver> {
     .into()
 }
 
+fn breakers() -> Vec<Breaker> {
+    let person = |(seed, name): (u8, &str)| Breaker {
+        name: name.into(),
+        key: key(seed).public(),
+    };
+    [(5, "ira"), (6, "joe")].map(person).into()
+}
+
 /// What a controller sends, and what people have signed.
 struct Case {
     rollout: RolloutId,
@@ -38,6 +46,9 @@ struct Case {
     gate: StepRef,
     expires: u64,
     signers: Vec<(SigningKey, &'static str)>,
+    /// Who broke the glass of the gate, and until when that holds.
+    broke: Vec<(SigningKey, &'static str)>,
+    holds: u64,
     /// Changes what is sent after it was signed.
     forge: fn(&mut Signed),
     at: StepRef,
@@ -58,6 +69,8 @@ impl Case {
             gate: GATE,
             expires: NOW + 1,
             signers: vec![(key(1), "ann"), (key(2), "ben")],
+            broke: vec![],
+            holds: NOW + 1,
             forge: |_| {},
             at: STEP,
             action: action("service.stop", json!({"service": "web"})),
@@ -70,9 +83,9 @@ impl Case {
         let evidence = self
             .evidence
             .unwrap_or_else(|| approval::evidence(self.plan, &self.hosts, &self.sql));
-        let signatures = self.signers.iter().map(|(key, name)| {
+        let sign = |what, space: &str, until, (key, name): &(SigningKey, &'static str)| {
             let statement = Approval {
-                statement: STATEMENT,
+                statement: what,
                 rollout: &self.rollout,
                 plan: self.plan,
                 hosts: &self.hosts,
@@ -80,19 +93,26 @@ impl Case {
                 evidence,
                 requester: &self.requester,
                 approver: name,
-                expires: Timestamp(self.expires),
+                expires: Timestamp(until),
             };
             Signature {
                 approver: (*name).to_owned(),
-                expires: Timestamp(self.expires),
-                signature: key.sign(approval::NAMESPACE, &statement.encode()),
+                expires: Timestamp(until),
+                signature: key.sign(space, &statement.encode()),
             }
-        });
+        };
+        let signatures = self.signers.iter();
+        let signatures =
+            signatures.map(|one| sign(STATEMENT, approval::NAMESPACE, self.expires, one));
+        let broken = self.broke.iter();
+        let broken =
+            broken.map(|one| sign(GLASS_STATEMENT, approval::GLASS_NAMESPACE, self.holds, one));
         let mut signed = Signed {
             hosts: self.hosts.clone(),
             sql: self.sql.clone(),
             requester: self.requester.clone(),
             signatures: signatures.collect(),
+            broken: broken.collect(),
         };
         (self.forge)(&mut signed);
         let step = |at, host| StepKey {
@@ -129,7 +149,10 @@ impl Case {
         };
         check(
             Some(&gates),
-            &approvers(),
+            People {
+                approvers: &approvers(),
+                breakers: &breakers(),
+            },
             &Asked {
                 host: &host("app-1"),
                 order: &order,
@@ -201,6 +224,59 @@ fn an_approval_is_fresh_when_the_first_step_after_it_begins() {
 }
 
 #[test]
+fn two_people_whom_the_host_names_break_the_glass_for_an_hour() {
+    let good = || Case {
+        signers: vec![],
+        broke: vec![(key(5), "ira"), (key(6), "joe")],
+        ..Case::good()
+    };
+    good().check().unwrap();
+    let refused = |change: fn(&mut Case), words: &str| {
+        let mut case = good();
+        change(&mut case);
+        let why = case.check().expect_err(words);
+        assert!(why.contains(words), "{words}: {why}");
+    };
+    refused(|case| case.broke.truncate(1), "missing");
+    refused(|case| case.broke[1] = (key(5), "ira"), "missing");
+    refused(|case| case.broke[1] = (key(5), "joe"), "it is ira's key");
+    // An approver is none of them, whatever the plan or the controller says.
+    refused(|case| case.broke[1] = (key(1), "ann"), "may break no glass");
+    refused(|case| case.requester = "ira".into(), "has submitted");
+    refused(
+        |case| case.holds = NOW + 3_600_000 + 300_001,
+        "more than 1h",
+    );
+    refused(|case| case.holds = NOW - 300_001, "has ended");
+    refused(|case| case.gate = STEP, "does not match");
+    refused(|case| case.hosts.truncate(0), "app-1 is not among");
+    refused(|case| case.plan = Digest::of(b"other"), "not this plan");
+    refused(
+        |case| case.rollout = RolloutId::from_random([2; 6]),
+        "does not match",
+    );
+    // An approval is no such word, and such a word is no approval.
+    refused(
+        |case| {
+            case.signers = std::mem::take(&mut case.broke);
+            case.forge = |it| it.broken = std::mem::take(&mut it.signatures);
+        },
+        "not for `lockstep-break-glass`",
+    );
+    refused(
+        |case| case.forge = |it| it.signatures = std::mem::take(&mut it.broken),
+        "not for `lockstep-approval`",
+    );
+    refused(
+        |case| case.forge = |it| it.broken[1].expires = Timestamp(NOW + 2),
+        "does not match",
+    );
+    let mut begun = good();
+    (begun.holds, begun.begun) = (NOW - 300_001, true);
+    begun.check().unwrap();
+}
+
+#[test]
 fn only_what_comes_after_a_gate_needs_it() {
     let mut case = Case::good();
     (case.at, case.signers) = (GATE, vec![]);
@@ -248,6 +324,7 @@ fn a_migration_runs_the_sql_that_was_approved() {
         sql: vec![Digest::of(b"good")],
         requester: String::new(),
         signatures: vec![],
+        broken: vec![],
     };
     let holds = |digests: &[&[u8]], database: &str| {
         let order = order(digests);

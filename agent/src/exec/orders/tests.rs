@@ -33,6 +33,7 @@ async fn a_cancel_that_was_recorded_and_not_carried_out_is_carried_out_later() {
             plan: Digest::of(b"plan"),
             steps: Digest::of(b"steps"),
             log_offsets: BTreeMap::new(),
+            round: 0,
         }),
         Record::Intent(Intent {
             key: key.clone(),
@@ -85,6 +86,7 @@ async fn what_a_killed_agent_had_still_to_remove_goes_at_its_next_start() {
         plan: Digest::of(b"plan"),
         steps: plan.write(&config.state_dir, &held.rollout).unwrap(),
         log_offsets: BTreeMap::new(),
+        round: 0,
     });
     exec.commit(vec![record], Need::Opens).unwrap();
     plan.write(&config.state_dir, &ended.rollout).unwrap();
@@ -138,6 +140,7 @@ fn step() -> HeldStep {
         timeout: Period::seconds(5),
         undo: lockstep_proto::plan::Undo::Auto,
         line: 1,
+        duty: crate::exec::consent::Duty::default(),
     }
 }
 
@@ -172,6 +175,7 @@ async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
         plan: Digest::of(b"plan"),
         steps: plan.write(&exec.host.config.state_dir, &rollout).unwrap(),
         log_offsets: BTreeMap::new(),
+        round: 0,
     });
     exec.commit(vec![held], Need::Opens).unwrap();
     exec.held = Some(plan);
@@ -262,6 +266,7 @@ fn considered(meanwhile: fn(&mut Exec, Offer)) -> bool {
         epoch: A,
         dry_run: false,
         signatures: vec![],
+        round: 0,
     };
     exec.considering.push(offer.clone());
     meanwhile(&mut exec, offer.clone());
@@ -280,4 +285,116 @@ fn a_host_holds_for_no_offer_of_a_term_that_ended_meanwhile() {
         exec.handle_offer(Offer { epoch: B, ..offer }).unwrap();
     });
     assert!(said_again, "the successor wants it, too");
+}
+
+/// An agent that holds for a rollout, at whose one step an attempt has ended.
+fn done(host: &testing::Host, action: &str, args: Value) -> (Exec, StepKey) {
+    let mut exec = connected(host);
+    let rollout = RolloutId::from_random([1; 6]);
+    let step = HeldStep {
+        action: Action::deserialize_args(action, args).unwrap().unwrap(),
+        ..step()
+    };
+    let plan = HeldPlan {
+        expires: wall_clock().plus(Period::seconds(60)),
+        steps: vec![step.clone()],
+        seal: None,
+        gates: None,
+    };
+    let key = StepKey {
+        rollout: rollout.clone(),
+        host: exec.host.config.host.clone(),
+        at: step.at,
+        direction: Direction::Do,
+        attempt: 1,
+    };
+    let held = Held {
+        rollout: rollout.clone(),
+        plan: Digest::of(b"plan"),
+        steps: plan.write(&exec.host.config.state_dir, &rollout).unwrap(),
+        log_offsets: BTreeMap::new(),
+        round: 0,
+    };
+    let intent = Intent {
+        key: key.clone(),
+        before: Value::Null,
+        boot: exec.host.boot.clone(),
+        at: wall_clock(),
+        counted: None,
+    };
+    let records = vec![Record::Held(held), Record::Intent(intent)];
+    exec.commit(records, Need::Opens).unwrap();
+    exec.held = Some(plan);
+    (exec, key)
+}
+
+fn offer(rollout: &RolloutId, round: u32) -> Offer {
+    Offer {
+        rollout: rollout.clone(),
+        plan: Digest::of(b"plan"),
+        epoch: A,
+        dry_run: false,
+        signatures: vec![],
+        round,
+    }
+}
+
+#[tokio::test]
+async fn a_host_is_freed_while_a_rollout_waits_only_if_nothing_was_changed() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let looks = ("check.port", serde_json::json!({"port": 1}));
+    let changes = ("service.stop", serde_json::json!({"service": "web"}));
+    for ((action, args), frees) in [(looks, true), (changes, false)] {
+        let host = testing::Host::new();
+        let (mut exec, key) = done(&host, action, args);
+        exec.handle_freed(key.rollout.clone(), A).unwrap();
+        assert!(exec.memory.hold.is_some(), "something runs");
+        let outcome = StepOutcome::Ok {
+            changed: false,
+            summary: String::new(),
+        };
+        let ended = Ended {
+            outcome,
+            facts: vec![],
+            took: Period(1),
+        };
+        exec.handle_ended(key.clone(), ended).unwrap();
+        exec.handle_freed(key.rollout.clone(), A).unwrap();
+        assert_eq!(exec.memory.hold.is_none(), frees, "{action}");
+        assert_eq!(exec.held.is_none(), frees, "{action}");
+        assert_eq!(exec.memory.waits(&key.rollout), frees, "{action}");
+        assert!(!exec.memory.has_ended(&key.rollout), "{action}");
+
+        // Whoever missed that hears of it by the next offer.
+        exec.handle_offer(offer(&key.rollout, 1)).unwrap();
+        assert_eq!(exec.awaiting_plan.len(), usize::from(frees), "{action}");
+        exec.handle_release(key.rollout.clone(), A).unwrap();
+        assert!(
+            exec.memory.has_ended(&key.rollout),
+            "the end is one: {action}"
+        );
+        assert!(!exec.memory.waits(&key.rollout));
+    }
+}
+
+#[tokio::test]
+async fn a_host_that_still_holds_for_an_earlier_round_looks_at_itself_again() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let host = testing::Host::new();
+    let (mut exec, key) = done(&host, "check.port", serde_json::json!({"port": 1}));
+    let outcome = StepOutcome::Ok {
+        changed: false,
+        summary: String::new(),
+    };
+    let ended = Ended {
+        outcome,
+        facts: vec![],
+        took: Period(1),
+    };
+    exec.handle_ended(key.clone(), ended).unwrap();
+    exec.handle_offer(offer(&key.rollout, 1)).unwrap();
+    assert!(exec.memory.hold.is_none() && exec.memory.waits(&key.rollout));
+    assert_eq!(exec.awaiting_plan, [offer(&key.rollout, 1)]);
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::names::Names;
+use super::names::{Names, leads_away};
 use super::rule::SECRET;
 use super::{DEFAULT, url};
 
@@ -56,10 +56,11 @@ fn fits_some(argument: &str, value: Option<&Value>, listed: &[Value], way: Way<'
             "url" => url::fits(pattern, text, way),
             "service" => match way {
                 Way::Allow => fits_text(pattern, text, way),
-                Way::Deny(names) => names
-                    .of_unit(text)
-                    .iter()
-                    .any(|name| stands_for(unsuffixed(pattern), unsuffixed(name), way)),
+                // With and without the suffix: `web.*` denies `web.service` too.
+                Way::Deny(names) => names.of_unit(text).iter().any(|name| {
+                    stands_for(pattern, name, way)
+                        || stands_for(unsuffixed(pattern), unsuffixed(name), way)
+                }),
             },
             _ => fits_text(pattern, text, way),
         },
@@ -79,7 +80,7 @@ fn fits_text(pattern: &str, text: &str, way: Way<'_>) -> bool {
     // `*` stands for any text, and allows nothing that is put in for it.
     let secret = text.starts_with(SECRET) && !pattern.starts_with(SECRET);
     match way {
-        Way::Allow => stands_for(pattern, text, way) && !secret,
+        Way::Allow => stands_for(pattern, text, way) && !secret && !leads_away(pattern, text),
         Way::Deny(names) => stands_for(pattern, text, way) || names.are_same_file(pattern, text),
     }
 }
@@ -88,6 +89,8 @@ fn fits(pattern: &Value, value: &Value, way: Way<'_>) -> bool {
     let fits = |pattern: &Value, value: &Value| fits(pattern, value, way);
     match (pattern, value) {
         (Value::String(pattern), Value::String(text)) => fits_text(pattern, text, way),
+        // A file of rules knows no other word for nothing.
+        (Value::String(pattern), Value::Null) => pattern == DEFAULT,
         (Value::Array(patterns), Value::Array(items)) => match patterns.split_last() {
             Some((last, first)) if last == "**" => {
                 first.len() <= items.len() && first.iter().zip(items).all(|(p, i)| fits(p, i))
@@ -115,7 +118,7 @@ fn fits(pattern: &Value, value: &Value, way: Way<'_>) -> bool {
 pub(super) fn stands_for(pattern: &str, text: &str, way: Way<'_>) -> bool {
     let climbs = text.split(['/', '=', ':']).any(|part| part == "..");
     match way {
-        Way::Allow if climbs => pattern == text,
+        Way::Allow if climbs => pieces(pattern).len() == 1 && glob(pattern, text),
         Way::Allow => glob(pattern, text),
         // Where a path with `..` leads, only the file system knows.
         Way::Deny(_) => {
@@ -135,21 +138,58 @@ pub(super) fn plain(path: &str) -> String {
     parts.join("/")
 }
 
-/// `*` stands for anything.
+/// `*` stands for anything, and `\*` for itself.
 pub(super) fn glob(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
+    let mut parts = pieces(pattern);
+    let tail = parts.pop().expect("a pattern has at least one piece");
+    let mut parts = parts.into_iter();
+    let Some(head) = parts.next() else {
+        return tail == text;
     };
-    let Some(mut text) = text.strip_prefix(head) else {
+    let Some(mut text) = text.strip_prefix(&*head) else {
         return false;
     };
-    let mut parts: Vec<&str> = rest.split('*').collect();
-    let tail = parts.pop().expect("a split has at least one part");
     for part in parts {
-        let Some(at) = text.find(part) else {
+        let Some(at) = text.find(&*part) else {
             return false;
         };
         text = &text[at + part.len()..];
     }
-    text.ends_with(tail)
+    text.ends_with(&*tail)
+}
+
+/// What a pattern says literally, before, between and after each `*`.
+pub(super) fn pieces(pattern: &str) -> Vec<String> {
+    let mut pieces = vec![String::new()];
+    let mut rest = pattern;
+    while let Some(c) = rest.chars().next() {
+        let piece = pieces.last_mut().expect("there is one from the start");
+        if let Some(after) = rest.strip_prefix(r"\*") {
+            piece.push('*');
+            rest = after;
+            continue;
+        }
+        if c == '*' {
+            pieces.push(String::new());
+        } else {
+            piece.push(c);
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+    pieces
+}
+
+/// The pattern that stands for a value and for nothing else.
+pub(super) fn literal(value: &Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(text.replace('*', r"\*")),
+        Value::Array(items) => items.iter().map(literal).collect(),
+        Value::Object(fields) => {
+            let fields = fields.iter();
+            let fields = fields.map(|(name, value)| (name.clone(), literal(value)));
+            Value::Object(fields.collect())
+        }
+        Value::Null => DEFAULT.into(),
+        Value::Bool(_) | Value::Number(_) => value.clone(),
+    }
 }

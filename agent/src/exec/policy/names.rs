@@ -1,5 +1,6 @@
-//! Other names that things have on this host, for rules that deny: aliases of units, and paths that
-//! lead to the same file through symbolic links.
+//! Other names that things have on this host: aliases of units, and paths that lead to the same file
+//! through symbolic links. Rules that deny hold for all of them; what `*` stands for in a rule that
+//! allows leads nowhere else.
 //!
 //! It is what the host says at the moment of the question. A link that is made afterwards, a second
 //! hard link, a mount, a copy, and a path that stands inside a longer word (`--file=/x`) are not
@@ -8,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::matching::{glob, plain};
+use super::matching::{glob, pieces, plain};
 use crate::process::base_env;
 
 /// Where systemd looks for units, the first of a name winning.
@@ -135,8 +136,11 @@ impl Names {
     }
 
     fn places_of_pattern(&self, pattern: &str) -> Vec<String> {
+        if let [literal] = &pieces(pattern)[..] {
+            return self.places(literal);
+        }
         let Some((head, _)) = pattern.split_once('*') else {
-            return self.places(pattern);
+            return vec![];
         };
         // As far as the last directory before the first `*`.
         let Some(at) = head.rfind('/').filter(|_| head.starts_with('/')) else {
@@ -152,6 +156,20 @@ impl Names {
         let mut places = self.programs.iter().map(|directory| directory.join(name));
         places.find(|path| path.is_file())
     }
+}
+
+/// Whether a path leads, through symbolic links, out of the directory that a pattern names before its
+/// first `*`. What is named without one is meant, wherever it leads.
+pub(super) fn leads_away(pattern: &str, text: &str) -> bool {
+    let pieces = pieces(pattern);
+    let [head, _, ..] = &pieces[..] else {
+        return false;
+    };
+    let Some(at) = head.rfind('/').filter(|_| head.starts_with('/')) else {
+        return false;
+    };
+    let directory = real(Path::new(&head[..at.max(1)]));
+    text.starts_with('/') && !real(Path::new(&plain(text))).starts_with(directory)
 }
 
 /// Where a path leads, as far as it exists.

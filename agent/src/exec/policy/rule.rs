@@ -9,13 +9,10 @@ use serde_json::Value;
 use toml::Spanned;
 
 use super::limits::{Limits, MOST_PER_HOUR, Window};
-use super::matching::{glob, is_any_of, is_one_of};
+use super::matching::{glob, is_any_of, is_one_of, literal};
 use super::names::Names;
 use super::{DEFAULT, MUST_BE_LISTED, arguments, url};
 use crate::process::head;
-
-/// Actions whose commands get secrets only if a rule lists them.
-const SECRETS_BY_NAME: [&str; 2] = ["check.command", "exec.run"];
 
 /// What a value begins with that stands for a secret.
 pub(super) const SECRET: &str = "secret://";
@@ -169,7 +166,7 @@ impl Rule {
 
     /// The arguments that speak against this rule, as one that allows; none if it allows the
     /// action. `None` if it is about other actions.
-    pub(super) fn misfits(&self, name: &str, args: &Value) -> Option<Vec<&str>> {
+    pub(super) fn misfits<'a>(&'a self, name: &str, args: &'a Value) -> Option<Vec<&'a str>> {
         if !glob(&self.action, name) {
             return None;
         }
@@ -179,24 +176,30 @@ impl Rule {
                 .all(|value| is_one_of(argument, value, allowed))
         });
         let mut unfit: Vec<&str> = unfit.map(|(argument, _)| argument.as_str()).collect();
-        if !self.only.contains_key("env") && has_secrets(name, args) {
-            unfit.push("env");
-        }
+        // A secret goes nowhere but where a rule says so.
+        let secret = with_secrets(name, args).into_iter();
+        unfit.extend(secret.filter(|argument| !self.only.contains_key(*argument)));
         Some(unfit)
     }
 
     /// What to change so that this rule allows what it does not allow now.
     pub(super) fn refusal(&self, name: &str, args: &Value, misfits: &[&str]) -> String {
-        if misfits == ["env"] && !self.only.contains_key("env") {
-            let env = toml(&args["env"]);
+        if !misfits
+            .iter()
+            .any(|argument| self.only.contains_key(*argument))
+        {
+            let one =
+                |argument: &&str| format!("`{argument} = [{}]`", pinned(name, args, argument));
             let add = if self.action == name {
-                format!("`env = [{env}]` to its `where`")
+                let all: Vec<String> = misfits.iter().map(one).collect();
+                format!("{} to its `where`", all.join(" and "))
             } else {
                 format!("to it:\n{}", rule_for(name, args))
             };
             return format!(
-                "allows `{}` without secrets in `env`; if they are right on this host, add {add}",
-                self.action
+                "allows `{}` without secrets in `{}`; if they are right on this host, add {add}",
+                self.action,
+                misfits.join("`, `")
             );
         }
         let add = misfits.iter().map(|&argument| {
@@ -207,7 +210,7 @@ impl Rule {
                 .into_iter()
                 .filter(|value| !is_one_of(argument, *value, allowed));
             let value = wrong.next().flatten();
-            let value = value.map_or_else(|| format!("\"{DEFAULT}\""), short);
+            let value = short(&value.map_or_else(|| DEFAULT.into(), literal));
             format!("{value} to `{argument}`")
         });
         let add: Vec<String> = add.collect();
@@ -244,7 +247,7 @@ impl Rule {
 pub(super) fn values_of<'a>(name: &str, args: &'a Value, argument: &str) -> Vec<Option<&'a Value>> {
     let mut values = vec![args.get(argument)];
     if name == "check.http" && OF_REQUESTS.contains(&argument) {
-        let more = ["then", "cleanup"]
+        let more = REQUESTS
             .into_iter()
             .filter_map(|list| args[list].as_array());
         values.extend(more.flatten().map(|request| request.get(argument)));
@@ -252,16 +255,38 @@ pub(super) fn values_of<'a>(name: &str, args: &'a Value, argument: &str) -> Vec<
     values
 }
 
+/// Arguments that hold further requests of a chain.
+const REQUESTS: [&str; 2] = ["then", "cleanup"];
+
 /// Arguments that each request of a chain has.
 const OF_REQUESTS: [&str; 5] = ["url", "method", "headers", "form", "json"];
 
-/// Whether a command would get secrets in its environment.
-fn has_secrets(name: &str, args: &Value) -> bool {
-    let is_secret = |value: &Value| value.as_str().is_some_and(|text| text.starts_with(SECRET));
-    SECRETS_BY_NAME.contains(&name)
-        && args["env"]
-            .as_object()
-            .is_some_and(|env| env.values().any(is_secret))
+/// The arguments that hold a secret, each once. Those of a chain's requests are the requests' own.
+fn with_secrets<'a>(name: &str, args: &'a Value) -> Vec<&'a str> {
+    let arguments = args.as_object().into_iter().flatten();
+    let mut found: Vec<&str> = vec![];
+    for (argument, value) in arguments.filter(|(_, value)| has_secret(value)) {
+        if name == "check.http" && REQUESTS.contains(&argument.as_str()) {
+            let requests = value.as_array().into_iter().flatten();
+            let parts = requests.filter_map(Value::as_object).flatten();
+            let parts = parts.filter(|(_, value)| has_secret(value));
+            found.extend(parts.map(|(part, _)| part.as_str()));
+        } else {
+            found.push(argument);
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+fn has_secret(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.starts_with(SECRET),
+        Value::Array(items) => items.iter().any(has_secret),
+        Value::Object(fields) => fields.values().any(has_secret),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 /// The beginning of a value as it is written in a policy.
@@ -295,19 +320,23 @@ fn toml(value: &Value) -> String {
     }
 }
 
-/// A rule that would allow an action, narrowed to what it acts on, as TOML.
+/// A rule that allows an action with these arguments and with no others, as TOML.
 pub(super) fn rule_for(name: &str, args: &Value) -> String {
-    let narrow = [
-        "database", "service", "app", "path", "argv", "url", "address",
-    ];
-    let only: Vec<String> = narrow
-        .iter()
-        .filter_map(|argument| Some(format!("{argument} = [{}]", toml(args.get(argument)?))))
-        .chain(has_secrets(name, args).then(|| format!("env = [{}]", toml(&args["env"]))))
-        .collect();
-    let only = match only.as_slice() {
-        [] => String::new(),
-        only => format!("\nwhere = {{ {} }}", only.join(", ")),
-    };
-    format!("[[allow]]\naction = \"{name}\"{only}")
+    let mut rule = format!("[[allow]]\naction = \"{name}\"\n[allow.where]");
+    for argument in arguments::of(name) {
+        rule += &format!("\n{argument} = [{}]", pinned(name, args, argument));
+    }
+    rule
+}
+
+/// What a rule lists that allows an argument as it is.
+fn pinned(name: &str, args: &Value, argument: &str) -> String {
+    let mut listed: Vec<String> = vec![];
+    for value in values_of(name, args, argument) {
+        let value = toml(&value.map_or_else(|| DEFAULT.into(), literal));
+        if !listed.contains(&value) {
+            listed.push(value);
+        }
+    }
+    listed.join(", ")
 }

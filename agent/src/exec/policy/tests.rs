@@ -49,6 +49,27 @@ fn a_rule_allows_only_the_values_it_lists() {
 }
 
 #[test]
+fn a_pattern_that_ends_within_the_suffix_of_a_unit_denies_it_too() {
+    let allow = "[[allow]]\naction = 'service.*'\n";
+    for pattern in ["web.*", "web.serv*", "*.service", "web", "web.service"] {
+        let text = format!(
+            "{allow}[[deny]]\naction = 'service.stop'\nwhere = {{ service = ['{pattern}'] }}"
+        );
+        let policy = policy(&text);
+        for service in ["web", "web.service"] {
+            let stop = action("service.stop", json!({"service": service}));
+            assert!(policy.check(&stop).is_err(), "{pattern} {service}");
+        }
+        let other = action("service.stop", json!({"service": "db"}));
+        assert_eq!(
+            policy.check(&other).is_ok(),
+            pattern != "*.service",
+            "{pattern}"
+        );
+    }
+}
+
+#[test]
 fn an_argument_that_the_plan_leaves_out_is_its_default() {
     let policy =
         policy("[[allow]]\naction = 'service.stop'\nwhere = { driver = ['(default)', 'process'] }");
@@ -171,21 +192,125 @@ fn the_overview_shows_what_is_denied_with_what() {
 }
 
 #[test]
-fn the_rule_to_add_can_be_pasted() {
+fn the_rule_to_add_can_be_pasted_and_allows_nothing_else() {
     let long = "x".repeat(300);
-    for (name, args) in [
-        ("service.stop", json!({"service": "web"})),
+    let run = json!({"argv": ["make"], "in": "a"});
+    let chain = json!({"url": "http://h:8000/x", "method": "POST",
+        "form": {"user": "a", "key": "secret://k"}, "expect": {"json": {"$.a": null}},
+        "then": [{"url": "http://h:8000/x/${capture.id}", "json": {"a": [1, true, null, "*"]}}],
+        "cleanup": [{"url": "http://h:8000/y?*", "headers": {"A-B": "secret://h"}}]});
+    for (name, args, others) in [
+        (
+            "service.stop",
+            json!({"service": "web"}),
+            vec![json!({"driver": "process"}), json!({"service": "web2"})],
+        ),
         (
             "exec.run",
             json!({"name": "x", "argv": ["/bin/echo", "a \"b\"", long], "env": {"A b": "secret://s"}}),
+            vec![
+                json!({"dir": "/tmp"}),
+                json!({"env": {"LD_PRELOAD": "/tmp/x.so"}}),
+                json!({"env": {"A b": "secret://t"}}),
+            ],
         ),
-        ("postgres.backup", json!({"database": "shop"})),
+        (
+            "exec.run",
+            json!({"name": "x", "argv": ["/bin/ls", r"a\*", "**"]}),
+            vec![
+                json!({"argv": ["/bin/ls", r"a\*"]}),
+                json!({"argv": ["/bin/ls", r"a\*", "x"]}),
+                json!({"argv": ["/bin/ls", r"a\b", "**"]}),
+                json!({"env": {"A": "1"}}),
+            ],
+        ),
+        (
+            "release.build",
+            json!({"app": "web", "release": "v1", "run": [run]}),
+            vec![
+                json!({"run": [run, {"argv": ["curl"]}]}),
+                json!({"run": [{"argv": ["curl"]}]}),
+                json!({"run": [{"argv": ["make"]}]}),
+                json!({"release": "v2"}),
+            ],
+        ),
+        (
+            "check.sql",
+            json!({"database": "shop", "sql": "select count(*) from t", "equals": "1"}),
+            vec![json!({"sql": "select count(1); drop table t; select count(1) from t"})],
+        ),
+        (
+            "postgres.backup",
+            json!({"database": "shop"}),
+            vec![json!({"copies": ["/tmp"]})],
+        ),
+        (
+            "check.http",
+            chain,
+            vec![
+                json!({"url": "http://h:8000/y"}),
+                json!({"form": {"user": "a", "key": "secret://h"}}),
+                json!({"then": [{"url": "http://h:8000/z"}]}),
+                json!({"cleanup": []}),
+            ],
+        ),
     ] {
-        let action = action(name, args);
-        let none = policy("").check(&action).unwrap_err();
+        let asked = action(name, args.clone());
+        let none = policy("").check(&asked).unwrap_err();
         let (_, rule) = none.split_once('\n').unwrap();
-        assert_eq!(policy(rule).check(&action), Ok(()), "{none}");
+        assert_eq!(policy(rule).check(&asked), Ok(()), "{none}");
+        for other in others {
+            let mut changed = args.clone();
+            let fields = changed.as_object_mut().unwrap();
+            fields.extend(other.as_object().unwrap().clone());
+            let refused = policy(rule).check(&action(name, changed));
+            assert!(refused.is_err(), "{other} under\n{rule}");
+        }
     }
+}
+
+#[test]
+fn no_secret_goes_where_no_rule_lists_it() {
+    let open = policy(
+        "[[allow]]\naction = 'env.render'\n\
+         [[allow]]\naction = 'check.http'\nwhere = { url = ['http://app/*'] }",
+    );
+    let render = |set: Value| action("env.render", json!({"path": "/srv/a.env", "set": set}));
+    assert_eq!(open.check(&render(json!({"A": "1"}))), Ok(()));
+    let refusal = open
+        .check(&render(json!({"A": "secret://root"})))
+        .unwrap_err();
+    let add = "add `set = [{ A = \"secret://root\" }]` to its `where`";
+    assert!(refusal.contains(add), "{refusal}");
+    let any = policy("[[allow]]\naction = '*'");
+    assert!(any.check(&render(json!({"A": "secret://root"}))).is_err());
+    for hidden in [
+        json!({"headers": {"A": "secret://root"}}),
+        json!({"form": {"A": "secret://root"}}),
+        json!({"json": {"a": ["secret://root"]}}),
+        json!({"then": [{"url": "http://app/x", "headers": {"A": "secret://root"}}]}),
+        json!({"cleanup": [{"url": "http://app/x", "json": "secret://root"}]}),
+    ] {
+        let mut args = json!({"url": "http://app/"});
+        let fields = args.as_object_mut().unwrap();
+        fields.extend(hidden.as_object().unwrap().clone());
+        let refusal = http(&open, args).unwrap_err();
+        assert!(refusal.contains("without secrets in"), "{refusal}");
+    }
+    let listed = policy(
+        "[[allow]]\naction = 'check.http'\nwhere = { url = ['http://app/*'], \
+         form = ['(default)', { user = '*', key = 'secret://smoke' }] }",
+    );
+    let login = |key: &str| {
+        let form = json!({"user": "ann", "key": key});
+        let then = json!([{"url": "http://app/x"}]);
+        http(
+            &listed,
+            json!({"url": "http://app/", "form": form, "then": then}),
+        )
+    };
+    assert_eq!(login("secret://smoke"), Ok(()));
+    assert!(login("secret://root").is_err());
 }
 
 #[test]
@@ -366,8 +491,12 @@ fn commands_get_only_the_secrets_that_are_listed() {
         let refusal = policy("[[allow]]\naction = '*'")
             .check(&secret)
             .unwrap_err();
-        let add = format!("action = \"{name}\"\nwhere = {{ argv = [[\"true\"]], env = [{{");
+        let add = format!("action = \"{name}\"\n[allow.where]\n");
         assert!(refusal.contains(&add), "{refusal}");
+        assert!(
+            refusal.contains("\nenv = [{ A = \"1\", KEY = \"secret://key\" }]"),
+            "{refusal}"
+        );
 
         let listed = policy(&format!(
             "{rule}where = {{ env = [{{ A = '*', KEY = 'secret://key' }}, '(default)'] }}"
@@ -460,15 +589,17 @@ fn the_examples_policy_gives_each_script_its_own_secrets_and_nobody_else_a_reque
     );
     assert!(run("check.command", &["-m", "unittest"], data).is_err());
 
-    let login = |url: &str| {
+    let login_with = |url: &str, password: &str| {
         http(
             &policy,
             json!({"url": format!("{here}/api/auth/login"), "method": "POST",
-                "form": {"password": "secret://admin_password"},
+                "form": {"username": "admin", "password": password},
                 "then": [{"url": format!("{here}/api/employees/${{capture.id}}")}, {"url": url}]}),
         )
     };
+    let login = |url: &str| login_with(url, "secret://admin_password");
     assert_eq!(login(&format!("{here}/api/employees")), Ok(()));
+    assert!(login_with(&format!("{here}/health"), "secret://secret_key").is_err());
     assert!(login("http://evil.test:8000/api/employees").is_err());
     assert!(login(&format!("{here}/admin")).is_err());
 }

@@ -17,6 +17,12 @@
 //! ```
 //!
 //! ```toml
+//! [[break_glass]]
+//! name = "ira"
+//! key = "ssh-ed25519 AAAA..."
+//! ```
+//!
+//! ```toml
 //! bindings = "signed"
 //!
 //! [[evidence]]
@@ -55,6 +61,14 @@ pub(super) struct WrittenApprover {
     key: Spanned<String>,
 }
 
+/// Somebody who may break the glass of a gate as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WrittenBreaker {
+    name: Spanned<String>,
+    key: Spanned<String>,
+}
+
 /// How the host knows of something that it has not seen itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -89,6 +103,7 @@ pub(super) struct WrittenTrust {
     pub(super) seal: Option<WrittenSeal>,
     pub(super) approvals: Word,
     pub(super) approver: Vec<WrittenApprover>,
+    pub(super) break_glass: Vec<WrittenBreaker>,
     pub(super) bindings: Word,
     pub(super) evidence: Vec<WrittenEvidence>,
 }
@@ -99,6 +114,7 @@ pub(crate) struct Trust {
     seal: Option<Seal>,
     approvals: Word,
     approvers: Vec<Approver>,
+    breakers: Vec<Breaker>,
     bindings: Word,
     evidence: Vec<Evidence>,
 }
@@ -109,6 +125,7 @@ impl WrittenTrust {
             seal,
             approvals,
             approver,
+            break_glass,
             bindings,
             evidence,
         } = self;
@@ -116,6 +133,7 @@ impl WrittenTrust {
             seal: seal.map(WrittenSeal::check).transpose()?,
             approvals,
             approvers: check_approvers(approver)?,
+            breakers: check_breakers(break_glass)?,
             bindings,
             evidence: check_evidence(evidence)?,
         })
@@ -131,6 +149,11 @@ impl Trust {
     /// The people whose signed approvals count; none if the host takes the controller's word.
     pub(crate) fn approvers(&self) -> Option<&[Approver]> {
         (self.approvals == Word::Signed).then_some(&self.approvers)
+    }
+
+    /// The people two of whom may break the glass of a gate.
+    pub(crate) fn breakers(&self) -> &[Breaker] {
+        &self.breakers
     }
 
     /// The people whose word on an outcome counts.
@@ -188,6 +211,36 @@ fn check_approvers(written: Vec<WrittenApprover>) -> Result<Vec<Approver>, Wrong
         });
     }
     Ok(approvers)
+}
+
+/// Somebody who may, with another one, break the glass of a gate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Breaker {
+    /// As in the operator's certificate.
+    pub(crate) name: String,
+    /// The person's key.
+    pub(crate) key: PublicKey,
+}
+
+fn check_breakers(written: Vec<WrittenBreaker>) -> Result<Vec<Breaker>, Wrong> {
+    let mut breakers: Vec<Breaker> = Vec::new();
+    for WrittenBreaker { name, key } in written {
+        let public = read_key(&key)?.key;
+        if breakers.iter().any(|other| other.key == public) {
+            let at = key.span().start;
+            return Err((
+                at,
+                "two people who break the glass have the same key".to_owned(),
+            ));
+        }
+        let at = name.span().start;
+        let name = name.into_inner();
+        if breakers.iter().any(|other| other.name == name) {
+            return Err((at, format!("{name} has two keys, and is one person")));
+        }
+        breakers.push(Breaker { name, key: public });
+    }
+    Ok(breakers)
 }
 
 /// The seal that a plan must have.
@@ -351,6 +404,19 @@ pub(crate) mod tests {
         let said = refused(&format!("{signed}{}", person("ben", 1)));
         assert!(said.contains("line 9"), "{said}");
         assert!(refused("approvals = \"no\"").contains("signed"));
+        let breaker = |name: &str, seed: u8| {
+            let key = key(seed).public();
+            format!("[[break_glass]]\nname = \"{name}\"\nkey = \"{key}\"\n")
+        };
+        let two = format!("{}{}", breaker("ira", 1), breaker("joe", 2));
+        assert_eq!(parse(&two).unwrap().trust().breakers().len(), 2);
+        for other in [breaker("eve", 1), breaker("ira", 3)] {
+            let said = refused(&format!("{two}{other}"));
+            assert!(
+                said.contains("same key") || said.contains("one person"),
+                "{said}"
+            );
+        }
         let key = key(1).public();
         let host = format!("[[evidence]]\nhost = \"db-1\"\nkey = \"{key}\"\n");
         assert!(parse(&host).unwrap().trust().evidence().is_none());

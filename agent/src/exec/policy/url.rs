@@ -100,6 +100,12 @@ fn unescaped(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Scheme, host and port of a URL, as they are held against patterns.
+#[cfg(feature = "fuzzing")]
+pub(super) fn read_for_fuzzing(text: &str) -> Option<(&'static str, String, String)> {
+    parts(text, false).map(|parts| (parts.scheme, parts.host, parts.port))
+}
+
 fn scheme_of(text: &str) -> Option<(&'static str, &str)> {
     let (scheme, after) = text.split_once("://")?;
     let scheme = ["http", "https"]

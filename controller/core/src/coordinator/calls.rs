@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::approval::{MAX_SIGNED_BYTES, Signature};
+use lockstep_proto::approval::{LONGEST_GLASS, MAX_SIGNED_BYTES, Signature};
 use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::{SealedPlan, check_size};
-use lockstep_proto::values::Timestamp;
+use lockstep_proto::values::{Period, Timestamp};
 
 use super::Coordinator;
 use crate::event::{Answer, Call, Effects, Lock, Refused};
@@ -78,6 +78,40 @@ impl Coordinator {
                     items,
                     evidence,
                     comment,
+                    signed,
+                };
+                self.commit(now, record, effects);
+                return Ok(Answer::Missing(missing));
+            }
+            Call::BreakGlass {
+                rollout,
+                gate,
+                evidence,
+                reason,
+                life,
+                signature,
+            } => {
+                let group = self.may_break_glass(&operator, &groups, life)?;
+                let state = self.live(&rollout)?;
+                let at = state.gate_for(gate)?;
+                state.may_break(at, &operator, evidence, now)?;
+                let signed = signature.map(|(expires, signature)| Signature {
+                    approver: operator.clone(),
+                    expires,
+                    signature,
+                });
+                if let Some(signed) = &signed {
+                    state.may_sign(at, signed, now)?;
+                }
+                let missing = format!("{rollout}/{at}");
+                let record = Record::GlassBroken {
+                    rollout,
+                    at,
+                    operator,
+                    group,
+                    evidence,
+                    reason,
+                    until: now.plus(life),
                     signed,
                 };
                 self.commit(now, record, effects);
@@ -166,6 +200,12 @@ impl Coordinator {
             }
             Call::RollBack { rollout, reason } => {
                 let state = self.rollout(&rollout)?;
+                if state.lock.released && state.ended.is_none() {
+                    return Err(Refused::NotNow(format!(
+                        "{rollout} has freed its hosts and changed nothing: end it with \
+                         `lockstep cancel {rollout} --reason TEXT`"
+                    )));
+                }
                 if !state.is_locking() {
                     let hint = "an ended rollout is undone by deploying the release before it";
                     return Err(Refused::NotNow(format!(
@@ -378,6 +418,31 @@ impl Coordinator {
         found.unwrap_or_default()
     }
 
+    /// The group for which a person may break the glass of a gate.
+    fn may_break_glass(
+        &self,
+        operator: &str,
+        groups: &[String],
+        life: Period,
+    ) -> Result<String, Refused> {
+        let group = self.config.break_glass.as_ref().ok_or_else(|| {
+            Refused::NotNow(
+                "nobody may break the glass here: the controller's configuration has no \
+                 `[break_glass]`"
+                    .to_owned(),
+            )
+        })?;
+        if !groups.contains(group) {
+            let why = format!("{operator} is not of the group {group}");
+            return Err(Refused::NotAllowed(why));
+        }
+        if life == Period(0) || life > LONGEST_GLASS {
+            let why = format!("a word holds for {LONGEST_GLASS} at most");
+            return Err(Refused::Invalid(why));
+        }
+        Ok(group.clone())
+    }
+
     fn rollout(&self, id: &RolloutId) -> Result<&Rollout, Refused> {
         self.rollouts
             .get(id)
@@ -488,6 +553,35 @@ impl Rollout {
                 self.state()
             )),
         })
+    }
+
+    /// Whether a person may break the glass of a gate, and has not already (INV-12).
+    fn may_break(
+        &self,
+        at: StepRef,
+        operator: &str,
+        evidence: Digest,
+        now: Timestamp,
+    ) -> Result<(), Refused> {
+        let gate = &self.gates[&at];
+        if gate.evidence != evidence {
+            return Err(Refused::Invalid(format!(
+                "what you saw ({}) is not what is to be decided upon ({}); look again",
+                evidence.short(),
+                gate.evidence.short()
+            )));
+        }
+        // Who wants the rollout is neither of the two.
+        if operator == self.requester {
+            let why = format!("{operator} submitted the rollout; two others must break the glass");
+            return Err(Refused::NotAllowed(why));
+        }
+        if gate.holding(now).any(|word| word.operator == operator) {
+            return Err(Refused::NotNow(format!(
+                "{operator} has said so already; a second person has to"
+            )));
+        }
+        Ok(())
     }
 
     /// Whether a signature can travel with orders. Whether it is good, the hosts say.

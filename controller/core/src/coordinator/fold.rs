@@ -33,7 +33,7 @@ impl Coordinator {
         match &entry.record {
             Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
             Record::TookOver { epoch } => self.took_over = Some(*epoch),
-            Record::Compacted { .. } => {}
+            Record::Compacted { .. } | Record::CallsRefused(_) => {}
             Record::Archived(archived) => {
                 if archived.serial != 0 {
                     let rollout = archived.rollout.clone();
@@ -74,6 +74,7 @@ impl Coordinator {
                     labels: labels.clone(),
                     agent_version: agent_version.clone(),
                     acknowledged: before.map_or(0, |info| info.acknowledged),
+                    unasked: self.hosts.get(host).map_or(0, |info| info.unasked),
                     earlier,
                     forgotten: false,
                 };
@@ -101,26 +102,34 @@ impl Coordinator {
                     state.narrate_submitted(entry.at);
                 }
             }
-            record => {
-                if let Record::Reported { host, number, .. } = record {
-                    let info = self
-                        .hosts
-                        .get_mut(host)
-                        .ok_or("a host reported that was never seen")?;
-                    info.acknowledged = *number;
-                    info.last_seen = entry.at;
-                }
-                let id = record.rollout().ok_or("a record without a rollout")?;
-                match self.rollouts.get_mut(id) {
-                    Some(state) => state
-                        .apply(entry.at, record)
-                        .map_err(|illegal| illegal.to_string())?,
-                    // An agent may report on a rollout of a controller before this one.
-                    None if matches!(record, Record::Reported { .. }) => {}
-                    None => return Err(format!("there is no rollout {id}")),
-                }
+            Record::Reported { host, number, .. } => {
+                let answers = self.apply_to_rollout(entry)?;
+                let info = self
+                    .hosts
+                    .get_mut(host)
+                    .ok_or("a host reported that was never seen")?;
+                info.acknowledged = *number;
+                info.last_seen = entry.at;
+                info.unasked += u64::from(!answers);
+            }
+            _ => {
+                self.apply_to_rollout(entry)?;
             }
         }
         Ok(())
+    }
+
+    /// Returns whether it changes anything.
+    fn apply_to_rollout(&mut self, entry: &Entry) -> Result<bool, String> {
+        let Entry { at, record } = entry;
+        let id = record.rollout().ok_or("a record without a rollout")?;
+        match self.rollouts.get_mut(id) {
+            Some(state) => state
+                .apply(*at, record)
+                .map_err(|illegal| illegal.to_string()),
+            // An agent may report on a rollout of a controller before this one.
+            None if matches!(record, Record::Reported { .. }) => Ok(false),
+            None => Err(format!("there is no rollout {id}")),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lockstep_proto::ids::{HostId, InstanceId, PlanDigest, RolloutId};
+use lockstep_proto::ids::{HostId, InstanceId, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::values::Timestamp;
 
 use super::{Coordinator, HostInfo};
@@ -67,6 +67,15 @@ impl Coordinator {
             Some(info) if info.acknowledged == 0 && !info.forgotten => info.earlier,
             _ => 0,
         }
+    }
+
+    /// Whether a host was ordered an attempt.
+    pub fn was_ordered(&self, key: &StepKey) -> bool {
+        let rollout = self.rollouts.get(&key.rollout);
+        rollout.is_some_and(|rollout| {
+            let mut attempts = rollout.attempts_at(key.at, key.direction, &key.host).iter();
+            attempts.any(|attempt| attempt.number == key.attempt)
+        })
     }
 
     /// The ids of all rollouts, oldest first.

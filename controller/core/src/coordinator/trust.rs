@@ -6,7 +6,7 @@ use lockstep_proto::values::Timestamp;
 use super::Coordinator;
 use crate::event::{Answer, Effects, Event, Refused, TrustCall};
 use crate::record::Record;
-use crate::trust::{Decided, Trust, TrustRecord, Wanted};
+use crate::trust::{Decided, Subject, Trust, TrustRecord, Wanted};
 
 impl Coordinator {
     /// Who may be.
@@ -50,6 +50,20 @@ impl Coordinator {
             .as_ref()
             .is_ok_and(|wanted| self.is_known(&wanted.host));
         self.trust.decide_join(now, token, wanted, known)
+    }
+
+    /// Somebody may do nothing any more, at the word of whoever starts the controller.
+    pub fn suspend(&mut self, now: Timestamp, subject: Subject, reason: &str) -> Effects {
+        let mut effects = Effects::default();
+        if !self.trust.banned().subjects.contains_key(&subject) {
+            let record = TrustRecord::Suspended {
+                subject,
+                reason: reason.to_owned(),
+                operator: None,
+            };
+            self.commit(now, Record::Trust(record), &mut effects);
+        }
+        effects
     }
 
     /// An admin's word on who may be.

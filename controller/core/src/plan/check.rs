@@ -38,6 +38,7 @@ pub(crate) fn check(reader: &Reader<'_>, draft: &Draft) {
         check.only_checks(phase);
     }
     check.order();
+    super::locks::check(reader, draft);
     check.times();
     check.unused_groups();
 }
@@ -172,7 +173,7 @@ impl Check<'_> {
 
     fn groups(&self, on: &On) {
         let tree = self.reader.tree;
-        let known: Vec<&str> = tree
+        let known: BTreeSet<&str> = tree
             .entries(self.fleet_node())
             .iter()
             .map(|(key, _)| tree.text(*key))
@@ -181,10 +182,11 @@ impl Check<'_> {
         for group in &on.groups {
             let open = tree.scalar(group.node).is_some_and(|scalar| scalar.open);
             if tree.get(tree.root, "fleet").is_some()
-                && !known.contains(&group.value.as_str())
+                && !known.contains(group.value.as_str())
                 && !open
             {
                 let message = format!("`fleet` has no group `{}`", group.value);
+                let known: Vec<&str> = known.iter().copied().collect();
                 let hint = did_you_mean(&group.value, &known);
                 self.reader
                     .report(Code::UnknownGroup, group.node, message, hint);
@@ -211,9 +213,10 @@ impl Check<'_> {
         if used.iter().any(is_open) {
             return;
         }
+        let used: BTreeSet<&str> = used.iter().map(|group| group.value.as_str()).collect();
         for (key, _) in tree.entries(self.fleet_node()) {
             let name = tree.text(*key);
-            if !name.starts_with("x-") && !used.iter().any(|group| group.value == name) {
+            if !name.starts_with("x-") && !used.contains(name) {
                 let message = format!("no step is meant for the group `{name}`");
                 self.reader
                     .warn(Code::UnusedGroup, *key, message, "use it, or take it out");

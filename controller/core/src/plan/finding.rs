@@ -69,6 +69,7 @@ codes! {
     NotACheck "0040" "`after_rollback` holds checks only.";
     TooLarge "0041" "The compiled plan is larger than an agent holds.";
     RepeatedEffect "0042" "A check would repeat a request that changes something.";
+    KeptLock "0043" "A gate cannot free the lock: something is changed before it, or it halts.";
 }
 
 impl fmt::Display for Code {
@@ -108,14 +109,24 @@ pub struct Finding {
     pub column: usize,
     /// How many characters of the line are meant; at least 1.
     pub width: usize,
-    /// The line, with control characters replaced.
+    /// The line, with control characters replaced; of a long one, its beginning.
     pub source_line: String,
     /// What is wrong.
     pub message: String,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// What is shown of the line, and the marker below it.
+    #[serde(skip)]
+    excerpt: (String, String),
 }
+
+/// More is wrong with a plan than anybody reads: nothing further is looked for. Each of them may
+/// quote a line of a megabyte.
+pub(crate) const MOST: usize = 1000;
+
+/// The longest part of a line that is kept, in characters.
+const KEPT: usize = 1000;
 
 /// The longest part of a line that is shown, in characters.
 const SHOWN: usize = 120;
@@ -126,7 +137,7 @@ impl fmt::Display for Finding {
             Severity::Error => "error",
             Severity::Warning => "warning",
         };
-        let (line, caret) = self.excerpt();
+        let (line, caret) = &self.excerpt;
         let gutter = " ".repeat(self.line.to_string().len());
         writeln!(f, "{severity}[{}]: {}", self.code, self.message)?;
         writeln!(f, "{gutter}--> {}:{}:{}", self.file, self.line, self.column)?;
@@ -140,25 +151,23 @@ impl fmt::Display for Finding {
     }
 }
 
-impl Finding {
-    /// The line and the marker below it; of a long line, the part around the marker.
-    fn excerpt(&self) -> (String, String) {
-        let chars: Vec<char> = self.source_line.chars().collect();
-        let at = (self.column - 1).min(chars.len());
-        let from = if at < SHOWN - 20 { 0 } else { at - SHOWN / 2 };
-        let to = chars.len().min(from + SHOWN);
-        let mut line: String = chars[from..to].iter().collect();
-        let lead = if from > 0 { "... " } else { "" };
-        if to < chars.len() {
-            line.push_str(" ...");
-        }
-        let width = self.width.min(to.saturating_sub(at)).max(1);
-        let indent = " ".repeat(lead.len() + at - from);
-        (
-            format!("{lead}{}", line.trim_end()),
-            format!("{indent}{}", "^".repeat(width)),
-        )
+/// A line and the marker below it; of a long line, the part around the marker.
+fn excerpt(line: &str, column: usize, width: usize) -> (String, String) {
+    let chars: Vec<char> = line.chars().take(column + SHOWN).collect();
+    let at = (column - 1).min(chars.len());
+    let from = if at < SHOWN - 20 { 0 } else { at - SHOWN / 2 };
+    let to = chars.len().min(from + SHOWN);
+    let mut line: String = chars[from..to].iter().collect();
+    let lead = if from > 0 { "... " } else { "" };
+    if to < chars.len() {
+        line.push_str(" ...");
     }
+    let width = width.min(to.saturating_sub(at)).max(1);
+    let indent = " ".repeat(lead.len() + at - from);
+    (
+        format!("{lead}{}", line.trim_end()),
+        format!("{indent}{}", "^".repeat(width)),
+    )
 }
 
 /// All problems of one plan, in the order of the file.
@@ -239,7 +248,13 @@ impl fmt::Display for Findings {
         ];
         let counts: Vec<_> = counts.into_iter().flatten().collect();
         match self.0.first() {
-            Some(first) => write!(f, "{} in {}", counts.join(" and "), first.file),
+            Some(first) => {
+                write!(f, "{} in {}", counts.join(" and "), first.file)?;
+                if self.len() >= MOST {
+                    f.write_str(", and perhaps more: no others were looked for")?;
+                }
+                Ok(())
+            }
             None => f.write_str("nothing to complain about"),
         }
     }
@@ -258,7 +273,12 @@ pub(crate) struct Source {
 
 impl Source {
     pub(crate) fn new(file: &str, text: &str) -> Self {
-        let ends = text.match_indices('\n').map(|(end, _)| end + 1);
+        // As YAML counts them: a carriage return by itself ends a line too.
+        let breaks = text.match_indices(['\n', '\r']);
+        let ends = breaks.filter_map(|(end, found)| {
+            let before_a_feed = found == "\r" && text[end + 1..].starts_with('\n');
+            (!before_a_feed).then_some(end + 1)
+        });
         Self {
             file: file.to_owned(),
             text: text.to_owned(),
@@ -270,7 +290,7 @@ impl Source {
     pub(crate) fn line(&self, number: usize) -> &str {
         let begin = self.lines.get(number - 1).copied();
         let rest = begin.map_or("", |begin| &self.text[begin..]);
-        rest.lines().next().unwrap_or_default()
+        rest.split(['\n', '\r']).next().unwrap_or_default()
     }
 
     /// A finding at a place of this file.
@@ -281,21 +301,25 @@ impl Source {
         message: impl Into<String>,
         hint: Option<String>,
     ) -> Finding {
-        let source_line = visible(self.line(span.line).trim_start_matches('\u{feff}'));
-        let rest = source_line.chars().count().saturating_sub(span.column - 1);
+        let line = self.line(span.line).trim_start_matches('\u{feff}');
+        let rest = line.chars().count().saturating_sub(span.column - 1);
         let width = if span.end_line == span.line {
             span.end_column.saturating_sub(span.column)
         } else {
             rest
         };
+        let width = width.clamp(1, rest.max(1));
+        let around: String = line.chars().take(span.column + SHOWN).collect();
+        let around = visible(&around);
         Finding {
             code,
             severity: Severity::Error,
             file: self.file.clone(),
             line: span.line,
             column: span.column,
-            width: width.clamp(1, rest.max(1)),
-            source_line,
+            width,
+            source_line: visible(&line.chars().take(KEPT).collect::<String>()),
+            excerpt: excerpt(&around, span.column, width),
             message: visible(&message.into()),
             hint: hint.map(|hint| visible(&hint)),
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lockstep_proto::action::check::{Expect, Http, Method, Request};
+use lockstep_proto::action::check::{Expect, Http, Method, Request, check_json_path};
 
 use super::args::{Args, Path, is_known, later_names};
 use super::finding::{Code, did_you_mean};
@@ -87,8 +87,12 @@ impl Args<'_> {
     }
 
     fn json_path(&self, text: &str, at: NodeId) {
+        let read = || {
+            check_json_path(text).map_err(str::to_owned)?;
+            serde_json_path::JsonPath::parse(text).map_err(|error| error.to_string())
+        };
         if is_known(text)
-            && let Err(error) = serde_json_path::JsonPath::parse(text)
+            && let Err(error) = read()
         {
             let message = format!("`{text}` is no JSONPath: {error}");
             let hint = Some("such as `$.items[0].id`".to_owned());

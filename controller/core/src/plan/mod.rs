@@ -17,6 +17,7 @@ pub(crate) mod draft;
 mod finding;
 mod http;
 mod inputs;
+mod locks;
 mod node;
 pub(crate) mod raw;
 mod reader;

@@ -12,7 +12,7 @@ use serde::de;
 
 use super::Severity;
 use super::de::{De, Fault, FaultKind};
-use super::finding::{Code, Finding, Source, did_you_mean, list, nearest};
+use super::finding::{Code, Finding, MOST, Source, did_you_mean, list, nearest};
 use super::node::{Kind, NodeId, Step, Tree};
 use super::words;
 use crate::schema;
@@ -57,12 +57,18 @@ impl<'a> Reader<'a> {
         message: impl Into<String>,
         hint: Option<String>,
     ) {
+        if self.findings.borrow().len() >= MOST {
+            return;
+        }
         let finding = self.source.finding(code, self.tree.span(at), message, hint);
         self.findings.borrow_mut().push(finding);
     }
 
     /// Adds a finding that does not keep the plan from running.
     pub(crate) fn warn(&self, code: Code, at: NodeId, message: impl Into<String>, hint: &str) {
+        if self.findings.borrow().len() >= MOST {
+            return;
+        }
         let mut finding =
             self.source
                 .finding(code, self.tree.span(at), message, Some(hint.to_owned()));

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle};
 
-use super::finding::{Code, Finding, Source};
+use super::finding::{Code, Finding, MOST, Source};
 use super::node::{Kind, Node, NodeId, Scalar, Span, Tree};
 
 /// The largest plan file, in bytes: the compiled plan has the same bound.
@@ -78,6 +78,9 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// Takes one event; false if there is no point in going on.
     fn take(&mut self, event: Event<'_>, span: Span) -> bool {
+        if self.findings.len() >= MOST {
+            return false;
+        }
         if self.nodes.len() >= MAX_NODES || self.open.len() > MAX_DEPTH {
             self.report_syntax(span, "more values, or deeper nesting, than any plan needs");
             return false;
@@ -204,8 +207,11 @@ impl Builder<'_> {
         message: impl Into<String>,
         hint: impl Into<String>,
     ) {
-        let finding = self.source.finding(code, at, message, Some(hint.into()));
-        self.findings.push(finding);
+        // The keys of one mapping are looked at together.
+        if self.findings.len() < MOST {
+            let finding = self.source.finding(code, at, message, Some(hint.into()));
+            self.findings.push(finding);
+        }
     }
 
     fn report_syntax(&mut self, at: Span, cause: &str) {

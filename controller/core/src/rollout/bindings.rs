@@ -23,7 +23,8 @@ impl Rollout {
             .iter()
             .flat_map(move |((at, direction), hosts)| {
                 hosts.iter().flat_map(move |(host, attempts)| {
-                    attempts.iter().flat_map(move |attempt| {
+                    let counts = attempts.iter().filter(|attempt| !attempt.stale);
+                    counts.flat_map(move |attempt| {
                         let key = self.key(*at, *direction, host, attempt.number);
                         let facts = attempt.result.iter().flat_map(|result| {
                             let facts = result.facts.iter().enumerate();
@@ -68,27 +69,34 @@ impl Rollout {
         }
     }
 
-    /// What people have said of earlier attempts.
+    /// What people have said of earlier attempts at the step, and, going forward, of steps before
+    /// it that count as done by that: the host has no other proof that none was left out.
     fn resolutions(
         &self,
         at: StepRef,
         direction: Direction,
         host: &HostId,
     ) -> impl Iterator<Item = Binding> {
-        let attempts = self
-            .attempts
-            .get(&(at, direction))
-            .and_then(|hosts| hosts.get(host));
-        attempts.into_iter().flatten().filter_map(move |attempt| {
-            let Resolved {
-                done,
-                by,
-                signature,
-            } = attempt.resolved.clone()?;
-            Some(Binding {
-                origin: self.key(at, direction, host, attempt.number),
-                fact: Fact::Resolved { done, by },
-                signature,
+        let earlier = move |&(other, way): &(StepRef, Direction)| {
+            (way, direction) == (Direction::Do, Direction::Do) && other < at
+        };
+        let said = self.attempts.iter().filter_map(move |(place, hosts)| {
+            let own = *place == (at, direction);
+            (own || earlier(place)).then_some((*place, own, hosts.get(host)?))
+        });
+        said.flat_map(move |((place, way), own, attempts)| {
+            attempts.iter().filter_map(move |attempt| {
+                let Resolved {
+                    done,
+                    by,
+                    signature,
+                    ..
+                } = attempt.resolved.clone()?;
+                (own || done).then(|| Binding {
+                    origin: self.key(place, way, host, attempt.number),
+                    fact: Fact::Resolved { done, by },
+                    signature,
+                })
             })
         })
     }
@@ -155,15 +163,18 @@ impl Rollout {
     fn signed(&self, at: StepRef, gate: &Gate) -> Option<Signed> {
         let approvals = gate.decisions.iter().filter(|decision| decision.approve);
         let signatures: Vec<_> = approvals.filter_map(|it| it.signed.clone()).collect();
-        (!signatures.is_empty()).then(|| self.signed_by(at, signatures))
+        let broken: Vec<_> = broken(gate).collect();
+        let none = signatures.is_empty() && broken.is_empty();
+        (!none).then(|| self.signed_by(at, signatures, broken))
     }
 
-    fn signed_by(&self, at: StepRef, signatures: Vec<Signature>) -> Signed {
+    fn signed_by(&self, at: StepRef, signatures: Vec<Signature>, broken: Vec<Signature>) -> Signed {
         Signed {
             hosts: self.members.keys().cloned().collect(),
             sql: self.sql_shown(Some(at)),
             requester: self.requester.clone(),
             signatures,
+            broken,
         }
     }
 
@@ -173,9 +184,15 @@ impl Rollout {
         let gate = self.gates.get(&at);
         let decisions = gate.into_iter().flat_map(|gate| &gate.decisions);
         let had = decisions.filter_map(|decision| decision.signed.clone());
-        let signed = self.signed_by(at, had.chain([one.clone()]).collect());
+        let broken = gate.into_iter().flat_map(broken).collect();
+        let signed = self.signed_by(at, had.chain([one.clone()]).collect(), broken);
         serde_json::to_vec(&signed).map_or(usize::MAX, |json| json.len())
     }
+}
+
+/// The signatures of people who broke the glass of a gate.
+fn broken(gate: &Gate) -> impl Iterator<Item = Signature> {
+    gate.glass.iter().filter_map(|word| word.signed.clone())
 }
 
 fn is_backup(rollout: &Rollout, origin: &StepKey) -> bool {

@@ -27,7 +27,7 @@ impl Rollout {
             Mode::Backward(backward) => Some(backward),
             _ => None,
         };
-        json!({
+        let mut document = json!({
             "format": FORMAT,
             "rollout": self.id,
             "plan": plan.plan,
@@ -66,7 +66,12 @@ impl Rollout {
             })),
             "signoff": self.signoff_documents(),
             "events": self.events,
-        })
+        });
+        let glass = self.glass_documents();
+        if !glass.is_empty() {
+            document["break_glass"] = Value::Array(glass);
+        }
+        document
     }
 
     /// The hosts that it waits for: for their consent, or for a report.
@@ -419,7 +424,7 @@ impl Rollout {
             Some(outcome) => Class::of(outcome).map_or("", Class::as_str),
             None => cause,
         };
-        json!({
+        let mut document = json!({
             "host": host,
             "direction": direction,
             "attempt": attempt.number,
@@ -435,6 +440,11 @@ impl Rollout {
             "hint": hint,
             "last_lines": last_lines,
             "facts": result.map_or(&[][..], |result| &result.facts),
-        })
+        });
+        if attempt.stale {
+            // The hosts were free since: what it has seen counts no more.
+            document["stale"] = json!(true);
+        }
+        document
     }
 }

@@ -8,35 +8,42 @@ use lockstep_proto::values::Timestamp;
 
 use super::retry::Retry;
 use super::state::{
-    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Mode, NoticeState, Outcome,
-    Resolved, SignOff, States, Survey,
+    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Glass, Mode, NoticeState,
+    Outcome, Resolved, SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
 
 impl Rollout {
-    /// Folds one record. The running path and recovery both go through here.
+    /// Folds one record. The running path and recovery both go through here. Returns whether it
+    /// changes anything: a host's report that answers nothing that was asked of it does not, and
+    /// nobody is told of it.
     pub(crate) fn apply(
         &mut self,
         at: Timestamp,
         record: &Record,
-    ) -> Result<(), IllegalTransition> {
+    ) -> Result<bool, IllegalTransition> {
         let retry = match record {
             Record::Resumed { failed: true, .. } => Some(self.retry()),
             _ => None,
         };
-        self.fold(at, record)?;
+        if !self.fold(at, record)? {
+            return Ok(false);
+        }
         if let Some(retry) = &retry {
             self.fold_retry(retry);
         }
         let detail = retry.map(|retry| retry.lines()).unwrap_or_default();
         self.narrate(at, record, detail);
-        Ok(())
+        Ok(true)
     }
 
-    fn fold(&mut self, now: Timestamp, record: &Record) -> Result<(), IllegalTransition> {
+    fn fold(&mut self, now: Timestamp, record: &Record) -> Result<bool, IllegalTransition> {
         let state = self.state();
         let illegal = |record| Err(IllegalTransition { record, state });
+        if !self.has_what_is_named_by(record) {
+            return illegal("what a record names");
+        }
         match record {
             Record::TermBegan { .. }
             | Record::TookOver { .. }
@@ -47,13 +54,16 @@ impl Rollout {
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Trust(_)
+            | Record::CallsRefused(_)
             | Record::Submitted { .. }
             | Record::Matched { .. } => return illegal("a record of the coordinator"),
             Record::Signed { signature, .. } => {
                 let known = self.signatures.iter().cloned();
                 self.signatures = known.chain([signature.clone()]).collect();
             }
-            Record::Reported { host, body, .. } => self.fold_report(now, host, body),
+            Record::Reported { host, body, .. } => {
+                return Ok(self.fold_report(now, host, body));
+            }
             Record::Consented { .. } => match self.mode {
                 Mode::Consenting => self.mode = Mode::Forward(Cursor::default()),
                 _ => return illegal("consented"),
@@ -81,6 +91,10 @@ impl Rollout {
                 };
                 if cursor.waves.is_empty() {
                     cursor.waves = waves;
+                }
+                // As it was when the stage began: hosts that have failed since are still in it.
+                if cursor.waves.len() <= *wave as usize {
+                    return illegal("wave opened");
                 }
                 cursor.wave = Some(*wave as usize);
             }
@@ -159,6 +173,7 @@ impl Rollout {
                             asked_again: None,
                             after_undo,
                             resolved: None,
+                            stale: false,
                         }),
                     }
                 }
@@ -221,6 +236,7 @@ impl Rollout {
                     done: *done,
                     by: operator.clone(),
                     signature: signature.clone(),
+                    answered: false,
                 });
             }
             Record::Quarantined { host, why, .. } => {
@@ -239,10 +255,51 @@ impl Rollout {
                     opened: now,
                     until: *until,
                     evidence: *evidence,
+                    released: None,
+                    glass: vec![],
                     decisions: vec![],
                     closed: None,
                 };
                 self.gates.insert(*at, gate);
+            }
+            Record::GlassBroken {
+                at,
+                operator,
+                reason,
+                until,
+                signed,
+                ..
+            } => {
+                let Some(gate) = self.gates.get_mut(at) else {
+                    return illegal("glass broken");
+                };
+                gate.glass.push(Glass {
+                    at: now,
+                    operator: operator.clone(),
+                    reason: reason.clone(),
+                    until: *until,
+                    signed: signed.clone(),
+                });
+            }
+            Record::LockReleased { at, .. } => {
+                if !self.fold_released(*at) {
+                    return illegal("lock released");
+                }
+            }
+            Record::LockTaken { round, .. } => {
+                if !self.fold_taken(now, *round) {
+                    return illegal("lock taken");
+                }
+            }
+            Record::GateReopened {
+                at,
+                evidence,
+                until,
+                ..
+            } => {
+                if !self.fold_reopened(now, *at, *evidence, *until) {
+                    return illegal("gate reopened");
+                }
             }
             Record::GateDecided {
                 at,
@@ -351,32 +408,45 @@ impl Rollout {
                 comment: comment.clone(),
             }),
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) {
+    /// Folds what a host says, and returns whether it answers something: an offer, an order, a
+    /// survey. An agent may say whatever it likes, any number of times; of hosts that are no
+    /// members, of steps that are not in the plan, of attempts that nobody ordered. All of it is
+    /// durable and acknowledged (INV-2), and only answers change anything.
+    fn fold_report(&mut self, now: Timestamp, host: &HostId, body: &ReportBody) -> bool {
         let ended = self.ended.is_some();
         match body {
-            ReportBody::Consented { state, .. } => {
+            ReportBody::Consented { state, round, .. } => {
+                let current = *round == self.lock.round;
                 let Some(member) = self.members.get_mut(host) else {
-                    return;
+                    return false;
                 };
-                if member.consent.is_none() {
+                // One for an earlier round was under way when the lock was freed.
+                let is_first = member.consent.is_none() && current;
+                if is_first {
                     member.consent = Some(Ok(()));
                     keep_states(&mut member.before, state);
                 }
+                is_first
             }
             ReportBody::Declined { refusals, .. } => {
                 let Some(member) = self.members.get_mut(host) else {
-                    return;
+                    return false;
                 };
+                let is_first = member.declined.is_none();
                 member.consent.get_or_insert_with(|| Err(refusals.clone()));
                 member.declined.get_or_insert(now);
+                is_first
             }
             ReportBody::Started { key } => {
-                if let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt) {
-                    attempt.started.get_or_insert(now);
-                }
+                let attempt = self.attempt_mut(key.at, key.direction, host, key.attempt);
+                let Some(attempt) = attempt.filter(|attempt| attempt.started.is_none()) else {
+                    return false;
+                };
+                attempt.started = Some(now);
+                true
             }
             ReportBody::Finished {
                 key,
@@ -387,12 +457,14 @@ impl Rollout {
             } => {
                 let Some(attempt) = self.attempt_mut(key.at, key.direction, host, key.attempt)
                 else {
-                    return;
+                    return false;
                 };
                 let known = attempt.result.as_ref().map(|result| &result.outcome);
                 // A host that was given up may still say what happened; it knows better.
                 if !matches!(known, None | Some(Outcome::Lost(_))) {
-                    return;
+                    // People hear once that a host says otherwise than one of them did.
+                    let word = attempt.resolved.as_mut();
+                    return word.is_some_and(|word| !std::mem::replace(&mut word.answered, true));
                 }
                 // Somebody wanted to hear of it again, and this is its word (INV-1).
                 if attempt.forgiven {
@@ -410,18 +482,18 @@ impl Rollout {
                     facts: facts.clone(),
                     signatures: signatures.clone(),
                 });
-                let Some(member) = self.members.get_mut(host) else {
-                    return;
-                };
-                match key.direction {
-                    Direction::Do => keep_states(&mut member.before, facts),
-                    Direction::Undo => keep_states(&mut member.undone, facts),
-                    Direction::Probe => {}
+                if let Some(member) = self.members.get_mut(host) {
+                    match key.direction {
+                        Direction::Do => keep_states(&mut member.before, facts),
+                        Direction::Undo => keep_states(&mut member.undone, facts),
+                        Direction::Probe => {}
+                    }
                 }
+                true
             }
             ReportBody::Surveyed { state, .. } => {
                 let Some(member) = self.members.get_mut(host) else {
-                    return;
+                    return false;
                 };
                 let mut survey = Survey::default();
                 keep_states(&mut survey.states, state);
@@ -431,6 +503,7 @@ impl Rollout {
                 });
                 member.surveyed = Some(survey);
                 member.answered |= ended && state.iter().any(says_it_let_go);
+                true
             }
         }
     }

@@ -83,6 +83,10 @@ impl Rollout {
         match self.mode {
             Mode::Backward(_) => self.end(End::Halted, format!("after the rollback: {reason}")),
             _ if self.dry_run => self.end(End::Cancelled, reason),
+            // The hosts are not this rollout's, and nothing was changed.
+            _ if self.lock.released => {
+                self.end(End::Cancelled, format!("nothing was done: {reason}"))
+            }
             _ => Record::RollbackStarted {
                 rollout: self.id.clone(),
                 reason,
@@ -246,7 +250,7 @@ impl Rollout {
                 return Progress::Waiting;
             };
             match &result.outcome {
-                Outcome::Ok { .. } if !attempt.given_up => {}
+                Outcome::Ok { .. } if !attempt.given_up && !attempt.stale => {}
                 Outcome::Lost(_) if planted!(UnreachableIsOk) => {}
                 // A dry run goes on: it says all that would happen.
                 _ if self.dry_run => {}

@@ -11,8 +11,11 @@ use lockstep_proto::plan::{Phase, Stage};
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::state::Decision;
-use super::{Cursor, Gate, Rollout};
+use super::{Cursor, Gate, Rollout, glass};
 use crate::record::{End, NoticeRef, Record};
+
+/// What is missing at a gate where nobody is missed.
+const AWAITS_LOCK: &str = "the hosts, which another rollout has locked";
 
 const MINUTE: u64 = 60_000;
 const DAY: u64 = 24 * 60 * MINUTE;
@@ -92,7 +95,17 @@ impl Rollout {
                     };
                 }
                 None => {
-                    return match self.verdict(&step.action, gate, now) {
+                    let verdict = self.verdict(&step.action, gate, now);
+                    let met = matches!(verdict, Verdict::Met(_));
+                    if let Some(due) = self.advance_lock(at, &step.action, met, now) {
+                        // People who decided no, or too late, end it in any case.
+                        let over =
+                            matches!(verdict, Verdict::Unmet(_)) || !met && now >= gate.until;
+                        if !over {
+                            return due;
+                        }
+                    }
+                    return match verdict {
                         Verdict::Met(why) => {
                             vec![Record::GateClosed {
                                 rollout,
@@ -128,7 +141,7 @@ impl Rollout {
     }
 
     /// Until when a gate waits; none if the action is a notice.
-    fn gate_until(&self, action: &Action, now: Timestamp) -> Option<Timestamp> {
+    pub(super) fn gate_until(&self, action: &Action, now: Timestamp) -> Option<Timestamp> {
         match action {
             Action::GateApproval(approval) => Some(now.plus(approval.timeout)),
             Action::GateChecklist(list) => Some(now.plus(list.timeout)),
@@ -138,7 +151,15 @@ impl Rollout {
         }
     }
 
+    /// What a gate waits for, or what two people let pass instead. A no stays a no.
     fn verdict(&self, action: &Action, gate: &Gate, now: Timestamp) -> Verdict {
+        match (self.asked_for(action, gate, now), gate.broken(now)) {
+            (Verdict::Waiting(missing), Some(words)) => Verdict::Met(glass::say(words, &missing)),
+            (verdict, _) => verdict,
+        }
+    }
+
+    fn asked_for(&self, action: &Action, gate: &Gate, now: Timestamp) -> Verdict {
         match action {
             Action::GateApproval(approval) => self.approval(approval, gate),
             Action::GateChecklist(list) => checklist(list, gate),
@@ -153,6 +174,13 @@ impl Rollout {
         }
     }
 
+    /// Whether an open gate has what it waits for.
+    pub(super) fn is_met(&self, at: StepRef, now: Timestamp) -> bool {
+        let verdict = |gate| self.verdict(&self.placed(at).step.action, gate, now);
+        let gate = self.gates.get(&at);
+        gate.is_some_and(|gate| matches!(verdict(gate), Verdict::Met(_)))
+    }
+
     /// What is missing at a gate, in words; empty if it is closed.
     pub(crate) fn missing(&self, at: StepRef) -> String {
         let Some(gate) = self.gates.get(&at).filter(|gate| gate.closed.is_none()) else {
@@ -161,6 +189,7 @@ impl Rollout {
         // Only what people can bring is missing; time is not asked here.
         match self.verdict(&self.placed(at).step.action, gate, gate.opened) {
             Verdict::Waiting(missing) => missing,
+            Verdict::Met(_) if self.lock.released => AWAITS_LOCK.to_owned(),
             Verdict::Met(_) | Verdict::Unmet(_) => String::new(),
         }
     }
@@ -222,10 +251,13 @@ impl Rollout {
             .iter()
             .find(|(at, gate)| at.phase == cursor.phase && gate.closed.is_none());
         let (at, gate) = open?;
-        Some(match &self.placed(*at).step.action {
+        let due = match &self.placed(*at).step.action {
             Action::GateWindow(window) => opens(window, now),
             _ => gate.until,
-        })
+        };
+        let due = gate.glass_ends(now).map_or(due, |ends| ends.min(due));
+        // A gate whose time has come, and that is still open, waits for its lock.
+        Some(due).filter(|due| *due > now)
     }
 }
 
@@ -307,6 +339,8 @@ fn opens(window: &Window, from: Timestamp) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_proto::action::gate::Lock;
+
     use super::*;
 
     #[test]
@@ -314,6 +348,7 @@ mod tests {
         let window = Window {
             days: vec![Day::Tue],
             utc: "14:00-18:00".into(),
+            lock: Lock::Hold,
         };
         // 2026-11-24 is a Tuesday.
         let tuesday = Timestamp(1_795_478_400_000);

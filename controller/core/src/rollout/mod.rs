@@ -30,16 +30,19 @@ mod document;
 mod fold;
 mod forward;
 mod gate;
+mod glass;
 mod left;
+mod lock;
 mod narrate;
 mod notices;
+mod refers;
 mod retry;
 mod state;
 
 use cause::Class;
 pub use left::{Left, LeftState};
 pub use state::Rollout;
-pub(crate) use state::{Attempt, Backward, Cursor, Gate, Member, Mode, Outcome};
+pub(crate) use state::{Attempt, Backward, Cursor, Gate, Lock, Member, Mode, Outcome};
 use state::{AttemptResult, next_attempt};
 
 /// How long hosts have to consent.
@@ -117,6 +120,7 @@ impl Rollout {
             paused_by: OperatorName::new(),
             ended: None,
             closed: None,
+            lock: Lock::default(),
             attempts: BTreeMap::new(),
             phases: BTreeMap::new(),
             gates: BTreeMap::new(),
@@ -171,7 +175,8 @@ impl Rollout {
                 .as_ref()
                 .is_some_and(|ending| ending.end == End::Halted)
         };
-        !self.dry_run && self.closed.is_none() && (self.ended.is_none() || halted())
+        let free = self.dry_run || self.lock.released || self.closed.is_some();
+        !free && (self.ended.is_none() || halted())
     }
 
     /// The place that is worked at, for people.
@@ -266,7 +271,7 @@ impl Rollout {
                 "the deadline of {} passed: {blocked}",
                 self.compiled().deadline
             );
-            let end = if self.dry_run {
+            let end = if self.dry_run || self.lock.released {
                 End::Cancelled
             } else {
                 End::Halted
@@ -403,7 +408,8 @@ impl Rollout {
     /// Until when hosts may answer. One that refuses ends the rollout; the others get a moment, so
     /// that people read all refusals at once.
     fn consent_until(&self, floor: Timestamp) -> Timestamp {
-        let latest = self.submitted.max(floor).plus(CONSENT_WITHIN);
+        let asked = self.lock.taken.unwrap_or(self.submitted);
+        let latest = asked.max(floor).plus(CONSENT_WITHIN);
         let declined = self.members.values().filter_map(|member| member.declined);
         let refused = declined.min().map(|at| at.plus(REFUSALS_WITHIN));
         refused.map_or(latest, |refused| refused.min(latest))

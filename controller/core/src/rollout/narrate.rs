@@ -136,6 +136,35 @@ impl Rollout {
                 message: self.say_decision(*at, operator, *approve, comment),
                 ..self.step_event(EventKind::GateDecided, *at, Direction::Do, 0)
             },
+            Record::GlassBroken {
+                at,
+                operator,
+                group,
+                reason,
+                ..
+            } => RolloutEvent {
+                message: self.say_glass(*at, operator, group, reason),
+                ..self.step_event(EventKind::GlassBroken, *at, Direction::Do, 0)
+            },
+            Record::LockReleased { at, .. } => RolloutEvent {
+                message: "the hosts are free for other rollouts while this gate waits".to_owned(),
+                ..self.step_event(EventKind::Note, *at, Direction::Do, 0)
+            },
+            Record::LockTaken { at, .. } => RolloutEvent {
+                message: "the hosts are locked again: they are asked for consent anew, and what \
+                          was seen before the gate is looked at again"
+                    .to_owned(),
+                ..self.step_event(EventKind::Note, *at, Direction::Do, 0)
+            },
+            Record::GateReopened {
+                at, evidence, why, ..
+            } => {
+                let event = self.gate_opened(*at, &evidence.to_string());
+                RolloutEvent {
+                    message: format!("{why}; {}", event.message),
+                    ..event
+                }
+            }
             Record::GateClosed { at, why, .. } => RolloutEvent {
                 message: why.clone(),
                 ..self.step_event(EventKind::GateClosed, *at, Direction::Do, 0)
@@ -198,6 +227,7 @@ impl Rollout {
             | Record::HostSeen { .. }
             | Record::HostForgotten { .. }
             | Record::Trust(_)
+            | Record::CallsRefused(_)
             | Record::Submitted { .. }
             | Record::Signed { .. }
             | Record::Matched { .. } => return vec![],
@@ -412,11 +442,12 @@ impl Rollout {
         direction: Direction,
         attempt: u16,
     ) -> RolloutEvent {
+        let placed = self.compiled().step(at);
         RolloutEvent {
             kind,
             phase: self.name_of(at.phase),
             step: Some(at),
-            action: self.placed(at).step.action.name(),
+            action: placed.map_or("", |placed| placed.step.action.name()),
             direction: direction.as_str(),
             attempt,
             ..RolloutEvent::default()

@@ -44,13 +44,15 @@ impl Rollout {
                 u32::try_from(now.since(self.submitted).0 / period.0).unwrap_or(u32::MAX)
             }
             NoticeWhen::Every(_) => 0,
-            NoticeWhen::Waiting => u32::try_from(
-                self.gates
-                    .iter()
-                    .filter(|(at, _)| is_for_people(&self.placed(**at).step.action))
-                    .count(),
-            )
-            .unwrap_or(u32::MAX),
+            // People hear of each word that breaks a glass, too.
+            NoticeWhen::Waiting => {
+                let gates = self.gates.iter();
+                let times = gates.map(|(at, gate)| {
+                    let asks = is_for_people(&self.placed(*at).step.action);
+                    usize::from(asks) + gate.glass.len()
+                });
+                u32::try_from(times.sum::<usize>()).unwrap_or(u32::MAX)
+            }
             NoticeWhen::RollingBack => u32::from(matches!(self.mode, Mode::Backward(_))),
             NoticeWhen::Succeeded => ended(&[End::Succeeded, End::Partial]),
             NoticeWhen::RolledBack => ended(&[End::RolledBack]),
@@ -111,12 +113,13 @@ impl Rollout {
             text
         };
         let mut action = action.clone();
+        let loud = self.glass_in_notices();
         match &mut action {
-            Action::NotifyWebhook(webhook) => webhook.text = fill(&webhook.text),
-            Action::NotifySlack(slack) => slack.text = fill(&slack.text),
+            Action::NotifyWebhook(webhook) => webhook.text = fill(&webhook.text) + &loud,
+            Action::NotifySlack(slack) => slack.text = fill(&slack.text) + &loud,
             Action::NotifyEmail(email) => {
                 email.subject = fill(&email.subject);
-                email.text = fill(&email.text);
+                email.text = fill(&email.text) + &loud;
             }
             _ => return None,
         }

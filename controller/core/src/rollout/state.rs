@@ -39,12 +39,27 @@ pub struct Rollout {
     pub(crate) paused_by: OperatorName,
     pub(crate) ended: Option<Ending>,
     pub(crate) closed: Option<(Timestamp, OperatorName, String)>,
+    pub(crate) lock: Lock,
     pub(crate) attempts: BTreeMap<(StepRef, Direction), BTreeMap<HostId, Vec<Attempt>>>,
     pub(crate) phases: BTreeMap<u16, PhaseTimes>,
     pub(crate) gates: BTreeMap<StepRef, Gate>,
     pub(crate) notices: BTreeMap<NoticeRef, NoticeState>,
     pub(crate) signoffs: Vec<SignOff>,
     pub(crate) events: Vec<RolloutEvent>,
+}
+
+/// The rollout's right to change what its plan touches.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Lock {
+    /// A gate waits that frees it: nobody has consented to anything that could be done now.
+    pub(crate) released: bool,
+    /// How often it was taken again. What hosts said in an earlier round counts no more.
+    pub(crate) round: u32,
+    /// When it was taken last, if that was not with the submission.
+    pub(crate) taken: Option<Timestamp>,
+    /// The SQL that had been shown when it was freed; none if it never was, or if people have been
+    /// asked again since.
+    pub(crate) shown: Option<Vec<Digest>>,
 }
 
 /// Parts of a host's state by name: digest and words.
@@ -67,6 +82,8 @@ pub(crate) struct Member {
     pub(crate) quarantined: Option<String>,
     /// The host's state before.
     pub(crate) before: States,
+    /// The same when the lock was freed that has been taken again since.
+    pub(crate) approved: States,
     /// The same after a rollback, as undone steps reported it.
     pub(crate) undone: States,
     /// What it said when it was asked for its state after the rollback; none before it did.
@@ -146,6 +163,8 @@ pub(crate) struct Attempt {
     pub(crate) after_undo: u16,
     /// A person's word on what it did, and whose.
     pub(crate) resolved: Option<Resolved>,
+    /// The lock was free since: what it has seen counts no more, and it is made again.
+    pub(crate) stale: bool,
 }
 
 /// A person's word on what an attempt did.
@@ -155,6 +174,8 @@ pub(crate) struct Resolved {
     pub(crate) by: OperatorName,
     /// Armoured.
     pub(crate) signature: Option<String>,
+    /// The host has said since what it knows of it.
+    pub(crate) answered: bool,
 }
 
 /// How an attempt ended, as far as the controller knows.
@@ -189,8 +210,22 @@ pub(crate) struct Gate {
     pub(crate) opened: Timestamp,
     pub(crate) until: Timestamp,
     pub(crate) evidence: Digest,
+    /// The round in which it freed the lock last.
+    pub(crate) released: Option<u32>,
+    /// What people said to have it met without what it waits for.
+    pub(crate) glass: Vec<Glass>,
     pub(crate) decisions: Vec<Decision>,
     pub(crate) closed: Option<(Timestamp, bool, String)>,
+}
+
+/// A person's word that a gate is to be met without what it waits for.
+#[derive(Debug, Clone)]
+pub(crate) struct Glass {
+    pub(crate) at: Timestamp,
+    pub(crate) operator: OperatorName,
+    pub(crate) reason: String,
+    pub(crate) until: Timestamp,
+    pub(crate) signed: Option<Signature>,
 }
 
 /// What somebody decided.
@@ -302,7 +337,9 @@ pub(crate) fn next_attempt(attempts: &[Attempt]) -> Option<u16> {
         let times = attempts.iter().filter(|attempt| what(attempt)).count();
         what(last) && times < usize::from(MOST_ATTEMPTS)
     };
-    if last.forgiven && last.is_lost() {
+    if last.stale {
+        Some(last.number + 1)
+    } else if last.forgiven && last.is_lost() {
         Some(last.number)
     } else if last.forgiven
         || often(Attempt::was_interrupted)

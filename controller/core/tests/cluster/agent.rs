@@ -64,6 +64,7 @@ impl Agent {
                         rollout,
                         plan,
                         state: vec![],
+                        round: 0,
                     });
                 }
             }

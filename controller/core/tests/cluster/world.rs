@@ -49,8 +49,15 @@ impl World {
         let hosts = 2 + dice.roll(8);
         let epoch = Epoch { counter: 1, id: 1 };
         let none = |_| None;
-        let coordinator =
-            Coordinator::recover(Config { epoch }, [], none).expect("an empty journal");
+        let coordinator = Coordinator::recover(
+            Config {
+                epoch,
+                break_glass: None,
+            },
+            [],
+            none,
+        )
+        .expect("an empty journal");
         let now = 1_000_000;
         let mut world = Self {
             dice,
@@ -242,6 +249,7 @@ impl World {
                 counter: self.term,
                 id: self.term,
             },
+            break_glass: None,
         };
         let found = move |digest| (digest == plan.digest()).then(|| plan.clone());
         self.coordinator =

@@ -36,6 +36,58 @@ fn a_deadline_ends_the_rollout_and_names_what_blocked_it() {
 }
 
 #[test]
+fn what_a_host_says_of_what_is_not_its_own_means_nothing() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![stop(), stop()])]);
+    fleet.event(Event::HostUp {
+        host: host("b"),
+        instance: InstanceId::from_random([2; 8]),
+        labels: BTreeMap::from([("role".into(), "other".into())]),
+        agent_version: "1".into(),
+        held: None,
+    });
+    let ordered = fleet.newest("a");
+    let digest = fleet.coordinator.summary(&rollout(1)).unwrap().digest;
+    let events = |fleet: &Fleet| fleet.coordinator.events(&rollout(1), 0).unwrap().len();
+    let before = events(&fleet);
+    let place = |phase, step| StepRef { phase, step };
+    for (name, at, attempt) in [
+        ("b", ordered.at, 1),
+        ("a", place(0, 1), 1),
+        ("a", place(0, 9), 1),
+        ("a", place(9, 0), 1),
+        ("a", ordered.at, 2),
+    ] {
+        let key = StepKey {
+            host: host(name),
+            at,
+            attempt,
+            ..ordered.clone()
+        };
+        fleet.report(name, ReportBody::Started { key: key.clone() });
+        let finished = ReportBody::Finished {
+            key,
+            outcome: ok(),
+            facts: vec![],
+            signatures: vec![],
+            took: Period(5),
+        };
+        fleet.report(name, finished);
+    }
+    for plan in [digest, Digest::of(b"another plan")] {
+        let consented = ReportBody::Consented {
+            rollout: rollout(1),
+            plan,
+            state: vec![],
+            round: 0,
+        };
+        fleet.report("b", consented);
+    }
+    assert_eq!(events(&fleet), before);
+    assert_eq!(fleet.newest("a"), ordered, "nothing was ordered by that");
+}
+
+#[test]
 fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
     let mut fleet = Fleet::new(&["a"]);
     fleet.start(vec![on("app", vec![stop()])]);

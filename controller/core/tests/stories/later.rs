@@ -64,6 +64,151 @@ fn a_host_that_contradicts_a_person_is_heard_and_the_word_stays() {
     );
 }
 
+/// Everything that an agent can name, as it is and as it is not.
+fn any_keys(fleet: &Fleet, name: &str) -> Vec<StepKey> {
+    let numbers = [0, 1, 2, 3, 9, u16::MAX];
+    let directions = [Direction::Do, Direction::Undo, Direction::Probe];
+    let steps = numbers.into_iter().flat_map(|phase| {
+        let steps = numbers.into_iter();
+        steps.map(move |step| StepRef { phase, step })
+    });
+    let ordered: Vec<_> = fleet.orders.iter().map(|order| &order.key).collect();
+    let mut keys = Vec::new();
+    for at in steps {
+        for direction in directions {
+            for attempt in numbers {
+                for number in [1, 7] {
+                    keys.push(StepKey {
+                        rollout: rollout(number),
+                        host: host(name),
+                        at,
+                        direction,
+                        attempt,
+                    });
+                }
+            }
+        }
+    }
+    keys.retain(|key| !ordered.contains(&key));
+    keys
+}
+
+#[test]
+fn what_nobody_ordered_is_acknowledged_and_changes_nothing() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.start(vec![on("app", vec![stop()])]);
+    // A host that came later: the rollout does not mean it.
+    fleet.up("c");
+    let events = fleet.coordinator.events(&rollout(1), 0).unwrap().len();
+    let before = fleet.coordinator.document(&rollout(1));
+    let mut reports = 0;
+    for name in ["a", "c"] {
+        let mut bodies = Vec::new();
+        for key in any_keys(&fleet, name) {
+            bodies.push(ReportBody::Started { key: key.clone() });
+            for outcome in [ok(), failed()] {
+                bodies.push(ReportBody::Finished {
+                    key: key.clone(),
+                    outcome,
+                    facts: vec![state("up")],
+                    signatures: vec![],
+                    took: Period(u64::MAX),
+                });
+            }
+        }
+        let plan = fleet.coordinator.summary(&rollout(1)).unwrap().digest;
+        for number in [1, 7] {
+            // It has consented, or is not asked.
+            bodies.push(ReportBody::Consented {
+                rollout: rollout(number),
+                plan,
+                state: vec![state("down")],
+                round: 0,
+            });
+        }
+        for body in bodies {
+            reports += 1;
+            fleet.report(name, body);
+        }
+        let info = fleet
+            .coordinator
+            .hosts()
+            .find(|(known, _)| **known == host(name));
+        let (_, info) = info.unwrap();
+        assert_eq!(info.acknowledged, fleet.reports[&host(name)], "INV-2");
+        assert!(info.unasked > 1000, "{}", info.unasked);
+    }
+    let refused = ReportBody::Declined {
+        rollout: rollout(1),
+        refusals: vec![],
+    };
+    fleet.report("c", refused);
+    fleet.surveyed("c", vec![state("down")]);
+    assert!(reports > 2000);
+    let after = fleet.coordinator.events(&rollout(1), 0).unwrap().len();
+    assert_eq!(after, events, "nobody is told");
+    assert_eq!(fleet.coordinator.document(&rollout(1)), before);
+
+    // What was ordered counts as ever, and a journal with all of it is read again.
+    fleet.restart();
+    for name in ["a", "b"] {
+        let key = fleet.newest(name);
+        fleet.report(name, ReportBody::Started { key });
+        fleet.finish(name, ok(), vec![]);
+        fleet.finish(name, failed(), vec![]);
+    }
+    assert_eq!(fleet.state(1), "succeeded", "{}", fleet.reason(1));
+    let numbers = fleet.coordinator.events(&rollout(1), 0).unwrap();
+    assert!(numbers.len() < events + 20, "{numbers:#?}");
+}
+
+#[test]
+fn a_host_repeats_itself_and_nobody_hears_it_twice() {
+    let mut fleet = lost_with_a_blind_step();
+    fleet.call("olga", &[], resolve(false)).unwrap();
+    let events = |fleet: &Fleet| fleet.coordinator.events(&rollout(1), 0).unwrap().len();
+    let before = events(&fleet);
+    for _ in 0..10 {
+        fleet.finish("a", ok(), vec![]);
+        let key = fleet.newest("a");
+        fleet.report("a", ReportBody::Started { key });
+        fleet.consent(1, "a", vec![]);
+        let rollout = rollout(1);
+        let refusals = vec![];
+        fleet.report("a", ReportBody::Declined { rollout, refusals });
+    }
+    // The contradiction, that it began, and that it refuses.
+    assert_eq!(events(&fleet), before + 3);
+}
+
+#[test]
+fn the_last_number_of_all_is_no_end_of_the_controller() {
+    let mut fleet = Fleet::new(&["a"]);
+    let now = Timestamp(fleet.now);
+    let effects = fleet
+        .coordinator
+        .skip_lost_reports(now, &host("a"), u64::MAX);
+    fleet.take(effects);
+    for number in [0, 1, u64::MAX] {
+        fleet.reports.insert(host("a"), number.wrapping_sub(1));
+        let key = StepKey {
+            rollout: rollout(1),
+            host: host("a"),
+            at: StepRef { phase: 0, step: 0 },
+            direction: Direction::Do,
+            attempt: 1,
+        };
+        fleet.event(Event::Report {
+            host: host("a"),
+            report: Report {
+                number,
+                body: ReportBody::Started { key },
+                head: None,
+            },
+        });
+    }
+}
+
 fn surveys(fleet: &Fleet) -> usize {
     let is = |(_, message): &&(HostId, Message)| matches!(message, Message::Survey { .. });
     fleet.sent.iter().filter(is).count()
@@ -196,6 +341,7 @@ fn a_host_that_consents_to_what_this_controller_never_knew_is_let_go() {
                 .unwrap()
                 .digest(),
             state: vec![],
+            round: 0,
         },
     );
     let released = |(_, message): &(HostId, Message)| matches!(message, Message::Release { rollout: of, .. } if *of == rollout(7));

@@ -23,8 +23,10 @@ mod backward;
 mod cancel;
 mod ends;
 mod forward;
+mod glass;
 mod later;
 mod levers;
+mod lock;
 mod people;
 
 fn step(name: &str, args: serde_json::Value) -> Step {
@@ -125,6 +127,7 @@ impl Fleet {
     fn new(hosts: &[&str]) -> Self {
         let config = Config {
             epoch: Epoch { counter: 1, id: 1 },
+            break_glass: Some("incident".into()),
         };
         let mut fleet = Self {
             now: 1_000_000,
@@ -244,6 +247,7 @@ impl Fleet {
                 rollout: rollout(number),
                 plan,
                 state,
+                round: 0,
             },
         );
     }
@@ -318,6 +322,7 @@ impl Fleet {
     fn restart(&mut self) {
         let config = Config {
             epoch: Epoch { counter: 2, id: 2 },
+            break_glass: None,
         };
         let plans = self.plans.clone();
         let found = move |digest| plans.get(&digest).cloned();

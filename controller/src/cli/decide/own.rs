@@ -14,22 +14,23 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::sshsig;
 use lockstep_proto::values::{Period, Timestamp};
 
-use crate::cli::document::{Attempt, Document, Gate, Step};
+use super::{Kind, facts_before, place};
+use crate::cli::document::{Document, Gate, Step};
 use crate::cli::error::CliError;
 use crate::cli::{clean, plan, seal};
 
 /// What the approver has without the controller.
 #[derive(Default)]
-pub(super) struct Own {
+pub(in crate::cli) struct Own {
     /// The compiled plan.
-    pub(super) plan: Option<Box<SealedPlan>>,
+    pub(in crate::cli) plan: Option<Box<SealedPlan>>,
     /// Digests of SQL.
     sql: BTreeSet<Digest>,
 }
 
 impl Own {
     /// Reads the files that were named.
-    pub(super) fn read(plan: Option<&Path>, sql: &[PathBuf]) -> Result<Self, CliError> {
+    pub(in crate::cli) fn read(plan: Option<&Path>, sql: &[PathBuf]) -> Result<Self, CliError> {
         let read = |path: &Path| {
             fs::read(path).map_err(|source| CliError::File {
                 path: path.to_owned(),
@@ -50,12 +51,16 @@ impl Own {
         Ok(own)
     }
 
-    pub(super) fn has_sql(&self, digest: Digest) -> bool {
+    pub(in crate::cli) fn has_sql(&self, digest: Digest) -> bool {
         self.sql.contains(&digest)
     }
 
     /// The rollout runs the approver's plan, and what is said of it is what stands in it.
-    pub(super) fn check_plan(&self, document: &Document, step: &Step) -> Result<(), CliError> {
+    pub(in crate::cli) fn check_plan(
+        &self,
+        document: &Document,
+        step: &Step,
+    ) -> Result<(), CliError> {
         let Some(own) = &self.plan else {
             return Ok(());
         };
@@ -95,30 +100,34 @@ impl Own {
 }
 
 /// What people see before they sign.
-pub(super) struct Shown<'a> {
-    pub(super) document: &'a Document,
-    pub(super) step: &'a Step,
-    pub(super) gate: &'a Gate,
-    pub(super) own: &'a Own,
+pub(in crate::cli) struct Shown<'a> {
+    pub(in crate::cli) document: &'a Document,
+    pub(in crate::cli) step: &'a Step,
+    pub(in crate::cli) gate: &'a Gate,
+    pub(in crate::cli) own: &'a Own,
 }
 
 impl Shown<'_> {
     /// Signs what was shown. What is signed is made from the very document that was shown, so that
     /// a controller cannot have something else signed than what people read.
-    pub(super) fn sign(
+    pub(in crate::cli) fn sign(
         &self,
+        kind: Kind,
         approver: &str,
-        key: &Path,
-        good_for: Period,
+        (key, good_for): (&Path, Period),
     ) -> Result<(Timestamp, String), CliError> {
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         let expires = now.plus(good_for);
-        let statement = self.statement(approver, expires)?;
-        let signature = seal::ssh_sign(key, approval::NAMESPACE, &statement)?;
-        sshsig::verify(signature.as_bytes(), approval::NAMESPACE, &statement).map_err(|error| {
+        let Kind {
+            statement,
+            namespace,
+        } = kind;
+        let statement = self.statement(statement, approver, expires)?;
+        let signature = seal::ssh_sign(key, namespace, &statement)?;
+        sshsig::verify(signature.as_bytes(), namespace, &statement).map_err(|error| {
             CliError::usage(
                 format!(
                     "what ssh-keygen made with {} cannot be used: {error}",
@@ -131,7 +140,12 @@ impl Shown<'_> {
     }
 
     /// The bytes to be signed; refused if what was shown does not bear them out.
-    fn statement(&self, approver: &str, expires: Timestamp) -> Result<Vec<u8>, CliError> {
+    fn statement(
+        &self,
+        statement: &'static str,
+        approver: &str,
+        expires: Timestamp,
+    ) -> Result<Vec<u8>, CliError> {
         let document = self.document;
         let unreadable = |what: &str| {
             CliError::usage(
@@ -153,7 +167,7 @@ impl Shown<'_> {
         let hosts = document.hosts.iter().map(|host| host.host.parse());
         let hosts: Result<Vec<HostId>, _> = hosts.collect();
         let hosts = hosts.map_err(|_| unreadable("hosts"))?;
-        let sql = self.sql()?;
+        let sql = self.sql(at)?;
         if approval::evidence(plan, &hosts, &sql) != evidence {
             return Err(CliError::usage(
                 "what the controller shows is not what is to be decided upon",
@@ -161,7 +175,7 @@ impl Shown<'_> {
             ));
         }
         let statement = Approval {
-            statement: approval::STATEMENT,
+            statement,
             rollout: &rollout,
             plan,
             hosts: &hosts,
@@ -175,10 +189,9 @@ impl Shown<'_> {
     }
 
     /// The digests of the SQL that was shown, each of a text that people could read.
-    fn sql(&self) -> Result<Vec<Digest>, CliError> {
-        let attempts = self.document.steps().flat_map(|(_, step)| &step.attempts);
+    fn sql(&self, gate: StepRef) -> Result<Vec<Digest>, CliError> {
         let mut digests = Vec::new();
-        for fact in attempts.flat_map(Attempt::facts) {
+        for fact in facts_before(self.document, gate) {
             let Fact::SqlPlan {
                 database,
                 digest,
@@ -203,14 +216,6 @@ impl Shown<'_> {
         }
         Ok(digests)
     }
-}
-
-fn place(text: &str) -> Option<StepRef> {
-    let (phase, step) = text.split_once('.')?;
-    Some(StepRef {
-        phase: phase.parse().ok()?,
-        step: step.parse().ok()?,
-    })
 }
 
 #[cfg(test)]
@@ -258,7 +263,7 @@ mod tests {
             gate,
             own,
         };
-        shown.statement("bob", Timestamp(1))
+        shown.statement(approval::STATEMENT, "bob", Timestamp(1))
     }
 
     #[test]

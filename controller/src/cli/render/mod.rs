@@ -9,6 +9,8 @@ pub(crate) mod report;
 pub(crate) mod status;
 pub(crate) mod words;
 
+use crate::cli::clean;
+
 #[cfg(test)]
 mod tests;
 
@@ -52,10 +54,12 @@ impl Line {
             Tone::Waiting => "33",
             Tone::Quiet => "2",
         };
+        // Whoever made the line may have forgotten that others wrote parts of it.
+        let text = clean::lines(&self.text);
         if !color || code.is_empty() {
-            return self.text.clone();
+            return text;
         }
-        format!("\u{1b}[{code}m{}\u{1b}[0m", self.text)
+        format!("\u{1b}[{code}m{text}\u{1b}[0m")
     }
 }
 

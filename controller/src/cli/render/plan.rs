@@ -35,7 +35,9 @@ pub(crate) fn summary(sealed: &SealedPlan) -> Vec<Line> {
     lines.push(Line::plain(""));
     let rows: Vec<Vec<String>> = plan.phases.iter().map(phase_row).collect();
     lines.extend(table(&["PHASE", "ON", "STEPS", "WAITS FOR"], &rows));
-    lines
+    // Whoever compiled it may have chosen names that look like lines of ours.
+    let plain = |line: Line| Line::new(line.tone, clean::line(&line.text));
+    lines.into_iter().map(plain).collect()
 }
 
 fn phase_row(phase: &Phase) -> Vec<String> {
@@ -99,6 +101,15 @@ fn size(batch: Batch) -> String {
 }
 
 fn waits_for(action: &Action) -> Option<String> {
+    let free = if action.releases_lock() {
+        "; the hosts are free meanwhile"
+    } else {
+        ""
+    };
+    asks_for(action).map(|what| what + free)
+}
+
+fn asks_for(action: &Action) -> Option<String> {
     match action {
         Action::GateApproval(gate) => {
             let from = gate

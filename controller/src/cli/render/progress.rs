@@ -301,6 +301,12 @@ impl Progress {
                 }
                 lines
             }
+            EventKind::GlassBroken => {
+                vec![self.step(event, Tone::Bad, &event.message)]
+            }
+            EventKind::GateClosed if event.message.starts_with("BREAK-GLASS") => {
+                vec![self.step(event, Tone::Bad, &event.message)]
+            }
             EventKind::GateDecided | EventKind::GateClosed => {
                 vec![self.step(event, Tone::Plain, &event.message)]
             }

@@ -60,6 +60,11 @@ fn header(document: &Document) -> Vec<(String, String)> {
     if !document.reason.is_empty() {
         field("Reason", clean::line(&document.reason));
     }
+    for word in &document.break_glass {
+        let (at, until) = (words::moment(word.at), words::moment(word.until));
+        let said = format!("{}, {at} until {until}", clean::line(&word.say()));
+        field("BREAK-GLASS", said);
+    }
     field("Deployment status", checked_status(&document.state));
     field("Rollout", document.rollout.clone());
     field("Plan", format!("{}, {}", document.plan, document.digest));

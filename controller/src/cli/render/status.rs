@@ -105,6 +105,15 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
         state_tone(&document.state),
         field("state", &state(document)).text,
     ));
+    lines.extend(document.break_glass.iter().map(|word| {
+        let said = format!(
+            "{}, {} until {}",
+            word.say(),
+            words::moment(word.at),
+            words::moment(word.until)
+        );
+        Line::new(Tone::Bad, field("BREAK-GLASS", &said).text)
+    }));
     if !document.reason.is_empty() {
         lines.push(field("reason", &document.reason));
     }

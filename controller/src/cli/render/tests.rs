@@ -384,3 +384,33 @@ fn a_resumed_rollout_has_not_ended() {
     assert_eq!(progress.state(), "running");
     assert!(progress.remind(START + 60_000).is_some());
 }
+
+#[test]
+fn a_plan_does_nothing_to_the_screen_of_whoever_signs_it() {
+    let name = "p\u{1b}[2J\ndigest    sha256:00\u{202e}";
+    let text = serde_json::json!({
+        "format": 1, "plan": name, "serial": 1, "not_before": 0, "expires": 9, "deadline": "1h",
+        "fleet": {},
+        "phases": [{"name": name, "stages": [{"target": "controller", "steps": [
+            {"action": {"gate.wait": {"for": "1m"}}, "timeout": "2m", "line": 1},
+        ]}]}],
+        "slo": {},
+    });
+    let compiled = serde_json::from_value(text).unwrap();
+    let sealed = lockstep_proto::seal::seal(compiled).unwrap();
+    let lines = plan::summary(&sealed);
+    for line in &lines {
+        assert!(!line.text.contains(char::is_control), "{line:?}");
+    }
+    let named: Vec<&Line> = lines
+        .iter()
+        .filter(|line| line.text.starts_with("digest"))
+        .collect();
+    assert_eq!(named.len(), 1, "{lines:?}");
+    // Lines that were made elsewhere get no further either.
+    assert!(
+        !Line::plain("a\u{1b}[2J\u{9b}")
+            .render(true)
+            .contains(['\u{1b}', '\u{9b}'])
+    );
+}

@@ -90,8 +90,14 @@ impl<'a> Life<'a> {
             counter: term,
             id: 7,
         };
-        let core =
-            Coordinator::recover(Config { epoch }, entries, |plan| blobs.plan(plan).unwrap());
+        let core = Coordinator::recover(
+            Config {
+                epoch,
+                break_glass: None,
+            },
+            entries,
+            |plan| blobs.plan(plan).unwrap(),
+        );
         let mut life = Self {
             state,
             journal,
@@ -140,6 +146,7 @@ impl<'a> Life<'a> {
                             rollout,
                             plan,
                             state,
+                            round: 0,
                         },
                     );
                 }

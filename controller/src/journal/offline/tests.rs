@@ -356,9 +356,14 @@ fn a_journal_of_format_1_is_read_folded_and_moved() {
             .map(|payload| serde_json::from_slice::<Entry>(payload).unwrap());
         let blobs = Blobs::open(state.join("blobs")).unwrap();
         let epoch = Epoch { counter: 9, id: 9 };
-        Coordinator::recover(Config { epoch }, entries, |digest| {
-            blobs.plan(digest).unwrap()
-        })
+        Coordinator::recover(
+            Config {
+                epoch,
+                break_glass: None,
+            },
+            entries,
+            |digest| blobs.plan(digest).unwrap(),
+        )
         .unwrap()
     };
     let coordinator = fold(dir.path());

@@ -340,7 +340,10 @@ impl Session {
     /// Messages about the end of a rollout.
     fn late(&self, message: &down::Message) -> Result<Then> {
         let (rollout, epoch) = match message {
-            down::Message::Release(release) => release.clone().into_parts()?,
+            down::Message::Release(release) => {
+                let (rollout, epoch, _) = release.clone().into_parts()?;
+                (rollout, epoch)
+            }
             down::Message::Cancel(cancel) => cancel.clone().into_parts()?,
             down::Message::Survey(survey) => survey.clone().into_parts()?,
             other => bail!("{other:?} was not expected"),

@@ -257,9 +257,10 @@ async fn woken(place: &Place, found: &mut Vec<Violation>) -> Result<String> {
     let gave_none = fleet.look(silent);
     // What was obeyed, if anything was, has its effect.
     tokio::time::sleep(Duration::from_millis(200)).await;
-    // An agent that finds the old one again: its Hello says which term it has seen.
+    // Agents that find the old one again: their Hellos say which term they have seen. It ends at
+    // the word of two, for one alone may lie.
     let (_address, dial) = watch::channel(Some(old.address));
-    let astray = Fleet::start(fleet.world(), &place.agents[..1], dial, Delivery::Plain);
+    let astray = Fleet::start(fleet.world(), &place.agents[..2], dial, Delivery::Plain);
     old.must_end(found).await;
     drop(astray);
     new.signal(Signal::CONT)?;

@@ -283,6 +283,7 @@ impl Agent {
             rollout: rollout.clone(),
             plan: digest,
             state: self.facts(),
+            round: 0,
         });
         Then::Nothing
     }

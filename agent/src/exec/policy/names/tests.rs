@@ -158,6 +158,36 @@ fn a_program_is_denied_by_its_name_and_its_paths() {
     }
 }
 
+#[test]
+fn a_star_leads_nowhere_through_links() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    for name in ["in/sub", "out"] {
+        std::fs::create_dir_all(at(name)).unwrap();
+    }
+    symlink("../out", at("in/away")).unwrap();
+    symlink("sub", at("in/current")).unwrap();
+    symlink("in", at("by")).unwrap();
+    let allowed = |pattern: &str, path: &str| {
+        let rule = format!(
+            "[[allow]]\naction = 'env.render'\nwhere = {{ path = ['{}'] }}\n",
+            at(pattern)
+        );
+        let policy = Policy::parse(Path::new("p"), &rule).unwrap();
+        let args = json!({"path": at(path), "set": {}});
+        policy.check(&action("env.render", args)).is_ok()
+    };
+    for path in ["in/x", "in/sub/x", "in/current/x", "in/new/x"] {
+        assert!(allowed("in/*", path), "{path}");
+    }
+    for path in ["in/away/x", "in/away", "in/./away/x", "in//away/x"] {
+        assert!(!allowed("in/*", path), "{path}");
+    }
+    // Where the directory itself is reached by a link, and where the path stands there as it is.
+    assert!(allowed("by/*", "by/x") && !allowed("by/*", "by/away/x"));
+    assert!(allowed("in/away/x", "in/away/x") && allowed("in/away/*", "in/away/x"));
+}
+
 proptest! {
     /// Whatever else a policy says, what a rule denies by its very words is refused; and no rule
     /// allows what its pattern does not stand for.

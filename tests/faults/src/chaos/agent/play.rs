@@ -224,6 +224,7 @@ impl<'a> Play<'a> {
                 epoch: Some(EPOCH.into()),
                 dry_run: false,
                 signatures: vec![],
+                round: 0,
             }),
             Pending::Order(key) => {
                 let order = Order {
@@ -238,6 +239,7 @@ impl<'a> Play<'a> {
             Pending::Release => down::Message::Release(wire::Release {
                 rollout: rollout.to_string(),
                 epoch: Some(EPOCH.into()),
+                comes_back: false,
             }),
         };
         self.send(message).await;

@@ -1,0 +1,648 @@
+//! Several rollouts share a fleet, and free it while they wait at gates: a seeded world in which
+//! people decide at any moment, hosts are lost, and the controller restarts. The promises are held
+//! against the records and an account of what hosts really are, which share nothing with the
+//! coordinator. A failing case prints its seed; with `LOCKSTEP_TRACE=1` every record is printed.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use lockstep_core::{Call, Config, Coordinator, Effects, End, Entry, Event, Message, Record};
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{
+    Digest, Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepKey,
+};
+use lockstep_proto::order::Fact;
+use lockstep_proto::plan::{
+    CompiledPlan, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
+};
+use lockstep_proto::report::{Failure, HOLDS_NOT, Report, ReportBody, StepOutcome};
+use lockstep_proto::seal::{SealedPlan, seal};
+use lockstep_proto::values::{Period, Timestamp};
+use serde_json::json;
+
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (z ^ (z >> 31)) % sides
+    }
+
+    fn percent(&mut self, percent: u64) -> bool {
+        self.roll(100) < percent
+    }
+}
+
+fn step(name: &str, args: serde_json::Value) -> Step {
+    Step {
+        name: None,
+        action: Action::deserialize_args(name, args).unwrap().unwrap(),
+        timeout: Period::seconds(30),
+        undo: Undo::Auto,
+        line: 1,
+    }
+}
+
+/// Perhaps looks, asks, changes something; some rollouts do not ask.
+fn plan(dice: &mut Dice, serial: u64) -> CompiledPlan {
+    let group = ["one", "two", "all"][usize::try_from(dice.roll(3)).unwrap()];
+    let on = |steps| (Target::Groups(vec![group.into()]), steps);
+    let mut stages = vec![];
+    if dice.percent(60) {
+        stages.push(on(vec![step(
+            "check.disk",
+            json!({"path": "/", "free": "1B"}),
+        )]));
+    }
+    if dice.percent(70) {
+        let lock = if dice.percent(80) { "release" } else { "hold" };
+        let gate = if dice.percent(70) {
+            let from = json!({"dba": 1 + dice.roll(2)});
+            let args = json!({"from": from, "timeout": "10m", "lock": lock});
+            step("gate.approval", args)
+        } else {
+            step("gate.wait", json!({"for": "2m", "lock": lock}))
+        };
+        stages.push((Target::Controller, vec![gate]));
+    }
+    stages.push(on(vec![step("service.stop", json!({"service": "web"}))]));
+    let phases = stages.into_iter().enumerate();
+    let phases = phases.map(|(index, (target, steps))| Phase {
+        name: format!("p{index}"),
+        stages: vec![Stage {
+            target,
+            strategy: Strategy::All,
+            steps,
+        }],
+        deadline: None,
+        planned: None,
+    });
+    let selector = |label: &str| Selector {
+        labels: BTreeMap::from([(label.to_owned(), "yes".to_owned())]),
+    };
+    CompiledPlan {
+        format: 1,
+        plan: "shared".into(),
+        serial,
+        fleet_name: String::new(),
+        not_before: Timestamp(0),
+        expires: Timestamp(u64::MAX),
+        deadline: Period::seconds(3600),
+        inputs: BTreeMap::new(),
+        fleet: ["one", "two", "all"]
+            .map(|name| (name.to_owned(), selector(name)))
+            .into(),
+        phases: phases.collect(),
+        after_rollback: None,
+        max_failures: None,
+        notices: vec![],
+        slo: Slo::default(),
+        signoff: vec![],
+    }
+}
+
+/// A host: what it really is, and what its agent does.
+#[derive(Default)]
+struct Host {
+    up: bool,
+    /// Another number after each change; an undo brings the one before back.
+    state: u64,
+    changes: u64,
+    before: BTreeMap<RolloutId, u64>,
+    holds: Option<(RolloutId, u32)>,
+    ended: BTreeSet<RolloutId>,
+    changed: BTreeSet<RolloutId>,
+    done: BTreeMap<StepKey, StepOutcome>,
+    reports: Vec<ReportBody>,
+    mailbox: VecDeque<Message>,
+}
+
+/// What people had seen of the hosts when they decided.
+type SeenStates = BTreeMap<HostId, u64>;
+
+struct World {
+    dice: Dice,
+    now: u64,
+    term: u64,
+    coordinator: Coordinator,
+    journal: Vec<Entry>,
+    plans: BTreeMap<PlanDigest, Arc<SealedPlan>>,
+    hosts: BTreeMap<HostId, Host>,
+    inbox: Vec<(HostId, Message)>,
+    // The account: from records only.
+    members: BTreeMap<RolloutId, Vec<HostId>>,
+    locking: BTreeSet<RolloutId>,
+    /// The newest state that each host has said for a rollout.
+    said: BTreeMap<RolloutId, SeenStates>,
+    /// What stood there when somebody decided last, and the decision has counted since.
+    decided: BTreeMap<RolloutId, SeenStates>,
+    waits: BTreeMap<RolloutId, Digest>,
+    freed: u64,
+    reopened: u64,
+    /// Every record is printed, to walk through a failing seed.
+    trace: bool,
+}
+
+fn labels(index: usize) -> BTreeMap<String, String> {
+    let own = if index < 2 { "one" } else { "two" };
+    [own, "all"]
+        .map(|it| (it.to_owned(), "yes".to_owned()))
+        .into()
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let epoch = Epoch { counter: 1, id: 1 };
+        let mut world = Self {
+            dice: Dice(seed),
+            now: 1_000_000,
+            term: 1,
+            coordinator: Coordinator::recover(
+                Config {
+                    epoch,
+                    break_glass: None,
+                },
+                [],
+                |_| None,
+            )
+            .unwrap(),
+            journal: vec![],
+            plans: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            inbox: vec![],
+            members: BTreeMap::new(),
+            locking: BTreeSet::new(),
+            said: BTreeMap::new(),
+            decided: BTreeMap::new(),
+            waits: BTreeMap::new(),
+            freed: 0,
+            reopened: 0,
+            trace: std::env::var_os("LOCKSTEP_TRACE").is_some(),
+        };
+        for index in 0..4 {
+            let host: HostId = format!("h-{index}").parse().unwrap();
+            world.hosts.insert(host.clone(), Host::default());
+            world.connect(&host);
+        }
+        world
+    }
+
+    fn connect(&mut self, host: &HostId) {
+        let index = self.hosts.keys().position(|it| it == host).unwrap();
+        let it = self.hosts.get_mut(host).unwrap();
+        it.up = true;
+        it.mailbox.clear();
+        let held = it.holds.as_ref().map(|(rollout, _)| rollout.clone());
+        self.event(Event::HostUp {
+            host: host.clone(),
+            labels: labels(index),
+            instance: InstanceId::from_random([1; 8]),
+            agent_version: "1".into(),
+            held,
+        });
+    }
+
+    fn event(&mut self, event: Event) -> bool {
+        let effects = self.coordinator.handle(Timestamp(self.now), event);
+        self.take(effects)
+    }
+
+    #[allow(clippy::print_stderr, reason = "it walks through a failing seed")]
+    fn take(&mut self, effects: Effects) -> bool {
+        for entry in effects.persist {
+            if self.trace {
+                let record = serde_json::to_string(&entry.record).unwrap();
+                let short: String = record.chars().take(200).collect();
+                eprintln!("{:6}  {short}", entry.at.0 / 1000 - 1000);
+            }
+            self.see(&entry.record);
+            self.journal.push(entry);
+        }
+        self.inbox.extend(effects.send);
+        matches!(effects.answer, Some(Ok(_)))
+    }
+
+    /// The promises, and the account.
+    fn see(&mut self, record: &Record) {
+        match record {
+            Record::Submitted { rollout, .. } => {
+                self.locking.insert(rollout.clone());
+            }
+            Record::Matched { rollout, hosts } => {
+                let members = self.members.entry(rollout.clone()).or_default();
+                members.extend(hosts.iter().cloned());
+                self.check_apart();
+            }
+            Record::Reported { host, body, .. } => {
+                if let ReportBody::Consented { rollout, state, .. } = body {
+                    let Some(Fact::State { text, .. }) = state.first() else {
+                        panic!("a host says its state")
+                    };
+                    let said = self.said.entry(rollout.clone()).or_default();
+                    said.insert(host.clone(), text.parse().unwrap());
+                }
+            }
+            Record::GateOpened {
+                rollout, evidence, ..
+            } => {
+                self.waits.insert(rollout.clone(), *evidence);
+            }
+            Record::GateReopened {
+                rollout, evidence, ..
+            } => {
+                self.reopened += 1;
+                self.waits.insert(rollout.clone(), *evidence);
+                self.decided.remove(rollout);
+            }
+            Record::GateDecided { rollout, .. } => {
+                let seen = self.said[rollout].clone();
+                self.decided.entry(rollout.clone()).or_insert(seen);
+            }
+            Record::LockReleased { rollout, .. } => {
+                self.freed += 1;
+                self.locking.remove(rollout);
+            }
+            Record::LockTaken { rollout, .. } => {
+                self.locking.insert(rollout.clone());
+                self.check_apart();
+            }
+            Record::GateClosed {
+                rollout, met, why, ..
+            } => {
+                self.waits.remove(rollout);
+                let decided = self.decided.contains_key(rollout);
+                assert!(
+                    decided || !why.starts_with("approved by"),
+                    "INV-12: {rollout} goes on with decisions that are void"
+                );
+                if *met && let Some(decided) = self.decided.get(rollout) {
+                    assert_eq!(
+                        *decided, self.said[rollout],
+                        "INV-12: {rollout} goes on with hosts that nobody has seen like this"
+                    );
+                }
+            }
+            Record::Dispatched { rollout, .. } => {
+                assert!(
+                    self.locking.contains(rollout),
+                    "{rollout} orders without its lock"
+                );
+                assert!(
+                    !self.waits.contains_key(rollout) || !self.changes(record),
+                    "INV-12"
+                );
+            }
+            Record::Ended { rollout, end, .. } => {
+                // A halted one keeps its lock.
+                if *end != End::Halted {
+                    self.locking.remove(rollout);
+                }
+                self.waits.remove(rollout);
+            }
+            _ => {}
+        }
+    }
+
+    fn changes(&self, record: &Record) -> bool {
+        let Record::Dispatched { rollout, at, .. } = record else {
+            return false;
+        };
+        let digest = self.coordinator.summary(rollout).unwrap().digest;
+        self.plans[&digest]
+            .plan()
+            .step(*at)
+            .unwrap()
+            .step
+            .action
+            .changes()
+    }
+
+    /// No host is locked by two.
+    fn check_apart(&self) {
+        let mut taken: BTreeMap<&HostId, &RolloutId> = BTreeMap::new();
+        for rollout in &self.locking {
+            for host in self.members.get(rollout).into_iter().flatten() {
+                let other = taken.insert(host, rollout);
+                assert!(
+                    other.is_none(),
+                    "{host} is locked by {rollout} and {other:?}"
+                );
+            }
+        }
+    }
+
+    fn deliver(&mut self) {
+        for (host, message) in std::mem::take(&mut self.inbox) {
+            let it = self.hosts.get_mut(&host).unwrap();
+            if it.up {
+                it.mailbox.push_back(message);
+            }
+        }
+        for (host, it) in &mut self.hosts {
+            while let Some(message) = it.mailbox.pop_front() {
+                it.receive(host, message, &mut self.dice, &self.plans);
+            }
+        }
+    }
+
+    fn report(&mut self) {
+        let instance = InstanceId::from_random([1; 8]);
+        let hosts: Vec<HostId> = self.hosts.keys().cloned().collect();
+        for host in hosts {
+            let acknowledged = self.coordinator.acknowledged(&host, &instance);
+            let it = &self.hosts[&host];
+            let next = it.reports.get(usize::try_from(acknowledged).unwrap());
+            if let Some(body) = next.cloned().filter(|_| it.up) {
+                let report = Report {
+                    number: acknowledged + 1,
+                    body,
+                    head: None,
+                };
+                self.event(Event::Report { host, report });
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        self.inbox.clear();
+        self.term += 1;
+        let epoch = Epoch {
+            counter: self.term,
+            id: self.term,
+        };
+        let plans = self.plans.clone();
+        let before: Vec<_> = self.documents();
+        let found = move |digest| plans.get(&digest).cloned();
+        let entries = self.journal.clone();
+        let config = Config {
+            epoch,
+            break_glass: None,
+        };
+        self.coordinator = Coordinator::recover(config, entries, found).unwrap();
+        assert_eq!(before, self.documents(), "INV-2: the fold is the state");
+        let effects = self.coordinator.resume(Timestamp(self.now));
+        self.take(effects);
+        let up: Vec<HostId> = self
+            .hosts
+            .iter()
+            .filter(|(_, it)| it.up)
+            .map(|(host, _)| host.clone())
+            .collect();
+        for host in up {
+            self.connect(&host);
+        }
+    }
+
+    fn documents(&self) -> Vec<Option<serde_json::Value>> {
+        let rollouts = self.coordinator.rollouts();
+        rollouts.map(|it| self.coordinator.document(it)).collect()
+    }
+
+    fn call(&mut self, operator: &str, call: Call) -> bool {
+        self.event(Event::Operator {
+            operator: operator.into(),
+            groups: vec!["dba".into()],
+            call,
+        })
+    }
+
+    fn people(&mut self, next: &mut u64) {
+        if self.dice.percent(4) && *next < 8 {
+            *next += 1;
+            let plan = Arc::new(seal(plan(&mut self.dice, *next)).unwrap());
+            self.plans.insert(plan.digest(), plan.clone());
+            let rollout = RolloutId::from_random([u8::try_from(*next).unwrap(); 6]);
+            let call = Call::Submit {
+                rollout,
+                plan,
+                dry_run: false,
+                signatures: vec![],
+            };
+            self.call("olga", call);
+        }
+        if self.dice.percent(8) && !self.waits.is_empty() {
+            let index = usize::try_from(self.dice.roll(self.waits.len() as u64)).unwrap();
+            let (rollout, evidence) = self.waits.iter().nth(index).unwrap();
+            let call = Call::Decide {
+                rollout: rollout.clone(),
+                gate: None,
+                evidence: *evidence,
+                approve: !self.dice.percent(5),
+                items: vec![],
+                comment: String::new(),
+                signed: None,
+            };
+            let who = ["dana", "ben", "carl"][usize::try_from(self.dice.roll(3)).unwrap()];
+            self.call(who, call);
+        }
+        if self.dice.percent(1) {
+            let rollouts: Vec<RolloutId> = self.coordinator.rollouts().cloned().collect();
+            if let Some(rollout) = rollouts.last().cloned() {
+                let call = match self.dice.roll(3) {
+                    0 => Call::Pause { rollout },
+                    1 => Call::Resume { rollout },
+                    _ => Call::Cancel {
+                        rollout,
+                        reason: "no".into(),
+                    },
+                };
+                self.call("olga", call);
+            }
+        }
+    }
+
+    fn chaos(&mut self) {
+        if self.dice.percent(3) {
+            let index = usize::try_from(self.dice.roll(4)).unwrap();
+            let host = self.hosts.keys().nth(index).unwrap().clone();
+            if self.hosts[&host].up {
+                self.hosts.get_mut(&host).unwrap().up = false;
+                self.event(Event::HostDown { host });
+            } else {
+                self.connect(&host);
+            }
+        }
+        if self.dice.percent(2) {
+            self.restart();
+        }
+    }
+
+    /// Everything has come to its end; what was freed, and how often people were asked again.
+    fn run(&mut self) -> (u64, u64) {
+        let mut next = 0;
+        for second in 0..20_000 {
+            self.deliver();
+            self.report();
+            if second < 3000 {
+                self.people(&mut next);
+                self.chaos();
+            } else {
+                let down = self.hosts.iter().find(|(_, it)| !it.up);
+                if let Some(host) = down.map(|(host, _)| host.clone()) {
+                    self.connect(&host);
+                }
+                let rollouts: Vec<RolloutId> = self.coordinator.rollouts().cloned().collect();
+                for rollout in rollouts {
+                    if self.coordinator.summary(&rollout).unwrap().state == "paused" {
+                        self.call("olga", Call::Resume { rollout });
+                    }
+                }
+            }
+            self.now += 1000;
+            self.event(Event::Tick);
+            let due = self.coordinator.next_deadline();
+            assert!(
+                due.is_none_or(|due| due.0 > self.now),
+                "what is due is done"
+            );
+            let open = self
+                .coordinator
+                .rollouts()
+                .any(|it| !self.coordinator.summary(it).unwrap().ended);
+            if second > 3000 && !open {
+                break;
+            }
+        }
+        for rollout in self.coordinator.rollouts() {
+            let summary = self.coordinator.summary(rollout).unwrap();
+            assert!(summary.ended, "INV-8: {rollout} is {}", summary.state);
+        }
+        (self.freed, self.reopened)
+    }
+}
+
+impl Host {
+    fn facts(&self) -> Vec<Fact> {
+        let text = self.state.to_string();
+        vec![Fact::State {
+            name: "web".into(),
+            digest: Digest::of(text.as_bytes()),
+            text,
+        }]
+    }
+
+    fn receive(
+        &mut self,
+        host: &HostId,
+        message: Message,
+        dice: &mut Dice,
+        plans: &BTreeMap<PlanDigest, Arc<SealedPlan>>,
+    ) {
+        match message {
+            Message::Offer {
+                rollout,
+                plan,
+                round,
+                ..
+            } => {
+                if self.ended.contains(&rollout) {
+                    return;
+                }
+                if let Some((held, old)) = &self.holds {
+                    assert!(
+                        *held == rollout,
+                        "{host} is offered {rollout}, and holds for {held}"
+                    );
+                    if *old == round {
+                        return;
+                    }
+                }
+                self.holds = Some((rollout.clone(), round));
+                self.reports.push(ReportBody::Consented {
+                    rollout,
+                    plan,
+                    state: self.facts(),
+                    round,
+                });
+            }
+            Message::Release {
+                rollout,
+                comes_back,
+                ..
+            } => {
+                self.holds.take_if(|(held, _)| *held == rollout);
+                if comes_back {
+                    assert!(!self.changed.contains(&rollout), "{host} was changed");
+                } else {
+                    self.ended.insert(rollout);
+                }
+            }
+            Message::Survey { rollout, .. } => {
+                let held = self
+                    .holds
+                    .as_ref()
+                    .is_some_and(|(held, _)| *held == rollout);
+                let let_go = Fact::Note {
+                    name: "not surveyed".into(),
+                    value: HOLDS_NOT.into(),
+                };
+                let state = if held { self.facts() } else { vec![let_go] };
+                self.reports.push(ReportBody::Surveyed { rollout, state });
+            }
+            Message::Order(order) => {
+                let key = order.key;
+                if self.done.contains_key(&key) {
+                    return;
+                }
+                let held = self.holds.as_ref().map(|(held, _)| held);
+                assert_eq!(held, Some(&key.rollout), "{host}: {key} without a hold");
+                let changes = plans[&order.plan].plan().step(key.at).unwrap();
+                let changes = changes.step.action.changes();
+                let outcome = if dice.percent(3) {
+                    StepOutcome::Failed(Failure {
+                        cause: lockstep_proto::report::Cause::Step,
+                        message: "no".into(),
+                        hint: None,
+                        last_lines: vec![],
+                        changed: false,
+                    })
+                } else {
+                    if key.direction == Direction::Undo {
+                        let before = self.before.remove(&key.rollout);
+                        self.state = before.unwrap_or(self.state);
+                    } else if changes {
+                        self.changed.insert(key.rollout.clone());
+                        self.before.insert(key.rollout.clone(), self.state);
+                        self.changes += 1;
+                        self.state = self.changes;
+                    }
+                    StepOutcome::Ok {
+                        changed: changes,
+                        summary: String::new(),
+                    }
+                };
+                self.done.insert(key.clone(), outcome.clone());
+                self.reports.push(ReportBody::Finished {
+                    key,
+                    outcome,
+                    facts: vec![],
+                    signatures: vec![],
+                    took: Period(1),
+                });
+            }
+            Message::Cancel { .. } | Message::Acknowledged(_) => {}
+        }
+    }
+}
+
+#[test]
+fn rollouts_share_a_fleet_and_go_on_only_with_what_people_have_seen() {
+    let range = std::env::var("LOCKSTEP_SEEDS").unwrap_or_else(|_| "0..60".into());
+    let (from, to) = range.split_once("..").expect("a range such as 0..60");
+    let (mut freed, mut reopened) = (0, 0);
+    for seed in from.parse().unwrap()..to.parse().unwrap() {
+        let run = std::panic::AssertUnwindSafe(|| World::new(seed).run());
+        let Ok((free, again)) = std::panic::catch_unwind(run) else {
+            panic!("to see it again: LOCKSTEP_SEEDS={seed}..{}", seed + 1);
+        };
+        freed += free;
+        reopened += again;
+    }
+    assert!(
+        freed > 20 && reopened > 5,
+        "{freed} freed, {reopened} reopened"
+    );
+}

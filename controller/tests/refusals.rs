@@ -1,0 +1,129 @@
+//! Who was refused what, in the controller's journal (INV-11), and what a flood of it costs.
+
+#[allow(dead_code, reason = "other tests of this crate use the rest of it")]
+mod support;
+
+use std::process::Command;
+
+use lockstep_proto::wire::control_v1 as wire;
+use lockstep_proto::wire::control_v1::control_service_client::ControlServiceClient;
+use serde_json::{Value, json};
+use support::pki::roles::Role;
+use support::{Place, hello};
+use tonic::Code;
+
+/// The records of refusals, without their times.
+fn refused(place: &Place) -> Vec<Value> {
+    let state = place.path().join("state");
+    let exported = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+        .args(["audit", "export", "--dir"])
+        .arg(&state)
+        .output()
+        .unwrap();
+    assert!(exported.status.success(), "{exported:?}");
+    let text = String::from_utf8(exported.stdout).unwrap();
+    let records = text.lines().map(|line| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        line["record"]["calls_refused"].clone()
+    });
+    let found = records.filter(|record| !record.is_null());
+    found
+        .map(|mut record| {
+            assert!(record["since"].as_u64().unwrap() > 0);
+            record.as_object_mut().unwrap().remove("since");
+            record
+        })
+        .collect()
+}
+
+fn record(who: &Value, call: &str, why: &str, count: u64) -> Value {
+    json!({"who": who, "call": call, "why": why, "count": count})
+}
+
+#[tokio::test]
+async fn the_journal_says_who_was_refused_what() {
+    let place = Place::enrolling("1h");
+    let controller = place.start();
+    let viewer = place.with_roles("vera", &[Role::Viewer]);
+    let mut api = controller.control(&viewer).await;
+    let cancel = wire::CancelRequest {
+        rollout: "ro_000000000001".to_owned(),
+        reason: "because\u{1b}[31m".to_owned(),
+    };
+    let status = api.cancel(cancel.clone()).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+
+    // One that may call it, and is refused by what the call is about.
+    let admin = place.admin();
+    let mut api = controller.control(&admin).await;
+    let forget = wire::ForgetHostRequest {
+        host: "nobody".to_owned(),
+    };
+    api.forget_host(forget).await.unwrap_err();
+
+    // An agent that speaks for another host.
+    let agent = place.agent("app-1");
+    let status = controller.session(&agent, hello("app-2")).await;
+    assert_eq!(status.unwrap_err().code(), Code::PermissionDenied);
+
+    // Suspended, and known by the certificate.
+    let suspend = wire::SuspendRequest {
+        subject: "host:app-1".to_owned(),
+        reason: "lost".to_owned(),
+    };
+    api.suspend(suspend).await.unwrap();
+    let _ = controller.dial(Some(&agent)).await;
+
+    // Of another installation: it claims a name that is known here, which counts for nothing.
+    let elsewhere = Place::new();
+    for stranger in [elsewhere.agent("app-1"), elsewhere.operator("ada", &[])] {
+        if let Ok(channel) = controller.dial(Some(&stranger)).await {
+            let mut api = ControlServiceClient::new(channel);
+            let status = api.list_hosts(wire::ListHostsRequest {}).await;
+            status.unwrap_err();
+        }
+    }
+    assert_eq!(controller.terminate(), Some(0));
+
+    let found = refused(&place);
+    let vera = json!({"operator": "vera"});
+    let app = json!({"agent": "app-1"});
+    for wanted in [
+        record(&vera, "Cancel", "role", 1),
+        record(&json!({"operator": "ada"}), "ForgetHost", "invalid", 1),
+        record(&app, "Session", "not_allowed", 1),
+        record(&app, "handshake", "suspended", 1),
+        record(&json!("unverified"), "handshake", "certificate", 1),
+    ] {
+        assert!(found.contains(&wanted), "{wanted} is not in {found:#?}");
+    }
+    let who: Vec<&Value> = found.iter().map(|record| &record["who"]).collect();
+    assert!(!who.contains(&&json!({"operator": "app-1"})), "{found:#?}");
+}
+
+#[tokio::test]
+async fn whoever_is_refused_without_end_costs_a_few_records() {
+    let place = Place::enrolling("1h");
+    let controller = place.start();
+    let viewer = place.with_roles("vera", &[Role::Viewer]);
+    let mut api = controller.control(&viewer).await;
+    for _ in 0..300 {
+        api.pause(wire::PauseRequest::default()).await.unwrap_err();
+    }
+    let elsewhere = Place::new();
+    let stranger = elsewhere.operator("vera", &[]);
+    for _ in 0..30 {
+        let _ = controller.dial(Some(&stranger)).await;
+    }
+    assert_eq!(controller.terminate(), Some(0));
+
+    let found = refused(&place);
+    assert!(found.len() <= 6, "{found:#?}");
+    let count = |who: &Value| {
+        let mine = found.iter().filter(|record| record["who"] == *who);
+        mine.map(|record| record["count"].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    assert_eq!(count(&json!({"operator": "vera"})), 300);
+    assert_eq!(count(&json!("unverified")), 30);
+}
