@@ -26,7 +26,7 @@ use std::thread;
 use std::time::Duration;
 
 use lockstep_core::event::EventKind;
-use lockstep_core::trust::Subject;
+use lockstep_core::trust::{Subject, TrustRecord};
 use lockstep_core::{
     Answer, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
 };
@@ -204,6 +204,9 @@ impl Driver {
         let coordinator = Coordinator::recover(Config { epoch, break_glass }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
         // Before anybody can connect.
+        for host in coordinator.trust().joined() {
+            suspensions.set_granted(host, coordinator.trust().granted(host));
+        }
         suspensions.set(coordinator.trust().banned());
         Ok(Self {
             coordinator,
@@ -536,9 +539,25 @@ impl Driver {
         };
 
         // Before anybody hears that it is so.
-        let trust = |entry: &Entry| matches!(entry.record, Record::Trust(_));
-        if round.persist.iter().any(trust) {
-            self.suspensions.set(self.coordinator.trust().banned());
+        let trust = self.coordinator.trust();
+        let mut changed = false;
+        for entry in &round.persist {
+            match &entry.record {
+                Record::Trust(record) => {
+                    changed = true;
+                    if let TrustRecord::Enrolled { grant, .. }
+                    | TrustRecord::Renewed { grant, .. } = record
+                    {
+                        let granted = trust.granted(&grant.host);
+                        self.suspensions.set_granted(&grant.host, granted);
+                    }
+                }
+                Record::HostForgotten { .. } => changed = true,
+                _ => {}
+            }
+        }
+        if changed {
+            self.suspensions.set(trust.banned());
         }
         for (index, entry) in round.persist.iter().enumerate() {
             let Record::Reported { host, .. } = &entry.record else {

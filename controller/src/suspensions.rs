@@ -16,6 +16,7 @@ use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use lockstep_core::trust::{Banned, Serial, Subject};
+use lockstep_proto::ids::HostId;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
@@ -34,6 +35,8 @@ pub(crate) struct OperatorList {
 #[derive(Debug, Default)]
 pub(crate) struct Suspensions {
     banned: ArcSwap<Banned>,
+    /// The only certificates of hosts that have joined with a token: those that were granted.
+    granted: Mutex<HashMap<HostId, BTreeSet<Serial>>>,
     operators: ArcSwap<OperatorList>,
     live: Mutex<HashMap<u64, Peer>>,
     entered: AtomicU64,
@@ -49,6 +52,19 @@ impl Suspensions {
         self.banned.store(Arc::new(banned));
         self.cut();
         self.changed.notify_waiters();
+    }
+
+    /// Takes the only certificates that a host may have, and cuts whoever has its name and
+    /// another one; none says that it may have any that its issuer made.
+    pub(crate) fn set_granted(&self, host: &HostId, granted: Option<BTreeSet<Serial>>) {
+        // Nothing that holds the lock leaves the map half changed.
+        let mut all = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        match granted {
+            Some(granted) => all.insert(host.clone(), granted),
+            None => all.remove(host),
+        };
+        drop(all);
+        self.cut_where(|identity| matches!(identity, Identity::Agent(name) if name == host));
     }
 
     /// Takes the operators' revocation list.
@@ -76,8 +92,12 @@ impl Suspensions {
     }
 
     fn cut(&self) {
+        self.cut_where(|_| true);
+    }
+
+    fn cut_where(&self, wanted: impl Fn(&Identity) -> bool) {
         let live = self.live();
-        for peer in live.values() {
+        for peer in live.values().filter(|peer| wanted(peer.identity())) {
             if let Some(why) = self.why(peer.identity(), peer.serial()) {
                 say_cut(peer, &why);
                 peer.cut(why);
@@ -103,7 +123,17 @@ impl Suspensions {
                 }
             }
             if matches!(identity, Identity::Agent(_)) && banned.replaced.contains(serial) {
-                let why = "another machine has joined under this host's name since";
+                let why = "this certificate is void: the host was forgotten, or another machine \
+                           has joined under its name since";
+                return Some(why.to_owned());
+            }
+        }
+        if let Identity::Agent(host) = identity {
+            let granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
+            let granted = granted.get(host);
+            if granted.is_some_and(|granted| !granted.contains(serial)) {
+                let why = "a machine has joined under this host's name with a token: only the \
+                           certificates that the controller has given it since are good";
                 return Some(why.to_owned());
             }
         }
@@ -196,6 +226,20 @@ mod tests {
         assert!(late.is_cut());
         suspensions.set(Banned::default());
         assert_eq!(suspensions.why(late.identity(), late.serial()), None);
+    }
+
+    #[test]
+    fn a_host_that_has_joined_has_no_certificates_but_those_that_were_granted() {
+        let suspensions = Arc::new(Suspensions::default());
+        let made_by_hand = agent("app-1", "a1");
+        let other = agent("app-2", "a1");
+        let _entered = [suspensions.enter(&made_by_hand), suspensions.enter(&other)];
+        let host = "app-1".parse().unwrap();
+        suspensions.set_granted(&host, Some(BTreeSet::from(["b1".parse().unwrap()])));
+        assert!(made_by_hand.is_cut() && !other.is_cut());
+        let (granted, late) = (agent("app-1", "b1"), agent("app-1", "a2"));
+        let _entered = [suspensions.enter(&granted), suspensions.enter(&late)];
+        assert!(!granted.is_cut() && late.is_cut());
     }
 
     #[test]

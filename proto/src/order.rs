@@ -182,6 +182,16 @@ impl Fact {
     }
 }
 
+/// SQL without what differs and means nothing: blank lines and spaces at the ends of lines. This is
+/// what [`Fact::SqlPlan`] has the digest of.
+pub fn normal_sql(sql: &str) -> String {
+    let lines = sql
+        .lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty());
+    lines.fold(String::new(), |sql, line| sql + line + "\n")
+}
+
 /// The largest fact in its JSON form, in bytes: it fits into a report with room for the rest.
 pub const MAX_FACT_BYTES: usize = 26 << 10;
 

@@ -435,6 +435,26 @@ impl CompiledPlan {
         Ok(())
     }
 
+    /// That no name moves a cursor or begins a line on the screen of whoever reads it. Asked of new
+    /// plans only: journals hold older ones.
+    pub(crate) fn check_names(&self) -> Result<(), String> {
+        let phases = || self.phases.iter().chain(&self.after_rollback);
+        let steps = phases().flat_map(Phase::steps);
+        let names = [&self.plan]
+            .into_iter()
+            .chain(self.inputs.keys())
+            .chain(self.fleet.keys())
+            .chain(&self.signoff)
+            .chain(phases().map(|phase| &phase.name))
+            .chain(steps.filter_map(|(_, _, step)| step.name.as_ref()));
+        for name in names {
+            if name.contains(char::is_control) {
+                return Err(format!("the name {name:?} has control characters in it"));
+            }
+        }
+        Ok(())
+    }
+
     /// The steps that a host with these labels may be asked to run.
     pub fn steps_for<'a>(
         &'a self,

@@ -102,8 +102,16 @@ pub fn seal(plan: CompiledPlan) -> Result<SealedPlan, InvalidPlan> {
     })
 }
 
-/// Reads a compiled plan, and refuses any encoding of it but the canonical one.
+/// Reads a compiled plan that comes from people, and refuses any encoding of it but the canonical
+/// one.
 pub fn open(bytes: &[u8]) -> Result<SealedPlan, InvalidPlan> {
+    let sealed = read(bytes)?;
+    let names = sealed.plan.check_names();
+    names.map_err(InvalidPlan::Incoherent)?;
+    Ok(sealed)
+}
+
+fn read(bytes: &[u8]) -> Result<SealedPlan, InvalidPlan> {
     if bytes.len() > MAX_PLAN_BYTES {
         return Err(InvalidPlan::TooLarge(bytes.len()));
     }
@@ -120,13 +128,14 @@ pub fn open(bytes: &[u8]) -> Result<SealedPlan, InvalidPlan> {
     }
 }
 
-/// Reads the compiled plan with a given digest.
+/// Reads the compiled plan with a given digest, which was taken once: perhaps by an earlier release,
+/// which was less strict about names.
 pub fn open_expecting(bytes: &[u8], expected: PlanDigest) -> Result<SealedPlan, InvalidPlan> {
     let found = PlanDigest::of(bytes);
     if found != expected {
         return Err(InvalidPlan::OtherDigest { expected, found });
     }
-    open(bytes)
+    read(bytes)
 }
 
 #[cfg(test)]
@@ -208,6 +217,24 @@ mod tests {
             open(unknown.as_bytes()),
             Err(InvalidPlan::Unreadable(_))
         ));
+    }
+
+    /// Names that a plan's author chose are shown to those who sign. What was taken once stays.
+    #[test]
+    fn names_have_no_control_characters() {
+        let sealed = seal(CompiledPlan {
+            plan: "p\u{1b}[2J\ndigest    sha256:00".into(),
+            ..plan()
+        });
+        let sealed = sealed.unwrap();
+        match open(sealed.bytes()) {
+            Err(InvalidPlan::Incoherent(why)) => assert!(why.contains("control"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(
+            open_expecting(sealed.bytes(), sealed.digest()).unwrap(),
+            sealed
+        );
     }
 
     #[test]

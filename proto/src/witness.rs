@@ -92,7 +92,11 @@ pub struct Account<'a> {
 pub struct Judgement {
     /// The journal's newest record.
     pub last: u64,
-    /// Who has witnessed it.
+    /// The newest record that is not here, since archives are elsewhere or gone; 0 if all are.
+    pub not_here: u64,
+    /// How many witnesses are of records that are not here, so that they say nothing.
+    pub not_held: usize,
+    /// Who has witnessed what is here.
     pub by: BTreeSet<String>,
     /// The highest record that a witness has, and that is the same here; 0 if there is none.
     pub through: u64,
@@ -103,7 +107,7 @@ pub struct Judgement {
 }
 
 /// Holds a journal against witnesses of it. `here` answers with the hash of a record; none if the
-/// journal has no such record.
+/// journal has no such record. Of the record before its first one it may know the hash alone.
 pub fn judge(
     witnesses: &[Witness],
     account: Account<'_>,
@@ -111,6 +115,7 @@ pub fn judge(
 ) -> Judgement {
     let mut judgement = Judgement {
         last: account.last,
+        not_here: account.first.saturating_sub(1),
         ..Judgement::default()
     };
     let mut of_this: Vec<&Witness> = witnesses
@@ -120,12 +125,14 @@ pub fn judge(
     of_this.sort_by_key(|witness| witness.head.number);
     for witness in of_this {
         let number = witness.head.number;
-        judgement.by.insert(witness.by.clone());
-        let lost = |(record, term): &(u64, u64)| number >= *record && witness.term < *term;
-        if number < account.first {
+        let hash = here(number);
+        if number < account.first && hash.is_none() {
+            judgement.not_held += 1;
             continue;
         }
-        if here(number) == Some(witness.head.hash) {
+        judgement.by.insert(witness.by.clone());
+        let lost = |(record, term): &(u64, u64)| number >= *record && witness.term < *term;
+        if hash == Some(witness.head.hash) {
             judgement.through = number;
         } else if account.taken_over.iter().any(lost) {
             judgement.superseded.push(witness.clone());
@@ -165,14 +172,24 @@ impl Judgement {
         })
     }
 
-    /// The first record of those that nobody has witnessed; none if there is no such record.
+    /// The first record of those here that nobody has witnessed; none if there is no such record.
     pub fn unwitnessed_from(&self) -> Option<u64> {
-        (self.through < self.last).then_some(self.through + 1)
+        let known = self.through.max(self.not_here);
+        (known < self.last).then_some(known + 1)
     }
 
     /// Lines for people: what is said of, and the words.
     pub fn lines(&self) -> Vec<(&'static str, String)> {
         let mut lines = vec![];
+        if self.not_here > 0 {
+            lines.push((
+                "not here",
+                format!(
+                    "records 1 to {}; witnesses of them that say nothing: {}",
+                    self.not_here, self.not_held
+                ),
+            ));
+        }
         if !self.by.is_empty() {
             let by: Vec<&str> = self.by.iter().map(String::as_str).collect();
             lines.push(("witnesses", by.join(", ")));
@@ -237,7 +254,7 @@ mod tests {
             taken_over,
         };
         judge(witnesses, account, |number| {
-            (number <= 9).then(|| Digest::of(b"x"))
+            (2..=9).contains(&number).then(|| Digest::of(b"x"))
         })
     }
 
@@ -258,14 +275,16 @@ mod tests {
             "{why}"
         );
         assert_eq!(changed.through, 5);
-        assert!(
-            judged(&[witness("a", 2, "y")], &[]).against.is_empty(),
-            "in an archive"
-        );
+        let away = judged(&[witness("a", 1, "y")], &[]);
+        assert_eq!((away.not_here, away.not_held), (2, 1), "in an archive");
+        assert!(away.by.is_empty() && away.against.is_empty());
+        assert_eq!(away.unwitnessed_from(), Some(3));
+        let base = judged(&[witness("a", 2, "y")], &[]);
+        assert_eq!(base.against.len(), 1, "its hash is known here");
         let mut foreign = witness("a", 7, "y");
         foreign.head.journal = "k".into();
         assert!(judged(&[foreign], &[]).by.is_empty());
-        assert_eq!(judged(&[], &[]).unwitnessed_from(), Some(1));
+        assert_eq!(judged(&[], &[]).unwitnessed_from(), Some(3));
     }
 
     #[test]

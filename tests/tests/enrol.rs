@@ -124,6 +124,27 @@ fn a_fresh_machine_is_a_host_after_two_commands() {
     assert_eq!(suspended["suspended"][0]["reason"], "lost on a train");
     admin.run(&["unsuspend", "host:app-1"]).unwrap();
     wait_connected(&cluster, "app-1", true);
+    // Stolen: its name may be given to another machine while it is still out, and it does not come
+    // back, not even if somebody lifts the suspension.
+    for command in [
+        &["suspend", "host:app-1", "--reason", "stolen"][..],
+        &["forget", "app-1"],
+        &["token", "create", "app-1"],
+        &["unsuspend", "host:app-1"],
+    ] {
+        if command[0] == "forget" {
+            wait_connected(&cluster, "app-1", false);
+        }
+        let said = admin.run(command).unwrap();
+        assert_eq!(said.code, 0, "{command:?}: {}", said.text());
+    }
+    wait::until("the agent to say why", wait::SOON, || {
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        let void = said.contains("this certificate is void");
+        void.then_some(()).ok_or(said)
+    })
+    .unwrap();
+    assert!(!is_connected(&cluster, "app-1"));
     // Nobody else may.
     let said = cluster.requester().run(&["suspended"]).unwrap();
     assert_eq!(said.code, 8, "{}", said.text());

@@ -229,7 +229,7 @@ fn only_what_enough_people_have_signed_runs() {
 #[test]
 fn what_follows_a_gate_waits_for_signed_approvals() {
     let place = Place::new();
-    let approve = |rollout: &str, name: &str, sign: bool| {
+    let approve = |plan: &Path, rollout: &str, name: &str, sign: bool| {
         let key = place.key(name);
         let gate = wait::until("the gate to be open", wait::SOON, || {
             let gates = place.cluster.requester().open_gates(rollout);
@@ -240,6 +240,15 @@ fn what_follows_a_gate_waits_for_signed_approvals() {
         let mut arguments = vec!["approve", rollout, "--gate", &gate, "--yes"];
         if sign {
             arguments.extend(["--sign", key.to_str().unwrap()]);
+            // Whatever the controller shows is not signed unseen, nor for another plan.
+            let said = place.run(name, &arguments);
+            assert_eq!(said.code, 2, "{}", said.text());
+            let other = place.compile("other", "prod", true);
+            let asked = [&arguments[..], &["--plan", other.to_str().unwrap()]].concat();
+            let said = place.run(name, &asked);
+            assert_eq!(said.code, 2, "{}", said.text());
+            assert!(said.text().contains("your plan is"), "{}", said.text());
+            arguments.extend(["--plan", plan.to_str().unwrap()]);
         }
         place.run_well(name, &arguments);
     };
@@ -247,8 +256,8 @@ fn what_follows_a_gate_waits_for_signed_approvals() {
         let plan = place.compile(line, "prod", true);
         place.sign(&plan, &["ann", "ben"]);
         let rollout = place.submit(&plan);
-        approve(&rollout, "bob", bob_signs);
-        approve(&rollout, "carol", true);
+        approve(&plan, &rollout, "bob", bob_signs);
+        approve(&plan, &rollout, "carol", true);
         let document = place
             .cluster
             .requester()

@@ -89,6 +89,9 @@ pub enum Record {
         host: HostId,
         /// Who said so.
         operator: OperatorName,
+        /// Its certificates are void from then on. Not so in records of earlier releases.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        void: bool,
     },
     /// Who may be: tokens, hosts' certificates, suspensions.
     Trust(TrustRecord),

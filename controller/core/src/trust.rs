@@ -5,6 +5,7 @@
 //! admin: token for a host -> agent: token and key -> Enrolled -> certificate
 //!                                  agent: certificate and new key -> Renewed -> the next one
 //!        two new keys on one certificate -> the host is suspended: one of the two is a copy
+//! admin: forget a host -> its certificates are void -> token -> Enrolled, which lifts a suspension
 //! ```
 //!
 //! A certificate itself is in no record. What is signed follows from the [`Grant`], so an answer
@@ -22,6 +23,7 @@ mod fold;
 mod names;
 #[cfg(test)]
 mod tests;
+mod void;
 
 pub use names::{InvalidSubject, Serial, Subject};
 
@@ -70,7 +72,8 @@ pub enum TrustRecord {
         /// Who said so.
         operator: OperatorName,
     },
-    /// A token was used: its host has a certificate. Those that the name had before are void.
+    /// A token was used: its host has a certificate. Those that the name had before are void,
+    /// whoever made them, and a suspension of the host is over: it was the other machine's.
     Enrolled {
         /// The token's name.
         token: String,
@@ -163,6 +166,8 @@ pub struct Token {
     pub state: TokenState,
     hash: Digest,
     tries: u8,
+    /// When it was made.
+    at: Timestamp,
 }
 
 /// What became of a token.
@@ -194,7 +199,7 @@ struct Certificate {
     parent: Option<Serial>,
     /// Until when it matters: until it and its parent have ended.
     until: Timestamp,
-    /// The name was given to another machine since.
+    /// The name was forgotten, or given to another machine, since.
     replaced: bool,
 }
 
@@ -203,7 +208,7 @@ struct Certificate {
 pub struct Banned {
     /// By name, with the reason.
     pub subjects: BTreeMap<Subject, String>,
-    /// Certificates of hosts whose name was given to another machine.
+    /// Certificates of hosts whose name was forgotten, or given to another machine.
     pub replaced: BTreeSet<Serial>,
 }
 
@@ -215,6 +220,9 @@ pub struct Trust {
     hosts: BTreeMap<HostId, Vec<Certificate>>,
     /// Of those, the names that may be used again.
     free: BTreeSet<HostId>,
+    /// Of those, the names under which a machine has joined with a token: they have no
+    /// certificates but those that were granted.
+    joined: BTreeSet<HostId>,
     suspended: BTreeMap<Subject, Suspension>,
 }
 
@@ -227,40 +235,6 @@ impl Trust {
     /// Who is suspended.
     pub fn suspended(&self) -> impl Iterator<Item = (&Subject, &Suspension)> {
         self.suspended.iter()
-    }
-
-    /// Whoever is not let in.
-    pub fn banned(&self) -> Banned {
-        let reasons = self.suspended.iter();
-        let certificates = self.hosts.values().flatten();
-        let replaced = certificates.filter(|certificate| certificate.replaced);
-        Banned {
-            subjects: reasons
-                .map(|(subject, suspension)| (subject.clone(), suspension.reason.clone()))
-                .collect(),
-            replaced: replaced
-                .map(|certificate| certificate.grant.serial.clone())
-                .collect(),
-        }
-    }
-
-    /// The agents' certificates that are void and have not ended, as far as they are known: those
-    /// of suspended hosts, those that are suspended themselves, and those that were replaced.
-    pub fn revoked(&self, now: Timestamp) -> BTreeSet<Serial> {
-        let mut revoked = BTreeSet::new();
-        for (host, certificates) in &self.hosts {
-            let suspended = self.suspended.contains_key(&Subject::Host(host.clone()));
-            let void = certificates.iter().filter(|certificate| {
-                (suspended || certificate.replaced) && certificate.grant.not_after > now
-            });
-            revoked.extend(void.map(|certificate| certificate.grant.serial.clone()));
-        }
-        let named = self.suspended.keys().filter_map(|subject| match subject {
-            Subject::Serial(serial) => Some(serial.clone()),
-            Subject::Host(_) | Subject::Operator(_) => None,
-        });
-        revoked.extend(named);
-        revoked
     }
 
     /// Whether a name belongs to a host that was enrolled, and that nobody has forgotten.
@@ -312,10 +286,6 @@ impl Trust {
         }
         if known || self.is_enrolled(host) {
             return Err(Refused::NotNow(taken(host)));
-        }
-        if self.suspended.contains_key(&Subject::Host(host.clone())) {
-            let why = format!("{host} is suspended; first: lockstep unsuspend host:{host}");
-            return Err(Refused::NotNow(why));
         }
         let open = self.tokens.values().filter(|token| token.until >= now);
         if open.count() >= MOST_TOKENS {
@@ -418,8 +388,13 @@ impl Trust {
         if known || self.is_enrolled(host) {
             return Decided::refused(taken(host));
         }
-        if self.suspended.contains_key(&Subject::Host(host.clone())) {
-            return Decided::refused(format!("{host} is suspended"));
+        // Whoever made the token knew of a suspension only if that was there before.
+        if let Some(suspension) = self.suspension(host)
+            && suspension.at >= token.at
+        {
+            return Decided::refused(format!(
+                "{host} was suspended since this token was made; an admin makes another one"
+            ));
         }
         let grant = grant(now, wanted);
         Decided {
@@ -445,6 +420,17 @@ impl Trust {
             let why = format!("the certificate is {host}'s, and asks for {}", wanted.host);
             return Decided::refused(why);
         }
+        // The connection that it comes over may have been let in before.
+        if let Some(suspension) = self.suspension(host) {
+            return Decided::refused(format!("{host} is suspended: {}", suspension.reason));
+        }
+        if self.is_void(host, parent) {
+            let why = format!(
+                "the certificate with serial number {parent} is void: {host} was forgotten, or \
+                 another machine has joined under its name"
+            );
+            return Decided::refused(why);
+        }
         let certificates = self.hosts.get(host).into_iter().flatten();
         let mut children = certificates.filter(|other| other.parent.as_ref() == Some(parent));
         if let Some(child) = children.next() {
@@ -456,8 +442,9 @@ impl Trust {
             }
             let reason = format!(
                 "two machines have the certificate with serial number {parent}: it was renewed as \
-                 {}, and then with another key. Find out which of the two is {host}; then forget \
-                 it, lift the suspension and let it join again",
+                 {}, and then with another key. Find out which of the two is {host}; then, without \
+                 lifting the suspension: lockstep forget {host}, lockstep token create {host}, and \
+                 let that one join",
                 child.grant.serial
             );
             return Decided {
@@ -522,6 +509,10 @@ impl Trust {
         })
     }
 
+    fn suspension(&self, host: &HostId) -> Option<&Suspension> {
+        self.suspended.get(&Subject::Host(host.clone()))
+    }
+
     fn certificate(&self, host: &HostId, serial: &Serial) -> Option<&Certificate> {
         let mut certificates = self.hosts.get(host)?.iter();
         certificates.find(|certificate| certificate.grant.serial == *serial)
@@ -553,6 +544,6 @@ fn token_name(hash: Digest) -> String {
 fn taken(host: &HostId) -> String {
     format!(
         "{host} is the name of a host already. If that is gone for good: lockstep forget {host}; \
-         its certificates are void once another machine has joined under the name"
+         its certificates are void from then on"
     )
 }

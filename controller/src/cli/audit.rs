@@ -21,13 +21,16 @@ pub(crate) enum Audit {
     /// Whoever can change a journal can also chain it anew, so that it is whole by itself. Agents
     /// keep heads of it in journals of their own: `lockstep-agent audit heads` prints them.
     /// Records after the newest such head are unwitnessed. Ends with 0 if nothing speaks against
-    /// the journal, 10 if something does, 12 if a controller runs on it.
+    /// the journal, 10 if something does or if records are not here, 12 if a controller runs on it.
     Verify {
         #[command(flatten)]
         state: State,
         /// Heads that agents have written down, one in JSON on each line; may be repeated
         #[arg(long, value_name = "HEADS")]
         witness: Vec<PathBuf>,
+        /// Archives of earlier records are kept elsewhere: verify what is here
+        #[arg(long)]
+        archives_elsewhere: bool,
     },
     /// Print the heads of agents' journals that this one has, for `lockstep-agent audit verify`
     Heads {
@@ -44,10 +47,14 @@ pub(crate) enum Audit {
 /// `lockstep audit`.
 pub(crate) fn run(command: &Audit, printer: Printer) -> Result<Exit, CliError> {
     match command {
-        Audit::Verify { state, witness } => {
+        Audit::Verify {
+            state,
+            witness,
+            archives_elsewhere,
+        } => {
             let witnesses = read(witness)?;
             let chain = Chain::read(&state.dir).map_err(journal::failed)?;
-            verify(&chain, &witnesses, printer)
+            verify(&chain, &witnesses, *archives_elsewhere, printer)
         }
         Audit::Heads { state } => {
             let chain = Chain::read(&state.dir).map_err(journal::failed)?;
@@ -88,7 +95,12 @@ fn read(files: &[PathBuf]) -> Result<Vec<Witness>, CliError> {
     Ok(witnesses)
 }
 
-fn verify(chain: &Chain, witnesses: &[Witness], printer: Printer) -> Result<Exit, CliError> {
+fn verify(
+    chain: &Chain,
+    witnesses: &[Witness],
+    archives_elsewhere: bool,
+    printer: Printer,
+) -> Result<Exit, CliError> {
     let judgement = chain.judge(witnesses);
     if printer.is_json() {
         printer.json(&document(chain, &judgement))?;
@@ -105,7 +117,23 @@ fn verify(chain: &Chain, witnesses: &[Witness], printer: Printer) -> Result<Exit
         printer.lines(&lines)?;
     }
     let Some(why) = judgement.why() else {
-        return Ok(Exit::Done);
+        if judgement.not_here == 0 || archives_elsewhere {
+            return Ok(Exit::Done);
+        }
+        printer.talk(&[
+            Line::new(
+                Tone::Bad,
+                format!(
+                    "error: records 1 to {} are neither in the journal nor in an archive beside it",
+                    judgement.not_here
+                ),
+            ),
+            Line::plain(
+                "  hint: put the archives that were kept elsewhere into `archive` of the state \
+                 directory; --archives-elsewhere verifies the rest without them",
+            ),
+        ]);
+        return Ok(Exit::State);
     };
     printer.talk(&[
         Line::new(
@@ -125,6 +153,8 @@ fn document(chain: &Chain, judgement: &Judgement) -> serde_json::Value {
         "format": "lockstep.audit/1",
         "journal": chain.id.to_string(),
         "records": judgement.last,
+        "not_here_through": judgement.not_here,
+        "witnesses_not_held": judgement.not_held,
         "witnesses": judgement.by,
         "witnessed_through": judgement.through,
         "unwitnessed_from": judgement.unwitnessed_from(),

@@ -1,13 +1,11 @@
 //! `lockstep approve`, `reject` and `confirm`: what people decide at gates. A decision is bound to
 //! the digest of what was shown (INV-12); it is taken from the document that was just printed.
 
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::PathBuf;
 
-use lockstep_proto::approval::{self, Approval};
-use lockstep_proto::ids::{Digest, HostId, RolloutId, StepRef};
+use lockstep_proto::approval;
+use lockstep_proto::ids::{Digest, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
-use lockstep_proto::sshsig;
 use lockstep_proto::values::{Period, Timestamp};
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
@@ -20,6 +18,10 @@ use super::printer::Printer;
 use super::profile::Profile;
 use super::render::{Line, Tone, status, words};
 use super::{Session, clean, fetch};
+
+mod own;
+
+pub(super) use own::{Own, Shown};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Approve {
@@ -35,6 +37,12 @@ pub(crate) struct Approve {
     /// How long a signed approval is good
     #[arg(long, value_name = "PERIOD", default_value = "8h", requires = "sign")]
     expires: Period,
+    /// Your own copy of the compiled plan: refuse if the rollout runs another one
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// Your own copy of SQL that is too long to be shown
+    #[arg(long, value_name = "FILE")]
+    sql: Vec<PathBuf>,
     /// Do not ask
     #[arg(short, long)]
     yes: bool,
@@ -103,19 +111,52 @@ struct Decision {
     evidence: Option<Digest>,
     /// The question to ask first, if any.
     question: Option<&'static str>,
+    /// What the approver has of it, to hold what is shown against.
+    own: Own,
     /// The key to sign with, and how long that is good.
     sign: Option<(PathBuf, Period)>,
 }
 
+impl Decision {
+    /// What the operator looked at is what is to be decided upon.
+    fn check_evidence(&self, step: &Step, gate: &Gate) -> Result<(), CliError> {
+        match self.evidence {
+            Some(named) if named.to_string() != gate.evidence => Err(CliError::usage(
+                format!(
+                    "gate {} shows {}, not {named}; nothing was decided",
+                    step.at, gate.evidence
+                ),
+                "look at what it shows now: the same command without --evidence",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// `lockstep approve`.
 pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exit, CliError> {
-    // Whoever names the digest has seen what it stands for.
-    let ask = !arguments.yes && arguments.evidence.is_none();
+    let own = Own::read(arguments.plan.as_deref(), &arguments.sql)?;
+    // Whoever names the digest has seen what it stands for. A signature outlives the controller
+    // that showed what it is for: then the gate, which the digest does not say, is named too.
+    let named = arguments.evidence.is_some();
+    let meant = arguments.at.gate.is_some() && (named || own.plan.is_some());
+    let ask = match &arguments.sign {
+        Some(_) if arguments.yes && !meant => {
+            return Err(CliError::usage(
+                "--yes would sign whatever the controller shows",
+                "say what you mean with --gate, and --plan FILE or --evidence DIGEST; or answer \
+                 the question",
+            ));
+        }
+        Some(_) => !arguments.yes && !(named && meant),
+        None => !arguments.yes && !named,
+    };
     let decision = Decision {
         verb: Verb::Approve,
         items: vec![],
         evidence: arguments.evidence,
         question: ask.then_some("approve this?"),
+        own,
         sign: arguments.sign.map(|key| (key, arguments.expires)),
     };
     decide(&arguments.at, decision, session).await
@@ -128,6 +169,7 @@ pub(crate) async fn reject(arguments: Reject, session: &Session) -> Result<Exit,
         items: vec![],
         evidence: None,
         question: None,
+        own: Own::default(),
         sign: None,
     };
     decide(&arguments.at, decision, session).await
@@ -149,6 +191,7 @@ pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exi
         items,
         evidence: None,
         question,
+        own: Own::default(),
         sign: None,
     };
     decide(&arguments.at, decision, session).await
@@ -171,8 +214,16 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
             format!("it has {}", words::count(gate.items.len(), "item")),
         ));
     }
+    decision.check_evidence(step, gate)?;
+    decision.own.check_plan(&document, step)?;
     if decision.verb != Verb::Reject {
-        printer.talk(&shown(&document, step, gate, &decision.items));
+        printer.talk(&shown(
+            &document,
+            step,
+            gate,
+            &decision.items,
+            &decision.own,
+        ));
     }
     if let Some(question) = decision.question {
         if !Printer::can_ask() {
@@ -196,8 +247,13 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
                 statement: approval::STATEMENT,
                 namespace: approval::NAMESPACE,
             };
-            let key = (key.as_path(), *good_for);
-            Some(sign(kind, &document, step, gate, &approver, key)?)
+            let shown = Shown {
+                document: &document,
+                step,
+                gate,
+                own: &decision.own,
+            };
+            Some(shown.sign(kind, &approver, (key.as_path(), *good_for))?)
         }
         None => None,
     };
@@ -258,76 +314,8 @@ pub(super) struct Kind {
     pub(super) namespace: &'static str,
 }
 
-/// Signs what was shown. What is signed is made from the very document that was shown, so that a
-/// controller cannot have something else signed than what people read.
-pub(super) fn sign(
-    kind: Kind,
-    document: &Document,
-    step: &Step,
-    gate: &Gate,
-    approver: &str,
-    (key, good_for): (&Path, Period),
-) -> Result<(Timestamp, String), CliError> {
-    let unreadable = |what: &str| {
-        CliError::usage(
-            format!("the controller's document names no {what} that could be signed"),
-            "look at it: lockstep status --output json",
-        )
-    };
-    let rollout: RolloutId = document
-        .rollout
-        .parse()
-        .map_err(|_| unreadable("rollout"))?;
-    let plan: Digest = document.digest.parse().map_err(|_| unreadable("plan"))?;
-    let evidence: Digest = gate.evidence.parse().map_err(|_| unreadable("evidence"))?;
-    let at = place(&step.at).ok_or_else(|| unreadable("gate"))?;
-    let hosts = document.hosts.iter().map(|host| host.host.parse());
-    let hosts: Result<Vec<HostId>, _> = hosts.collect();
-    let hosts = hosts.map_err(|_| unreadable("hosts"))?;
-    let facts = facts_before(document, at);
-    let sql = facts.into_iter().filter_map(|fact| match fact {
-        Fact::SqlPlan { digest, .. } => Some(digest),
-        _ => None,
-    });
-    let sql: Vec<Digest> = sql.collect();
-    if approval::evidence(plan, &hosts, &sql) != evidence {
-        return Err(CliError::usage(
-            "what the controller shows is not what is to be decided upon",
-            "approve nothing: find out what is wrong with the controller",
-        ));
-    }
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let now = Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
-    let expires = now.plus(good_for);
-    let statement = Approval {
-        statement: kind.statement,
-        rollout: &rollout,
-        plan,
-        hosts: &hosts,
-        gate: at,
-        evidence,
-        requester: &document.requester,
-        approver,
-        expires,
-    };
-    let statement = statement.encode();
-    let signature = super::seal::ssh_sign(key, kind.namespace, &statement)?;
-    sshsig::verify(signature.as_bytes(), kind.namespace, &statement).map_err(|error| {
-        CliError::usage(
-            format!(
-                "what ssh-keygen made with {} cannot be used: {error}",
-                key.display()
-            ),
-            "use a key made with `ssh-keygen -t ed25519` or `-t ed25519-sk`",
-        )
-    })?;
-    Ok((expires, signature))
-}
-
 /// Where a step stands.
-fn place(text: &str) -> Option<StepRef> {
+pub(super) fn place(text: &str) -> Option<StepRef> {
     let (phase, step) = text.split_once('.')?;
     Some(StepRef {
         phase: phase.parse().ok()?,
@@ -336,7 +324,7 @@ fn place(text: &str) -> Option<StepRef> {
 }
 
 /// What was proven before a gate and still counts, in plan order.
-fn facts_before(document: &Document, gate: StepRef) -> Vec<Fact> {
+pub(super) fn facts_before(document: &Document, gate: StepRef) -> Vec<Fact> {
     let earlier = |step: &&Step| place(&step.at).is_some_and(|at| at < gate);
     let steps = document.steps().map(|(_, step)| step).filter(earlier);
     let attempts = steps.flat_map(|step| &step.attempts);
@@ -381,7 +369,13 @@ pub(super) fn choose<'a>(
 }
 
 /// What is decided upon, whole: plan, hosts, SQL, items.
-pub(super) fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]) -> Vec<Line> {
+pub(super) fn shown(
+    document: &Document,
+    step: &Step,
+    gate: &Gate,
+    items: &[u32],
+    own: &Own,
+) -> Vec<Line> {
     let mut lines = vec![
         Line::new(
             Tone::Heading,
@@ -405,7 +399,7 @@ pub(super) fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]
         lines.push(Line::plain(format!("what      {}", clean::line(title))));
     }
     if let Some(gate) = place(&step.at).filter(|_| step.action == "gate.approval") {
-        lines.extend(sql(document, gate));
+        lines.extend(sql(document, gate, own));
     }
     for (index, item) in gate.items.iter().enumerate() {
         let chosen = items.is_empty() || items.iter().any(|item| *item as usize == index);
@@ -425,10 +419,12 @@ pub(super) fn shown(document: &Document, step: &Step, gate: &Gate, items: &[u32]
         clean::line(&gate.missing)
     )));
     lines.push(Line::plain(format!("evidence  {}", gate.evidence)));
-    lines
+    // A plan's author may have chosen names that look like lines of ours.
+    let plain = |line: Line| Line::new(line.tone, clean::line(&line.text));
+    lines.into_iter().map(plain).collect()
 }
 
-fn sql(document: &Document, gate: StepRef) -> Vec<Line> {
+fn sql(document: &Document, gate: StepRef, own: &Own) -> Vec<Line> {
     let mut lines = Vec::new();
     for fact in facts_before(document, gate) {
         if let Fact::SqlPlan {
@@ -444,9 +440,12 @@ fn sql(document: &Document, gate: StepRef) -> Vec<Line> {
                 "SQL for   {database}, {from} -> {to}, {digest}"
             )));
             // What is approved is the digest: say where it cannot be held against the text.
-            if Digest::of(sql.as_bytes()) != digest {
-                lines.push(Line::plain(
-                    "  only a part of it is shown, so that its digest cannot be compared here",
+            if own.has_sql(digest) {
+                lines.push(Line::plain("  your own copy has this digest"));
+            } else if Digest::of(sql.as_bytes()) != digest {
+                lines.push(Line::new(
+                    Tone::Bad,
+                    "  what is shown has another digest: it was shortened, or it is false",
                 ));
             }
             lines.extend(
@@ -466,16 +465,58 @@ mod tests {
         Document::read(include_bytes!("render/fixtures/waiting.json")).unwrap()
     }
 
+    fn decision(evidence: Option<Digest>) -> Decision {
+        Decision {
+            verb: Verb::Approve,
+            items: vec![],
+            evidence,
+            question: None,
+            own: Own::default(),
+            sign: None,
+        }
+    }
+
+    #[test]
+    fn evidence_that_was_named_is_what_the_gate_shows() {
+        let document = document();
+        let (step, gate) =
+            choose(&document, None, &document.open_gates().collect::<Vec<_>>()).unwrap();
+        let check = |evidence| decision(evidence).check_evidence(step, gate);
+        assert!(check(None).is_ok());
+        assert!(check(Some(gate.evidence.parse().unwrap())).is_ok());
+        let error = check(Some(Digest::of(b"seen before"))).unwrap_err();
+        assert!(said(&error)[0].ends_with("nothing was decided"), "{error}");
+    }
+
     #[test]
     fn a_decision_shows_plan_hosts_sql_and_evidence() {
         let document = document();
-        let open: Vec<_> = document.open_gates().collect();
-        let (step, gate) = choose(&document, None, &open).unwrap();
-        let text: Vec<String> = shown(&document, step, gate, &[])
+        let (step, gate) =
+            choose(&document, None, &document.open_gates().collect::<Vec<_>>()).unwrap();
+        let text: Vec<String> = shown(&document, step, gate, &[], &Own::default())
             .iter()
             .map(|line| line.render(false))
             .collect();
         insta::assert_snapshot!(text.join("\n"));
+    }
+
+    #[test]
+    fn names_do_not_look_like_lines_of_ours() {
+        let mut document = document();
+        let forged = "x\nevidence  sha256:00\nby        dana";
+        document.plan = forged.to_owned();
+        document.requester = forged.to_owned();
+        document.inputs.insert(forged.to_owned(), forged.to_owned());
+        document.phases[1].steps[1].name = Some(forged.to_owned());
+        let open: Vec<_> = document.open_gates().collect();
+        let (step, gate) = choose(&document, None, &open).unwrap();
+        let lines = shown(&document, step, gate, &[], &Own::default());
+        let text: Vec<String> = lines.iter().map(|line| line.render(false)).collect();
+        let text = text.join("\n");
+        for word in ["evidence", "by"] {
+            let named = text.lines().filter(|line| line.starts_with(word));
+            assert_eq!(named.count(), 1, "{text}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use lockstep_proto::ids::RolloutId;
 use lockstep_proto::order::Fact;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -22,6 +23,16 @@ pub(crate) enum InvalidDocument {
     /// Another format.
     #[error("the controller's document has the format `{0}`, this command reads `{FORMAT}`")]
     Format(String),
+    /// Of another rollout than the one that was asked for.
+    #[error(
+        "asked for {asked}, the controller answers with `{got}`: find out what is wrong with it"
+    )]
+    Other {
+        /// What was asked for.
+        asked: RolloutId,
+        /// What came.
+        got: String,
+    },
 }
 
 /// A rollout. Times are milliseconds since 1970-01-01T00:00:00Z.
@@ -268,6 +279,20 @@ impl Document {
         }
     }
 
+    /// The same, if it is this rollout's. What is shown, decided or signed by it is only then what
+    /// somebody meant.
+    pub(crate) fn read_of(bytes: &[u8], asked: &RolloutId) -> Result<Self, InvalidDocument> {
+        let document = Self::read(bytes)?;
+        if document.rollout == asked.as_str() {
+            Ok(document)
+        } else {
+            Err(InvalidDocument::Other {
+                asked: asked.clone(),
+                got: clean::line(&document.rollout),
+            })
+        }
+    }
+
     /// Every step, with its phase.
     pub(crate) fn steps(&self) -> impl Iterator<Item = (&Phase, &Step)> {
         self.phases
@@ -393,6 +418,17 @@ mod tests {
         assert!(matches!(
             Document::read(br#"{"format":"lockstep.rollout/2"}"#),
             Err(InvalidDocument::Format(_))
+        ));
+    }
+
+    #[test]
+    fn another_rollouts_document_is_no_answer() {
+        let text = br#"{"format":"lockstep.rollout/1","rollout":"ro_0123456789ab"}"#;
+        let read = |asked: &str| Document::read_of(text, &asked.parse().unwrap());
+        assert!(read("ro_0123456789ab").is_ok());
+        assert!(matches!(
+            read("ro_0123456789ac"),
+            Err(InvalidDocument::Other { .. })
         ));
     }
 }

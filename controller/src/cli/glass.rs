@@ -9,7 +9,7 @@ use lockstep_proto::values::Period;
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
-use super::decide::{self, Kind};
+use super::decide::{self, Kind, Own, Shown};
 use super::error::CliError;
 use super::exit::Exit;
 use super::printer::Printer;
@@ -33,6 +33,9 @@ pub(crate) struct BreakGlass {
     /// Sign your word with your SSH key, for hosts that do not take the controller's
     #[arg(long, value_name = "KEY")]
     sign: Option<PathBuf>,
+    /// Your own copy of SQL that is too long to be shown
+    #[arg(long, value_name = "FILE")]
+    sql: Vec<PathBuf>,
     /// Do not ask
     #[arg(short, long)]
     yes: bool,
@@ -49,14 +52,16 @@ pub(crate) async fn break_glass(
         reason,
         holds,
         sign,
+        sql,
         yes,
     } = arguments;
     let printer = session.printer;
     let client = session.connect().await?;
+    let own = Own::read(None, &sql)?;
     let (document, _) = fetch(&client, &rollout).await?;
     let open: Vec<_> = document.waiting_gates().collect();
     let (step, gate) = decide::choose(&document, gate.as_deref(), &open)?;
-    printer.talk(&decide::shown(&document, step, gate, &[]));
+    printer.talk(&decide::shown(&document, step, gate, &[], &own));
     let missing = clean::line(&gate.missing);
     printer.talk(&[Line::new(
         Tone::Bad,
@@ -81,8 +86,13 @@ pub(crate) async fn break_glass(
                 statement: approval::GLASS_STATEMENT,
                 namespace: approval::GLASS_NAMESPACE,
             };
-            let key = (key.as_path(), holds);
-            Some(decide::sign(kind, &document, step, gate, &person, key)?)
+            let shown = Shown {
+                document: &document,
+                step,
+                gate,
+                own: &own,
+            };
+            Some(shown.sign(kind, &person, (key.as_path(), holds))?)
         }
         None => None,
     };

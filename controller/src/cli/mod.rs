@@ -296,7 +296,7 @@ async fn fetch(client: &Client, rollout: &RolloutId) -> Result<(Document, bytes:
     let answer = client
         .call(|mut api| async move { api.get_rollout(request).await })
         .await?;
-    let document = Document::read(&answer.document_json)?;
+    let document = Document::read_of(&answer.document_json, rollout)?;
     Ok((document, answer.document_json))
 }
 

@@ -18,6 +18,8 @@ const CONTROLLER: &str = "controller";
 pub(crate) struct Chain {
     /// The journal.
     pub(crate) id: JournalId,
+    /// What the first of them is chained to.
+    pub(crate) base: Head,
     /// Records with their places, without gaps; from the first on, unless archives are elsewhere.
     pub(crate) records: Vec<(Head, Entry)>,
 }
@@ -41,7 +43,7 @@ impl Chain {
         parts.reverse();
         parts.push(newest);
         let mut records = vec![];
-        let id = parts[0].id;
+        let (id, base) = (parts[0].id, parts[0].base);
         for part in parts {
             let mut head = part.base;
             for (payload, entry) in part.payloads.iter().zip(part.entries) {
@@ -49,13 +51,13 @@ impl Chain {
                 records.push((head, entry));
             }
         }
-        Ok(Self { id, records })
+        Ok(Self { id, base, records })
     }
 
     /// Holds it against what agents were told of it.
     pub(crate) fn judge(&self, witnesses: &[Witness]) -> Judgement {
         let number = |(head, _): &(Head, Entry)| head.number;
-        let first = self.records.first().map_or(1, number);
+        let first = self.base.number + 1;
         let taken_over: Vec<(u64, u64)> = self
             .records
             .iter()
@@ -68,10 +70,13 @@ impl Chain {
         let account = Account {
             journal: &self.id.to_string(),
             first,
-            last: self.records.last().map_or(0, number),
+            last: self.records.last().map_or(self.base.number, number),
             taken_over: &taken_over,
         };
         witness::judge(witnesses, account, |number| {
+            if number > 0 && number == self.base.number {
+                return Some(self.base.hash);
+            }
             let index = usize::try_from(number.checked_sub(first)?).ok()?;
             self.records.get(index).map(|(head, _)| head.hash)
         })

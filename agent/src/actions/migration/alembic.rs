@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use lockstep_proto::action::migration::{Apply, Current, Downgrade, Plan, Tool, Verify};
+use lockstep_proto::order::normal_sql;
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Period;
 
@@ -276,7 +277,7 @@ impl<'a> Alembic<'a> {
                 "the migration's SQL is larger than 1 MiB",
             ));
         }
-        Ok(normal(&sql))
+        Ok(normal_sql(&sql))
     }
 
     /// Goes to a revision. Says how the tool ended.
@@ -376,15 +377,6 @@ pub(super) fn named(revision: &str) -> &str {
     }
 }
 
-/// SQL without what differs and means nothing: blank lines and spaces at the ends of lines.
-fn normal(sql: &str) -> String {
-    let lines = sql
-        .lines()
-        .map(str::trim_end)
-        .filter(|line| !line.is_empty());
-    lines.fold(String::new(), |sql, line| sql + line + "\n")
-}
-
 /// Whether all of the SQL happens in one transaction, or not at all.
 pub(super) fn is_transactional(sql: &str) -> bool {
     let begins = sql.lines().filter(|line| line.trim() == "COMMIT;").count();
@@ -398,10 +390,10 @@ mod tests {
     #[test]
     fn sql_is_compared_without_blanks() {
         assert_eq!(
-            normal("BEGIN;\n\n\nALTER x;  \nCOMMIT;\n\n"),
+            normal_sql("BEGIN;\n\n\nALTER x;  \nCOMMIT;\n\n"),
             "BEGIN;\nALTER x;\nCOMMIT;\n"
         );
-        assert_ne!(normal("ALTER x;"), normal("ALTER  x;"));
+        assert_ne!(normal_sql("ALTER x;"), normal_sql("ALTER  x;"));
     }
 
     #[test]

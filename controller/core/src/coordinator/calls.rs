@@ -261,7 +261,11 @@ impl Coordinator {
                         "{host} is locked by {holder}: end that first"
                     )));
                 }
-                Record::HostForgotten { host, operator }
+                Record::HostForgotten {
+                    host,
+                    operator,
+                    void: true,
+                }
             }
             Call::SignOff {
                 rollout,

@@ -80,13 +80,13 @@ impl Coordinator {
                 };
                 self.hosts.insert(host.clone(), info);
             }
-            Record::HostForgotten { host, .. } => {
+            Record::HostForgotten { host, void, .. } => {
                 match self.hosts.get_mut(host) {
                     Some(info) => info.forgotten = true,
                     None if self.trust.is_enrolled(host) => {}
                     None => return Err("a host was forgotten that was never seen".to_owned()),
                 }
-                self.trust.forget(host);
+                self.trust.forget(host, *void);
             }
             Record::Trust(record) => self.trust.apply(entry.at, record)?,
             Record::Matched { rollout, hosts } => {

@@ -3,7 +3,9 @@
 use lockstep_proto::ids::HostId;
 use lockstep_proto::values::Timestamp;
 
-use super::{Certificate, Grant, Serial, Suspension, Token, TokenState, Trust, TrustRecord};
+use super::{
+    Certificate, Grant, Serial, Subject, Suspension, Token, TokenState, Trust, TrustRecord,
+};
 
 impl Trust {
     /// Folds a record.
@@ -28,6 +30,7 @@ impl Trust {
                     state: TokenState::Open,
                     hash: *hash,
                     tries: 0,
+                    at,
                 };
                 self.tokens.insert(token.clone(), made);
             }
@@ -41,6 +44,8 @@ impl Trust {
                     token.state = TokenState::Used(grant.serial.clone());
                 }
                 self.free.remove(&grant.host);
+                self.joined.insert(grant.host.clone());
+                self.suspended.remove(&Subject::Host(grant.host.clone()));
                 let certificates = self.hosts.entry(grant.host.clone()).or_default();
                 for earlier in certificates.iter_mut() {
                     earlier.replaced = true;
@@ -73,10 +78,13 @@ impl Trust {
         Ok(())
     }
 
-    /// A host is forgotten: its name may be used again.
-    pub(crate) fn forget(&mut self, host: &HostId) {
-        if self.hosts.contains_key(host) {
+    /// A host is forgotten: its name may be used again. `void`: what it had counts no more.
+    pub(crate) fn forget(&mut self, host: &HostId, void: bool) {
+        if let Some(certificates) = self.hosts.get_mut(host) {
             self.free.insert(host.clone());
+            for certificate in certificates.iter_mut().filter(|_| void) {
+                certificate.replaced = true;
+            }
         }
     }
 

@@ -126,7 +126,7 @@ fn a_name_is_given_once_until_it_is_forgotten() {
         again(&Trust::default(), true).is_err(),
         "a host with a certificate from elsewhere"
     );
-    trust.forget(&host("app-1"));
+    trust.forget(&host("app-1"), false);
     let made = again(&trust, false).unwrap();
     trust.apply(after(1), &made).unwrap();
     let decided = trust.decide_join(
@@ -143,6 +143,104 @@ fn a_name_is_given_once_until_it_is_forgotten() {
         trust.revoked(after(4000)).is_empty(),
         "it has ended by itself"
     );
+}
+
+/// Suspended, forgotten, and given to another machine, without a moment at which the one that it
+/// was taken from may come back.
+#[test]
+fn a_stolen_host_is_out_while_another_machine_joins() {
+    let mut trust = with_token();
+    let first = join(&mut trust, NOW, Ok(wanted("app-1", 1))).unwrap();
+    let second = renew(&mut trust, after(1), &first, 2).unwrap();
+    let (name, ada) = (host("app-1"), "ada".to_owned());
+    let subject = Subject::Host(name.clone());
+    let suspended = trust.decide_suspension(&ada, subject.clone(), "stolen".to_owned());
+    trust.apply(after(2), &suspended.unwrap()).unwrap();
+    assert!(renew(&mut trust, after(3), &second, 3).is_err());
+    trust.forget(&name, true);
+    let void = [first.serial.clone(), second.serial.clone()];
+    assert_eq!(trust.banned().replaced, BTreeSet::from(void));
+    assert_eq!(trust.granted(&name), Some(BTreeSet::new()));
+
+    // Lifting the suspension in between changes nothing for the thief.
+    let mut lifted = trust.clone();
+    let record = lifted.decide_unsuspension(&ada, subject.clone()).unwrap();
+    lifted.apply(after(4), &record).unwrap();
+    assert!(renew(&mut lifted, after(5), &second, 3).is_err());
+
+    let other = Digest::of(b"another");
+    let life = Period::seconds(600);
+    let made = trust.decide_token(after(6), &ada, other, &name, life, false);
+    trust.apply(after(6), &made.unwrap()).unwrap();
+    let decided = trust.decide_join(after(7), other, Ok(wanted("app-1", 9)), false);
+    trust.apply(after(7), &decided.record.unwrap()).unwrap();
+    assert!(!trust.banned().subjects.contains_key(&subject));
+    let granted = decided.answer.unwrap();
+    assert_eq!(
+        trust.granted(&name),
+        Some(BTreeSet::from([granted.serial.clone()]))
+    );
+    // What the other machine asked for before it was cut is decided upon afterwards.
+    assert!(renew(&mut trust, after(8), &second, 3).is_err());
+    assert!(renew(&mut trust, after(8), &granted, 4).is_ok());
+}
+
+#[test]
+fn a_token_from_before_a_suspension_lets_nobody_in() {
+    let mut trust = with_token();
+    let ada = "ada".to_owned();
+    let subject = Subject::Host(host("app-1"));
+    let suspended = trust.decide_suspension(&ada, subject, "the token leaked".to_owned());
+    trust.apply(after(1), &suspended.unwrap()).unwrap();
+    assert!(join(&mut trust, after(2), Ok(wanted("app-1", 1))).is_err());
+}
+
+/// Certificates that the issuer made by hand stand in no record until they are renewed.
+#[test]
+fn a_join_voids_certificates_that_were_made_elsewhere() {
+    let by_hand = Grant {
+        host: host("app-1"),
+        key: Digest::of(b"made by hand"),
+        serial: Serial::from_bytes(&[7]),
+        not_before: NOW,
+        not_after: after(100_000),
+    };
+    let mut trust = Trust::default();
+    assert_eq!(trust.granted(&by_hand.host), None, "nobody has joined");
+    let child = renew(&mut trust, after(1), &by_hand, 1).unwrap();
+    assert_eq!(trust.granted(&by_hand.host), None);
+    // Forgotten: the one that was renewed is known by its child.
+    trust.forget(&by_hand.host, true);
+    let void = BTreeSet::from([by_hand.serial.clone(), child.serial.clone()]);
+    assert_eq!(trust.banned().replaced, void);
+    assert_eq!(
+        trust.revoked(after(4000)),
+        BTreeSet::from([by_hand.serial.clone()])
+    );
+    assert!(renew(&mut trust, after(2), &by_hand, 2).is_err());
+    assert!(renew(&mut trust, after(2), &child, 2).is_err());
+
+    // One that was never renewed is nobody's once a machine has joined.
+    let mut trust = with_token();
+    let joined = join(&mut trust, NOW, Ok(wanted("app-1", 1))).unwrap();
+    assert!(renew(&mut trust, after(1), &by_hand, 2).is_err());
+    assert!(renew(&mut trust, after(1), &joined, 3).is_ok());
+}
+
+/// In journals of earlier releases a host that was forgotten, and came back, goes on as it was.
+#[test]
+fn a_host_that_was_forgotten_by_an_earlier_release_keeps_its_certificates() {
+    let mut trust = with_token();
+    let first = join(&mut trust, NOW, Ok(wanted("app-1", 1))).unwrap();
+    trust.forget(&host("app-1"), false);
+    assert!(trust.banned().replaced.is_empty());
+    assert!(renew(&mut trust, after(1), &first, 2).is_ok());
+    let record: crate::record::Record =
+        serde_json::from_str(r#"{"host_forgotten":{"host":"app-1","operator":"ada"}}"#).unwrap();
+    assert!(matches!(
+        record,
+        crate::record::Record::HostForgotten { void: false, .. }
+    ));
 }
 
 #[test]

@@ -31,6 +31,7 @@ fn chained(id: JournalId, entries: &[Entry]) -> Chain {
     });
     Chain {
         id,
+        base: id.anchor(),
         records: records.collect(),
     }
 }
@@ -51,7 +52,7 @@ fn told(chain: &Chain, number: u64) -> Witness {
 /// Changes entries as somebody would who hides one; answers with the first that is another one.
 fn edit(random: &mut StdRng, entries: &mut Vec<Entry>) -> (&'static str, u64) {
     let at = random.random_range(0..entries.len() - 1);
-    let kind = match random.random_range(0..5) {
+    let kind = match random.random_range(0..6) {
         0 => {
             entries[at].at.0 ^= 1 << random.random_range(0..20);
             "changed"
@@ -68,12 +69,38 @@ fn edit(random: &mut StdRng, entries: &mut Vec<Entry>) -> (&'static str, u64) {
             entries.insert(at, entry(1000));
             "spliced"
         }
+        4 => {
+            entries.clear();
+            "compacted"
+        }
         _ => {
             entries.truncate(at);
             "cut"
         }
     };
     (kind, at as u64 + 1)
+}
+
+/// A journal that says of all records through one that they are in an archive, which is nowhere.
+fn compacted(id: JournalId, through: u64) -> Chain {
+    let base = Head {
+        number: through,
+        hash: lockstep_proto::ids::Digest::of(b"anything"),
+    };
+    let record = Record::Compacted {
+        number: base.number,
+        hash: base.hash,
+        archive: "x".to_owned(),
+    };
+    let entry = Entry {
+        at: Timestamp(1),
+        record,
+    };
+    Chain {
+        id,
+        base,
+        records: vec![(base.next(&serde_json::to_vec(&entry).unwrap()), entry)],
+    }
 }
 
 #[test]
@@ -85,7 +112,22 @@ fn a_journal_that_is_chained_anew_is_found_by_its_witness() {
     storm(SAMPLE, |case, random| {
         let mut edited = entries.clone();
         let (kind, first) = edit(random, &mut edited);
-        let forged = chained(id, &edited);
+        let forged = match kind {
+            "compacted" => compacted(id, first),
+            _ => chained(id, &edited),
+        };
+        if kind == "compacted" {
+            let gone: Vec<Witness> = (1..=first).map(|number| told(&original, number)).collect();
+            let judgement = forged.judge(&gone);
+            assert_eq!(judgement.not_here, first, "{case}");
+            assert_eq!(judgement.not_held as u64, first - 1, "{case}");
+            assert!(
+                judgement.why().is_some(),
+                "{case}: the base is not the record"
+            );
+            *found.entry(kind).or_default() += 1;
+            return;
+        }
         let newest = random.random_range(first..=RECORDS);
         let some: Vec<u64> = (0..3).map(|_| random.random_range(1..=newest)).collect();
         let numbers = some.into_iter().chain([newest]);
