@@ -64,7 +64,10 @@ impl Suspensions {
             None => all.remove(host),
         };
         drop(all);
-        self.cut_where(|identity| matches!(identity, Identity::Agent(name) if name == host));
+        self.cut_where(|peer| match peer.identity() {
+            Identity::Agent(name) if name == host => self.why_peer(peer),
+            _ => None,
+        });
     }
 
     /// Takes the operators' revocation list.
@@ -92,17 +95,11 @@ impl Suspensions {
     }
 
     fn cut(&self) {
-        self.cut_where(|_| true);
+        self.cut_where(|peer| self.why_peer(peer));
     }
 
-    fn cut_where(&self, wanted: impl Fn(&Identity) -> bool) {
-        let live = self.live();
-        for peer in live.values().filter(|peer| wanted(peer.identity())) {
-            if let Some(why) = self.why(peer.identity(), peer.serial()) {
-                say_cut(peer, &why);
-                peer.cut(why);
-            }
-        }
+    fn why_peer(&self, peer: &Peer) -> Option<String> {
+        self.why(peer.identity(), peer.serial())
     }
 
     /// Why somebody may do nothing; none if that is not so.

@@ -190,7 +190,7 @@ impl Memory {
                     }
                     self.waiting.push_back(rollout.clone());
                 } else {
-                    self.end(rollout.clone());
+                    self.end(rollout);
                 }
             }
             Record::Licensed { of, rollout } => self.licences.license(of, rollout),
@@ -202,7 +202,7 @@ impl Memory {
             } => {
                 self.licences.raise(&raised.fleet, &raised.serials);
                 if let Some(hold) = self.hold.take() {
-                    self.end(hold.rollout);
+                    self.end(&hold.rollout);
                 }
                 if let Some((_, own)) = &mut self.opened {
                     *own = instance.clone();
@@ -239,12 +239,12 @@ impl Memory {
     }
 
     /// A rollout has ended here, for ever.
-    fn end(&mut self, rollout: RolloutId) {
-        self.licences.end(&rollout);
+    fn end(&mut self, rollout: &RolloutId) {
+        self.licences.end(rollout);
         if self.released.len() == RELEASED {
             self.released.pop_front();
         }
-        self.released.push_back(number_of(&rollout));
+        self.released.push_back(number_of(rollout));
     }
 
     fn apply_report(&mut self, position: Position, number: u64, body: &ReportBody) {

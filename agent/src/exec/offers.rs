@@ -91,7 +91,7 @@ impl Exec {
                 && !hold.has_changed(steps)
         });
         if earlier && !self.is_busy() {
-            return self.let_go(offer.rollout.clone(), true);
+            return self.let_go(&offer.rollout, true);
         }
         Ok(())
     }

@@ -335,7 +335,7 @@ impl Exec {
         {
             self.release_later = Some((rollout, false));
         } else if self.memory.waits(&rollout) {
-            return self.let_go(rollout, false);
+            return self.let_go(&rollout, false);
         }
         self.release_now_if_due()
     }
@@ -375,13 +375,17 @@ impl Exec {
             return Ok(());
         }
         match self.release_later.take() {
-            Some((rollout, comes_back)) => self.let_go(rollout, comes_back),
+            Some((rollout, comes_back)) => self.let_go(&rollout, comes_back),
             None => Ok(()),
         }
     }
 
     /// Ends the hold, if there is one, and whatever was kept for it.
-    pub(super) fn let_go(&mut self, rollout: RolloutId, comes_back: bool) -> Result<(), ExecError> {
+    pub(super) fn let_go(
+        &mut self,
+        rollout: &RolloutId,
+        comes_back: bool,
+    ) -> Result<(), ExecError> {
         let record = Record::Released {
             rollout: rollout.clone(),
             comes_back,
@@ -392,8 +396,8 @@ impl Exec {
         }
         tracing::info!(%rollout, comes_back, "released");
         let state_dir = &self.host.config.state_dir;
-        HeldPlan::forget(state_dir, &rollout);
-        remove_steps(state_dir, |of| *of == rollout);
+        HeldPlan::forget(state_dir, rollout);
+        remove_steps(state_dir, |of| of == rollout);
         Ok(())
     }
 

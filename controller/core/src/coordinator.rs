@@ -296,7 +296,7 @@ impl Coordinator {
                     labels,
                     agent_version,
                 };
-                self.handle_host_up(now, host, seen, held, &mut effects);
+                self.handle_host_up(now, &host, seen, held, &mut effects);
             }
             Event::HostDown { host } => {
                 if let Some(info) = self.hosts.get_mut(&host) {
@@ -382,30 +382,30 @@ impl Coordinator {
     fn handle_host_up(
         &mut self,
         now: Timestamp,
-        host: HostId,
+        host: &HostId,
         seen: Record,
         held: Option<RolloutId>,
         effects: &mut Effects,
     ) {
         if !self
             .hosts
-            .get(&host)
+            .get(host)
             .is_some_and(|info| info.is_as_in(&seen))
         {
             self.commit(now, seen, effects);
         }
-        let info = self.hosts.get_mut(&host).expect("it was just seen");
+        let info = self.hosts.get_mut(host).expect("it was just seen");
         info.connected = true;
         info.since = now;
         info.last_seen = now;
-        self.surveyed.retain(|(_, other)| *other != host);
+        self.surveyed.retain(|(_, other)| other != host);
         // It lets go before it is asked to hold for another one.
         if let Some(rollout) = held {
             self.send_release(host.clone(), rollout, effects);
         }
         let epoch = self.config.epoch;
         for rollout in self.rollouts.values() {
-            let Some(member) = rollout.members.get(&host) else {
+            let Some(member) = rollout.members.get(host) else {
                 continue;
             };
             if rollout.ended.is_none() && member.consent.is_none() {
@@ -413,7 +413,7 @@ impl Coordinator {
             }
             for (at, direction, other, attempt) in rollout.outstanding() {
                 let begun = attempt.started.is_some() || rollout.may_say(at, direction);
-                if *other == host && rollout.ended.is_none() && begun {
+                if other == host && rollout.ended.is_none() && begun {
                     let order = rollout.order(&self.config, at, direction, other, attempt);
                     effects.send.push((host.clone(), Message::Order(order)));
                 }

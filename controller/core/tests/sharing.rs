@@ -236,14 +236,16 @@ impl World {
                 members.extend(hosts.iter().cloned());
                 self.check_apart();
             }
-            Record::Reported { host, body, .. } => {
-                if let ReportBody::Consented { rollout, state, .. } = body {
-                    let Some(Fact::State { text, .. }) = state.first() else {
-                        panic!("a host says its state")
-                    };
-                    let said = self.said.entry(rollout.clone()).or_default();
-                    said.insert(host.clone(), text.parse().unwrap());
-                }
+            Record::Reported {
+                host,
+                body: ReportBody::Consented { rollout, state, .. },
+                ..
+            } => {
+                let Some(Fact::State { text, .. }) = state.first() else {
+                    panic!("a host says its state")
+                };
+                let said = self.said.entry(rollout.clone()).or_default();
+                said.insert(host.clone(), text.parse().unwrap());
             }
             Record::GateOpened {
                 rollout, evidence, ..

@@ -148,7 +148,7 @@ pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exi
                  the question",
             ));
         }
-        Some(_) => !arguments.yes && !(named && meant),
+        Some(_) => !(arguments.yes || named && meant),
         None => !arguments.yes && !named,
     };
     let decision = Decision {

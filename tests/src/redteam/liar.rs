@@ -149,12 +149,11 @@ impl Liar {
         ensure!(self.said.reports.insert(name.to_owned()), "{name} twice");
         self.agent.send(message).await;
         // Whatever comes next says that it was heard.
-        match self.agent.next().await {
-            Ok(_) => self.said.ignored += 1,
-            Err(_) => {
-                self.said.refused += 1;
-                self.agent = session(&self.channel, 9).await?;
-            }
+        if self.agent.next().await.is_ok() {
+            self.said.ignored += 1;
+        } else {
+            self.said.refused += 1;
+            self.agent = session(&self.channel, 9).await?;
         }
         self.agent.number = self.agent.number.max(self.agent.welcome.acknowledged + 1);
         self.unchanged(name)
@@ -251,6 +250,7 @@ impl Liar {
                 text: "FORGED".into(),
             }];
             let consented = ReportBody::Consented {
+                round: 0,
                 rollout: rollout.clone(),
                 plan: self.plan,
                 state: state.clone(),
@@ -311,6 +311,7 @@ impl Liar {
                 .await?;
         }
         let other = ReportBody::Consented {
+            round: 0,
             rollout: self.own.clone(),
             plan: Digest::of(b"another plan"),
             state: vec![],

@@ -13,7 +13,7 @@ impl Certificate {
     pub(super) fn voided(&self) -> impl Iterator<Item = &Serial> {
         let serials = self
             .replaced
-            .then(|| [Some(&self.grant.serial), self.parent.as_ref()]);
+            .then_some([Some(&self.grant.serial), self.parent.as_ref()]);
         serials.into_iter().flatten().flatten()
     }
 }

@@ -58,7 +58,7 @@ impl Fleet {
     }
 
     /// Starts rollout 1 up to its gate.
-    fn to_the_gate(&mut self, before: &str) {
+    fn come_to_the_gate(&mut self, before: &str) {
         self.submit(1, plan(1, stages())).unwrap();
         self.consent(1, "a", vec![state(before)]);
         self.finish("a", ok(), vec![]);
@@ -83,7 +83,7 @@ impl Fleet {
 #[test]
 fn a_gate_frees_the_hosts_and_takes_them_again_before_anything_goes_on() {
     let mut fleet = Fleet::new(&["a"]);
-    fleet.to_the_gate("up");
+    fleet.come_to_the_gate("up");
     assert_eq!(fleet.locked_by("a"), None);
     let freed = |(_, message): &(HostId, Message)| matches!(message, Message::Release { comes_back: true, rollout: of, .. } if *of == rollout(1));
     assert!(fleet.sent.iter().any(freed), "the host may hold for others");
@@ -117,7 +117,7 @@ fn a_gate_frees_the_hosts_and_takes_them_again_before_anything_goes_on() {
 #[test]
 fn another_rollout_takes_the_hosts_and_the_first_waits_for_them() {
     let mut fleet = Fleet::new(&["a"]);
-    fleet.to_the_gate("up");
+    fleet.come_to_the_gate("up");
     fleet
         .submit(2, plan(2, vec![on("app", vec![stop()])]))
         .unwrap();
@@ -244,7 +244,7 @@ fn a_rollout_that_has_freed_its_hosts_ends_without_touching_them() {
     ];
     for (why, end) in ends {
         let mut fleet = Fleet::new(&["a"]);
-        fleet.to_the_gate("up");
+        fleet.come_to_the_gate("up");
         fleet
             .submit(2, plan(2, vec![on("app", vec![stop()])]))
             .unwrap();
@@ -275,7 +275,7 @@ fn a_rollout_that_has_freed_its_hosts_ends_without_touching_them() {
 #[test]
 fn a_host_that_has_not_heard_of_it_is_told_when_it_is_back() {
     let mut fleet = Fleet::new(&["a"]);
-    fleet.to_the_gate("up");
+    fleet.come_to_the_gate("up");
     fleet.sent.clear();
     fleet.restart();
     fleet.up_holding("a", Some(rollout(1)));
@@ -296,7 +296,7 @@ fn a_host_that_has_not_heard_of_it_is_told_when_it_is_back() {
 #[test]
 fn a_paused_rollout_takes_nothing_and_a_resumed_one_is_still_free() {
     let mut fleet = Fleet::new(&["a"]);
-    fleet.to_the_gate("up");
+    fleet.come_to_the_gate("up");
     fleet.pause();
     fleet.decide("dana", &["dba"], fleet.asked()).unwrap();
     assert_eq!(fleet.locked_by("a"), None);
@@ -305,7 +305,7 @@ fn a_paused_rollout_takes_nothing_and_a_resumed_one_is_still_free() {
 
     // Paused for longer than the gate waits: it opens anew.
     let mut fleet = Fleet::new(&["a"]);
-    fleet.to_the_gate("up");
+    fleet.come_to_the_gate("up");
     fleet.pause();
     fleet.later(1900);
     fleet.resume();

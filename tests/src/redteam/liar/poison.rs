@@ -146,6 +146,7 @@ impl Liar {
                             }
                         } else {
                             ReportBody::Consented {
+                                round: 0,
                                 rollout,
                                 plan,
                                 state: vec![note()],
@@ -175,8 +176,8 @@ impl Liar {
                 commands.push(vec!["report", rollout, "--format", format]);
             }
         }
-        for command in commands[..4].to_vec() {
-            commands.push([&command[..], &["--output", "json"]].concat());
+        for command in 0..4 {
+            commands.push([&commands[command][..], &["--output", "json"]].concat());
         }
         for command in &commands {
             let said = operator.run(command)?;
