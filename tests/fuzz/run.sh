@@ -39,21 +39,22 @@ cargo "+$toolchain" fuzz build --fuzz-dir tests/fuzz/libfuzzer --sanitizer none 
 mapfile -t all < <(sed -n 's/^    "\([a-z_]*\)" [a-z_:]*, \([0-9]*\), .*/\1 \2/p' tests/fuzz/src/lib.rs)
 [ ${#all[@]} -gt 0 ] || { say "there are no targets in tests/fuzz/src/lib.rs"; exit 1; }
 
-# Inputs that were found broken stay; of those that reach something, 150 small and large ones.
+# Inputs that were found broken stay; of those that reach something new, up to 150 of all sizes.
 keep() {
-  local chosen file total=0 every number=0
+  local chosen every=1 number sum
   chosen=$(mktemp -d)
   "$fuzzer" -merge=1 -max_len="$max_len" "$chosen" "$kept" "$grown" >"$work/logs/$target-merge" 2>&1
   find "$kept" -type f ! -name 'found-*' -delete
-  every=$(($(find "$chosen" -type f | wc -l) / 150 + 1))
-  while read -r size file; do
-    if ((number++ % every == 0 && size <= 16384 && total + size <= 262144)); then
-      cp "$file" "$kept/"
-      total=$((total + size))
-    fi
-  done < <(find "$chosen" -type f -printf '%s %p\n' | sort -n)
+  find "$chosen" -type f -size -16385c -printf '%s %p\n' | sort -n >"$work/logs/$target-chosen"
+  while read -r number sum < <(awk -v every="$every" \
+    'NR % every == 0 { number++; sum += $1 } END { print number + 0, sum + 0 }' \
+    "$work/logs/$target-chosen") && ((number > 150 || sum > 131072)); do
+    every=$((every + 1))
+  done
+  awk -v every="$every" 'NR % every == 0 { print $2 }' "$work/logs/$target-chosen" |
+    xargs -r cp -t "$kept"
   rm -r "$chosen"
-  say "$target: $(find "$kept" -type f | wc -l) inputs, $total bytes"
+  say "$target: $(find "$kept" -type f | wc -l) inputs"
 }
 
 failed=()

@@ -250,6 +250,14 @@ fn messages(seeds: &mut Seeds) {
             epoch: Some(epoch.into()),
             comes_back: false,
         }),
+        Down::Cancel(agent::Cancel {
+            rollout: rollout(),
+            epoch: Some(epoch.into()),
+        }),
+        Down::Survey(agent::Survey {
+            rollout: rollout(),
+            epoch: Some(epoch.into()),
+        }),
         Down::Welcome(agent::Welcome {
             version: 1,
             epoch: Some(epoch.into()),
@@ -451,6 +459,11 @@ fn names(seeds: &mut Seeds) {
     for index in 0..2 {
         let made = trust::genuine(index);
         seeds.push(("signature", made.clone().into_bytes()));
+        // The same in lines of another length: it does not count.
+        let (head, rest) = made.split_at(made.find('\n').map_or(0, |end| end + 1));
+        let (line, rest) = rest.split_at(50);
+        let wrapped = format!("{head}{line}\n{rest}");
+        seeds.push(("signature", wrapped.into_bytes()));
         let body: String = made.lines().filter(|line| !line.starts_with('-')).collect();
         seeds.push(("signature", [vec![0], unpacked(&body)].concat()));
     }
@@ -487,6 +500,7 @@ fn names(seeds: &mut Seeds) {
         expires: Timestamp(9),
     };
     seeds.push(("statements", floor.encode()));
+    seeds.push(("statements", [floor.encode(), b"\n".to_vec()].concat()));
     let witness = |number| Witness {
         by: "app-1".to_owned(),
         term: 1,

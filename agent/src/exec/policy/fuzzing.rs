@@ -149,7 +149,10 @@ pub fn policy_patterns(bytes: &[u8]) {
         let Some(pattern) = listed[0].as_str().filter(other) else {
             continue;
         };
-        let climbs = text.split(['/', '=', ':']).any(|part| part == "..");
+        // What follows `#` is never sent.
+        let sent = text.split('#').next().filter(|_| url::is_url(text));
+        let mut parts = sent.unwrap_or(text).split(['/', '=', ':']);
+        let climbs = parts.any(|part| part == "..");
         assert!(!climbs, "{pattern:?} lets {text:?} through");
         let is_secret = text.starts_with(SECRET) && !pattern.starts_with(SECRET);
         assert!(!is_secret, "{pattern:?} lets {text:?} through");
