@@ -138,10 +138,11 @@ fn a_fresh_machine_is_a_host_after_two_commands() {
         let said = admin.run(command).unwrap();
         assert_eq!(said.code, 0, "{command:?}: {}", said.text());
     }
-    wait::until("the agent to say why", wait::SOON, || {
+    let before = fs::read_to_string(&log).unwrap_or_default().len();
+    wait::until("the agent to be refused again", wait::SOON, || {
         let said = fs::read_to_string(&log).unwrap_or_default();
-        let void = said.contains("this certificate is void");
-        void.then_some(()).ok_or(said)
+        let new = said.get(before..).unwrap_or_default().to_owned();
+        new.contains("CertificateRevoked").then_some(()).ok_or(new)
     })
     .unwrap();
     assert!(!is_connected(&cluster, "app-1"));

@@ -151,7 +151,9 @@ impl LinkError {
             {
                 "an admin has suspended this host, or its certificate is on two machines"
             }
-            _ if has("CertificateRevoked") || has("Revoked") => "this host has been suspended",
+            _ if has("CertificateRevoked") || has("Revoked") => {
+                "this host has been suspended, or forgotten, or another machine has joined in its place"
+            }
             // Issuers of two installations may have the same name: then it is the signature that
             // is wrong.
             _ if has("alert: UnknownCA") || has("alert: DecryptError") => {

@@ -32,6 +32,9 @@ use super::simulated::{Then, World};
 /// is the controller that is measured.
 const DIAL_AGAIN: Duration = Duration::from_millis(25);
 
+/// What a controller says to a host that was told of more than its journal has.
+const LOST: &str = "are durable, and this journal has";
+
 /// From the request to the Welcome.
 const WELCOME_WITHIN: Duration = Duration::from_secs(20);
 
@@ -173,7 +176,12 @@ async fn keep_session(shared: &Arc<Shared>, index: usize, identity: &Identity) {
             identity: identity.clone(),
         };
         if let Err(error) = session.run(at, address.clone()).await {
-            tracing::debug!(index, "no session: {error:#}");
+            let why = format!("{error:#}");
+            tracing::debug!(index, "no session: {why}");
+            // At the word of one host a controller goes on, and refuses it.
+            if why.contains(LOST) {
+                shared.world().lost.insert(why);
+            }
         }
         tokio::time::sleep(DIAL_AGAIN).await;
     }

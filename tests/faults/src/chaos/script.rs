@@ -82,6 +82,10 @@ pub async fn play(
     let begun = Instant::now();
     let mut paused = None;
     loop {
+        let lost = fleet.look(|world| world.lost.first().cloned());
+        if let Some(lost) = lost {
+            bail!("there is nothing to wait for any more: {lost}");
+        }
         let seen = people.rollout().await?;
         let at = seen.as_ref().map_or("", |seen| &seen.rollout).to_owned();
         let blocked = match &seen {
