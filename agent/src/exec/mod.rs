@@ -11,26 +11,20 @@
 //! answer with an [`Event`]. An error of the journal ends the daemon: its next start replays.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Direction, Epoch, InstanceId, StepKey, StepRef};
+use lockstep_proto::ids::{Direction, InstanceId, StepKey, StepRef};
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::refusals::Ledger;
-use lockstep_proto::report::{Failure, Report, ReportBody, StepOutcome};
+use lockstep_proto::report::{Failure, ReportBody, StepOutcome};
 use lockstep_proto::sshsig::SigningKey;
-use lockstep_proto::values::{Period, Timestamp};
-use lockstep_proto::wire::{Hello, PROTOCOL_VERSIONS, Welcome};
-use lockstep_proto::witness::Head;
 use serde_json::Value;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::faults::planted;
 use crate::identity::{IdentityError, boot_id, private_dir};
 use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record, Seen};
 use crate::sql::remove_left_over;
@@ -56,6 +50,7 @@ mod refusals;
 mod report;
 mod runner;
 mod seam;
+mod session;
 mod tail;
 mod unit;
 
@@ -74,19 +69,7 @@ pub(crate) use policy::{Counted, Policy, check_owner, parse_utc};
 pub(crate) use refusals::{Refusal, SessionsRefused};
 pub(crate) use runner::Runner;
 pub(crate) use seam::{Inbound, LogPiece, Offer, Outbound};
-
-/// How far a term's counter may be ahead of this host's clock, in seconds: ten years. Counters are no
-/// more than seconds since 1970; nobody could ever come after one without bounds.
-const TERMS_AHEAD: u64 = 10 * 365 * 86_400;
-
-fn check_ahead(epoch: Epoch, wall: Timestamp) -> Result<(), String> {
-    if epoch.counter <= (wall.0 / 1000).saturating_add(TERMS_AHEAD) {
-        return Ok(());
-    }
-    Err(format!(
-        "the controller claims the term {epoch}, whose counter is years ahead of this host's clock"
-    ))
-}
+use session::{Clock, Session};
 
 /// Answers of tasks that wait for the journal's owner. A host runs one step at a time and looks
 /// at few things beside it.
@@ -165,40 +148,6 @@ enum Event {
 enum Gathered {
     Consent(Box<(Offer, HeldPlan)>),
     Survey(lockstep_proto::ids::RolloutId),
-}
-
-/// A controller that is connected.
-#[derive(Debug)]
-struct Session {
-    epoch: Epoch,
-    clock: Clock,
-    outbox: mpsc::Sender<Outbound>,
-    /// The newest report sent in this session.
-    sent: u64,
-    /// What goes out before reports.
-    first: VecDeque<Outbound>,
-    /// It was refused, and ends.
-    refused: bool,
-}
-
-impl Session {
-    fn now(&self) -> Timestamp {
-        self.clock.now()
-    }
-}
-
-/// A controller's clock, as it was heard at its Welcome.
-#[derive(Debug, Clone, Copy)]
-struct Clock {
-    said: Timestamp,
-    heard: Instant,
-}
-
-impl Clock {
-    fn now(self) -> Timestamp {
-        let millis = u64::try_from(self.heard.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.said.plus(Period(millis))
-    }
 }
 
 /// An attempt that has no intent yet.
@@ -458,166 +407,6 @@ impl Exec {
         }
     }
 
-    fn hello(&self) -> Hello {
-        Hello {
-            versions: PROTOCOL_VERSIONS,
-            host: self.host.config.host.clone(),
-            instance: self.instance.clone(),
-            boot: self.host.boot.clone(),
-            highest_epoch: self.memory.epoch.unwrap_or(Epoch::NONE),
-            last_report: self.memory.last_report,
-            labels: self.host.config.labels.clone(),
-            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            held_rollout: self.memory.hold.as_ref().map(|hold| hold.rollout.clone()),
-            acknowledged: self.memory.acknowledged,
-        }
-    }
-
-    fn handle_welcome(
-        &mut self,
-        welcome: &Welcome,
-        outbox: mpsc::Sender<Outbound>,
-    ) -> Result<(), ExecError> {
-        self.session = Some(Session {
-            epoch: welcome.epoch,
-            clock: Clock {
-                said: welcome.clock,
-                heard: Instant::now(),
-            },
-            outbox,
-            sent: welcome.acknowledged,
-            first: VecDeque::new(),
-            refused: false,
-        });
-        if planted!(DropLastReport) {
-            self.memory.outstanding.pop_back();
-        }
-        if welcome.acknowledged > self.memory.last_report {
-            // INV-2: a loss is detected, never silent.
-            if self.is_sealed() == Ok(true) && self.memory.check_epoch(welcome.epoch).is_ok() {
-                self.quarantine(welcome.acknowledged)?;
-            }
-            if self.is_quarantined() {
-                return Ok(());
-            }
-            let why = format!(
-                "the controller has {} reports of this agent, its journal has {}: the state \
-                 directory was put back to an earlier time, and what was done since is not known \
-                 here; move {} aside and start the agent afresh",
-                welcome.acknowledged,
-                self.memory.last_report,
-                self.host.config.state_dir.display()
-            );
-            self.refuse_session(Refusal::Ahead, why);
-            return Ok(());
-        }
-        let anew = welcome.earlier > 0 && self.memory.is_new();
-        if anew && self.memory.check_epoch(welcome.epoch).is_ok() {
-            match self.is_sealed() {
-                Ok(true) => self.quarantine(welcome.earlier)?,
-                Ok(false) => {}
-                // Whether this host needs a floor first is not known.
-                Err(why) => {
-                    self.refuse_session(Refusal::Ahead, why);
-                    return Ok(());
-                }
-            }
-        }
-        if !self.admit(welcome.epoch)? {
-            return Ok(());
-        }
-        self.handle_acknowledged(welcome.acknowledged);
-        tracing::info!(epoch = %welcome.epoch, "connected");
-        Ok(())
-    }
-
-    fn handle_acknowledged(&mut self, number: u64) {
-        if number <= self.memory.last_report {
-            self.acknowledged |= self.memory.acknowledge(number);
-        }
-    }
-
-    /// The next records are written with it: it is worth no write of its own.
-    fn handle_witness(&mut self, head: Head) {
-        let Some(session) = &self.session else { return };
-        if self.memory.epoch != Some(session.epoch) {
-            return;
-        }
-        let older =
-            |seen: &Seen| seen.head.journal == head.journal && seen.head.number >= head.number;
-        if self
-            .seen
-            .as_ref()
-            .or(self.memory.seen.as_ref())
-            .is_some_and(older)
-        {
-            return;
-        }
-        self.seen = Some(Seen {
-            term: session.epoch.counter,
-            head,
-        });
-    }
-
-    /// When nothing more comes for a while, what was seen last is written all the same.
-    fn keep_seen(&mut self) -> Result<(), ExecError> {
-        if self.seen.is_none() {
-            return Ok(());
-        }
-        match self.commit(vec![], Need::Opens) {
-            Err(AppendError::Full(_)) => Ok(()),
-            done => Ok(done?),
-        }
-    }
-
-    /// Whether a controller of this term may be obeyed; a higher term is durable when this
-    /// returns (INV-4).
-    fn admit(&mut self, epoch: Epoch) -> Result<bool, ExecError> {
-        // What came with the message that ended it is not heard either.
-        if self.session.as_ref().is_some_and(|session| session.refused) || self.is_quarantined() {
-            return Ok(false);
-        }
-        if let Err(why) = self.memory.check_epoch(epoch) {
-            let counter = epoch.counter;
-            self.refuse_session(Refusal::Term { counter }, why);
-            return Ok(false);
-        }
-        if let Err(why) = check_ahead(epoch, wall_clock()) {
-            let counter = epoch.counter;
-            self.refuse_session(Refusal::Term { counter }, why);
-            return Ok(false);
-        }
-        if self
-            .session
-            .as_ref()
-            .is_some_and(|session| session.epoch != epoch)
-        {
-            let why =
-                format!("the controller has welcomed this host with another epoch than {epoch}");
-            self.refuse_session(Refusal::OtherTerm, why);
-            return Ok(false);
-        }
-        if planted!(EpochNotWritten) {
-            self.memory.epoch = Some(epoch);
-        }
-        if self.memory.epoch != Some(epoch) {
-            self.commit(vec![Record::Epoch(epoch)], Need::Closes)?;
-        }
-        Ok(true)
-    }
-
-    /// Ends the session, once: what else comes in it changes nothing, and a link that does not read
-    /// fills no memory.
-    fn refuse_session(&mut self, kind: Refusal, why: String) {
-        let Some(session) = self.session.as_mut().filter(|session| !session.refused) else {
-            return;
-        };
-        tracing::error!(%why, "the controller is refused");
-        session.refused = true;
-        session.first.push_back(Outbound::Refuse(why));
-        self.note_refused(kind);
-    }
-
     /// Appends records and folds them in.
     fn commit(&mut self, mut records: Vec<Record>, need: Need) -> Result<(), AppendError> {
         if self.acknowledged || self.seen.is_some() {
@@ -695,37 +484,6 @@ impl Exec {
         match self.journal.read(recorded.position)? {
             Record::Report { body, .. } => self.report(body),
             other => unreachable!("{other:?} stands where a report was written"),
-        }
-    }
-
-    /// The way out, if there is something to send.
-    fn outgoing(&self) -> Option<mpsc::Sender<Outbound>> {
-        let session = self.session.as_ref()?;
-        let waiting = !session.first.is_empty() || session.sent < self.memory.last_report;
-        waiting.then(|| session.outbox.clone())
-    }
-
-    fn next_outbound(&mut self) -> Result<Option<Outbound>, ExecError> {
-        let Some(session) = &mut self.session else {
-            return Ok(None);
-        };
-        if let Some(first) = session.first.pop_front() {
-            return Ok(Some(first));
-        }
-        let outstanding = &self.memory.outstanding;
-        let index = outstanding.partition_point(|(number, _)| *number <= session.sent);
-        let Some((number, position)) = outstanding.get(index).copied() else {
-            session.sent = self.memory.last_report;
-            return Ok(None);
-        };
-        session.sent = number;
-        match self.journal.read_linked(position)? {
-            (link, Record::Report { number, body }) => {
-                let head = Some(crate::audit::head(&self.instance, link));
-                let report = Report { number, body, head };
-                Ok(Some(Outbound::Report(Box::new(report))))
-            }
-            (_, other) => unreachable!("{other:?} stands where report {number} was written"),
         }
     }
 }
