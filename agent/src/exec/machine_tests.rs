@@ -1,9 +1,15 @@
 use super::*;
-use lockstep_proto::ids::{BootId, HostId};
-use lockstep_proto::order::Binding;
+use std::collections::BTreeMap;
+
+use lockstep_proto::action::Action;
+use lockstep_proto::ids::{BootId, Digest, HostId, PlanDigest, StepRef};
+use lockstep_proto::order::{Binding, Fact};
+use lockstep_proto::plan::Undo;
+use lockstep_proto::report::StepOutcome;
 use lockstep_proto::values::Period;
 use serde_json::{Value, json};
 
+use crate::exec::consent::Duty;
 use crate::journal::{Held, Intent, Journal, Need};
 
 /// A memory with the journal that it comes from, so that every test also proves the replay.

@@ -231,11 +231,16 @@ impl Controller {
         while self.sessions.try_recv().is_ok() {}
     }
 
-    /// The next agent to dial, with which nothing has been spoken yet, its term to be chosen.
+    /// The next agent to dial in time, with which nothing has been spoken yet.
     pub async fn met(&mut self) -> Session {
-        let next = timeout(PATIENCE, self.sessions.recv()).await;
-        let next = next.expect("an agent dials").expect("the server goes on");
-        let (hello, ups, downs) = next;
+        let dialled = timeout(PATIENCE, self.dialled()).await;
+        dialled.expect("an agent dials")
+    }
+
+    /// The next agent to dial, whenever that is; its term is that of its hello, to be chosen.
+    pub async fn dialled(&mut self) -> Session {
+        let next = self.sessions.recv().await;
+        let (hello, ups, downs) = next.expect("the server goes on");
         Session {
             epoch: hello.highest_epoch,
             hello,
@@ -251,15 +256,8 @@ impl Controller {
         earlier: u64,
     ) -> Session {
         let mut session = self.met().await;
-        session.epoch = epoch;
-        let welcome = Welcome {
-            version: 1,
-            epoch,
-            clock: Timestamp(CLOCK),
-            acknowledged: acknowledged(&session.hello),
-            earlier,
-        };
-        session.send(down::Message::Welcome(welcome.into())).await;
+        let acknowledged = acknowledged(&session.hello);
+        session.welcome(epoch, acknowledged, earlier).await;
         session
     }
 }
@@ -301,6 +299,19 @@ pub struct Session {
 }
 
 impl Session {
+    /// Welcomes the agent in this term.
+    pub async fn welcome(&mut self, epoch: Epoch, acknowledged: u64, earlier: u64) {
+        self.epoch = epoch;
+        let welcome = Welcome {
+            version: 1,
+            epoch,
+            clock: Timestamp(CLOCK),
+            acknowledged,
+            earlier,
+        };
+        self.send(down::Message::Welcome(welcome.into())).await;
+    }
+
     /// Sends a message.
     pub async fn send(&self, message: down::Message) {
         self.send_raw(wire::Down {
@@ -381,11 +392,15 @@ impl Session {
         .await;
     }
 
-    /// The next report; `None` if the agent has ended the stream.
+    /// The next report in time; `None` if the agent has ended the stream.
     pub async fn next(&mut self) -> Option<Report> {
-        let up = timeout(PATIENCE, self.ups.message()).await;
-        let up = up.expect("a report comes in time");
-        match up.ok()??.message? {
+        let report = timeout(PATIENCE, self.coming()).await;
+        report.expect("a report comes in time")
+    }
+
+    /// The next report, whenever that is; `None` if the agent has ended the stream.
+    pub async fn coming(&mut self) -> Option<Report> {
+        match self.ups.message().await.ok()??.message? {
             up::Message::Report(report) => {
                 Some(report.try_into().expect("agents send whole reports"))
             }

@@ -179,7 +179,7 @@ async fn paths(thief: &mut Thief) -> Result<()> {
         ("the configuration", format!("{root}/agent.toml")),
         ("the journal", format!("{root}/state/journal")),
         ("the ledger", format!("{place}/effects")),
-        ("keys", "/root/.ssh/authorized_keys".to_owned()),
+        ("keys", format!("{root}/.ssh/authorized_keys")),
         ("the kernel", "/proc/sys/kernel/core_pattern".to_owned()),
         (
             "a variable that is not there",

@@ -321,7 +321,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind {
         name: "check.tls",
         args: |lab| {
-            let address = format!("localhost:{}", lab.server.address.port());
+            let address = format!("localhost:{}", lab.controller.address.port());
             json!({"address": address, "valid_for": "1d", "ca_file": lab.at("ca.pem")})
         },
         ..PLAIN

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use lockstep_proto::action::{CATALOGUE, Site};
 use lockstep_proto::ids::RolloutId;
+use lockstep_tests::played::{Controller, Issuer, Keys, Side};
 use lockstep_tests::postgres::{Postgres, SUPERUSER, free_port};
 use lockstep_tests::processes;
 use rustix::process::{Pid, Signal, kill_process};
@@ -19,10 +20,11 @@ use serde_json::json;
 
 use super::play::Event;
 use super::things::Things;
-use super::wire::Server;
 
 /// The host's name.
 pub(super) const HOST: &str = "app-1";
+
+const DOMAIN: &str = "example.org";
 
 /// The service: says that it starts, listens, and says that it stops.
 const SERVICE: &str = "
@@ -51,7 +53,7 @@ pub(super) struct Lab {
     pub(super) is_planted: bool,
     postgres: Option<Arc<Postgres>>,
     /// The controller that the test plays.
-    pub(super) server: Server,
+    pub(super) controller: Controller,
     /// The application's server, which counts requests.
     pub(super) things: Things,
     /// Where the service listens.
@@ -77,13 +79,20 @@ impl Lab {
         let root = parts.root.join(format!("w{}", parts.worker));
         fs::create_dir_all(&root)?;
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755))?;
+        let (agents, controllers) = (Issuer::new(), Issuer::new());
+        let (certificate, key) = controllers.issue(DOMAIN, "controller/main", Side::Server);
+        let keys = Keys {
+            certificate,
+            key,
+            agents: agents.pem().to_owned(),
+        };
         let lab = Self {
             worker: parts.worker,
             agent_program: parts.agent.to_owned(),
             planted: parts.planted,
             is_planted: false,
             postgres: parts.postgres,
-            server: Server::start().await?,
+            controller: Controller::start(&keys, "127.0.0.1:0".parse()?).await,
             things: Things::serve(&root.join("ledger.requests"))?,
             port: free_port()?,
             has_database: false,
@@ -91,7 +100,7 @@ impl Lab {
             agent: None,
             root,
         };
-        lab.configure(parts.root)?;
+        lab.configure(parts.root, &agents, &controllers)?;
         Ok(lab)
     }
 
@@ -128,8 +137,8 @@ impl Lab {
         text
     }
 
-    fn configure(&self, shared: &Path) -> Result<()> {
-        let [cert, key, ca] = self.server.identity(HOST)?;
+    fn configure(&self, shared: &Path, agents: &Issuer, controllers: &Issuer) -> Result<()> {
+        let (cert, key) = agents.issue(DOMAIN, &format!("agent/{HOST}"), Side::Client);
         let private = |name: &str, text: &str| -> Result<()> {
             let path = self.path(name);
             fs::write(&path, text)?;
@@ -140,7 +149,7 @@ impl Lab {
         };
         private("agent.pem", &cert)?;
         private("agent.key", &key)?;
-        private("ca.pem", &ca)?;
+        private("ca.pem", controllers.pem())?;
         private("service.py", SERVICE)?;
         let allowed = CATALOGUE.iter().filter(|row| row.site == Site::Host);
         let allow = |name| format!("[[allow]]\naction = '{name}'\n");
@@ -162,7 +171,7 @@ impl Lab {
              [apps.shop.env]\nMIGRATION_LEDGER = '{root}/ledger.migrations'\n\
              [services.web]\nargv = ['/usr/bin/python3', '-S', '-E', '{root}/service.py', \
              '{service}', '{root}/ledger.service']\noutput = '{root}/service.log'\n",
-            port = self.server.address.port(),
+            port = self.controller.address.port(),
             service = self.port,
         );
         if let Some(postgres) = &self.postgres {
@@ -369,9 +378,7 @@ impl Lab {
         tokio::select! {
             biased;
             ended = ends(&mut self.agent) => Event::Ended(ended),
-            dialled = self.server.sessions.recv() => {
-                Event::Dialled(Box::new(dialled.expect("the server goes on")))
-            }
+            session = self.controller.dialled() => Event::Dialled(Box::new(session)),
         }
     }
 

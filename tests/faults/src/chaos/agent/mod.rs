@@ -28,7 +28,6 @@ mod lab;
 mod play;
 mod stage;
 mod things;
-mod wire;
 mod world;
 
 use case::Case;

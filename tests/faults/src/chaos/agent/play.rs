@@ -7,16 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use lockstep_proto::ids::{Direction, Epoch, StepKey, StepRef};
-use lockstep_proto::order::{Binding, Fact, Order};
+use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::report::{Cause, Report, ReportBody, StepOutcome};
 use lockstep_proto::seal::SealedPlan;
-use lockstep_proto::values::Timestamp;
-use lockstep_proto::wire::Welcome;
-use lockstep_proto::wire::agent_v1::{self as wire, down, up};
+use lockstep_proto::wire::agent_v1::down;
+use lockstep_tests::played::Session;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::lab::{HOST, Lab};
-use super::wire::Dialled;
 
 /// A run that takes longer is stuck.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -34,9 +32,6 @@ const LAST_POINTS: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(5);
 
 const EPOCH: Epoch = Epoch { counter: 1, id: 77 };
-
-/// The controller's clock at each welcome.
-const CLOCK: u64 = 1_000_000;
 
 /// How a step ended in one direction, over all of its attempts.
 #[derive(Debug, Clone)]
@@ -61,7 +56,7 @@ pub(super) struct Play<'a> {
     plan: &'a SealedPlan,
     bindings: Vec<Binding>,
     acknowledged: u64,
-    session: Option<Dialled>,
+    session: Option<Session>,
     pending: Pending,
     pub(super) seen: Seen,
     until: Instant,
@@ -82,8 +77,8 @@ impl<'a> Play<'a> {
         plan: &'a SealedPlan,
         bindings: Vec<Binding>,
     ) -> Result<Self> {
-        lab.server.keep(plan);
-        while lab.server.sessions.try_recv().is_ok() {}
+        lab.controller.keep(plan);
+        lab.controller.forget_waiting();
         lab.start_agent()?;
         Ok(Self {
             lab,
@@ -208,71 +203,37 @@ impl<'a> Play<'a> {
     /// From now on this is what the controller wants.
     async fn expect(&mut self, pending: Pending) -> Result<()> {
         self.pending = pending;
-        if self.session.is_some() {
-            self.say().await;
-        }
+        self.say().await;
         Ok(())
     }
 
     /// Says what is pending. An agent that is gone is told again when it is back.
     async fn say(&mut self) {
+        let Some(session) = &self.session else {
+            return;
+        };
         let rollout = self.lab.rollout();
-        let message = match &self.pending {
-            Pending::Consent => down::Message::Offer(wire::Offer {
-                rollout: rollout.to_string(),
-                plan_digest: self.plan.digest().0.to_vec().into(),
-                epoch: Some(EPOCH.into()),
-                dry_run: false,
-                signatures: vec![],
-                round: 0,
-            }),
+        match &self.pending {
+            Pending::Consent => session.offer(&rollout, self.plan, false).await,
             Pending::Order(key) => {
-                let order = Order {
-                    key: key.clone(),
-                    plan: self.plan.digest(),
-                    epoch: EPOCH,
-                    not_after: Timestamp(CLOCK + 60_000),
-                    bindings: self.bindings.clone(),
-                };
-                down::Message::Order(order.into())
+                let bindings = self.bindings.clone();
+                session.order_with(self.plan, key, bindings).await;
             }
-            Pending::Release => down::Message::Release(wire::Release {
-                rollout: rollout.to_string(),
-                epoch: Some(EPOCH.into()),
-                comes_back: false,
-            }),
-        };
-        self.send(message).await;
-    }
-
-    async fn send(&mut self, message: down::Message) {
-        let down = wire::Down {
-            message: Some(message),
-            head: None,
-        };
-        if let Some(session) = &self.session {
-            let _ = session.downs.send(Ok(down)).await;
+            Pending::Release => session.release(&rollout).await,
         }
     }
 
-    async fn welcome(&mut self, dialled: Dialled) -> Result<()> {
-        if dialled.hello.last_report < self.acknowledged {
-            let last = dialled.hello.last_report;
+    async fn welcome(&mut self, mut session: Session) -> Result<()> {
+        if session.hello.last_report < self.acknowledged {
+            let last = session.hello.last_report;
             let acknowledged = self.acknowledged;
             self.seen.lost.push(format!(
                 "the agent knows {last} reports, and {acknowledged} were acknowledged"
             ));
             bail!("the agent has lost reports");
         }
-        self.session = Some(dialled);
-        let welcome = Welcome {
-            version: 1,
-            epoch: EPOCH,
-            clock: Timestamp(CLOCK),
-            acknowledged: self.acknowledged,
-            earlier: 0,
-        };
-        self.send(down::Message::Welcome(welcome.into())).await;
+        session.welcome(EPOCH, self.acknowledged, 0).await;
+        self.session = Some(session);
         self.say().await;
         Ok(())
     }
@@ -287,7 +248,7 @@ impl<'a> Play<'a> {
             bail!("stuck: the agent is killed again and again");
         }
         self.session = None;
-        while self.lab.server.sessions.try_recv().is_ok() {}
+        self.lab.controller.forget_waiting();
         self.lab.start_agent()
     }
 
@@ -295,7 +256,7 @@ impl<'a> Play<'a> {
     pub(super) async fn reboot(&mut self) -> Result<()> {
         self.lab.reboot().await?;
         self.session = None;
-        while self.lab.server.sessions.try_recv().is_ok() {}
+        self.lab.controller.forget_waiting();
         self.lab.start_agent()
     }
 
@@ -303,7 +264,7 @@ impl<'a> Play<'a> {
     pub(super) async fn restart(&mut self) -> Result<()> {
         self.lab.kill_agent().await?;
         self.session = None;
-        while self.lab.server.sessions.try_recv().is_ok() {}
+        self.lab.controller.forget_waiting();
         self.lab.start_agent()
     }
 
@@ -333,8 +294,8 @@ impl<'a> Play<'a> {
     async fn handle(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Ended(how) => self.again(&how),
-            Event::Dialled(dialled) => self.welcome(*dialled).await,
-            Event::Message(_) => Ok(()),
+            Event::Dialled(session) => self.welcome(*session).await,
+            Event::Report(_) => Ok(()),
         }
     }
 
@@ -355,7 +316,10 @@ impl<'a> Play<'a> {
                 }
             }
             self.acknowledged = report.number;
-            self.send(down::Message::Acknowledged(report.number)).await;
+            if let Some(session) = &self.session {
+                let acknowledged = down::Message::Acknowledged(report.number);
+                session.send(acknowledged).await;
+            }
             return Ok(report.body);
         }
     }
@@ -363,9 +327,9 @@ impl<'a> Play<'a> {
     async fn next(&mut self) -> Result<Option<Report>> {
         let lab = &mut *self.lab;
         let session = &mut self.session;
-        let message = async {
+        let report = async {
             match session {
-                Some(session) => session.ups.message().await,
+                Some(session) => session.coming().await,
                 None => std::future::pending().await,
             }
         };
@@ -373,18 +337,15 @@ impl<'a> Play<'a> {
         let event = async {
             tokio::select! {
                 biased;
-                message = message => Event::Message(message.ok().flatten()),
+                report = report => Event::Report(report.map(Box::new)),
                 event = lab.next_event() => event,
             }
         };
         match timeout_at(self.until, event).await {
             Err(_) => bail!("stuck: waiting for {:?}", self.pending),
-            Ok(Event::Message(Some(up))) => match up.message {
-                Some(up::Message::Report(report)) => Ok(Some(Report::try_from(report)?)),
-                other => bail!("{other:?} is no report"),
-            },
+            Ok(Event::Report(Some(report))) => Ok(Some(*report)),
             // The agent has gone, or dials again.
-            Ok(Event::Message(None)) => {
+            Ok(Event::Report(None)) => {
                 self.session = None;
                 Ok(None)
             }
@@ -402,7 +363,7 @@ fn has_entries(dir: &Path, ending: &str) -> bool {
 
 /// What can happen while a report is awaited.
 pub(super) enum Event {
-    Message(Option<wire::Up>),
+    Report(Option<Box<Report>>),
     Ended(String),
-    Dialled(Box<Dialled>),
+    Dialled(Box<Session>),
 }
