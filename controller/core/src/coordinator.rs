@@ -15,7 +15,7 @@ use crate::trust::Trust;
 
 mod calls;
 mod fold;
-mod glass;
+mod gates;
 mod read;
 mod trust;
 

@@ -3,9 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use lockstep_proto::action::Action;
-use lockstep_proto::approval::{MAX_SIGNED_BYTES, Signature};
-use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
+use lockstep_proto::ids::{Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::{SealedPlan, check_size};
 use lockstep_proto::values::Timestamp;
@@ -60,14 +58,7 @@ impl Coordinator {
                 let state = self.live(&rollout)?;
                 let at = state.gate_for(gate)?;
                 let items = state.may_decide(at, &operator, &groups, evidence, approve, &items)?;
-                let signed = signed.map(|(expires, signature)| Signature {
-                    approver: operator.clone(),
-                    expires,
-                    signature,
-                });
-                if let Some(signed) = &signed {
-                    state.may_sign(at, signed, now)?;
-                }
+                let signed = state.signature(at, &operator, signed, now)?;
                 let missing = format!("{rollout}/{at}");
                 let record = Record::GateDecided {
                     rollout,
@@ -95,14 +86,7 @@ impl Coordinator {
                 let state = self.live(&rollout)?;
                 let at = state.gate_for(gate)?;
                 state.may_break(at, &operator, evidence, now)?;
-                let signed = signature.map(|(expires, signature)| Signature {
-                    approver: operator.clone(),
-                    expires,
-                    signature,
-                });
-                if let Some(signed) = &signed {
-                    state.may_sign(at, signed, now)?;
-                }
+                let signed = state.signature(at, &operator, signature, now)?;
                 let missing = format!("{rollout}/{at}");
                 let record = Record::GlassBroken {
                     rollout,
@@ -507,142 +491,5 @@ impl Rollout {
                 self.id
             ))
         })
-    }
-
-    /// The gate that a decision is for.
-    fn gate_for(&self, wanted: Option<StepRef>) -> Result<StepRef, Refused> {
-        let mut open = self
-            .gates
-            .iter()
-            .filter(|(_, gate)| gate.closed.is_none())
-            .map(|(at, _)| *at);
-        let found = match wanted {
-            Some(at) => open.find(|open| *open == at),
-            None => open.next(),
-        };
-        found.ok_or_else(|| match wanted {
-            Some(at) => Refused::NotNow(format!("no gate is open at {at} of {}", self.id)),
-            None => Refused::NotNow(format!(
-                "no gate of {} is open; it is {}",
-                self.id,
-                self.state()
-            )),
-        })
-    }
-
-    /// Whether a signature can travel with orders. Whether it is good, the hosts say.
-    fn may_sign(&self, at: StepRef, signed: &Signature, now: Timestamp) -> Result<(), Refused> {
-        if !matches!(self.placed(at).step.action, Action::GateApproval(_)) {
-            return Err(Refused::Invalid("only approvals are signed".into()));
-        }
-        check_size(&[&signed.signature]).map_err(Refused::Invalid)?;
-        if signed.expires <= now {
-            return Err(Refused::Invalid("the signed approval has expired".into()));
-        }
-        let size = self.size_with(at, signed);
-        if size > MAX_SIGNED_BYTES {
-            return Err(Refused::Invalid(format!(
-                "with the names of the hosts, the signed approvals at {at} would have {size} bytes, \
-                 more than {MAX_SIGNED_BYTES}: split the fleet into several plans"
-            )));
-        }
-        Ok(())
-    }
-
-    /// Who may decide, and upon what (INV-12). Returns the items that the decision adds: nothing
-    /// that somebody has decided is decided again, so that it keeps its first name.
-    fn may_decide(
-        &self,
-        at: StepRef,
-        operator: &str,
-        groups: &[String],
-        evidence: Digest,
-        approve: bool,
-        items: &[u32],
-    ) -> Result<Vec<u32>, Refused> {
-        let gate = &self.gates[&at];
-        if gate.evidence != evidence {
-            return Err(Refused::Invalid(format!(
-                "what you saw ({}) is not what is to be decided upon ({}); look again",
-                evidence.short(),
-                gate.evidence.short()
-            )));
-        }
-        match &self.placed(at).step.action {
-            Action::GateApproval(approval) => {
-                if approve && operator == self.requester {
-                    let why =
-                        format!("{operator} submitted the rollout; somebody else must approve it");
-                    return Err(Refused::NotAllowed(why));
-                }
-                let mine: BTreeSet<&String> = approval
-                    .from
-                    .keys()
-                    .filter(|group| groups.contains(group))
-                    .collect();
-                if mine.is_empty() {
-                    let wanted: Vec<&str> = approval.from.keys().map(String::as_str).collect();
-                    let wanted = wanted.join(", ");
-                    return Err(Refused::NotAllowed(format!(
-                        "{operator} is not of the group {wanted}"
-                    )));
-                }
-                if !items.is_empty() {
-                    return Err(Refused::Invalid("an approval has no items".into()));
-                }
-                let given = gate.approvals_of(operator).flat_map(|had| &had.groups);
-                if approve && mine.is_subset(&given.collect()) {
-                    return Err(Refused::NotNow(format!(
-                        "{operator} has approved at {at} already; it still waits for {}",
-                        self.missing(at)
-                    )));
-                }
-                Ok(vec![])
-            }
-            Action::GateChecklist(list) => {
-                if list
-                    .from
-                    .as_ref()
-                    .is_some_and(|group| !groups.contains(group))
-                {
-                    let wanted = list.from.as_deref().unwrap_or_default();
-                    return Err(Refused::NotAllowed(format!(
-                        "{operator} is not of the group {wanted}"
-                    )));
-                }
-                let all = u32::try_from(list.items.len()).unwrap_or(u32::MAX);
-                if items.len() > list.items.len() {
-                    return Err(Refused::Invalid("an item is named twice".into()));
-                }
-                if let Some(item) = items.iter().find(|item| **item >= all) {
-                    return Err(Refused::Invalid(format!(
-                        "the list has {all} items; there is no item {}",
-                        item + 1
-                    )));
-                }
-                if !approve {
-                    return Ok(vec![]);
-                }
-                let asked: BTreeSet<u32> = match items {
-                    [] => (0..all).collect(),
-                    items => items.iter().copied().collect(),
-                };
-                let confirmed = |item: &u32| gate.confirmed_by(*item).is_some();
-                let new: Vec<u32> = asked.iter().copied().filter(|i| !confirmed(i)).collect();
-                if new.is_empty() {
-                    let who = |item: &u32| {
-                        let name = gate.confirmed_by(*item).unwrap_or_default();
-                        format!("item {} is confirmed by {name} already", item + 1)
-                    };
-                    let who: Vec<String> = asked.iter().map(who).collect();
-                    return Err(Refused::NotNow(who.join("; ")));
-                }
-                Ok(new)
-            }
-            other => Err(Refused::Invalid(format!(
-                "nobody decides at {}",
-                other.name()
-            ))),
-        }
     }
 }
