@@ -248,6 +248,11 @@ impl Memory {
         ))
     }
 
+    /// The hold, if it is for this rollout.
+    pub(crate) fn hold_for(&self, rollout: &RolloutId) -> Option<&Hold> {
+        self.hold.as_ref().filter(|hold| hold.rollout == *rollout)
+    }
+
     /// Whether a rollout waits, and has freed this host.
     pub(crate) fn waits(&self, rollout: &RolloutId) -> bool {
         self.waiting.contains(rollout)

@@ -85,10 +85,8 @@ impl Exec {
     /// The host was free meanwhile as far as the controller knows, and has not heard of it.
     fn let_go_of_earlier_round(&mut self, offer: &Offer) -> Result<(), ExecError> {
         let steps = self.held.as_ref().map_or(&[][..], |held| &held.steps);
-        let earlier = self.memory.hold.as_ref().is_some_and(|hold| {
-            (&hold.rollout, hold.plan) == (&offer.rollout, offer.plan)
-                && hold.round < offer.round
-                && !hold.has_changed(steps)
+        let earlier = self.memory.hold_for(&offer.rollout).is_some_and(|hold| {
+            hold.plan == offer.plan && hold.round < offer.round && !hold.has_changed(steps)
         });
         if earlier && !self.is_busy() {
             return self.let_go(&offer.rollout, true);
@@ -335,11 +333,7 @@ impl Exec {
         if !self.admit(epoch)? {
             return Ok(());
         }
-        let holds = self
-            .memory
-            .hold
-            .as_ref()
-            .is_some_and(|hold| hold.rollout == rollout);
+        let holds = self.memory.hold_for(&rollout).is_some();
         match self.held.clone().filter(|_| holds) {
             Some(held) => {
                 self.gather(Gathered::Survey(rollout.clone()), rollout, held);

@@ -294,12 +294,7 @@ impl Exec {
         {
             preparing.cancelled = true;
         }
-        let Some(hold) = self
-            .memory
-            .hold
-            .as_ref()
-            .filter(|hold| hold.rollout == *rollout)
-        else {
+        let Some(hold) = self.memory.hold_for(rollout) else {
             return Ok(());
         };
         let running: Vec<(StepKey, bool)> = hold
@@ -327,12 +322,7 @@ impl Exec {
         // A consent that is on its way is not given any more.
         self.considering.retain(|offer| offer.rollout != rollout);
         self.awaiting_plan.retain(|offer| offer.rollout != rollout);
-        if self
-            .memory
-            .hold
-            .as_ref()
-            .is_some_and(|hold| hold.rollout == rollout)
-        {
+        if self.memory.hold_for(&rollout).is_some() {
             self.release_later = Some((rollout, false));
         } else if self.memory.waits(&rollout) {
             return self.let_go(&rollout, false);
@@ -350,7 +340,7 @@ impl Exec {
         if !self.admit(epoch)? {
             return Ok(());
         }
-        let Some(hold) = self.memory.hold.as_ref().filter(|it| it.rollout == rollout) else {
+        let Some(hold) = self.memory.hold_for(&rollout) else {
             return Ok(());
         };
         let steps = self.held.as_ref().map_or(&[][..], |held| &held.steps);
