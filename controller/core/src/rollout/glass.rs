@@ -53,9 +53,11 @@ impl Rollout {
         group: &str,
         reason: &str,
     ) -> String {
-        let gate = self.gates.get(&at);
-        let others = gate.is_some_and(|gate| gate.glass.iter().any(|it| it.operator != *operator));
-        let next = if others {
+        let words = self.gates.get(&at).map_or(&[][..], |gate| &gate.glass);
+        // Another's word that has ended meanwhile stands for nothing.
+        let now = words.last().map_or(self.submitted, |given| given.at);
+        let holds = |word: &Glass| word.operator != *operator && now < word.until;
+        let next = if words.iter().any(holds) {
             String::new()
         } else {
             format!("; a second person of {group} has to say so too")

@@ -112,6 +112,8 @@ struct Fleet {
     orders: Vec<Order>,
     sent: Vec<(HostId, Message)>,
     notified: usize,
+    /// Reports that answered nothing.
+    unasked: usize,
     reports: BTreeMap<HostId, u64>,
 }
 
@@ -137,6 +139,7 @@ impl Fleet {
             orders: vec![],
             sent: vec![],
             notified: 0,
+            unasked: 0,
             reports: BTreeMap::new(),
         };
         for name in hosts {
@@ -167,6 +170,7 @@ impl Fleet {
     fn take(&mut self, effects: Effects) -> Option<Result<Answer, Refused>> {
         self.journal.extend(effects.persist);
         self.notified += effects.notify.len();
+        self.unasked += effects.unasked.len();
         for (host, message) in effects.send {
             if let Message::Order(order) = &message {
                 self.orders.push(order.clone());
