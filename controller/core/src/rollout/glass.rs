@@ -5,6 +5,7 @@ use lockstep_proto::ids::{OperatorName, StepRef};
 use lockstep_proto::values::Timestamp;
 use serde_json::{Value, json};
 
+use super::notices::Clean;
 use super::state::Glass;
 use super::{Gate, Rollout};
 
@@ -82,10 +83,11 @@ impl Rollout {
     }
 
     /// What messages to people end with; empty if no glass was broken.
-    pub(super) fn glass_in_notices(&self) -> String {
+    pub(super) fn glass_in_notices(&self, clean: Clean) -> String {
         let words = self.gates.iter().flat_map(|(at, gate)| {
             let word = move |it: &Glass| {
-                format!("\n{LOUD} at gate {at} by {}: {}", it.operator, it.reason)
+                let said = format!("{LOUD} at gate {at} by {}: {}", it.operator, it.reason);
+                format!("\n{}", clean(&said))
             };
             gate.glass.iter().map(word)
         });
