@@ -10,7 +10,7 @@ use super::state::Glass;
 use super::{Gate, Rollout};
 
 /// How what is said of it begins, wherever people read.
-pub(crate) const LOUD: &str = "BREAK-GLASS";
+pub const LOUD: &str = "BREAK-GLASS";
 
 impl Gate {
     /// The two words that hold now, of two people; none if there are fewer.

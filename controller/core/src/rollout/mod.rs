@@ -40,6 +40,7 @@ mod retry;
 mod state;
 
 use cause::Class;
+pub use glass::LOUD;
 pub use left::{Left, LeftState};
 pub use state::Rollout;
 pub(crate) use state::{Attempt, Backward, Cursor, Gate, Lock, Member, Mode, Outcome};

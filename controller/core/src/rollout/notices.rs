@@ -141,15 +141,12 @@ fn filled(text: &str, value: impl Fn(&str) -> Option<String>) -> String {
         filled.push_str(before);
         let named = from.split_once('}');
         let found = named.and_then(|(name, after)| Some((value(name)?, after)));
-        rest = match found {
-            Some((value, after)) => {
-                filled.push_str(&value);
-                after
-            }
-            None => {
-                filled.push_str("${");
-                from
-            }
+        rest = if let Some((value, after)) = found {
+            filled.push_str(&value);
+            after
+        } else {
+            filled.push_str("${");
+            from
         };
     }
     filled + rest
