@@ -180,7 +180,7 @@ fn two_people_break_the_glass_where_controller_and_host_name_them() {
     let rollout = asked(&cluster, "signed");
     let gate = at_the_gate(&cluster, &rollout);
     let document = cluster.requester().rollout(&rollout).unwrap();
-    let evidence = text(&document["phases"][0]["steps"][0]["gate"]["evidence"]);
+    let evidence = text(&document["phases"][1]["steps"][0]["gate"]["evidence"]);
     for (person, name) in [(&ira, "ira"), (&joe, "joe")] {
         let key = key(name);
         let sign = ["--sign", key.to_str().unwrap()];
