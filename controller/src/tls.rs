@@ -40,7 +40,7 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::config::{Config, TlsFiles};
 use crate::identity::{self, Identity, Peer};
-use crate::refusals::{HANDSHAKE, Refusals};
+use crate::refusals::{HANDSHAKE, Refusals, caller};
 use crate::suspensions::{OperatorList, Suspensions};
 pub(crate) use connection::Connection;
 use gate::{Gate, Place};
@@ -540,6 +540,8 @@ async fn shake_hands(
             let Some(permit) = gate.admit_peer(peer.identity()) else {
                 let identity = peer.identity();
                 tracing::warn!(%address, %identity, "too many connections; this one is closed");
+                let who = caller(identity);
+                settings.refusals.note(who, HANDSHAKE, Why::Rate);
                 return None;
             };
             let connection = Connection::known(stream, peer.clone(), permit, &settings.suspensions);

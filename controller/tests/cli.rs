@@ -366,3 +366,60 @@ fn another_installations_controller_is_not_believed() {
     );
     assert!(Path::new(&eve.profile).exists());
 }
+
+#[test]
+fn whoever_signs_without_a_question_says_what_is_meant() {
+    let place = Place::new();
+    // Nobody listens there: what is refused is refused before anything is shown.
+    let person = Person::new(&place, "127.0.0.1:1", "dana", &["dba"]);
+    let approve = ["approve", "ro_0123456789ab"];
+    let glass = ["break-glass", "ro_0123456789ab", "--reason", "x"];
+    for command in [&approve[..], &glass] {
+        let run =
+            |more: &[&str]| person.run(&[command, &["--sign", "key", "--yes"], more].concat());
+        let digest = format!("sha256:{}", "0".repeat(64));
+        for vague in [&[][..], &["--gate", "0.0"], &["--evidence", &digest]] {
+            let said = run(vague);
+            assert_eq!(said.code, 2, "{command:?} {vague:?}: {said:?}");
+            assert!(
+                said.err.contains("whatever the controller shows"),
+                "{said:?}"
+            );
+        }
+        let said = run(&["--gate", "0.0", "--evidence", &digest]);
+        assert_eq!(said.code, 3, "it goes and looks: {said:?}");
+    }
+}
+
+#[tokio::test]
+async fn who_breaks_the_glass_holds_what_is_shown_against_their_own() {
+    let place = Place::new();
+    let controller = place.start();
+    let address = controller.address.to_string();
+    let olga = Person::new(&place, &address, "olga", &[]);
+    let ira = Person::new(&place, &address, "ira", &["incident"]);
+    fs::write(place.path().join("plan.yaml"), PLAN).unwrap();
+    fs::write(
+        place.path().join("other.yaml"),
+        PLAN.replace("two", "three"),
+    )
+    .unwrap();
+    for name in ["plan", "other"] {
+        let (from, to) = (format!("{name}.yaml"), format!("{name}.json"));
+        let said = olga.run(&["compile", &from, "-o", &to]);
+        assert_eq!(said.code, 0, "{said:?}");
+    }
+    let submitted = olga.json(&["apply", "plan.json", "--detach"]);
+    let rollout = submitted["rollout"].as_str().unwrap();
+    let word = ["break-glass", rollout, "--reason", "x", "--yes"];
+    let other = ira.run(&[&word[..], &["--plan", "other.json"]].concat());
+    assert_eq!(other.code, 2, "{other:?}");
+    assert!(other.err.contains("and your plan is"), "{other:?}");
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let other = ira.run(&[&word[..], &["--evidence", &digest]].concat());
+    assert_eq!(other.code, 2, "{other:?}");
+    assert!(other.err.contains("not sha256:0000"), "{other:?}");
+    // The right one is sent, to a controller that knows of no group.
+    let own = ira.run(&[&word[..], &["--plan", "plan.json"]].concat());
+    assert!(own.err.contains("[break_glass]"), "{own:?}");
+}

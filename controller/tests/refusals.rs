@@ -127,3 +127,25 @@ async fn whoever_is_refused_without_end_costs_a_few_records() {
     assert_eq!(count(&json!({"operator": "vera"})), 300);
     assert_eq!(count(&json!("unverified")), 30);
 }
+
+#[tokio::test]
+async fn one_with_too_many_connections_is_refused_in_the_journal() {
+    let place = Place::new();
+    let controller = place.start();
+    let agent = place.agent("app-1");
+    // More than one agent may have.
+    let mut open = vec![];
+    for _ in 0..12 {
+        open.push(controller.dial(Some(&agent)).await);
+    }
+    drop(open);
+    assert_eq!(controller.terminate(), Some(0));
+    let found = refused(&place);
+    let mine = found.iter().filter(|record| {
+        record["who"] == json!({"agent": "app-1"})
+            && record["call"] == "handshake"
+            && record["why"] == "rate"
+    });
+    let count: u64 = mine.map(|record| record["count"].as_u64().unwrap()).sum();
+    assert_eq!(count, 4, "{found:#?}");
+}

@@ -178,14 +178,17 @@ fn two_people_break_the_glass_where_controller_and_host_name_them() {
     assert_eq!(effects(&cluster, "app-1"), "");
 
     let rollout = asked(&cluster, "signed");
-    at_the_gate(&cluster, &rollout);
+    let gate = at_the_gate(&cluster, &rollout);
+    let document = cluster.requester().rollout(&rollout).unwrap();
+    let evidence = text(&document["phases"][1]["steps"][0]["gate"]["evidence"]);
     for (person, name) in [(&ira, "ira"), (&joe, "joe")] {
         let key = key(name);
         let sign = ["--sign", key.to_str().unwrap()];
-        let said = run_well(
-            person,
-            &[&["break-glass", &rollout], &broken[..], &sign].concat(),
-        );
+        let word = [&["break-glass", &rollout], &broken[..], &sign].concat();
+        let said = person.run(&word).unwrap();
+        assert_eq!(said.code, 2, "{}", said.text());
+        let meant = ["--gate", &gate, "--evidence", evidence];
+        let said = run_well(person, &[&word[..], &meant].concat());
         assert!(said.stderr.contains("BREAK-GLASS"), "{}", said.text());
     }
     let ended = cluster.requester().wait(&rollout, wait::ROLLOUT).unwrap();

@@ -342,7 +342,7 @@ impl Coordinator {
         self.settle(now, &mut effects);
         // Only now is it known what is still missing at the gate.
         if let Some(Ok(Answer::Missing(gate))) = &mut effects.answer {
-            *gate = self.missing(gate);
+            *gate = self.missing(gate, now);
         }
         effects
     }

@@ -249,6 +249,12 @@ impl Trust {
         for certificates in left.hosts.values_mut() {
             certificates.retain(|certificate| certificate.until >= at);
         }
+        // Of a machine that has never joined with a token nothing else is known.
+        let joined = &left.joined;
+        left.hosts
+            .retain(|host, certificates| !certificates.is_empty() || joined.contains(host));
+        let hosts = &left.hosts;
+        left.free.retain(|host| hosts.contains_key(host));
         left.tokens.retain(|_, token| token.until >= at);
         left
     }

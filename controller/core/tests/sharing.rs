@@ -9,7 +9,7 @@ use std::sync::Arc;
 use lockstep_core::{Call, Config, Coordinator, Effects, End, Entry, Event, Message, Record};
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{
-    Digest, Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepKey,
+    Digest, Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
 };
 use lockstep_proto::order::Fact;
 use lockstep_proto::plan::{
@@ -46,27 +46,36 @@ fn step(name: &str, args: serde_json::Value) -> Step {
     }
 }
 
-/// Perhaps looks, asks, changes something; some rollouts do not ask.
+/// Waits for people or for time; often it frees the hosts meanwhile.
+fn gate(dice: &mut Dice) -> (Target, Vec<Step>) {
+    let lock = if dice.percent(80) { "release" } else { "hold" };
+    let gate = if dice.percent(70) {
+        let from = json!({"dba": 1 + dice.roll(2)});
+        let args = json!({"from": from, "timeout": "10m", "lock": lock});
+        step("gate.approval", args)
+    } else {
+        step("gate.wait", json!({"for": "2m", "lock": lock}))
+    };
+    (Target::Controller, vec![gate])
+}
+
+/// Perhaps looks, asks, looks and asks again, changes something; some rollouts do not ask.
 fn plan(dice: &mut Dice, serial: u64) -> CompiledPlan {
     let group = ["one", "two", "all"][usize::try_from(dice.roll(3)).unwrap()];
     let on = |steps| (Target::Groups(vec![group.into()]), steps);
     let mut stages = vec![];
+    let look = || step("check.disk", json!({"path": "/", "free": "1B"}));
     if dice.percent(60) {
-        stages.push(on(vec![step(
-            "check.disk",
-            json!({"path": "/", "free": "1B"}),
-        )]));
+        stages.push(on(vec![look()]));
     }
     if dice.percent(70) {
-        let lock = if dice.percent(80) { "release" } else { "hold" };
-        let gate = if dice.percent(70) {
-            let from = json!({"dba": 1 + dice.roll(2)});
-            let args = json!({"from": from, "timeout": "10m", "lock": lock});
-            step("gate.approval", args)
-        } else {
-            step("gate.wait", json!({"for": "2m", "lock": lock}))
-        };
-        stages.push((Target::Controller, vec![gate]));
+        stages.push(gate(dice));
+        if dice.percent(40) {
+            if dice.percent(60) {
+                stages.push(on(vec![look()]));
+            }
+            stages.push(gate(dice));
+        }
     }
     stages.push(on(vec![step("service.stop", json!({"service": "web"}))]));
     let phases = stages.into_iter().enumerate();
@@ -137,13 +146,22 @@ struct World {
     locking: BTreeSet<RolloutId>,
     /// The newest state that each host has said for a rollout.
     said: BTreeMap<RolloutId, SeenStates>,
-    /// What stood there when somebody decided last, and the decision has counted since.
-    decided: BTreeMap<RolloutId, SeenStates>,
-    waits: BTreeMap<RolloutId, Digest>,
+    /// What stood there when somebody first decided at a gate, or said that its glass is to be
+    /// broken, and that has counted since.
+    decided: BTreeMap<(RolloutId, StepRef), SeenStates>,
+    waits: BTreeMap<(RolloutId, StepRef), Digest>,
     freed: u64,
     reopened: u64,
+    broken: u64,
     /// Every record is printed, to walk through a failing seed.
     trace: bool,
+}
+
+fn config(epoch: Epoch) -> Config {
+    Config {
+        epoch,
+        break_glass: Some("incident".into()),
+    }
 }
 
 fn labels(index: usize) -> BTreeMap<String, String> {
@@ -160,15 +178,7 @@ impl World {
             dice: Dice(seed),
             now: 1_000_000,
             term: 1,
-            coordinator: Coordinator::recover(
-                Config {
-                    epoch,
-                    break_glass: None,
-                },
-                [],
-                |_| None,
-            )
-            .unwrap(),
+            coordinator: Coordinator::recover(config(epoch), [], |_| None).unwrap(),
             journal: vec![],
             plans: BTreeMap::new(),
             hosts: BTreeMap::new(),
@@ -180,6 +190,7 @@ impl World {
             waits: BTreeMap::new(),
             freed: 0,
             reopened: 0,
+            broken: 0,
             trace: std::env::var_os("LOCKSTEP_TRACE").is_some(),
         };
         for index in 0..4 {
@@ -248,20 +259,35 @@ impl World {
                 said.insert(host.clone(), text.parse().unwrap());
             }
             Record::GateOpened {
-                rollout, evidence, ..
+                rollout,
+                at,
+                evidence,
+                ..
             } => {
-                self.waits.insert(rollout.clone(), *evidence);
+                let gate = (rollout.clone(), *at);
+                self.decided.remove(&gate);
+                self.waits.insert(gate, *evidence);
             }
             Record::GateReopened {
-                rollout, evidence, ..
+                rollout,
+                at,
+                evidence,
+                ..
             } => {
                 self.reopened += 1;
-                self.waits.insert(rollout.clone(), *evidence);
-                self.decided.remove(rollout);
+                let gate = (rollout.clone(), *at);
+                let seen = self.decided.remove(&gate);
+                assert_ne!(
+                    seen.as_ref(),
+                    Some(&self.said[rollout]),
+                    "{rollout} asks again at {at}, and nothing has changed"
+                );
+                self.waits.insert(gate, *evidence);
             }
-            Record::GateDecided { rollout, .. } => {
+            Record::GateDecided { rollout, at, .. } | Record::GlassBroken { rollout, at, .. } => {
                 let seen = self.said[rollout].clone();
-                self.decided.entry(rollout.clone()).or_insert(seen);
+                let gate = (rollout.clone(), *at);
+                self.decided.entry(gate).or_insert(seen);
             }
             Record::LockReleased { rollout, .. } => {
                 self.freed += 1;
@@ -272,18 +298,25 @@ impl World {
                 self.check_apart();
             }
             Record::GateClosed {
-                rollout, met, why, ..
+                rollout,
+                at,
+                met,
+                why,
             } => {
-                self.waits.remove(rollout);
-                let decided = self.decided.contains_key(rollout);
+                let gate = (rollout.clone(), *at);
+                self.waits.remove(&gate);
+                let broken = why.starts_with("BREAK-GLASS");
+                self.broken += u64::from(broken);
                 assert!(
-                    decided || !why.starts_with("approved by"),
+                    self.decided.contains_key(&gate) || !(broken || why.starts_with("approved by")),
                     "INV-12: {rollout} goes on with decisions that are void"
                 );
-                if *met && let Some(decided) = self.decided.get(rollout) {
+                let before = self.decided.iter().filter(|((of, _), _)| of == rollout);
+                for ((_, other), decided) in before.filter(|_| *met) {
                     assert_eq!(
                         *decided, self.said[rollout],
-                        "INV-12: {rollout} goes on with hosts that nobody has seen like this"
+                        "INV-12: {rollout} goes on at {at} with hosts that nobody has seen like \
+                         this at {other}"
                     );
                 }
             }
@@ -292,17 +325,15 @@ impl World {
                     self.locking.contains(rollout),
                     "{rollout} orders without its lock"
                 );
-                assert!(
-                    !self.waits.contains_key(rollout) || !self.changes(record),
-                    "INV-12"
-                );
+                let waits = self.waits.keys().any(|(of, _)| of == rollout);
+                assert!(!waits || !self.changes(record), "INV-12");
             }
             Record::Ended { rollout, end, .. } => {
                 // A halted one keeps its lock.
                 if *end != End::Halted {
                     self.locking.remove(rollout);
                 }
-                self.waits.remove(rollout);
+                self.waits.retain(|(of, _), _| of != rollout);
             }
             _ => {}
         }
@@ -379,11 +410,7 @@ impl World {
         let before: Vec<_> = self.documents();
         let found = move |digest| plans.get(&digest).cloned();
         let entries = self.journal.clone();
-        let config = Config {
-            epoch,
-            break_glass: None,
-        };
-        self.coordinator = Coordinator::recover(config, entries, found).unwrap();
+        self.coordinator = Coordinator::recover(config(epoch), entries, found).unwrap();
         assert_eq!(before, self.documents(), "INV-2: the fold is the state");
         let effects = self.coordinator.resume(Timestamp(self.now));
         self.take(effects);
@@ -406,7 +433,7 @@ impl World {
     fn call(&mut self, operator: &str, call: Call) -> bool {
         self.event(Event::Operator {
             operator: operator.into(),
-            groups: vec!["dba".into()],
+            groups: vec!["dba".into(), "incident".into()],
             call,
         })
     }
@@ -427,15 +454,27 @@ impl World {
         }
         if self.dice.percent(8) && !self.waits.is_empty() {
             let index = usize::try_from(self.dice.roll(self.waits.len() as u64)).unwrap();
-            let (rollout, evidence) = self.waits.iter().nth(index).unwrap();
-            let call = Call::Decide {
-                rollout: rollout.clone(),
-                gate: None,
-                evidence: *evidence,
-                approve: !self.dice.percent(5),
-                items: vec![],
-                comment: String::new(),
-                signed: None,
+            let ((rollout, at), evidence) = self.waits.iter().nth(index).unwrap();
+            let (rollout, gate, evidence) = (rollout.clone(), Some(*at), *evidence);
+            let call = if self.dice.percent(25) {
+                Call::BreakGlass {
+                    rollout,
+                    gate,
+                    evidence,
+                    reason: "the shop is down".into(),
+                    life: Period::seconds(30 + self.dice.roll(300)),
+                    signature: None,
+                }
+            } else {
+                Call::Decide {
+                    rollout,
+                    gate,
+                    evidence,
+                    approve: !self.dice.percent(5),
+                    items: vec![],
+                    comment: String::new(),
+                    signed: None,
+                }
             };
             let who = ["dana", "ben", "carl"][usize::try_from(self.dice.roll(3)).unwrap()];
             self.call(who, call);
@@ -472,8 +511,9 @@ impl World {
         }
     }
 
-    /// Everything has come to its end; what was freed, and how often people were asked again.
-    fn run(&mut self) -> (u64, u64) {
+    /// Everything has come to its end; how often hosts were freed, people asked again, and the
+    /// glass broken.
+    fn run(&mut self) -> [u64; 3] {
         let mut next = 0;
         for second in 0..20_000 {
             self.deliver();
@@ -512,7 +552,7 @@ impl World {
             let summary = self.coordinator.summary(rollout).unwrap();
             assert!(summary.ended, "INV-8: {rollout} is {}", summary.state);
         }
-        (self.freed, self.reopened)
+        [self.freed, self.reopened, self.broken]
     }
 }
 
@@ -593,6 +633,15 @@ impl Host {
                 assert_eq!(held, Some(&key.rollout), "{host}: {key} without a hold");
                 let changes = plans[&order.plan].plan().step(key.at).unwrap();
                 let changes = changes.step.action.changes();
+                // What it looks at shows SQL, which goes by its state.
+                let sql = Fact::SqlPlan {
+                    database: "d".into(),
+                    from: "1".into(),
+                    to: "2".into(),
+                    digest: Digest::of(&self.state.to_be_bytes()),
+                    sql: String::new(),
+                };
+                let facts = if changes { vec![] } else { vec![sql] };
                 let outcome = if dice.percent(3) {
                     StepOutcome::Failed(Failure {
                         cause: lockstep_proto::report::Cause::Step,
@@ -620,7 +669,7 @@ impl Host {
                 self.reports.push(ReportBody::Finished {
                     key,
                     outcome,
-                    facts: vec![],
+                    facts,
                     signatures: vec![],
                     took: Period(1),
                 });
@@ -634,20 +683,22 @@ impl Host {
 fn rollouts_share_a_fleet_and_go_on_only_with_what_people_have_seen() {
     let range = std::env::var("LOCKSTEP_SHARED_SEEDS").unwrap_or_else(|_| "0..30".into());
     let (from, to) = range.split_once("..").expect("a range such as 0..30");
-    let (mut freed, mut reopened) = (0, 0);
+    let mut sums = [0; 3];
     for seed in from.parse().unwrap()..to.parse().unwrap() {
         let run = std::panic::AssertUnwindSafe(|| World::new(seed).run());
-        let Ok((free, again)) = std::panic::catch_unwind(run) else {
+        let Ok(counts) = std::panic::catch_unwind(run) else {
             panic!(
                 "to see it again: LOCKSTEP_SHARED_SEEDS={seed}..{}",
                 seed + 1
             );
         };
-        freed += free;
-        reopened += again;
+        for (sum, count) in sums.iter_mut().zip(counts) {
+            *sum += count;
+        }
     }
+    let [freed, reopened, broken] = sums;
     assert!(
-        freed > 10 && reopened > 0,
-        "{freed} freed, {reopened} reopened"
+        freed > 10 && reopened > 0 && broken > 0,
+        "{freed} freed, {reopened} reopened, {broken} broken"
     );
 }

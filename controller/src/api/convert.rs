@@ -2,8 +2,18 @@
 
 use lockstep_core::event::{EventKind, Lock};
 use lockstep_core::{Refused, RolloutEvent, Summary};
-use lockstep_proto::wire::control_v1 as wire;
+use lockstep_proto::wire::{control_v1 as wire, signatures};
 use tonic::{Code, Status};
+
+/// At most one signature, armoured; none if the field is empty.
+pub(super) fn one_signature(
+    field: impl Into<Vec<u8>> + AsRef<[u8]>,
+) -> Result<Option<String>, Status> {
+    let given = Some(field).filter(|field| !field.as_ref().is_empty());
+    let read = signatures(given.into_iter().collect());
+    let mut read = read.map_err(|error| Status::invalid_argument(error.to_string()))?;
+    Ok(read.pop())
+}
 
 /// An event.
 pub(crate) fn event(event: &RolloutEvent) -> wire::RolloutEvent {

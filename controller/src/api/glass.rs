@@ -2,10 +2,10 @@
 
 use lockstep_core::Call;
 use lockstep_proto::values::{Period, Timestamp};
-use lockstep_proto::wire::{control_v1 as wire, signatures as signatures_of};
+use lockstep_proto::wire::control_v1 as wire;
 use tonic::Status;
 
-use super::{rollout_id, text};
+use super::{convert, rollout_id, text};
 
 /// Reads the request. A word without a reason is none.
 pub(super) fn call(request: wire::BreakGlassRequest) -> Result<Call, Status> {
@@ -26,18 +26,13 @@ pub(super) fn call(request: wire::BreakGlassRequest) -> Result<Call, Status> {
         return Err(invalid("`reason` says why that has to be".to_owned()));
     }
     let evidence = evidence.parse();
-    let signature = Some(signature).filter(|it| !it.is_empty());
-    let signatures = signatures_of(signature.into_iter().collect());
-    let signature = signatures
-        .map_err(|error| invalid(error.to_string()))?
-        .pop()
-        .map(|signature| (Timestamp(expires_ms), signature));
+    let signature = convert::one_signature(signature)?;
     Ok(Call::BreakGlass {
         rollout: rollout_id(&rollout)?,
         gate,
         evidence: evidence.map_err(|error| invalid(format!("evidence: {error}")))?,
         reason,
         life: Period(holds_ms),
-        signature,
+        signature: signature.map(|signature| (Timestamp(expires_ms), signature)),
     })
 }

@@ -250,12 +250,8 @@ impl ControlService for Control {
             signature,
             expires_ms,
         } = request;
-        let signed = (!signature.is_empty())
-            .then(|| signatures_of(vec![signature]))
-            .transpose()
-            .map_err(|error| Status::invalid_argument(error.to_string()))?
-            .and_then(|mut one| one.pop())
-            .map(|signature| (Timestamp(expires_ms), signature));
+        let signature = convert::one_signature(signature)?;
+        let signed = signature.map(|signature| (Timestamp(expires_ms), signature));
         let evidence: Digest = evidence
             .parse()
             .map_err(|error| Status::invalid_argument(format!("evidence: {error}")))?;
@@ -330,14 +326,11 @@ impl ControlService for Control {
         let at = request
             .place()
             .map_err(|error| invalid(error.to_string()))?;
-        let signature = Some(request.signature).filter(|it| !it.is_empty());
-        let signed = match signature {
+        let signed = match convert::one_signature(request.signature)? {
             Some(signature) => {
                 let key: Result<StepKey, _> = request.signed_key.parse();
                 let key = key.map_err(|error| invalid(format!("`signed_key`: {error}")))?;
-                let one = signatures_of(vec![signature]);
-                let mut one = one.map_err(|error| invalid(error.to_string()))?;
-                one.pop().map(|signature| (key, signature))
+                Some((key, signature))
             }
             None => None,
         };

@@ -111,15 +111,51 @@ struct Decision {
     evidence: Option<Digest>,
     /// The question to ask first, if any.
     question: Option<&'static str>,
+    /// Not to ask it.
+    yes: bool,
     /// What the approver has of it, to hold what is shown against.
     own: Own,
     /// The key to sign with, and how long that is good.
     sign: Option<(PathBuf, Period)>,
 }
 
-impl Decision {
-    /// What the operator looked at is what is to be decided upon.
-    fn check_evidence(&self, step: &Step, gate: &Gate) -> Result<(), CliError> {
+/// What an operator means to decide upon, without the controller that shows it.
+pub(super) struct Meant<'a> {
+    pub(super) gate: Option<&'a str>,
+    /// What the operator has looked at before.
+    pub(super) evidence: Option<Digest>,
+    pub(super) own: &'a Own,
+    pub(super) sign: bool,
+    pub(super) yes: bool,
+}
+
+impl Meant<'_> {
+    /// Whether to ask before it is done. Whoever names the digest has seen what it stands for. A
+    /// signature outlives the controller that showed what it is for: then the gate, which the
+    /// digest does not say, is named too.
+    pub(super) fn must_ask(&self) -> Result<bool, CliError> {
+        let named = self.evidence.is_some();
+        if !self.sign {
+            return Ok(!self.yes && !named);
+        }
+        let meant = self.gate.is_some() && (named || self.own.plan.is_some());
+        if self.yes && !meant {
+            return Err(CliError::usage(
+                "--yes would sign whatever the controller shows",
+                "say what you mean with --gate, and --plan FILE or --evidence DIGEST; or answer \
+                 the question",
+            ));
+        }
+        Ok(!(self.yes || named && meant))
+    }
+
+    /// What the operator looked at, and has, is what is to be decided upon.
+    pub(super) fn check(
+        &self,
+        document: &Document,
+        step: &Step,
+        gate: &Gate,
+    ) -> Result<(), CliError> {
         match self.evidence {
             Some(named) if named.to_string() != gate.evidence => Err(CliError::usage(
                 format!(
@@ -128,7 +164,7 @@ impl Decision {
                 ),
                 "look at what it shows now: the same command without --evidence",
             )),
-            _ => Ok(()),
+            _ => self.own.check_plan(document, step),
         }
     }
 }
@@ -136,26 +172,12 @@ impl Decision {
 /// `lockstep approve`.
 pub(crate) async fn approve(arguments: Approve, session: &Session) -> Result<Exit, CliError> {
     let own = Own::read(arguments.plan.as_deref(), &arguments.sql)?;
-    // Whoever names the digest has seen what it stands for. A signature outlives the controller
-    // that showed what it is for: then the gate, which the digest does not say, is named too.
-    let named = arguments.evidence.is_some();
-    let meant = arguments.at.gate.is_some() && (named || own.plan.is_some());
-    let ask = match &arguments.sign {
-        Some(_) if arguments.yes && !meant => {
-            return Err(CliError::usage(
-                "--yes would sign whatever the controller shows",
-                "say what you mean with --gate, and --plan FILE or --evidence DIGEST; or answer \
-                 the question",
-            ));
-        }
-        Some(_) => !(arguments.yes || named && meant),
-        None => !arguments.yes && !named,
-    };
     let decision = Decision {
         verb: Verb::Approve,
         items: vec![],
         evidence: arguments.evidence,
-        question: ask.then_some("approve this?"),
+        question: Some("approve this?"),
+        yes: arguments.yes,
         own,
         sign: arguments.sign.map(|key| (key, arguments.expires)),
     };
@@ -169,6 +191,7 @@ pub(crate) async fn reject(arguments: Reject, session: &Session) -> Result<Exit,
         items: vec![],
         evidence: None,
         question: None,
+        yes: true,
         own: Own::default(),
         sign: None,
     };
@@ -185,12 +208,12 @@ pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exi
     let items = items.ok_or_else(|| {
         CliError::usage("there is no item 0", "items are numbered from 1, as shown")
     })?;
-    let question = (!arguments.yes).then_some("confirm this?");
     let decision = Decision {
         verb: Verb::Confirm,
         items,
         evidence: None,
-        question,
+        question: Some("confirm this?"),
+        yes: arguments.yes,
         own: Own::default(),
         sign: None,
     };
@@ -199,6 +222,14 @@ pub(crate) async fn confirm(arguments: Confirm, session: &Session) -> Result<Exi
 
 async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<Exit, CliError> {
     let printer = session.printer;
+    let meant = Meant {
+        gate: at.gate.as_deref(),
+        evidence: decision.evidence,
+        own: &decision.own,
+        sign: decision.sign.is_some(),
+        yes: decision.yes,
+    };
+    let ask = meant.must_ask()?;
     let client = session.connect().await?;
     let (document, _) = fetch(&client, &at.rollout).await?;
     let open: Vec<_> = document.open_gates().collect();
@@ -214,8 +245,7 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
             format!("it has {}", words::count(gate.items.len(), "item")),
         ));
     }
-    decision.check_evidence(step, gate)?;
-    decision.own.check_plan(&document, step)?;
+    meant.check(&document, step, gate)?;
     if decision.verb != Verb::Reject {
         printer.talk(&shown(
             &document,
@@ -225,7 +255,7 @@ async fn decide(at: &GateArgs, decision: Decision, session: &Session) -> Result<
             &decision.own,
         ));
     }
-    if let Some(question) = decision.question {
+    if let Some(question) = decision.question.filter(|_| ask) {
         if !Printer::can_ask() {
             return Err(CliError::usage(
                 "nobody is there to be asked",
@@ -465,23 +495,22 @@ mod tests {
         Document::read(include_bytes!("render/fixtures/waiting.json")).unwrap()
     }
 
-    fn decision(evidence: Option<Digest>) -> Decision {
-        Decision {
-            verb: Verb::Approve,
-            items: vec![],
-            evidence,
-            question: None,
-            own: Own::default(),
-            sign: None,
-        }
-    }
-
     #[test]
     fn evidence_that_was_named_is_what_the_gate_shows() {
         let document = document();
         let (step, gate) =
             choose(&document, None, &document.open_gates().collect::<Vec<_>>()).unwrap();
-        let check = |evidence| decision(evidence).check_evidence(step, gate);
+        let own = Own::default();
+        let check = |evidence| {
+            let meant = Meant {
+                gate: None,
+                evidence,
+                own: &own,
+                sign: false,
+                yes: false,
+            };
+            meant.check(&document, step, gate)
+        };
         assert!(check(None).is_ok());
         assert!(check(Some(gate.evidence.parse().unwrap())).is_ok());
         let error = check(Some(Digest::of(b"seen before"))).unwrap_err();

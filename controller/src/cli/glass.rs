@@ -3,13 +3,14 @@
 
 use std::path::PathBuf;
 
+use lockstep_core::rollout::LOUD;
 use lockstep_proto::approval;
-use lockstep_proto::ids::RolloutId;
+use lockstep_proto::ids::{Digest, RolloutId};
 use lockstep_proto::values::Period;
 use lockstep_proto::wire::control_v1 as wire;
 use serde_json::json;
 
-use super::decide::{self, Kind, Own, Shown};
+use super::decide::{self, Kind, Meant, Own, Shown};
 use super::error::CliError;
 use super::exit::Exit;
 use super::printer::Printer;
@@ -30,9 +31,16 @@ pub(crate) struct BreakGlass {
     /// How long your word holds while a second person is awaited; an hour at most
     #[arg(long = "for", value_name = "PERIOD", default_value = "15m")]
     holds: Period,
-    /// Sign your word with your SSH key, for hosts that do not take the controller's
+    /// Break it only if this is what the gate shows: the digest that somebody looked at before
+    #[arg(long, value_name = "DIGEST")]
+    evidence: Option<Digest>,
+    /// Sign your word with your SSH key, for hosts that do not take the controller's; only at
+    /// approvals: hosts ask for no signature at other gates
     #[arg(long, value_name = "KEY")]
     sign: Option<PathBuf>,
+    /// Your own copy of the compiled plan: refuse if the rollout runs another one
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
     /// Your own copy of SQL that is too long to be shown
     #[arg(long, value_name = "FILE")]
     sql: Vec<PathBuf>,
@@ -51,23 +59,34 @@ pub(crate) async fn break_glass(
         gate,
         reason,
         holds,
+        evidence,
         sign,
+        plan,
         sql,
         yes,
     } = arguments;
     let printer = session.printer;
+    let own = Own::read(plan.as_deref(), &sql)?;
+    let meant = Meant {
+        gate: gate.as_deref(),
+        evidence,
+        own: &own,
+        sign: sign.is_some(),
+        yes,
+    };
+    let ask = meant.must_ask()?;
     let client = session.connect().await?;
-    let own = Own::read(None, &sql)?;
     let (document, _) = fetch(&client, &rollout).await?;
     let open: Vec<_> = document.waiting_gates().collect();
-    let (step, gate) = decide::choose(&document, gate.as_deref(), &open)?;
+    let (step, gate) = decide::choose(&document, meant.gate, &open)?;
+    meant.check(&document, step, gate)?;
     printer.talk(&decide::shown(&document, step, gate, &[], &own));
     let missing = clean::line(&gate.missing);
     printer.talk(&[Line::new(
         Tone::Bad,
-        format!("BREAK-GLASS: the gate would be met without {missing}"),
+        format!("{LOUD}: the gate would be met without {missing}"),
     )]);
-    if !yes {
+    if ask {
         if !Printer::can_ask() {
             return Err(CliError::usage(
                 "nobody is there to be asked",

@@ -14,12 +14,13 @@
 //! old one; then the two change places in one step. Whatever ends it before, the old journal is
 //! whole; afterwards, the new one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, BufWriter};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use lockstep_core::trust::TrustRecord;
 use lockstep_core::{Archived, Config, Coordinator, End, Entry, Record, RecoverError};
 use lockstep_proto::ids::{Epoch, HostId, RolloutId};
 use lockstep_proto::values::{Period, Timestamp};
@@ -267,6 +268,8 @@ fn keep(
     let last_take_over = newest(|record| matches!(record, Record::TookOver { .. }));
     // Where the newest of a host's reports is counted that are only counted.
     let mut counted: HashMap<&HostId, usize> = HashMap::new();
+    // Hosts of which something is left.
+    let mut named: HashSet<&HostId> = HashSet::new();
     for (index, entry) in entries.iter().enumerate() {
         let out = entry
             .record
@@ -284,6 +287,8 @@ fn keep(
                 encode(entry.at, Record::ReportsArchived { host, through })
             }
             Record::Trust(record) if !folded.trust().is_of_use(record, last) => continue,
+            // Its certificates have ended, and it was never seen.
+            Record::HostForgotten { host, .. } if !named.contains(host) => continue,
             _ if out && !matches!(entry.record, Record::Archived(_)) => continue,
             record => {
                 match record {
@@ -295,7 +300,13 @@ fn keep(
                         forget(&mut kept, counted.remove(host));
                     }
                     // Another installation counts anew: what was counted before stays said.
-                    Record::HostSeen { host, .. } => _ = counted.remove(host),
+                    Record::HostSeen { host, .. } => {
+                        counted.remove(host);
+                        named.insert(host);
+                    }
+                    Record::Trust(
+                        TrustRecord::Enrolled { grant, .. } | TrustRecord::Renewed { grant, .. },
+                    ) => _ = named.insert(&grant.host),
                     _ => {}
                 }
                 payloads[index].clone()
@@ -346,7 +357,15 @@ fn compare(
     if before.trust().as_of(last) != after.trust().as_of(last) {
         return differs(&"who may be");
     }
-    let hosts = |folded: &Coordinator| format!("{:?}", folded.all_hosts().collect::<Vec<_>>());
+    // What nobody had asked for went out with the rest.
+    let hosts = |folded: &Coordinator| {
+        let hosts = folded.all_hosts().map(|(host, info)| {
+            let mut info = info.clone();
+            info.unasked = 0;
+            (host, info)
+        });
+        format!("{:?}", hosts.collect::<Vec<_>>())
+    };
     if hosts(before) != hosts(after) {
         return differs(&"the hosts");
     }

@@ -389,7 +389,7 @@ impl Coordinator {
     }
 
     /// What is missing at a gate that was just decided at, given as `rollout/gate`.
-    pub(super) fn missing(&self, gate: &str) -> String {
+    pub(super) fn missing(&self, gate: &str, now: Timestamp) -> String {
         let found = gate.split_once('/').and_then(|(rollout, at)| {
             let rollout = self.rollouts.get(&rollout.parse().ok()?)?;
             let (phase, step) = at.split_once('.')?;
@@ -397,7 +397,7 @@ impl Coordinator {
                 phase: phase.parse().ok()?,
                 step: step.parse().ok()?,
             };
-            Some(rollout.missing(at))
+            Some(rollout.missing_now(at, now))
         });
         found.unwrap_or_default()
     }

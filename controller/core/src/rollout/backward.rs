@@ -382,6 +382,20 @@ impl Rollout {
         if self.ended.is_some() {
             return self.unanswered();
         }
+        self.uncompared()
+    }
+
+    /// Whether a host's word on its state answers something: once each time that it is asked, be it
+    /// late. Of a cancelled rollout, once more that it `lets_go`.
+    pub(super) fn counts_survey(&self, host: &HostId, lets_go: bool) -> bool {
+        let member = self.members.get(host);
+        let first = member.is_some_and(|member| member.surveyed.is_none());
+        self.uncompared().contains(&host)
+            || ((first || lets_go) && self.unanswered().contains(&host))
+    }
+
+    /// Touched hosts of a rollback that is through, of which nobody knows what their state is.
+    fn uncompared(&self) -> Vec<&HostId> {
         let Mode::Backward(backward) = &self.mode else {
             return vec![];
         };

@@ -286,8 +286,8 @@ impl Rollout {
                     return illegal("lock released");
                 }
             }
-            Record::LockTaken { round, .. } => {
-                if !self.fold_taken(now, *round) {
+            Record::LockTaken { at, round, .. } => {
+                if !self.fold_taken(now, *at, *round) {
                     return illegal("lock taken");
                 }
             }
@@ -329,6 +329,10 @@ impl Rollout {
                     return illegal("gate closed");
                 };
                 gate.closed = Some((now, *met, why.clone()));
+                // All was as people had seen it. The gates before it were closed already.
+                if *met {
+                    self.lock.shown = None;
+                }
             }
             Record::NoticeOrdered { which, .. } => {
                 self.notices.insert(
@@ -492,7 +496,9 @@ impl Rollout {
                 true
             }
             ReportBody::Surveyed { state, .. } => {
-                let Some(member) = self.members.get_mut(host) else {
+                let lets_go = state.iter().any(says_it_let_go);
+                let asked = self.counts_survey(host, lets_go);
+                let Some(member) = self.members.get_mut(host).filter(|_| asked) else {
                     return false;
                 };
                 let mut survey = Survey::default();
@@ -502,7 +508,7 @@ impl Rollout {
                     _ => None,
                 });
                 member.surveyed = Some(survey);
-                member.answered |= ended && state.iter().any(says_it_let_go);
+                member.answered |= ended && lets_go;
                 true
             }
         }

@@ -60,7 +60,7 @@ impl Rollout {
             let reason = format!(
                 "phase `{}` passed its deadline: {}",
                 phase.name,
-                self.what_blocks(up)
+                self.what_blocks(now, up)
             );
             return vec![self.failed(reason)];
         }

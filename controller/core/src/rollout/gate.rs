@@ -181,16 +181,24 @@ impl Rollout {
         gate.is_some_and(|gate| matches!(verdict(gate), Verdict::Met(_)))
     }
 
-    /// What is missing at a gate, in words; empty if it is closed.
+    /// What is missing at a gate, in words; empty if it is closed. Words that broke its glass count
+    /// as they stood when the rollout was last heard of, so that its document is its records'.
     pub(crate) fn missing(&self, at: StepRef) -> String {
+        let heard = self.events.last().map_or(self.submitted, |last| last.at);
+        self.missing_now(at, heard)
+    }
+
+    /// The same with the words that hold now.
+    pub(crate) fn missing_now(&self, at: StepRef, now: Timestamp) -> String {
         let Some(gate) = self.gates.get(&at).filter(|gate| gate.closed.is_none()) else {
             return String::new();
         };
-        // Only what people can bring is missing; time is not asked here.
-        match self.verdict(&self.placed(at).step.action, gate, gate.opened) {
-            Verdict::Waiting(missing) => missing,
-            Verdict::Met(_) if self.lock.released => AWAITS_LOCK.to_owned(),
-            Verdict::Met(_) | Verdict::Unmet(_) => String::new(),
+        // Only what people can bring is missing; time passes by itself.
+        let asked_for = self.asked_for(&self.placed(at).step.action, gate, gate.opened);
+        match asked_for {
+            Verdict::Waiting(missing) if gate.broken(now).is_none() => missing,
+            Verdict::Waiting(_) | Verdict::Met(_) if self.lock.released => AWAITS_LOCK.to_owned(),
+            Verdict::Waiting(_) | Verdict::Met(_) | Verdict::Unmet(_) => String::new(),
         }
     }
 

@@ -5,11 +5,12 @@ use lockstep_proto::ids::{OperatorName, StepRef};
 use lockstep_proto::values::Timestamp;
 use serde_json::{Value, json};
 
+use super::notices::Clean;
 use super::state::Glass;
 use super::{Gate, Rollout};
 
 /// How what is said of it begins, wherever people read.
-pub(crate) const LOUD: &str = "BREAK-GLASS";
+pub const LOUD: &str = "BREAK-GLASS";
 
 impl Gate {
     /// The two words that hold now, of two people; none if there are fewer.
@@ -53,9 +54,11 @@ impl Rollout {
         group: &str,
         reason: &str,
     ) -> String {
-        let gate = self.gates.get(&at);
-        let others = gate.is_some_and(|gate| gate.glass.iter().any(|it| it.operator != *operator));
-        let next = if others {
+        let words = self.gates.get(&at).map_or(&[][..], |gate| &gate.glass);
+        // Another's word that has ended meanwhile stands for nothing.
+        let now = words.last().map_or(self.submitted, |given| given.at);
+        let holds = |word: &Glass| word.operator != *operator && now < word.until;
+        let next = if words.iter().any(holds) {
             String::new()
         } else {
             format!("; a second person of {group} has to say so too")
@@ -80,10 +83,11 @@ impl Rollout {
     }
 
     /// What messages to people end with; empty if no glass was broken.
-    pub(super) fn glass_in_notices(&self) -> String {
+    pub(super) fn glass_in_notices(&self, clean: Clean) -> String {
         let words = self.gates.iter().flat_map(|(at, gate)| {
             let word = move |it: &Glass| {
-                format!("\n{LOUD} at gate {at} by {}: {}", it.operator, it.reason)
+                let said = format!("{LOUD} at gate {at} by {}: {}", it.operator, it.reason);
+                format!("\n{}", clean(&said))
             };
             gate.glass.iter().map(word)
         });

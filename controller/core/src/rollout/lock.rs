@@ -39,15 +39,22 @@ impl Rollout {
             // The coordinator takes the lock, once every host is free.
             (_, true) if self.gates[&at].released == Some(self.lock.round) => Some(vec![]),
             // One that was opened anew while the lock was free goes on with it.
-            (false, false) | (_, true) => Some(vec![Record::LockReleased {
-                rollout: self.id.clone(),
-                at,
-            }]),
-            (true, false) => {
-                let changed = self.changed_meanwhile();
-                (!changed.is_empty()).then(|| self.reopen(at, &changed, now))
+            (_, true) => Some(self.release(at)),
+            // Also one that is met no more: what people have seen is asked of the hosts as they
+            // were when they decided, not as they are when they are taken the next time.
+            (_, false) => {
+                let changed = self.changed_meanwhile(at);
+                if !changed.is_empty() {
+                    return Some(self.reopen(at, &changed, now));
+                }
+                (!met).then(|| self.release(at))
             }
         }
+    }
+
+    fn release(&self, at: StepRef) -> Vec<Record> {
+        let rollout = self.id.clone();
+        vec![Record::LockReleased { rollout, at }]
     }
 
     /// The gate at which the rollout waits for nothing but its lock.
@@ -60,8 +67,9 @@ impl Rollout {
         self.is_met(*at, now).then_some(*at)
     }
 
-    /// What is no longer as it was when the lock was freed, in words.
-    fn changed_meanwhile(&self) -> Vec<String> {
+    /// What is no longer as it was when the lock was freed, in words, as far as it was seen before
+    /// the gate.
+    fn changed_meanwhile(&self, at: StepRef) -> Vec<String> {
         let Some(shown) = &self.lock.shown else {
             return vec![];
         };
@@ -74,12 +82,12 @@ impl Rollout {
                 .into_iter()
                 .map(move |what| format!("{host}: {what}"))
         });
-        let other_sql = *shown != self.sql_shown(None);
+        let other_sql = *shown != self.sql_shown(Some(at));
         let sql = other_sql.then(|| "the SQL that was shown is another".to_owned());
         hosts.chain(sql).collect()
     }
 
-    /// Everybody who has decided so far is asked again.
+    /// Everybody who has decided so far is asked again, also where the glass was broken.
     fn reopen(&self, at: StepRef, changed: &[String], now: Timestamp) -> Vec<Record> {
         let named = &changed[..changed.len().min(MOST_NAMED)];
         let mut why = format!(
@@ -90,7 +98,9 @@ impl Rollout {
             why = format!("{why}; and {} more", changed.len() - MOST_NAMED);
         }
         let decided = self.gates.range(..=at);
-        let decided = decided.filter(|(other, gate)| **other == at || !gate.decisions.is_empty());
+        let decided = decided.filter(|(other, gate)| {
+            **other == at || !gate.decisions.is_empty() || !gate.glass.is_empty()
+        });
         let reopened = decided.map(|(at, _)| Record::GateReopened {
             rollout: self.id.clone(),
             at: *at,
@@ -122,7 +132,7 @@ impl Rollout {
 
     /// Hosts are asked anew, and the rollout begins again from its first phase: what it has done
     /// before only looked.
-    pub(super) fn fold_taken(&mut self, now: Timestamp, round: u32) -> bool {
+    pub(super) fn fold_taken(&mut self, now: Timestamp, at: StepRef, round: u32) -> bool {
         if !self.lock.released || round != self.lock.round + 1 {
             return false;
         }
@@ -130,7 +140,7 @@ impl Rollout {
             released: false,
             round,
             taken: Some(now),
-            shown: Some(self.sql_shown(None)),
+            shown: Some(self.sql_shown(Some(at))),
         };
         self.mode = Mode::Consenting;
         let sound = self.members.values_mut();

@@ -40,6 +40,7 @@ mod retry;
 mod state;
 
 use cause::Class;
+pub use glass::LOUD;
 pub use left::{Left, LeftState};
 pub use state::Rollout;
 pub(crate) use state::{Attempt, Backward, Cursor, Gate, Lock, Member, Mode, Outcome};
@@ -266,7 +267,7 @@ impl Rollout {
         }
         let up = &|host: &HostId| since(host).is_some();
         if now >= self.deadline() {
-            let blocked = self.what_blocks(up);
+            let blocked = self.what_blocks(now, up);
             let reason = format!(
                 "the deadline of {} passed: {blocked}",
                 self.compiled().deadline
@@ -487,7 +488,7 @@ impl Rollout {
     }
 
     /// What a rollout that does not move waits for, with hosts, steps and the class of the cause.
-    pub(crate) fn what_blocks(&self, up: &dyn Fn(&HostId) -> bool) -> String {
+    pub(crate) fn what_blocks(&self, now: Timestamp, up: &dyn Fn(&HostId) -> bool) -> String {
         let silence = |host: &HostId| Class::of_silence(up(host)).as_str();
         let silent: Vec<String> = match &self.mode {
             Mode::Consenting => self
@@ -518,7 +519,7 @@ impl Rollout {
                 format!(
                     "{} ({at}) waits for {} ({})",
                     self.placed(*at).step.action.name(),
-                    self.missing(*at),
+                    self.missing_now(*at, now),
                     Class::TimedOut.as_str()
                 )
             });

@@ -2,6 +2,7 @@
 
 use lockstep_proto::action::Action;
 use lockstep_proto::plan::{Notice, NoticeWhen};
+use lockstep_proto::shown;
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::{Mode, Rollout};
@@ -83,7 +84,8 @@ impl Rollout {
             .min()
     }
 
-    /// A `notify` action with its texts filled in.
+    /// A `notify` action with its texts filled in. What hosts and people wrote is words there, and
+    /// nothing else.
     pub(crate) fn notice(&self, which: NoticeRef, now: Timestamp) -> Option<Action> {
         let action = match which {
             NoticeRef::Step(at) => &self.compiled().step(at)?.step.action,
@@ -99,32 +101,61 @@ impl Rollout {
         let end = self.ended.as_ref().map_or(now, |ending| ending.at);
         let elapsed = Period(end.since(self.submitted).0 / 1000 * 1000).to_string();
         let inputs = &self.compiled().inputs;
-        let fill = |text: &str| {
-            let mut text = text
-                .replace("${rollout.id}", self.id.as_str())
-                .replace("${rollout.plan}", &self.compiled().plan)
-                .replace("${rollout.state}", self.state())
-                .replace("${rollout.reason}", reason)
-                .replace("${rollout.elapsed}", &elapsed)
-                .replace("${rollout.phase}", self.phase_name());
-            for (name, value) in inputs {
-                text = text.replace(&format!("${{{name}}}"), value);
-            }
-            text
+        let value = |name: &str| match name {
+            "rollout.id" => Some(self.id.as_str()),
+            "rollout.plan" => Some(self.compiled().plan.as_str()),
+            "rollout.state" => Some(self.state()),
+            "rollout.reason" => Some(reason),
+            "rollout.elapsed" => Some(elapsed.as_str()),
+            "rollout.phase" => Some(self.phase_name()),
+            input => inputs.get(input).map(String::as_str),
+        };
+        let fill = |text: &str, clean: Clean| {
+            filled(text, |name| value(name).map(clean)) + &self.glass_in_notices(clean)
         };
         let mut action = action.clone();
-        let loud = self.glass_in_notices();
         match &mut action {
-            Action::NotifyWebhook(webhook) => webhook.text = fill(&webhook.text) + &loud,
-            Action::NotifySlack(slack) => slack.text = fill(&slack.text) + &loud,
+            Action::NotifyWebhook(webhook) => webhook.text = fill(&webhook.text, shown::lines),
+            Action::NotifySlack(slack) => slack.text = fill(&slack.text, no_markup),
             Action::NotifyEmail(email) => {
-                email.subject = fill(&email.subject);
-                email.text = fill(&email.text) + &loud;
+                let subject = filled(&email.subject, |name| value(name).map(shown::line));
+                // A header is one line, whoever wrote it.
+                email.subject = shown::line(&subject);
+                email.text = fill(&email.text, shown::lines);
             }
             _ => return None,
         }
         Some(action)
     }
+}
+
+/// What becomes of a text that hosts or people wrote, before it stands in a message.
+pub(super) type Clean = fn(&str) -> String;
+
+/// A text with values put in where it names them: `${name}`. Values are not read again, and what
+/// names none stays.
+fn filled(text: &str, value: impl Fn(&str) -> Option<String>) -> String {
+    let mut filled = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, from)) = rest.split_once("${") {
+        filled.push_str(before);
+        let named = from.split_once('}');
+        let found = named.and_then(|(name, after)| Some((value(name)?, after)));
+        rest = if let Some((value, after)) = found {
+            filled.push_str(&value);
+            after
+        } else {
+            filled.push_str("${");
+            from
+        };
+    }
+    filled + rest
+}
+
+/// Text without Slack's markup: it calls nobody, and no link says that it is another.
+fn no_markup(text: &str) -> String {
+    let text = shown::lines(text).replace('&', "&amp;");
+    text.replace('<', "&lt;").replace('>', "&gt;")
 }
 
 /// Whether a gate waits for people, not for time.

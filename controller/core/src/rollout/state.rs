@@ -57,8 +57,8 @@ pub(crate) struct Lock {
     pub(crate) round: u32,
     /// When it was taken last, if that was not with the submission.
     pub(crate) taken: Option<Timestamp>,
-    /// The SQL that had been shown when it was freed; none if it never was, or if people have been
-    /// asked again since.
+    /// The SQL that had been shown, before the gate that freed it; none if it never was free, if
+    /// that gate has closed since, or if people have been asked again.
     pub(crate) shown: Option<Vec<Digest>>,
 }
 

@@ -226,6 +226,64 @@ fn a_rollback_after_a_halt_has_time_for_what_was_not_begun() {
 }
 
 #[test]
+fn a_state_that_nobody_asked_for_changes_nothing() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet
+        .submit(1, plan(1, vec![on("app", vec![stop()])]))
+        .unwrap();
+    for name in ["a", "b"] {
+        fleet.consent(1, name, vec![state("up")]);
+    }
+    let compared = |fleet: &Fleet| {
+        let document = fleet.coordinator.document(&rollout(1)).unwrap();
+        document["state_compared"].clone()
+    };
+    let unasked = |fleet: &mut Fleet, what: &str| {
+        let before = (fleet.unasked, compared(fleet));
+        fleet.surveyed("a", vec![state("forged")]);
+        assert_eq!(
+            (fleet.unasked, compared(fleet)),
+            (before.0 + 1, before.1),
+            "{what}"
+        );
+    };
+    unasked(&mut fleet, "nothing has gone back");
+    fleet.finish("a", failed(), vec![]);
+    fleet.finish("b", ok(), vec![]);
+    unasked(&mut fleet, "it is being undone");
+    for name in ["a", "b"] {
+        fleet.finish(name, ok(), vec![]);
+    }
+    fleet.surveyed("a", vec![state("up")]);
+    assert_eq!(fleet.unasked, 2, "it was asked");
+    unasked(&mut fleet, "it has said so already");
+    // The other one is silent, and says it late.
+    fleet.later(61);
+    assert_eq!(fleet.state(1), "halted", "{}", fleet.reason(1));
+    unasked(&mut fleet, "it has ended");
+    fleet.surveyed("b", vec![state("down")]);
+    assert_eq!(fleet.unasked, 4);
+    assert_eq!(compared(&fleet)[1]["after_text"], "down");
+    let document = fleet.coordinator.document(&rollout(1));
+    fleet.surveyed("b", vec![state("up")]);
+    assert_eq!(fleet.unasked, 5, "once");
+    assert_eq!(fleet.coordinator.document(&rollout(1)), document);
+    fleet.restart();
+    assert_eq!(fleet.coordinator.document(&rollout(1)), document, "INV-2");
+
+    // After a resume both are asked anew.
+    for name in ["a", "b"] {
+        fleet.up(name);
+    }
+    fleet.resume();
+    for name in ["a", "b"] {
+        fleet.surveyed(name, vec![state("up")]);
+    }
+    assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
+    unasked(&mut fleet, "it was rolled back");
+}
+
+#[test]
 fn hosts_are_asked_for_their_state_again_after_a_resume() {
     let mut fleet = Fleet::new(&["a"]);
     fleet

@@ -109,8 +109,16 @@ fn cancel_ends_at_once_with_every_agent_offline_and_hears_of_them_later() {
     assert_eq!(left(&fleet)[1].1, LeftState::Unknown);
     fleet.surveyed("b", vec![]);
     assert_eq!(left(&fleet)[1].1, LeftState::Unknown, "it still holds");
+    let unasked = fleet.unasked;
+    fleet.surveyed("b", vec![]);
+    assert_eq!(fleet.unasked, unasked + 1, "it has said so already");
     fleet.surveyed("b", let_go());
     assert_eq!(left(&fleet)[1].1, LeftState::Stopped);
+    assert_eq!(fleet.unasked, unasked + 1);
+    for (name, state) in [("b", let_go()), ("a", let_go()), ("a", vec![])] {
+        fleet.surveyed(name, state);
+    }
+    assert_eq!(fleet.unasked, unasked + 4, "nobody asks any more");
     assert_eq!(
         back(&mut fleet, "b", None),
         [""; 0],

@@ -18,6 +18,25 @@ fn look() -> Step {
     step("check.disk", json!({"path": "/", "free": "1B"}))
 }
 
+fn sql(text: &str) -> Fact {
+    Fact::SqlPlan {
+        database: "d".into(),
+        from: "1".into(),
+        to: "2".into(),
+        digest: Digest::of(text.as_bytes()),
+        sql: text.into(),
+    }
+}
+
+fn window(utc: &str) -> Step {
+    // Every story begins on a Thursday at 00:16:40.
+    releasing("gate.window", json!({"days": ["thu"], "utc": utc}))
+}
+
+fn waits() -> Step {
+    releasing("gate.wait", json!({"for": "10m"}))
+}
+
 /// Looks, asks, and then stops a service.
 fn stages() -> Vec<Stage> {
     vec![
@@ -53,6 +72,16 @@ impl Fleet {
         asked.expect("a gate is open")
     }
 
+    /// What the gate of a phase asks about.
+    fn asked_at(&self, phase: u16) -> Digest {
+        let mut newest = self.journal.iter().rev();
+        let asked = newest.find_map(|entry| match &entry.record {
+            Record::GateReopened { at, evidence, .. } if at.phase == phase => Some(*evidence),
+            _ => None,
+        });
+        asked.expect("the gate was opened anew")
+    }
+
     fn locked_by(&self, name: &str) -> Option<RolloutId> {
         self.coordinator.locked_by(&host(name)).cloned()
     }
@@ -72,6 +101,10 @@ impl Fleet {
             _ => None,
         });
         offers.collect()
+    }
+
+    fn reopened(&self) -> usize {
+        self.count(|it| matches!(it, Record::GateReopened { .. }))
     }
 
     fn count(&self, what: fn(&Record) -> bool) -> usize {
@@ -161,13 +194,6 @@ fn another_rollout_takes_the_hosts_and_the_first_waits_for_them() {
 
 #[test]
 fn sql_that_is_another_than_was_shown_is_shown_again() {
-    let sql = |text: &str| Fact::SqlPlan {
-        database: "d".into(),
-        from: "1".into(),
-        to: "2".into(),
-        digest: Digest::of(text.as_bytes()),
-        sql: text.into(),
-    };
     let mut fleet = Fleet::new(&["a"]);
     fleet.submit(1, plan(1, stages())).unwrap();
     fleet.consent(1, "a", vec![]);
@@ -190,9 +216,8 @@ fn sql_that_is_another_than_was_shown_is_shown_again() {
 #[test]
 fn an_earlier_decision_is_void_too() {
     let mut fleet = Fleet::new(&["a"]);
-    let window = releasing("gate.wait", json!({"for": "10m"}));
     fleet.start(vec![
-        on("controller", vec![approval(), window]),
+        on("controller", vec![approval(), waits()]),
         on("app", vec![stop()]),
     ]);
     fleet.decide("dana", &["dba"], fleet.asked()).unwrap();
@@ -208,6 +233,101 @@ fn an_earlier_decision_is_void_too() {
     fleet.later(601);
     fleet.consent_in(2, 1, "a", vec![state("other")]);
     assert_eq!(fleet.orders.len(), 1);
+}
+
+#[test]
+fn a_broken_glass_is_void_too() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![
+        on("app", vec![look()]),
+        on("controller", vec![approval(), waits()]),
+        on("app", vec![stop()]),
+    ]);
+    fleet.finish("a", ok(), vec![sql("one")]);
+    let one = fleet.asked();
+    for who in ["ira", "joe"] {
+        fleet.break_glass(who, &["incident"]).unwrap();
+    }
+    assert_eq!(fleet.locked_by("a"), None);
+    fleet.later(601);
+    fleet.consent_in(1, 1, "a", vec![]);
+    fleet.finish("a", ok(), vec![sql("two")]);
+    assert_eq!(fleet.reopened(), 2, "INV-12: both gates");
+    assert_eq!(
+        fleet
+            .coordinator
+            .document(&rollout(1))
+            .unwrap()
+            .get("break_glass"),
+        None
+    );
+    fleet.later(601);
+    assert_eq!(
+        fleet.newest("a").at.phase,
+        0,
+        "nobody has seen the other SQL"
+    );
+    assert!(fleet.decide("dana", &["dba"], one).is_err());
+    fleet.decide("dana", &["dba"], fleet.asked()).unwrap();
+    fleet.consent_in(2, 1, "a", vec![]);
+    fleet.finish("a", ok(), vec![sql("two")]);
+    assert_eq!(fleet.newest("a").at.phase, 2);
+}
+
+#[test]
+fn what_is_shown_after_a_gate_voids_no_decision_at_it() {
+    let between = |second: Step| {
+        let mut fleet = Fleet::new(&["a"]);
+        fleet.start(vec![
+            on("controller", vec![asks()]),
+            on("app", vec![look()]),
+            on("controller", vec![second]),
+            on("app", vec![stop()]),
+        ]);
+        fleet.decide("dana", &["dba"], fleet.asked()).unwrap();
+        fleet.consent_in(1, 1, "a", vec![]);
+        assert_eq!(fleet.newest("a").at.phase, 1);
+        fleet.finish("a", ok(), vec![sql("one")]);
+        fleet
+    };
+    // A second gate that is met when it is come to.
+    let fleet = between(window("00:00-24:00"));
+    assert_eq!(fleet.reopened(), 0);
+    assert_eq!(fleet.newest("a").at.phase, 3);
+
+    // One that waits: people are asked once again, and only once, for what has changed.
+    let mut fleet = between(waits());
+    fleet.later(601);
+    fleet.consent_in(2, 1, "a", vec![]);
+    fleet.finish("a", ok(), vec![sql("two")]);
+    assert_eq!(fleet.reopened(), 2);
+    fleet.decide("dana", &["dba"], fleet.asked_at(0)).unwrap();
+    fleet.consent_in(3, 1, "a", vec![]);
+    assert_eq!(fleet.reopened(), 2, "the SQL is shown after this gate");
+    fleet.finish("a", ok(), vec![sql("two")]);
+    fleet.later(601);
+    fleet.consent_in(4, 1, "a", vec![]);
+    fleet.finish("a", ok(), vec![sql("two")]);
+    assert_eq!(fleet.reopened(), 2);
+    assert_eq!(fleet.newest("a").at.phase, 3);
+}
+
+#[test]
+fn a_window_that_has_closed_meanwhile_does_not_hide_what_has_changed() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![
+        on("app", vec![look()]),
+        on("controller", vec![approval(), window("00:20-00:22")]),
+        on("app", vec![stop()]),
+    ]);
+    fleet.finish("a", ok(), vec![sql("one")]);
+    fleet.decide("dana", &["dba"], fleet.asked()).unwrap();
+    fleet.later(290);
+    fleet.later(40);
+    fleet.consent_in(1, 1, "a", vec![]);
+    fleet.finish("a", ok(), vec![sql("two")]);
+    assert_eq!(fleet.reopened(), 2, "INV-12");
+    assert_eq!(fleet.locked_by("a"), Some(rollout(1)), "the approval holds");
 }
 
 #[test]

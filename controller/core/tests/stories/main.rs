@@ -111,7 +111,9 @@ struct Fleet {
     plans: BTreeMap<Digest, Arc<SealedPlan>>,
     orders: Vec<Order>,
     sent: Vec<(HostId, Message)>,
-    notified: usize,
+    notified: Vec<Action>,
+    /// Reports that answered nothing.
+    unasked: usize,
     reports: BTreeMap<HostId, u64>,
 }
 
@@ -136,7 +138,8 @@ impl Fleet {
             plans: BTreeMap::new(),
             orders: vec![],
             sent: vec![],
-            notified: 0,
+            notified: vec![],
+            unasked: 0,
             reports: BTreeMap::new(),
         };
         for name in hosts {
@@ -166,7 +169,9 @@ impl Fleet {
 
     fn take(&mut self, effects: Effects) -> Option<Result<Answer, Refused>> {
         self.journal.extend(effects.persist);
-        self.notified += effects.notify.len();
+        let notices = effects.notify.into_iter();
+        self.notified.extend(notices.map(|notice| notice.action));
+        self.unasked += effects.unasked.len();
         for (host, message) in effects.send {
             if let Message::Order(order) = &message {
                 self.orders.push(order.clone());

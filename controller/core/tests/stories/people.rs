@@ -266,13 +266,88 @@ fn a_notice_is_sent_at_most_once() {
     }];
     fleet.submit(1, plan).unwrap();
     fleet.consent(1, "a", vec![]);
-    assert_eq!(fleet.notified, 1);
+    assert_eq!(fleet.notified.len(), 1);
     fleet.restart();
     fleet.later(1);
     assert_eq!(
-        fleet.notified, 1,
+        fleet.notified.len(),
+        1,
         "it may have been sent before the restart"
     );
+}
+
+#[test]
+fn what_others_wrote_is_only_words_in_messages() {
+    const TEXT: &str = "*${rollout.id}* <!here> ${no.such}: ${rollout.reason}";
+    let notice = |name: &str, args: serde_json::Value| Notice {
+        when: NoticeWhen::RolledBack,
+        action: step(name, args).action,
+    };
+    let mut plan = plan(
+        1,
+        vec![on("controller", vec![approval()]), on("app", vec![stop()])],
+    );
+    plan.notices = vec![
+        notice(
+            "notify.slack",
+            json!({"webhook": "secret://s", "text": TEXT}),
+        ),
+        notice("notify.webhook", json!({"url": "http://x/", "text": TEXT})),
+        notice(
+            "notify.email",
+            json!({"to": ["a@x"], "subject": "${rollout.reason}\r\nBcc: b@x", "text": TEXT}),
+        ),
+    ];
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.submit(1, plan).unwrap();
+    fleet.consent(1, "a", vec![]);
+    for operator in ["ira", "joe"] {
+        let call = Call::BreakGlass {
+            rollout: rollout(1),
+            gate: None,
+            evidence: fleet.evidence(),
+            reason: "<@U1> & more".into(),
+            life: Period::seconds(900),
+            signature: None,
+        };
+        fleet.call(operator, &["incident"], call).unwrap();
+    }
+    let StepOutcome::Failed(mut failure) = failed() else {
+        panic!("it failed")
+    };
+    failure.message = "<!channel> <https://evil|approve &\u{1b}[2J\n${rollout.id}>".into();
+    fleet.finish("a", StepOutcome::Failed(failure), vec![]);
+    fleet.finish("a", ok(), vec![]);
+    fleet.surveyed("a", vec![]);
+    assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
+    let [
+        Action::NotifySlack(slack),
+        Action::NotifyWebhook(webhook),
+        Action::NotifyEmail(email),
+    ] = &fleet.notified[..]
+    else {
+        panic!("three messages: {:#?}", fleet.notified)
+    };
+    // The plan's own markup is the plan's.
+    let begins = "*ro_010101010101* <!here> ${no.such}: ";
+    let masked = "&lt;!channel&gt; &lt;https://evil|approve &amp;\u{fffd}[2J\n${rollout.id}&gt;";
+    let word = "BREAK-GLASS at gate 0.0 by joe: &lt;@U1&gt; &amp; more";
+    for part in [begins, masked, word] {
+        assert!(slack.text.contains(part), "{part} in {}", slack.text);
+    }
+    // Elsewhere nothing but the text's form is changed.
+    let plain = "<!channel> <https://evil|approve &\u{fffd}[2J\n${rollout.id}>";
+    for text in [&webhook.text, &email.text] {
+        for part in [begins, plain, "by joe: <@U1> & more"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+    let subject = &email.subject;
+    assert!(
+        subject.contains("[2J ${rollout.id}>") && subject.ends_with("  Bcc: b@x"),
+        "{subject}"
+    );
+    assert!(!subject.contains(char::is_control), "{subject}");
 }
 
 #[test]

@@ -87,10 +87,14 @@ impl Own {
             return differs("the name or the inputs shown are not those of your plan".to_owned());
         }
         let action = place(&step.at).and_then(|at| Some(&plan.step(at)?.step.action));
+        let title = |action: &Action| match action {
+            Action::GateApproval(own) => own.title.as_deref().map(clean::lines),
+            _ => None,
+        };
         match action {
-            Some(Action::GateApproval(own))
-                if own.title.as_deref().map(clean::lines).as_deref()
-                    == step.args["title"].as_str() =>
+            Some(own)
+                if own.name() == step.action
+                    && title(own).as_deref() == step.args["title"].as_str() =>
             {
                 Ok(())
             }

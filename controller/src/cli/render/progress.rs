@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use lockstep_core::rollout::LOUD;
+
 use super::{Line, Tone, words};
 use crate::cli::event::{Event, EventKind};
 use crate::cli::exit::is_end;
@@ -304,7 +306,7 @@ impl Progress {
             EventKind::GlassBroken => {
                 vec![self.step(event, Tone::Bad, &event.message)]
             }
-            EventKind::GateClosed if event.message.starts_with("BREAK-GLASS") => {
+            EventKind::GateClosed if event.message.starts_with(LOUD) => {
                 vec![self.step(event, Tone::Bad, &event.message)]
             }
             EventKind::GateDecided | EventKind::GateClosed => {

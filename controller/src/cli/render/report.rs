@@ -1,6 +1,7 @@
 //! The report of a rollout: what happened, against what was planned, with names and times. It is
 //! built once, as blocks; Markdown and HTML only write them down.
 
+use lockstep_core::rollout::LOUD;
 use lockstep_proto::values::Period;
 
 use super::evidence::evidence;
@@ -63,7 +64,7 @@ fn header(document: &Document) -> Vec<(String, String)> {
     for word in &document.break_glass {
         let (at, until) = (words::moment(word.at), words::moment(word.until));
         let said = format!("{}, {at} until {until}", clean::line(&word.say()));
-        field("BREAK-GLASS", said);
+        field(LOUD, said);
     }
     field("Deployment status", checked_status(&document.state));
     field("Rollout", document.rollout.clone());

@@ -1,5 +1,6 @@
 //! Rollouts and hosts, at a glance and in detail.
 
+use lockstep_core::rollout::LOUD;
 use lockstep_proto::values::Period;
 use lockstep_proto::wire::control_v1 as wire;
 
@@ -112,7 +113,7 @@ pub(crate) fn detail(document: &Document, now_ms: u64) -> Vec<Line> {
             words::moment(word.at),
             words::moment(word.until)
         );
-        Line::new(Tone::Bad, field("BREAK-GLASS", &said).text)
+        Line::new(Tone::Bad, field(LOUD, &said).text)
     }));
     if !document.reason.is_empty() {
         lines.push(field("reason", &document.reason));

@@ -516,3 +516,74 @@ fn certificates_that_have_ended_go_out_and_who_may_be_stays() {
     let copy = renew(&mut life, 28, 99);
     assert!(copy.unwrap().to_string().contains("two machines"));
 }
+
+#[test]
+fn a_host_of_which_nothing_is_left_is_in_nobodys_way() {
+    const HOUR: u64 = 3_600_000;
+    let dir = filled(3);
+    let state = dir.path();
+    let mut life = Life::begin(state, 2);
+    // Both had their certificates by hand, and were never seen; one is gone for good.
+    for (name, number) in [("web-1", 1), ("web-2", 2)] {
+        let serial = |more: u8| Serial::from_bytes(&[0x40 + more, number]);
+        let renew = Event::Renew {
+            host: host(name),
+            parent: serial(0),
+            parent_ends: Timestamp(life.now + HOUR),
+            wanted: Box::new(Wanted {
+                host: host(name),
+                key: Digest::of(&[number]),
+                serial: serial(1),
+                life: Period(HOUR),
+            }),
+        };
+        assert_eq!(life.event(renew), None);
+    }
+    let forget = |life: &mut Life<'_>| {
+        life.event(Event::Operator {
+            operator: "ada".into(),
+            groups: vec![],
+            call: Call::Forget {
+                host: host("web-2"),
+            },
+        })
+    };
+    assert_eq!(forget(&mut life), None);
+    drop(life);
+    let kept = |state: &Path| {
+        let entries = read_entries(&payloads(state), 0).unwrap();
+        let about = |record: &Record| match record {
+            Record::Trust(TrustRecord::Renewed { .. }) => Some("renewed"),
+            Record::HostForgotten { .. } => Some("forgotten"),
+            _ => None,
+        };
+        let about = entries.iter().filter_map(|entry| about(&entry.record));
+        about.collect::<Vec<_>>()
+    };
+    let whole = ["renewed", "renewed", "forgotten"];
+    compact(state, keep_newest(2)).unwrap();
+    assert_eq!(kept(state), whole, "the certificates have not ended");
+
+    let mut life = Life::begin(state, 3);
+    life.now += 3 * HOUR;
+    assert_eq!(life.submit(20), None);
+    drop(life);
+    compact(state, keep_newest(1)).unwrap();
+    assert_eq!(kept(state), [""; 0]);
+    let mut life = Life::begin(state, 4);
+    assert!(forget(&mut life).is_some(), "there is no such host");
+}
+
+#[test]
+fn what_nobody_asked_for_goes_out_too() {
+    let dir = filled(3);
+    let state = dir.path();
+    let mut life = Life::begin(state, 2);
+    for _ in 0..3 {
+        let (rollout, state) = (rollout(1), vec![]);
+        life.report(&host(HOSTS[0]), ReportBody::Surveyed { rollout, state });
+    }
+    drop(life);
+    compact(state, keep_newest(1)).unwrap();
+    assert_eq!(inspect(state).unwrap().broken, None);
+}
