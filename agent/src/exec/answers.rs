@@ -70,7 +70,7 @@ impl Exec {
         if !self.allowance.take(Instant::now(), bytes) {
             let why = "it asks too often for what is refused, or answered already: this host \
                        answers again in a minute";
-            self.refuse_session(Refusal::Unanswered, why.to_owned());
+            self.end_session(Refusal::Unanswered, why.to_owned());
             return Ok(());
         }
         match self.commit(vec![record], Need::Answers) {
@@ -79,7 +79,7 @@ impl Exec {
                     "an answer cannot be recorded: {}; make room in the agent's state directory",
                     chain(&error)
                 );
-                self.refuse_session(Refusal::Unanswered, why);
+                self.end_session(Refusal::Unanswered, why);
                 Ok(())
             }
             done => Ok(done?),

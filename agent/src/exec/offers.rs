@@ -382,7 +382,9 @@ impl Exec {
 
     /// The steps of this rollout, if the host holds for it.
     fn held_for(&self, rollout: &RolloutId) -> Option<HeldPlan> {
-        self.memory.hold_for(rollout).and(self.held.clone())
+        let held = self.held.as_ref();
+        held.filter(|_| self.memory.hold_for(rollout).is_some())
+            .cloned()
     }
 }
 

@@ -34,7 +34,7 @@ impl Exec {
         if self.memory.is_crowded(&order.key) {
             let why = "it has ordered more steps than a plan can have, and this host has refused \
                        them";
-            self.refuse_session(Refusal::Unanswered, why.to_owned());
+            self.end_session(Refusal::Unanswered, why.to_owned());
             return Ok(());
         }
         let decision = self.memory.decide(

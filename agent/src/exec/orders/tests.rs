@@ -4,7 +4,7 @@ use std::sync::Arc;
 use lockstep_proto::ids::{Digest, StepRef};
 use tokio::sync::mpsc;
 
-use super::super::{Gathered, Offer};
+use super::super::{Gathered, Offer, Outbound};
 use super::*;
 use crate::journal::Held;
 use crate::testing;
@@ -448,12 +448,14 @@ fn flood(exec: &mut Exec, orders: impl Iterator<Item = Order>) {
     }
 }
 
+/// What is ordered next, by the attempt that is done and a number.
+type Orders<'a> = &'a dyn Fn(&StepKey, u16) -> StepKey;
+
 #[tokio::test]
 async fn whoever_asks_for_ever_for_what_began_nothing_fills_no_journal() {
     let local = tokio::task::LocalSet::new();
     let _entered = local.enter();
     let looks = ("check.port", serde_json::json!({"port": 1}));
-    type Orders<'a> = &'a dyn Fn(&StepKey, u16) -> StepKey;
     let cases: [(&str, Orders); 4] = [
         ("done", &|key, _| key.clone()),
         ("refused", &|key, number| StepKey {
@@ -543,4 +545,28 @@ async fn orders_for_more_steps_than_a_plan_has_are_not_remembered() {
     exec.handle_order(order(&StepKey { at, ..key })).unwrap();
     assert_eq!(exec.memory.last_report, before);
     assert!(!exec.admit(A).unwrap(), "the session ends");
+}
+
+#[tokio::test]
+async fn a_session_that_asks_too_much_hears_how_its_steps_have_ended_before_it_ends() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let host = testing::Host::new();
+    let (mut exec, key) = done(&host, "check.port", serde_json::json!({"port": 1}));
+    exec.allowance.left = 0;
+    let attempt = 2;
+    exec.handle_order(order(&StepKey {
+        attempt,
+        ..key.clone()
+    }))
+    .unwrap();
+    exec.finish(key, ok(String::new())).unwrap();
+    let mut said = vec![];
+    while exec.outgoing().is_some() {
+        said.extend(exec.next_outbound().unwrap());
+    }
+    assert!(
+        matches!(&said[..], [Outbound::Report(_), Outbound::Refuse(_)]),
+        "{said:?}"
+    );
 }
