@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ahead::{self, Earlier};
 use super::attend::{Host, last_lines};
+use super::unit::Unit;
 use crate::actions::{self, Probe};
 use crate::config::Config;
 use crate::identity::replace_file;
@@ -312,8 +313,9 @@ impl Host {
             self.config.run_dir.clone(),
             StepDir::parent(&self.config.state_dir),
         ];
-        let started = self.runner.start_look(name, &dir, writable, limit).await;
-        let unit = started.map_err(host)?;
+        let unit = Unit::of_look(name, &self.config.host);
+        let started = self.runner.start_look(&unit, &dir, writable, limit).await;
+        started.map_err(host)?;
         let begun = Instant::now();
         let mut pause = POLL_FIRST;
         loop {

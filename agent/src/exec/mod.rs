@@ -114,6 +114,9 @@ pub(crate) enum ExecError {
     /// The operating system refused.
     #[error("cannot find out how to start step processes")]
     Runner(#[source] std::io::Error),
+    /// Processes of an earlier daemon that look at the host do not end.
+    #[error("cannot end the looks at the host that an earlier agent began")]
+    Looks(#[source] std::io::Error),
 }
 
 /// Bytes that nobody can foretell.
@@ -317,6 +320,9 @@ impl Exec {
         mut inbound: mpsc::Receiver<Inbound>,
         stop: CancellationToken,
     ) -> Result<(), ExecError> {
+        let Host { runner, config, .. } = &*self.host;
+        let ended = runner.end_looks(&config.host).await;
+        ended.map_err(ExecError::Looks)?;
         self.take_up();
         let mut due = Due::new();
         loop {

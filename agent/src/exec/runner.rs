@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use lockstep_proto::ids::{BootId, StepKey};
+use lockstep_proto::ids::{BootId, HostId, StepKey};
 use rustix::process::{Signal, kill_process};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
@@ -141,11 +141,11 @@ impl Runner {
     /// ended after `longest`, whoever waits for it.
     pub(super) async fn start_look(
         &self,
-        name: &str,
+        unit: &Unit,
         dir: &LookDir,
         writable: Vec<PathBuf>,
         longest: Duration,
-    ) -> io::Result<Unit> {
+    ) -> io::Result<()> {
         let path = |path: &Path| path.to_string_lossy().into_owned();
         let arguments = [
             "look".into(),
@@ -153,7 +153,6 @@ impl Runner {
             path(&self.config),
             path(dir.path()),
         ];
-        let unit = Unit::of_look(name);
         unit.start(Start {
             description: "Lockstep looks at the host".into(),
             argv: self.argv(&arguments),
@@ -162,8 +161,29 @@ impl Runner {
             longest: Some(longest),
             sandbox: Sandbox::Look { writable },
         })
-        .await?;
-        Ok(unit)
+        .await
+    }
+
+    /// Ends the looks of an earlier daemon: nobody awaits them, and what they write for an attempt
+    /// is not what the attempt's next look writes. A daemon that looks by itself has none.
+    pub(super) async fn end_looks(&self, host: &HostId) -> io::Result<()> {
+        if !self.systemd {
+            return Ok(());
+        }
+        let start = Instant::now();
+        loop {
+            let left = Unit::all_looks(host).await?;
+            if left.is_empty() {
+                return Ok(());
+            }
+            if start.elapsed() > GRACE {
+                return Err(io::Error::other(format!("{} of them go on", left.len())));
+            }
+            for unit in left {
+                unit.kill().await;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
     }
 
     fn argv(&self, arguments: &[String]) -> Vec<String> {

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::action::service::Driver;
-use lockstep_proto::ids::StepKey;
-use zbus::Variant;
+use lockstep_proto::ids::{HostId, StepKey};
+use zbus::{OwnedObjectPath, Variant};
 
 /// The bus answers at once or is not well.
 const BUS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,7 +40,7 @@ pub(super) enum Sandbox {
         writable: Vec<PathBuf>,
     },
     /// The agent's own code, whose effects are files, requests and units: none of it needs the
-    /// kernel, devices or more rights than it begins with.
+    /// kernel, devices or more rights than it begins with. A secret's command runs here too.
     Own,
     /// Programs of the host's: builds, tools of databases, commands. What they need, nobody here
     /// knows; the host's policy says which there are.
@@ -74,6 +74,7 @@ impl Sandbox {
         if own { Self::Own } else { Self::Programs }
     }
 
+    /// Code may be made while running: a status or secret command may be of Node or Java.
     fn properties(&self) -> Vec<(&'static str, Variant<'static>)> {
         let yes = |name| (name, Variant::from(true));
         let mut properties = vec![];
@@ -99,7 +100,6 @@ impl Sandbox {
         properties.extend([
             yes("NoNewPrivileges"),
             yes("LockPersonality"),
-            yes("MemoryDenyWriteExecute"),
             yes("ProtectClock"),
             yes("ProtectHostname"),
             yes("ProtectKernelLogs"),
@@ -128,9 +128,35 @@ impl Unit {
         Self(format!("lockstep-step-{name}.service"))
     }
 
-    /// `lockstep-look-<name>.service`.
-    pub(super) fn of_look(name: &str) -> Self {
-        Self(format!("lockstep-look-{name}.service"))
+    /// `lockstep-look-<name>:<host>.service`. The host is in it, for a test's machine may have
+    /// several agents.
+    pub(super) fn of_look(name: &str, host: &HostId) -> Self {
+        Self(format!("lockstep-look-{name}:{host}.service"))
+    }
+
+    /// All looks of a host that systemd knows.
+    pub(super) async fn all_looks(host: &HostId) -> io::Result<Vec<Self>> {
+        // Name, description, load state, active state, sub state, followed unit, path, and a job.
+        type Listed = (
+            String,
+            String,
+            String,
+            String,
+            String,
+            String,
+            OwnedObjectPath,
+            u32,
+            String,
+            OwnedObjectPath,
+        );
+        let states: &[&str] = &[];
+        let patterns = [Self::of_look("*", host).0];
+        let listed = call("ListUnitsByPatterns", &(states, &patterns[..])).await;
+        let listed = listed.and_then(|reply| reply.body().deserialize::<Vec<Listed>>());
+        let listed = listed.map_err(|error| {
+            io::Error::other(format!("systemd does not list its units: {error}"))
+        })?;
+        Ok(listed.into_iter().map(|unit| Self(unit.0)).collect())
     }
 
     /// Starts it; fails if there is such a unit already.
@@ -219,4 +245,40 @@ where
     tokio::time::timeout(BUS_TIMEOUT, call)
         .await
         .unwrap_or_else(|_| Err(zbus::Error::Failure("the bus does not answer".into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::StepRunner;
+    use crate::exec::Runner;
+
+    #[tokio::test]
+    #[ignore = "needs a systemd that this user may command"]
+    async fn looks_of_this_host_s_earlier_daemon_are_ended() {
+        let host = |name: &str| name.parse::<HostId>().unwrap();
+        let id = std::process::id().to_string();
+        let look = Unit::of_look(&id, &host("left"));
+        let other = Unit::of_look(&id, &host("also-left"));
+        let start = || Start {
+            description: "left over".into(),
+            // It does not end when it is asked to.
+            argv: ["/bin/sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
+                .map(str::to_owned)
+                .to_vec(),
+            environment: BTreeMap::new(),
+            output: "/dev/null".into(),
+            longest: None,
+            sandbox: Sandbox::Own,
+        };
+        for unit in [&look, &other] {
+            unit.start(start()).await.unwrap();
+        }
+        let config = std::path::Path::new("agent.toml");
+        let runner = Runner::new(StepRunner::Systemd, config).unwrap();
+        runner.end_looks(&host("left")).await.unwrap();
+        assert!(!look.exists().await);
+        assert!(other.exists().await);
+        other.kill().await;
+    }
 }

@@ -1,7 +1,7 @@
 //! `postgres.backup`: pg_dump of one snapshot, with what a restore of it must be equal to.
 
 use std::convert::Infallible;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,12 +14,14 @@ use lockstep_proto::values::Timestamp;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::manifest::{self, Manifest, Store, archive_in, blocking};
+use super::archive::{self, Dir, archive_in};
+use super::manifest::{self, Manifest, Store, blocking};
 use super::measure::{Contents, Snapshot, fingerprint, revisions, rows_fact, summary};
 use super::scratch::progress;
 use super::tools::Tools;
 use super::{fence, human};
 use crate::actions::files::{self, parent};
+use crate::actions::places::Place;
 use crate::actions::{Act, Done, Probe};
 use crate::faults::reached;
 use crate::process::User;
@@ -31,8 +33,9 @@ impl Act for Backup {
         let database = Database::find(cx, &self.database)?;
         let session = database.connect(cx).await?;
         if cx.dry_run {
-            let copies = self.copies.iter().map(Path::new);
-            if let Some(unmet) = copies.map(check_copy_directory).find_map(Result::err) {
+            let mut copies = self.copies.iter().map(Path::new);
+            let find = |copies| find_copy_directory(cx, copies).err();
+            if let Some(unmet) = copies.find_map(find) {
                 return Ok(Probe::Unmet(unmet));
             }
         } else {
@@ -129,7 +132,7 @@ async fn take(
     began: Instant,
 ) -> Result<Manifest, Failure> {
     for directory in &act.copies {
-        check_copy_directory(Path::new(directory))?;
+        find_copy_directory(cx, Path::new(directory))?;
     }
     let wait = act.lock_wait.0.max(1);
     session
@@ -242,7 +245,7 @@ async fn finish(store: &Store, partial: &Path, made: Manifest) -> Result<Manifes
     );
     blocking("cannot keep the backup", move || {
         fs::rename(from, to)?;
-        manifest::sync_directory(&directory)
+        files::sync_dir(&directory)
     })
     .await?;
     reached("backup: named");
@@ -253,18 +256,9 @@ async fn finish(store: &Store, partial: &Path, made: Manifest) -> Result<Manifes
 async fn hash_and_sync(archive: PathBuf) -> Result<(lockstep_proto::ids::Digest, u64), Failure> {
     let synced = archive.clone();
     let sync = blocking("cannot write the archive to the disk", move || {
-        for (_, path) in manifest::files(&synced)? {
-            File::open(path)?.sync_all()?;
-        }
-        if synced.is_dir() {
-            manifest::sync_directory(&synced)
-        } else {
-            Ok(())
-        }
+        archive::sync(&synced)
     });
-    let hash = blocking("cannot read the archive", move || {
-        manifest::digest(&archive)
-    });
+    let hash = blocking("cannot read the archive", move || archive::digest(&archive));
     let ((), hashed) = tokio::try_join!(sync, hash)?;
     Ok(hashed)
 }
@@ -386,78 +380,66 @@ fn enough(directory: &Path, free: u64, need: u64) -> Result<(), Failure> {
 
 /// A directory for copies is made by people: one that is missing may be a volume that is not
 /// mounted.
-fn check_copy_directory(directory: &Path) -> Result<(), Failure> {
-    if directory.is_dir() {
-        return Ok(());
+fn find_copy_directory(cx: &Context, directory: &Path) -> Result<Place, Failure> {
+    let what = || format!("keep copies in {}", directory.display());
+    match Place::find(&cx.config, directory) {
+        Ok(place) if place.path().is_dir() => Ok(place),
+        Err(error) if !error.is_missing() => Err(error.failed(&what())),
+        _ => Err(hinted(
+            Cause::Host,
+            format!(
+                "the directory for copies {} is not there",
+                directory.display()
+            ),
+            "create it, or mount its volume",
+        )),
     }
-    Err(hinted(
-        Cause::Host,
-        format!(
-            "the directory for copies {} is not there",
-            directory.display()
-        ),
-        "create it, or mount its volume",
-    ))
 }
 
 /// Copies a backup into a directory, and reads the copy to see that it is equal.
 async fn copy(cx: &Context, store: &Store, made: &Manifest, to: &Path) -> Result<(), Failure> {
-    check_copy_directory(to)?;
-    let place = to.display().to_string();
-    let (from, target) = (store.path(&made.id), to.join(&made.id));
-    let partial = to.join(format!("{}{}", made.id, manifest::PARTIAL));
-    let expected = made.digest;
-    let what = format!("cannot copy the backup to {place}");
+    let place = find_copy_directory(cx, to)?;
+    let to = to.display().to_string();
+    let (id, from, expected) = (made.id.clone(), store.path(&made.id), made.digest);
+    let what = format!("cannot copy the backup to {to}");
     let copied = blocking(&what, move || {
-        if target.is_dir() && manifest::digest(&archive_in(&target))?.0 == expected {
+        let within = Dir::open(&place.path().join("."))?;
+        let partial = format!("{id}{}", manifest::PARTIAL);
+        let has = |name: &str| Ok(archive::digest(&archive_in(&within.path(name)))?.0 == expected);
+        if within.path(&id).is_dir() && has(&id)? {
             return Ok(true);
         }
-        for stale in [&partial, &target] {
-            if stale.exists() {
+        for stale in [within.path(&partial), within.path(&id)] {
+            if stale.symlink_metadata().is_ok() {
                 fs::remove_dir_all(stale)?;
             }
         }
         reached("copy: to be made");
-        let equal = copy_directory(&from, &partial)
+        let equal = archive::copy(&from, &within, &partial, manifest::MANIFEST)
             .inspect(|()| reached("copy: made"))
-            .and_then(|()| manifest::digest(&archive_in(&partial)))
-            .and_then(|(digest, _)| {
-                if digest == expected {
-                    fs::rename(&partial, &target)?;
+            .and_then(|()| has(&partial))
+            .and_then(|equal| {
+                if equal {
+                    fs::rename(within.path(&partial), within.path(&id))?;
                     reached("copy: named");
-                    manifest::sync_directory(target.parent().unwrap_or(&target))?;
+                    within.sync()?;
                 }
-                Ok(digest == expected)
+                Ok(equal)
             });
         if !matches!(equal, Ok(true)) {
-            let _ = fs::remove_dir_all(&partial);
+            let _ = fs::remove_dir_all(within.path(&partial));
         }
         equal
     });
     if copied.await? {
-        cx.log.line(&format!("copied to {place}, digest equal"));
+        cx.log.line(&format!("copied to {to}, digest equal"));
         return Ok(());
     }
     Err(hinted(
         Cause::Host,
-        format!("the copy of the backup in {place} is not equal to it"),
+        format!("the copy of the backup in {to} is not equal to it"),
         "check that volume: it does not give back what was written",
     ))
-}
-
-fn copy_directory(from: &Path, to: &Path) -> std::io::Result<()> {
-    DirBuilder::new().mode(0o700).create(to)?;
-    for entry in fs::read_dir(from)? {
-        let entry = entry?;
-        let target = to.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
-            copy_directory(&entry.path(), &target)?;
-        } else {
-            fs::copy(entry.path(), &target)?;
-            File::open(&target)?.sync_all()?;
-        }
-    }
-    manifest::sync_directory(to)
 }
 
 #[cfg(test)]

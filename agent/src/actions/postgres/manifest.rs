@@ -2,22 +2,20 @@
 //! backup was restored and compared, `verified.json`. The directory gets its name last, so one
 //! that has it is complete.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io::Read as _;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::postgres::{Aspect, Format};
 use lockstep_proto::ids::{Digest, StepKey};
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
-use sha2::Digest as _;
 
+use super::archive::Dir;
 use super::measure::Contents;
 use crate::actions::files;
+use crate::actions::places::Place;
 use crate::faults::reached;
 use crate::sql::Database;
 use crate::step::{Context, failure};
@@ -53,6 +51,18 @@ pub(super) struct Manifest {
     pub(super) revisions: Vec<String>,
 }
 
+impl Manifest {
+    /// Whether its id is one that this program gives: what it names is removed one day, and the
+    /// manifest is a file that `os_user` can write.
+    fn is_named_well(&self) -> bool {
+        let stamp = self
+            .id
+            .strip_prefix(&format!("{}-", file_name(&self.database)));
+        let stamp = stamp.and_then(|rest| rest.strip_suffix(&format!("-{}", self.key)));
+        stamp.is_some_and(|stamp| stamp.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+    }
+}
+
 /// That a backup was restored, and equal to its source.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Verified {
@@ -64,16 +74,14 @@ pub(super) struct Verified {
     pub(super) compared: Vec<Aspect>,
 }
 
-const MANIFEST: &str = "manifest.json";
+pub(super) const MANIFEST: &str = "manifest.json";
 const VERIFIED: &str = "verified.json";
+
+/// No manifest is longer, in bytes: a hundred thousand tables have less.
+const LONGEST: u64 = 64 << 20;
 
 /// The end of the name of what is not complete.
 pub(super) const PARTIAL: &str = ".partial";
-
-/// The archive in a backup's directory: a file, or a directory.
-pub(super) fn archive_in(directory: &Path) -> PathBuf {
-    directory.join("archive")
-}
 
 /// The backups of one database on this host.
 #[derive(Debug)]
@@ -101,9 +109,10 @@ impl Store {
             .flatten()
             .flatten();
         let manifests = entries.filter_map(|entry| {
-            let manifest: Manifest = read_json(&entry.path().join(MANIFEST))?;
+            let manifest: Manifest = read_json(&entry.path(), MANIFEST)?;
             let named = entry.file_name().to_str() == Some(&manifest.id);
-            (named && manifest.database == self.database).then_some(manifest)
+            (named && manifest.is_named_well() && manifest.database == self.database)
+                .then_some(manifest)
         });
         let mut manifests: Vec<Manifest> = manifests.collect();
         manifests.sort_by_key(|manifest| std::cmp::Reverse(manifest.taken_at));
@@ -117,13 +126,13 @@ impl Store {
 
     /// Whether, and how, a backup was verified.
     pub(super) fn verified(&self, manifest: &Manifest) -> Option<Verified> {
-        let verified: Verified = read_json(&self.path(&manifest.id).join(VERIFIED))?;
+        let verified: Verified = read_json(&self.path(&manifest.id), VERIFIED)?;
         (verified.digest == manifest.digest).then_some(verified)
     }
 
     /// Notes that a backup was verified.
     pub(super) fn mark_verified(&self, id: &str, verified: &Verified) -> Result<(), Failure> {
-        write_json(&self.path(id).join(VERIFIED), verified)
+        write_json(&self.path(id), VERIFIED, verified)
     }
 
     /// Removes what earlier attempts of this host have left unfinished for the database.
@@ -177,11 +186,13 @@ impl Store {
                 continue;
             }
             for directory in copies {
-                let directory = Path::new(directory);
+                let Ok(place) = Place::find(&cx.config, Path::new(directory)) else {
+                    continue;
+                };
                 // Half a copy is none; there is hardly ever one.
-                let _ = fs::remove_dir_all(directory.join(format!("{}{PARTIAL}", old.id)));
-                if directory.join(&old.id).is_dir() {
-                    remove(cx, directory, &old.id);
+                let _ = fs::remove_dir_all(place.path().join(format!("{}{PARTIAL}", old.id)));
+                if place.path().join(&old.id).is_dir() {
+                    remove(cx, &place.path(), &old.id);
                 }
             }
             remove(cx, &self.directory, &old.id);
@@ -225,88 +236,32 @@ fn file_name(name: &str) -> String {
 
 /// Writes a backup's manifest into its directory, durably.
 pub(super) fn write_manifest(directory: &Path, manifest: &Manifest) -> Result<(), Failure> {
-    write_json(&directory.join(MANIFEST), manifest)
+    write_json(directory, MANIFEST, manifest)
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+fn read_json<T: serde::de::DeserializeOwned>(directory: &Path, name: &str) -> Option<T> {
+    let file = Dir::open(directory).ok()?.file(name).ok()?;
+    let mut text = vec![];
+    file.take(LONGEST).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
 }
 
-/// Writes a file that is there as a whole or not at all, and outlives a power loss. The directory
-/// is `os_user`'s, who may have put anything there, and anything in its place: nothing is followed.
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
+/// Writes a file that is there as a whole or not at all, and outlives a power loss.
+fn write_json(directory: &Path, name: &str, value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_vec_pretty(value).expect("texts and numbers are JSON");
     let write = || {
         reached("manifest: to be written");
-        let directory = OpenOptions::new()
-            .read(true)
-            .custom_flags((OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed())
-            .open(files::parent(path))?;
-        let name = path.file_name().expect("it has a name");
-        let within = format!("/proc/self/fd/{}", directory.as_raw_fd());
-        files::write(&Path::new(&within).join(name), &text, 0o600, None)?;
+        let directory = Dir::open(directory)?;
+        files::write(&directory.path(name), &text, 0o600, None)?;
         reached("manifest: there");
         Ok(())
     };
     write().map_err(|error: std::io::Error| {
         failure(
             Cause::Host,
-            format!("cannot write {}: {error}", path.display()),
+            format!("cannot write {}: {error}", directory.join(name).display()),
         )
     })
-}
-
-/// Makes names in a directory durable.
-pub(super) fn sync_directory(path: &Path) -> std::io::Result<()> {
-    File::open(path)?.sync_all()
-}
-
-/// The files of an archive, with their names in it; a custom archive is one without a name.
-pub(super) fn files(archive: &Path) -> std::io::Result<Vec<(String, PathBuf)>> {
-    if !archive.is_dir() {
-        return Ok(vec![(String::new(), archive.to_owned())]);
-    }
-    let mut files = vec![];
-    for entry in fs::read_dir(archive)? {
-        let entry = entry?;
-        files.push((
-            entry.file_name().to_string_lossy().into_owned(),
-            entry.path(),
-        ));
-    }
-    files.sort();
-    Ok(files)
-}
-
-/// The digest and size of an archive. It blocks.
-pub(super) fn digest(archive: &Path) -> std::io::Result<(Digest, u64)> {
-    let files = files(archive)?;
-    let mut list = sha2::Sha256::new();
-    let mut total = 0;
-    for (name, path) in &files {
-        let (digest, size) = file_digest(path)?;
-        total += size;
-        if name.is_empty() {
-            return Ok((digest, size));
-        }
-        list.update(format!("{}  {name}\n", digest.hex()));
-    }
-    Ok((Digest(list.finalize().into()), total))
-}
-
-fn file_digest(path: &Path) -> std::io::Result<(Digest, u64)> {
-    let mut file = File::open(path)?;
-    let mut hash = sha2::Sha256::new();
-    let mut buffer = vec![0; 256 << 10];
-    let mut size = 0;
-    loop {
-        let length = file.read(&mut buffer)?;
-        if length == 0 {
-            return Ok((Digest(hash.finalize().into()), size));
-        }
-        hash.update(&buffer[..length]);
-        size += length as u64;
-    }
 }
 
 /// Runs work on files beside the connection's task.
@@ -342,14 +297,14 @@ mod tests {
             digest: Digest::of(b"archive"),
             compared: vec![],
         };
-        let mark = || write_json(&backup.join(VERIFIED), &verified);
+        let mark = || write_json(&backup, VERIFIED, &verified);
         fs::create_dir(&backup).unwrap();
         for name in ["verified.tmp", VERIFIED] {
             fs::write(&target, "root:").unwrap();
             symlink(&target, backup.join(name)).unwrap();
             mark().unwrap();
             assert_eq!(fs::read(&target).unwrap(), b"root:", "{name}");
-            assert_eq!(read_json(&backup.join(VERIFIED)), Some(verified.clone()));
+            assert_eq!(read_json(&backup, VERIFIED), Some(verified.clone()));
             fs::remove_file(backup.join(VERIFIED)).unwrap();
         }
         // Another directory in its place.

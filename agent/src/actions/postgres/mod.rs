@@ -11,6 +11,7 @@
 //! A fence's token is the key of the attempt that raised it. It is new whenever the fence goes up
 //! again, so "the token is the backup's" means "nobody could write since the backup" (INV-6).
 
+mod archive;
 mod backup;
 mod check_sql;
 pub(crate) mod fence;

@@ -15,8 +15,9 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
+use super::archive::archive_in;
 use super::look::{changes, count};
-use super::manifest::{Manifest, Store, archive_in};
+use super::manifest::{Manifest, Store};
 use super::measure::summary;
 use super::scratch::Rights;
 use super::tools::Tools;

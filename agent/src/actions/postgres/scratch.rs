@@ -6,8 +6,9 @@ use std::time::Duration;
 use lockstep_proto::ids::Digest;
 use lockstep_proto::report::{Cause, Failure};
 
+use super::archive::{archive_in, digest};
 use super::human;
-use super::manifest::{Manifest, archive_in, blocking, digest};
+use super::manifest::{Manifest, blocking};
 use super::measure::{Contents, Snapshot, TABLE_NAME, fingerprint};
 use super::tools::Tools;
 use crate::sql::{Database, Session, application_name, ident, literal};

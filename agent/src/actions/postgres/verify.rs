@@ -9,8 +9,9 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::archive::archive_in;
 use super::look::no_backup;
-use super::manifest::{Manifest, Store, Verified, archive_in};
+use super::manifest::{Manifest, Store, Verified};
 use super::measure::summary;
 use super::scratch::Rights;
 use super::tools::Tools;

@@ -71,7 +71,7 @@ async fn a_backup_is_complete_and_says_what_it_holds() {
             (made.digest, made.size, made.format),
             (*digest, *size, format)
         );
-        let copy = manifest::digest(&archive_in(&copies.join(id))).unwrap();
+        let copy = archive::digest(&archive_in(&copies.join(id))).unwrap();
         assert_eq!(copy, (*digest, *size));
         let mode = fs::metadata(copies.join(id)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
@@ -291,7 +291,16 @@ async fn old_backups_go_but_never_the_newest_that_was_verified() {
             store.mark_verified(&id, &verified).unwrap();
         }
     }
+    // A manifest that somebody else wrote cannot have another directory removed.
+    fs::create_dir(store.path("other")).unwrap();
+    let other = Manifest {
+        id: "other".into(),
+        taken_at: Timestamp(0),
+        ..real.clone()
+    };
+    manifest::write_manifest(&store.path("other"), &other).unwrap();
     store.retain(&cx, 2);
+    assert!(store.path("other").exists());
     let left: Vec<u16> = made(&bench).iter().map(|made| made.key.attempt).collect();
     assert_eq!(left, [real.key.attempt, 1, 3]);
     store.retain(&cx, 0);
