@@ -73,7 +73,7 @@ impl Refusals {
     /// Hands what is due to the driver, until `stop`.
     pub(crate) async fn run(self, driver: Handle, stop: CancellationToken) {
         loop {
-            let next = self.ledger().next();
+            let next = self.ledger().next(wall_clock());
             let due = async {
                 match next {
                     Some(at) => tokio::time::sleep(at.since(wall_clock()).to_std()).await,

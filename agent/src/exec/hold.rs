@@ -14,6 +14,9 @@ use super::machine::{Begin, Decision, Now, refused};
 use crate::journal::{Held, Position};
 use crate::step::LogMark;
 
+/// The steps that a hold remembers: more than a plan of a megabyte can have. Orders may name others.
+const STEPS: usize = 1 << 15;
+
 /// The hold for a rollout, with what happened in it.
 #[derive(Debug)]
 pub(crate) struct Hold {
@@ -23,9 +26,10 @@ pub(crate) struct Hold {
     pub(crate) log_offsets: BTreeMap<PathBuf, LogMark>,
     /// Which time the rollout took its lock.
     pub(crate) round: u32,
-    /// The report of the consent.
+    /// The newest report of the consent.
     pub(crate) consent: Option<Recorded>,
-    /// The attempts at each step, in the order in which they were recorded.
+    /// The attempts at each step, in the order in which they were recorded. Of those that never
+    /// began there is one in each direction, the newest: an older one comes after it no more.
     attempts: BTreeMap<StepRef, Vec<Attempt>>,
 }
 
@@ -99,6 +103,28 @@ impl Hold {
             attempts.len() - 1
         });
         &mut attempts[index]
+    }
+
+    /// Whether it can remember what happens at a step.
+    pub(super) fn has_room_for(&self, at: StepRef) -> bool {
+        self.attempts.len() < STEPS || self.attempts.contains_key(&at)
+    }
+
+    /// An attempt has ended, or never began; or that is said again.
+    pub(super) fn end(&mut self, key: &StepKey, recorded: Recorded, how: How) {
+        if self.attempt(key).is_none() {
+            let attempts = self.attempts.entry(key.at).or_default();
+            let never = |a: &Attempt| a.direction == key.direction && a.began.is_none();
+            if let Some(other) = attempts.iter().position(never) {
+                if attempts[other].number > key.attempt {
+                    return;
+                }
+                attempts.remove(other);
+            }
+        }
+        let ended = &mut self.attempt_mut(key).ended;
+        let how = ended.as_ref().map_or(how, |(_, how)| *how);
+        *ended = Some((recorded, how));
     }
 
     /// What is known of an attempt.
@@ -372,5 +398,48 @@ impl Chain {
                 before: Some(before),
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refused_orders_are_remembered_within_bounds() {
+        let mut hold = Hold::new(&Held {
+            rollout: RolloutId::from_random([1; 6]),
+            plan: Digest::of(b"plan"),
+            steps: Digest::of(b"steps"),
+            log_offsets: BTreeMap::new(),
+            round: 0,
+        });
+        let mut refuse = |at: StepRef, direction, attempt| {
+            let key = StepKey {
+                rollout: hold.rollout.clone(),
+                host: "app-1".parse().unwrap(),
+                at,
+                direction,
+                attempt,
+            };
+            let recorded = Recorded {
+                number: u64::from(attempt),
+                position: Position::default(),
+            };
+            hold.end(&key, recorded, How::Failed { changed: false });
+            (hold.attempts[&at].len(), hold.attempt(&key).is_some())
+        };
+        let first = StepRef { phase: 0, step: 0 };
+        for attempt in 1..1000 {
+            assert_eq!(refuse(first, Direction::Do, attempt), (1, true));
+        }
+        assert_eq!(refuse(first, Direction::Undo, 1), (2, true));
+        assert_eq!(refuse(first, Direction::Do, 1), (2, false), "an older one");
+        for step in 1..STEPS {
+            let step = u16::try_from(step).unwrap();
+            refuse(StepRef { phase: 0, step }, Direction::Do, 1);
+        }
+        assert!(hold.has_room_for(first));
+        assert!(!hold.has_room_for(StepRef { phase: 1, step: 0 }));
     }
 }

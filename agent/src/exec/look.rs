@@ -42,9 +42,9 @@ const SETTLE_WITHIN: Duration = Duration::from_secs(WITHIN.as_secs() + GONE.as_s
 /// What a process needs beside its question's own limit, to start and to write the answer.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// How many processes look for dry runs at a time, and how many more looks wait for that. A dry run
-/// asks each step of a plan at once, and a host allows everybody's: without a bound, a controller
-/// that repeats itself would have thousands of processes begin as root.
+/// How many processes look for dry runs and surveys at a time, and how many more looks wait for that.
+/// A dry run asks each step of a plan at once, and a host allows everybody's: without a bound, a
+/// controller that repeats itself would have thousands of processes begin as root.
 const AT_A_TIME: usize = 4;
 const WAITING: usize = 512;
 
@@ -163,8 +163,17 @@ fn context(config: &Arc<Config>, job: &Job, limit: Duration) -> Context {
     }
 }
 
-/// Where looks of dry runs wait. What an attempt asks is not among them: it is one at a time, and
-/// does not stand behind those.
+/// When a look begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Without waiting for others. What an attempt asks is one at a time, and what a consent asks
+    /// is bounded by those who ask: neither stands behind dry runs.
+    AtOnce,
+    /// When there is a place in the [`Room`].
+    Waits,
+}
+
+/// Where looks of dry runs and surveys wait.
 struct Room {
     /// For all, those that wait too.
     all: Semaphore,
@@ -188,13 +197,23 @@ impl Room {
             hint: Some("try it again once the other dry runs are over".into()),
             ..failure(
                 Cause::Host,
-                format!("{} questions of dry runs wait already", AT_A_TIME + WAITING),
+                format!(
+                    "{} questions of dry runs and surveys wait already",
+                    AT_A_TIME + WAITING
+                ),
             )
         };
         let waits = self.all.try_acquire().map_err(crowded)?;
         let looks = self.inside.acquire().await;
         Ok([waits, looks.expect("it is never closed")])
     }
+}
+
+/// Takes every place, until it is dropped.
+#[cfg(test)]
+pub(super) fn crowd() -> SemaphorePermit<'static> {
+    let all = u32::try_from(AT_A_TIME + WAITING).expect("a small number");
+    DRY_RUNS.all.try_acquire_many(all).expect("nobody is there")
 }
 
 /// The failure of a host that is silent.
@@ -224,25 +243,25 @@ impl Host {
         if !job.action.changes() {
             return Ok(Value::Null);
         }
-        self.look(Look::Before(job.clone())).await
+        self.look(Look::Before(job.clone()), Turn::AtOnce).await
     }
 
     /// Whether the host is as the job's before-state tells.
     pub(super) async fn is_as_before(&self, job: &Job) -> Result<bool, Failure> {
-        self.look(Look::IsAsBefore(job.clone())).await
+        self.look(Look::IsAsBefore(job.clone()), Turn::AtOnce).await
     }
 
     /// Whether the effect of an attempt that left no outcome is there.
     pub(super) async fn settles(&self, job: &Job) -> Result<Probe, Failure> {
-        self.look(Look::Settle(job.clone())).await
+        self.look(Look::Settle(job.clone()), Turn::AtOnce).await
     }
 
     /// What the jobs touch, each part once.
-    pub(super) async fn state(&self, jobs: Vec<Job>) -> Result<Vec<Fact>, Failure> {
+    pub(super) async fn state(&self, jobs: Vec<Job>, turn: Turn) -> Result<Vec<Fact>, Failure> {
         if jobs.is_empty() {
             return Ok(vec![]);
         }
-        self.look(Look::State(jobs)).await
+        self.look(Look::State(jobs), turn).await
     }
 
     /// What a step would do, after those before it: one line.
@@ -258,15 +277,15 @@ impl Host {
             earlier,
             limited,
         };
-        self.look(look).await
+        self.look(look, Turn::Waits).await
     }
 
     /// Asks, where steps run.
-    async fn look<T: DeserializeOwned>(&self, look: Look) -> Result<T, Failure> {
+    async fn look<T: DeserializeOwned>(&self, look: Look, turn: Turn) -> Result<T, Failure> {
         let answer = if self.runner.has_units() {
-            let _place = match &look {
-                Look::DryRun { .. } => Some(DRY_RUNS.enter().await?),
-                _ => None,
+            let _place = match turn {
+                Turn::Waits => Some(DRY_RUNS.enter().await?),
+                Turn::AtOnce => None,
             };
             let number = self.looks.get() + 1;
             self.looks.set(number);

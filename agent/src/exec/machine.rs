@@ -188,14 +188,12 @@ impl Memory {
         match body {
             ReportBody::Consented { rollout, .. } => {
                 if let Some(hold) = self.hold.as_mut().filter(|hold| hold.rollout == *rollout) {
-                    hold.consent.get_or_insert(recorded);
+                    hold.consent = Some(recorded);
                 }
             }
             ReportBody::Finished { key, outcome, .. } => {
-                if let Some(attempt) = self.attempt_mut(key) {
-                    attempt
-                        .ended
-                        .get_or_insert_with(|| (recorded, outcome.into()));
+                if let Some(hold) = self.hold_of(key) {
+                    hold.end(key, recorded, outcome.into());
                 }
             }
             ReportBody::Started { .. }
@@ -224,12 +222,19 @@ impl Memory {
     }
 
     fn attempt_mut(&mut self, key: &StepKey) -> Option<&mut Attempt> {
-        if key.direction == Direction::Probe {
-            return None;
-        }
+        Some(self.hold_of(key)?.attempt_mut(key))
+    }
+
+    /// The hold that an attempt belongs to.
+    fn hold_of(&mut self, key: &StepKey) -> Option<&mut Hold> {
         let hold = self.hold.as_mut();
-        let hold = hold.filter(|hold| hold.rollout == key.rollout)?;
-        Some(hold.attempt_mut(key))
+        hold.filter(|hold| key.direction != Direction::Probe && hold.rollout == key.rollout)
+    }
+
+    /// Whether more cannot be remembered of orders that were refused, and this is one more.
+    pub(crate) fn is_crowded(&self, key: &StepKey) -> bool {
+        let hold = self.hold_for(&key.rollout);
+        key.direction != Direction::Probe && hold.is_some_and(|hold| !hold.has_room_for(key.at))
     }
 
     /// Whether a controller of this term may be obeyed (INV-4).
@@ -275,10 +280,11 @@ impl Memory {
                 Err(failure) => Decision::Refuse(failure),
             };
         }
-        let hold = match self.check_hold(order) {
+        let hold = match self.check_hold(key) {
             Ok(hold) => hold,
             Err(failure) => return Decision::Refuse(failure),
         };
+        // Before everything that may refuse it: a refusal is recorded as this attempt's end.
         if let Some(attempt) = hold.attempt(key) {
             return match &attempt.ended {
                 Some(_) if planted!(ReuseStepKey) => Decision::Begin(Begin { before: None }),
@@ -290,6 +296,7 @@ impl Memory {
             return Decision::Running;
         }
         let decide = || {
+            check_plan(hold, order)?;
             check_freshness(order, now.controller)?;
             hold.check_order(order, now)
         };
@@ -299,8 +306,8 @@ impl Memory {
         }
     }
 
-    fn check_hold(&self, order: &Order) -> Result<&Hold, Failure> {
-        let rollout = &order.key.rollout;
+    fn check_hold(&self, key: &StepKey) -> Result<&Hold, Failure> {
+        let rollout = &key.rollout;
         let Some(hold) = &self.hold else {
             let what = if self.has_ended(rollout) {
                 format!("{rollout} has ended on this host")
@@ -315,18 +322,22 @@ impl Memory {
                 "end that rollout first",
             ));
         }
-        if hold.plan != order.plan {
-            return Err(refused(
-                format!(
-                    "this host consented to plan {}, the order points into {}",
-                    hold.plan.short(),
-                    order.plan.short()
-                ),
-                "a rollout has one plan: submit the other one as a rollout of its own",
-            ));
-        }
         Ok(hold)
     }
+}
+
+fn check_plan(hold: &Hold, order: &Order) -> Result<(), Failure> {
+    if hold.plan == order.plan {
+        return Ok(());
+    }
+    Err(refused(
+        format!(
+            "this host consented to plan {}, the order points into {}",
+            hold.plan.short(),
+            order.plan.short()
+        ),
+        "a rollout has one plan: submit the other one as a rollout of its own",
+    ))
 }
 
 /// The number in a rollout's id: twelve hexadecimal digits after `ro_`.

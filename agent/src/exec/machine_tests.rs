@@ -210,6 +210,49 @@ fn a_repeated_order_is_never_carried_out_twice() {
 }
 
 #[test]
+fn a_report_that_was_said_again_is_on_its_way_until_it_is_acknowledged() {
+    let mut agent = Agent::holding();
+    agent.run(&key(0, Do, 1), ok(true));
+    agent.end(&key(0, Do, 1), ok(true));
+    match agent.decide(&order(key(0, Do, 1))) {
+        Decision::Repeat(recorded) => assert_eq!(recorded.number, 2),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_refused_order_never_begins_under_its_key() {
+    let mut agent = Agent::holding();
+    for attempt in 1..=3 {
+        agent.end(&key(0, Do, attempt), failed(false));
+    }
+    match agent.decide(&order(key(0, Do, 3))) {
+        Decision::Repeat(recorded) => assert_eq!(recorded.number, 3),
+        other => panic!("{other:?}"),
+    }
+    // It is not remembered by itself any more.
+    assert!(refusal(agent.decide(&order(key(0, Do, 1)))).contains("attempt 3"));
+    assert!(matches!(
+        agent.decide(&order(key(0, Do, 4))),
+        Decision::Begin(_)
+    ));
+}
+
+#[test]
+fn an_order_that_points_elsewhere_ends_no_attempt() {
+    let mut agent = Agent::holding();
+    let elsewhere = Order {
+        plan: PlanDigest::of(b"other"),
+        ..order(key(0, Do, 1))
+    };
+    agent.begin(&key(0, Do, 1));
+    // A refusal would be the record of its end.
+    assert_eq!(agent.decide(&elsewhere), Decision::Running, "INV-1");
+    agent.end(&key(0, Do, 1), ok(true));
+    assert!(matches!(agent.decide(&elsewhere), Decision::Repeat(_)));
+}
+
+#[test]
 fn a_term_that_ended_is_refused_and_so_is_its_double() {
     let agent = Agent::holding();
     for epoch in [Epoch { counter: 2, id: 30 }, Epoch { counter: 3, id: 31 }] {

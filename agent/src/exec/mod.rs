@@ -34,6 +34,7 @@ use crate::watchdog::{Due, beat};
 mod admit;
 mod ahead;
 mod anchor;
+mod answers;
 mod approvals;
 mod attend;
 mod consent;
@@ -56,11 +57,12 @@ mod tail;
 mod unit;
 
 pub(crate) use anchor::{AnchorError, Anchored, anchor};
+use answers::Allowance;
 pub(crate) use attend::wall_clock;
 use attend::{Host, Met, attend};
 pub(crate) use evidence::own_key;
 pub(crate) use explain::explain;
-use hold::{Attempt, Hold, Recorded};
+use hold::{Attempt, Hold};
 pub(crate) use licences::{Raised, Serial};
 pub(crate) use look::run as look;
 use machine::Memory;
@@ -155,6 +157,16 @@ enum Gathered {
     Survey(lockstep_proto::ids::RolloutId),
 }
 
+/// A survey that is under way.
+#[derive(Debug)]
+struct Surveying {
+    rollout: lockstep_proto::ids::RolloutId,
+    /// The newest report when the look began.
+    since: u64,
+    /// It was asked for again, and something has happened since the look began.
+    again: bool,
+}
+
 /// An attempt that has no intent yet.
 #[derive(Debug)]
 struct Preparing {
@@ -184,6 +196,10 @@ pub(crate) struct Exec {
     awaiting_plan: Vec<Offer>,
     /// Offers that are being considered, with the newest epoch that each was made in.
     considering: Vec<Offer>,
+    /// How many looks for offers are under way, of those that nobody considers any more too.
+    gathering: usize,
+    /// Surveys that are under way, one for a rollout.
+    surveying: Vec<Surveying>,
     preparing: Option<Preparing>,
     /// The rollout whose end came while an attempt was still running, and whether it comes back.
     release_later: Option<(lockstep_proto::ids::RolloutId, bool)>,
@@ -193,6 +209,8 @@ pub(crate) struct Exec {
     seen: Option<Seen>,
     /// Sessions that were refused, as far as they are not written.
     refusals: Ledger<Refusal>,
+    /// What may be answered of what began nothing.
+    allowance: Allowance,
     events: mpsc::Receiver<Event>,
     answers: mpsc::Sender<Event>,
 }
@@ -282,11 +300,14 @@ impl Exec {
             session: None,
             awaiting_plan: vec![],
             considering: vec![],
+            gathering: 0,
+            surveying: vec![],
             preparing: None,
             release_later: None,
             acknowledged: false,
             seen: None,
             refusals: refusals::ledger(),
+            allowance: Allowance::new(tokio::time::Instant::now()),
             events,
             answers,
         })
@@ -314,7 +335,10 @@ impl Exec {
             };
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return self.keep_seen(),
+                () = stop.cancelled() => {
+                    self.write_last_refusals()?;
+                    return self.keep_seen();
+                }
                 () = due.come() => beat(&self.host.config.state_dir),
                 // A few a minute, whatever comes.
                 () = refusals_due => self.write_refusals()?,
@@ -372,7 +396,7 @@ impl Exec {
             Event::Gathered(purpose, state) => self.handle_gathered(purpose, state),
             Event::Prepared(order, job, before) => self.handle_prepared(*order, *job, before),
             Event::Ended(key, ended) => self.handle_ended(key, *ended),
-            Event::Looked(key, ended) => self.finish(key, *ended),
+            Event::Looked(key, ended) => self.finish_unbegun(key, *ended),
         }
     }
 
@@ -439,7 +463,8 @@ impl Exec {
         Ok(())
     }
 
-    /// Makes a report durable; it goes out by itself, and again until it is acknowledged.
+    /// Makes the report of what began durable; it goes out by itself, and again until it is
+    /// acknowledged. See [`Self::answer`] for all others.
     fn report(&mut self, body: ReportBody) -> Result<(), ExecError> {
         let record = self.numbered(body);
         Ok(self.commit(vec![record], Need::Closes)?)
@@ -456,42 +481,40 @@ impl Exec {
         }
     }
 
+    /// How an attempt that began has ended.
     fn finish(&mut self, key: StepKey, ended: Ended) -> Result<(), ExecError> {
-        let Ended {
-            outcome,
-            facts,
-            took,
-        } = ended;
-        match &outcome {
-            StepOutcome::Ok { changed, summary } => {
-                tracing::info!(step = %key, changed, summary, "ok");
-            }
-            StepOutcome::Failed(failure) => tracing::warn!(
-                step = %key,
-                cause = failure.cause.as_str(),
-                message = failure.message,
-                "failed"
-            ),
-            StepOutcome::Unknown { why } => tracing::error!(step = %key, why, "unknown"),
-        }
-        self.report(ReportBody::Finished {
-            key,
-            outcome,
-            facts,
-            signatures: vec![],
-            took,
-        })
+        self.report(finished(key, ended))
     }
 
-    /// Sends a report once more, for the sake of a controller that asks again.
-    fn send_again(&mut self, recorded: Recorded) -> Result<(), ExecError> {
-        if recorded.number > self.memory.acknowledged {
-            // It is on its way, or goes out after the next reconnect.
-            return Ok(());
+    /// Answers an order by which nothing began.
+    fn finish_unbegun(&mut self, key: StepKey, ended: Ended) -> Result<(), ExecError> {
+        self.answer(finished(key, ended))
+    }
+}
+
+fn finished(key: StepKey, ended: Ended) -> ReportBody {
+    let Ended {
+        outcome,
+        facts,
+        took,
+    } = ended;
+    match &outcome {
+        StepOutcome::Ok { changed, summary } => {
+            tracing::info!(step = %key, changed, summary, "ok");
         }
-        match self.journal.read(recorded.position)? {
-            Record::Report { body, .. } => self.report(body),
-            other => unreachable!("{other:?} stands where a report was written"),
-        }
+        StepOutcome::Failed(failure) => tracing::warn!(
+            step = %key,
+            cause = failure.cause.as_str(),
+            message = failure.message,
+            "failed"
+        ),
+        StepOutcome::Unknown { why } => tracing::error!(step = %key, why, "unknown"),
+    }
+    ReportBody::Finished {
+        key,
+        outcome,
+        facts,
+        signatures: vec![],
+        took,
     }
 }

@@ -13,12 +13,14 @@ use serde_json::Value;
 use super::approvals::Gates;
 use super::attend::{Host, wall_clock};
 use super::consent;
+use super::look::Turn;
 use super::plans::{self, HeldPlan, HeldSeal};
-use super::{Event, Exec, ExecError, Gathered, Offer, Outbound};
+use super::{Event, Exec, ExecError, Gathered, Offer, Outbound, Surveying};
 use crate::journal::{AppendError, Held, Need, Record};
 use crate::step::{Job, LogMark};
 
-/// Offers that wait for their plan. A controller offers few rollouts to one host at a time.
+/// Offers that wait for their plan, and as many that the host is looked at for. A controller offers
+/// few rollouts to one host at a time.
 const AWAITING: usize = 16;
 
 impl Exec {
@@ -66,8 +68,7 @@ impl Exec {
             return self.consider(offer, &plan);
         }
         if self.awaiting_plan.len() == AWAITING {
-            let why = "too many plans are offered to this host at once".to_owned();
-            return self.decline(offer.rollout, vec![whole(why)]);
+            return self.decline(offer.rollout, vec![too_many()]);
         }
         if let Some(session) = &mut self.session {
             if !self
@@ -162,6 +163,9 @@ impl Exec {
     }
 
     fn consider(&mut self, offer: Offer, plan: &SealedPlan) -> Result<(), ExecError> {
+        if self.gathering >= AWAITING {
+            return self.decline(offer.rollout, vec![too_many()]);
+        }
         let held = match self.review(&offer, plan) {
             Ok(held) => held,
             Err(refusals) => return self.decline(offer.rollout, refusals),
@@ -172,16 +176,22 @@ impl Exec {
             self.looked_at.insert(0, (offer.plan, held.clone()));
         }
         self.considering.push(offer.clone());
+        self.gathering += 1;
         let rollout = offer.rollout.clone();
+        let turn = if offer.dry_run {
+            Turn::Waits
+        } else {
+            Turn::AtOnce
+        };
         let purpose = Gathered::Consent(Box::new((offer, held.clone())));
-        self.gather(purpose, rollout, held);
+        self.gather(purpose, rollout, held, turn);
         Ok(())
     }
 
-    fn gather(&self, purpose: Gathered, rollout: RolloutId, held: HeldPlan) {
+    fn gather(&self, purpose: Gathered, rollout: RolloutId, held: HeldPlan, turn: Turn) {
         let (host, answers) = (self.host.clone(), self.answers.clone());
         tokio::task::spawn_local(async move {
-            let state = gather(&host, &rollout, &held).await;
+            let state = gather(&host, &rollout, &held, turn).await;
             let _ = answers.send(Event::Gathered(purpose, state)).await;
         });
     }
@@ -193,12 +203,19 @@ impl Exec {
     ) -> Result<(), ExecError> {
         match purpose {
             Gathered::Consent(of) => {
+                self.gathering = self.gathering.saturating_sub(1);
                 let (offer, held) = *of;
                 self.conclude(offer, &held, state)
             }
             Gathered::Survey(rollout) => {
+                let done = self.surveying.extract_if(.., |it| it.rollout == rollout);
+                let again = done.last().is_some_and(|done| done.again);
+                if let Some(held) = self.held_for(&rollout).filter(|_| again) {
+                    self.survey(rollout, held);
+                    return Ok(());
+                }
                 let state = state.unwrap_or_else(|failure| vec![not_surveyed(&failure.message)]);
-                self.report(ReportBody::Surveyed { rollout, state })
+                self.answer(ReportBody::Surveyed { rollout, state })
             }
         }
     }
@@ -249,7 +266,7 @@ impl Exec {
             round,
         };
         if dry_run {
-            return self.report(consented);
+            return self.answer(consented);
         }
         // Another rollout may have been faster.
         if let Some(hold) = &self.memory.hold {
@@ -310,7 +327,7 @@ impl Exec {
             let at = refusal.at.map(tracing::field::display);
             tracing::warn!(%rollout, at, reason = refusal.reason, "declined");
         }
-        self.report(ReportBody::Declined { rollout, refusals })
+        self.answer(ReportBody::Declined { rollout, refusals })
     }
 
     /// Why another rollout has to wait.
@@ -333,18 +350,46 @@ impl Exec {
         if !self.admit(epoch)? {
             return Ok(());
         }
-        let holds = self.memory.hold_for(&rollout).is_some();
-        match self.held.clone().filter(|_| holds) {
-            Some(held) => {
-                self.gather(Gathered::Survey(rollout.clone()), rollout, held);
-                Ok(())
-            }
-            None => self.report(ReportBody::Surveyed {
+        let Some(held) = self.held_for(&rollout) else {
+            return self.answer(ReportBody::Surveyed {
                 state: vec![not_surveyed(HOLDS_NOT)],
                 rollout,
-            }),
+            });
+        };
+        let newest = self.memory.last_report;
+        let mut under_way = self.surveying.iter_mut();
+        match under_way.find(|it| it.rollout == rollout) {
+            // What it sees answers this one too, unless something has happened meanwhile.
+            Some(it) => it.again |= it.since != newest,
+            None => self.survey(rollout, held),
         }
+        Ok(())
     }
+
+    fn survey(&mut self, rollout: RolloutId, held: HeldPlan) {
+        self.surveying.push(Surveying {
+            rollout: rollout.clone(),
+            since: self.memory.last_report,
+            again: false,
+        });
+        self.gather(
+            Gathered::Survey(rollout.clone()),
+            rollout,
+            held,
+            Turn::Waits,
+        );
+    }
+
+    /// The steps of this rollout, if the host holds for it.
+    fn held_for(&self, rollout: &RolloutId) -> Option<HeldPlan> {
+        let held = self.held.as_ref();
+        held.filter(|_| self.memory.hold_for(rollout).is_some())
+            .cloned()
+    }
+}
+
+fn too_many() -> Refusal {
+    whole("too many plans are offered to this host at once".to_owned())
 }
 
 fn whole(reason: String) -> Refusal {
@@ -359,7 +404,12 @@ fn not_surveyed(why: &str) -> Fact {
 }
 
 /// The parts of the host's state that the plan's steps touch here, each once.
-async fn gather(host: &Host, rollout: &RolloutId, held: &HeldPlan) -> Result<Vec<Fact>, Failure> {
+async fn gather(
+    host: &Host,
+    rollout: &RolloutId,
+    held: &HeldPlan,
+    turn: Turn,
+) -> Result<Vec<Fact>, Failure> {
     let changing = held.steps.iter().filter(|step| step.action.changes());
     let jobs = changing.map(|step| Job {
         key: StepKey {
@@ -375,7 +425,7 @@ async fn gather(host: &Host, rollout: &RolloutId, held: &HeldPlan) -> Result<Vec
         timeout: step.timeout,
         log_offsets: BTreeMap::new(),
     });
-    host.state(jobs.collect()).await
+    host.state(jobs.collect(), turn).await
 }
 
 /// Where the log files that the plan reads end now: what they hold already is older than the
@@ -391,3 +441,6 @@ fn log_offsets(held: &HeldPlan) -> BTreeMap<PathBuf, LogMark> {
     })
     .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -31,6 +31,12 @@ impl Exec {
         let Some(session) = &self.session else {
             return Ok(());
         };
+        if self.memory.is_crowded(&order.key) {
+            let why = "it has ordered more steps than a plan can have, and this host has refused \
+                       them";
+            self.end_session(Refusal::Unanswered, why.to_owned());
+            return Ok(());
+        }
         let decision = self.memory.decide(
             &order,
             Now {
@@ -49,8 +55,8 @@ impl Exec {
             Decision::Repeat(recorded) => self.send_again(recorded),
             // Its reports are on their way.
             Decision::Running => Ok(()),
-            Decision::Refuse(failure) => self.finish(order.key, failed(failure)),
-            Decision::Nothing(summary) => self.finish(order.key, unchanged(summary)),
+            Decision::Refuse(failure) => self.finish_unbegun(order.key, failed(failure)),
+            Decision::Nothing(summary) => self.finish_unbegun(order.key, unchanged(summary)),
             Decision::Look => self.look(order),
             Decision::Begin(begin) => self.begin(order, begin),
         }
@@ -66,7 +72,7 @@ impl Exec {
         });
         let (step, counted) = match admitted {
             Ok(admitted) => admitted,
-            Err(failure) => return self.finish(order.key, failed(failure)),
+            Err(failure) => return self.finish_unbegun(order.key, failed(failure)),
         };
         let hold = self.memory.hold.as_ref().expect("begun under the hold");
         let job = Job {
@@ -82,7 +88,7 @@ impl Exec {
             let _ = std::fs::remove_dir_all(dir.path());
         }
         if let Err(error) = dir.make() {
-            return self.finish(order.key, failed(no_room(&error)));
+            return self.finish_unbegun(order.key, failed(no_room(&error)));
         }
         let session = self.session.as_ref().expect("orders come in a session");
         self.preparing = Some(Preparing {
@@ -257,7 +263,7 @@ impl Exec {
     /// Nothing has happened, whatever the failure says.
     fn ended_without_intent(&mut self, key: StepKey, why: Failure) -> Result<(), ExecError> {
         let _ = std::fs::remove_dir_all(self.host.dir(&key).path());
-        self.finish(
+        self.finish_unbegun(
             key,
             failed(Failure {
                 changed: false,
@@ -401,7 +407,7 @@ impl Exec {
         });
         let (step, earlier, limited) = match found {
             Ok(found) => found,
-            Err(failure) => return self.finish(order.key, failed(failure)),
+            Err(failure) => return self.finish_unbegun(order.key, failed(failure)),
         };
         let job = Job {
             key: order.key,

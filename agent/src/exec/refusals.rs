@@ -1,7 +1,7 @@
 //! Controllers, and whatever poses as one, that this host has refused, in its journal (INV-11).
 //! What a controller asked for, and was refused, is a report, and a record by that.
 
-use lockstep_proto::refusals::{Bounds, Ledger};
+use lockstep_proto::refusals::{Bounds, Counted, Ledger};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +33,8 @@ pub(crate) enum Refusal {
     Ahead,
     /// It orders, and acknowledges nothing.
     Unacknowledged,
+    /// It asks for more than this host answers: too often, or on a full disk.
+    Unanswered,
     /// More different ones than are told apart.
     Others,
 }
@@ -60,8 +62,8 @@ impl Exec {
     }
 
     /// Resolves when refusals are to be written.
-    pub(super) fn refusals_due(&self) -> impl Future<Output = ()> + use<> {
-        let next = self.refusals.next();
+    pub(super) fn refusals_due(&mut self) -> impl Future<Output = ()> + use<> {
+        let next = self.refusals.next(wall_clock());
         async move {
             match next {
                 Some(at) => tokio::time::sleep(at.since(wall_clock()).to_std()).await,
@@ -73,13 +75,23 @@ impl Exec {
     /// Writes what is due. On a full disk the log alone has it.
     pub(super) fn write_refusals(&mut self) -> Result<(), ExecError> {
         let due = self.refusals.take_due(wall_clock());
-        let records: Vec<Record> = due
+        self.write_counted(due)
+    }
+
+    /// Writes whatever waits, before the end.
+    pub(super) fn write_last_refusals(&mut self) -> Result<(), ExecError> {
+        let all = self.refusals.take_all();
+        self.write_counted(all)
+    }
+
+    fn write_counted(&mut self, counted: Vec<Counted<Refusal>>) -> Result<(), ExecError> {
+        let records: Vec<Record> = counted
             .into_iter()
-            .map(|due| {
+            .map(|refused| {
                 Record::SessionsRefused(SessionsRefused {
-                    why: due.kind,
-                    count: due.count,
-                    since: due.since,
+                    why: refused.kind,
+                    count: refused.count,
+                    since: refused.since,
                 })
             })
             .collect();

@@ -30,6 +30,8 @@ pub(super) struct Session {
     pub(super) first: VecDeque<Outbound>,
     /// It was refused, and ends.
     refused: bool,
+    /// Why it ends once all reports have gone out.
+    last: Option<String>,
 }
 
 impl Session {
@@ -83,6 +85,7 @@ impl Exec {
             sent: welcome.acknowledged,
             first: VecDeque::new(),
             refused: false,
+            last: None,
         });
         if planted!(DropLastReport) {
             self.memory.outstanding.pop_back();
@@ -204,19 +207,34 @@ impl Exec {
     /// Ends the session, once: what else comes in it changes nothing, and a link that does not read
     /// fills no memory.
     pub(super) fn refuse_session(&mut self, kind: Refusal, why: String) {
-        let Some(session) = self.session.as_mut().filter(|session| !session.refused) else {
-            return;
-        };
-        tracing::error!(%why, "the controller is refused");
-        session.refused = true;
-        session.first.push_back(Outbound::Refuse(why));
+        if let Some(session) = self.heed_no_more(kind, &why) {
+            session.first.push_back(Outbound::Refuse(why));
+        }
+    }
+
+    /// The same, once all reports have gone out: this controller is obeyed, and shall hear how its
+    /// steps have ended, whatever else it asks for.
+    pub(super) fn end_session(&mut self, kind: Refusal, why: String) {
+        if let Some(session) = self.heed_no_more(kind, &why) {
+            session.last = Some(why);
+        }
+    }
+
+    fn heed_no_more(&mut self, kind: Refusal, why: &str) -> Option<&mut Session> {
+        self.session.as_ref().filter(|session| !session.refused)?;
+        tracing::error!(why, "the controller is refused");
         self.note_refused(kind);
+        let session = self.session.as_mut()?;
+        session.refused = true;
+        Some(session)
     }
 
     /// The way out, if there is something to send.
     pub(super) fn outgoing(&self) -> Option<mpsc::Sender<Outbound>> {
         let session = self.session.as_ref()?;
-        let waiting = !session.first.is_empty() || session.sent < self.memory.last_report;
+        let waiting = !session.first.is_empty()
+            || session.sent < self.memory.last_report
+            || session.last.is_some();
         waiting.then(|| session.outbox.clone())
     }
 
@@ -231,7 +249,7 @@ impl Exec {
         let index = outstanding.partition_point(|(number, _)| *number <= session.sent);
         let Some((number, position)) = outstanding.get(index).copied() else {
             session.sent = self.memory.last_report;
-            return Ok(None);
+            return Ok(session.last.take().map(Outbound::Refuse));
         };
         session.sent = number;
         match self.journal.read_linked(position)? {

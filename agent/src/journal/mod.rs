@@ -54,7 +54,7 @@ const GENESIS: &[u8] = b"lockstep agent journal 1\n";
 pub(crate) type Hash = [u8; 32];
 
 /// Where a record begins in the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Position(u64);
 
 /// A record's place in the chain.
@@ -71,6 +71,8 @@ pub(crate) struct Link {
 pub(crate) enum Need {
     /// It opens something new, and may be refused.
     Opens,
+    /// It answers what opened nothing, and may be refused: the reserve is not for it.
+    Answers,
     /// It closes something that runs already: the reserve is given back for it.
     Closes,
 }
@@ -253,7 +255,12 @@ impl Journal {
             positions.push(Position(self.length + bytes.len() as u64));
             hash = push_frame(&mut bytes, hash, number, &payload, left > 0);
         }
-        if need == Need::Opens && !self.reserve.ensure() {
+        let room = match need {
+            Need::Opens => self.reserve.ensure(),
+            Need::Answers => self.reserve.spares(),
+            Need::Closes => true,
+        };
+        if !room {
             return Err(AppendError::Full(self.path.clone()));
         }
         let mut written = self.write(&bytes);

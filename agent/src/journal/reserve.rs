@@ -28,15 +28,26 @@ impl Reserve {
 
     /// Makes the reserve if it is not there; false if there is no room for it and a new step.
     pub(super) fn ensure(&self) -> bool {
-        let dir = self.path.parent().unwrap_or_else(|| Path::new("."));
-        let Ok(stat) = rustix::fs::statvfs(dir) else {
+        let Some(free) = free(self.dir()) else {
             return false;
         };
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        if std::fs::metadata(&self.path).is_ok_and(|file| file.len() == RESERVE) {
+        if self.is_whole() {
             return free >= ROOM;
         }
         free >= ROOM + RESERVE && self.make().is_ok()
+    }
+
+    /// Whether more may be written without taking what the reserve is for, or was given back for.
+    pub(super) fn spares(&self) -> bool {
+        self.is_whole() || free(self.dir()).is_some_and(|free| free >= RESERVE / 2)
+    }
+
+    fn dir(&self) -> &Path {
+        self.path.parent().unwrap_or_else(|| Path::new("."))
+    }
+
+    fn is_whole(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|file| file.len() == RESERVE)
     }
 
     fn make(&self) -> std::io::Result<()> {
@@ -57,4 +68,10 @@ impl Reserve {
     pub(super) fn give_back(&self) -> bool {
         std::fs::remove_file(&self.path).is_ok()
     }
+}
+
+/// The free space of the file system that holds a directory, in bytes.
+fn free(dir: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(dir).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

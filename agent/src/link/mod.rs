@@ -136,7 +136,10 @@ impl LinkError {
             Self::OtherHost { .. } => "correct `host`, or get a certificate for this host",
             Self::Address(_) => "write it as name:port",
             Self::NoExec => "systemctl status lockstep-agent-exec",
-            Self::Refused(_) => "find out which controller is the right one before anything else",
+            Self::Refused(_) => {
+                "unless it is this host's disk, find out which controller is the right one before \
+                 anything else"
+            }
             Self::Status(status) if status.code() == Code::AlreadyExists => {
                 "another agent runs under this host's name: end it, and find out who started it"
             }

@@ -526,6 +526,45 @@ async fn a_full_disk_refuses_what_is_new_and_records_what_ends() {
 }
 
 #[tokio::test]
+async fn refusals_on_a_full_disk_leave_the_reserve_to_what_runs() {
+    if !rustix::process::geteuid().is_root() {
+        // Only root may mount a disk that is small enough to fill.
+        return;
+    }
+    let mut controller = Controller::start().await;
+    let mut host = Host::new(&controller, ALLOW_RUN);
+    let disk = SmallDisk::mount(host.path("state"));
+    host.start();
+    let plan = plan(&[append("one", "2")]);
+    let mut session = controller.accept(epoch(1), 0).await;
+    session.consented(&controller, &rollout(1), &plan).await;
+    session.order(&plan, &do_key(0, 1)).await;
+    host.claimed(&do_key(0, 1)).await;
+    disk.fill(0);
+    let size = || std::fs::metadata(host.path("state/reserve")).map(|reserve| reserve.len());
+    assert_eq!(size().unwrap(), 1 << 20);
+    // It takes one step at a time. Some of these fit into the journal's last page.
+    for attempt in 2..100 {
+        session.order(&plan, &do_key(0, attempt)).await;
+    }
+    let mut acknowledged = 1;
+    while let Some(report) = session.next().await {
+        acknowledged = report.number;
+    }
+    assert_eq!(size().unwrap(), 1 << 20, "INV-2");
+    assert!(host.log().contains("make room"), "{}", host.log());
+    let mut session = controller.accept(epoch(1), acknowledged).await;
+    let outcome = loop {
+        match session.report().await {
+            ReportBody::Finished { key, outcome, .. } if key == do_key(0, 1) => break outcome,
+            _ => {}
+        }
+    };
+    assert!(matches!(outcome, StepOutcome::Ok { .. }), "{outcome:?}");
+    assert_eq!(effects(&host), ["one"]);
+}
+
+#[tokio::test]
 async fn a_daemon_killed_at_any_instant_loses_nothing_and_repeats_nothing() {
     const STEPS: u16 = 24;
     let mut controller = Controller::start().await;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use lockstep_proto::ids::{Digest, StepRef};
 use tokio::sync::mpsc;
 
-use super::super::{Gathered, Offer};
+use super::super::{Gathered, Offer, Outbound};
 use super::*;
 use crate::journal::Held;
 use crate::testing;
@@ -397,4 +397,176 @@ async fn a_host_that_still_holds_for_an_earlier_round_looks_at_itself_again() {
     exec.handle_offer(offer(&key.rollout, 1)).unwrap();
     assert!(exec.memory.hold.is_none() && exec.memory.waits(&key.rollout));
     assert_eq!(exec.awaiting_plan, [offer(&key.rollout, 1)]);
+}
+
+/// Numbers of the reports that are in the journal, and how many sessions were refused.
+fn written(host: &testing::Host) -> (Vec<u64>, u64) {
+    let (mut reports, mut refused) = (vec![], 0);
+    let visit = |_, record| match record {
+        Record::Report { number, .. } => reports.push(number),
+        Record::SessionsRefused(of) if of.why == Refusal::Unanswered => refused += of.count,
+        _ => {}
+    };
+    drop(crate::journal::Journal::open(&host.config.state_dir, visit).unwrap());
+    (reports, refused)
+}
+
+fn order(key: &StepKey) -> Order {
+    Order {
+        key: key.clone(),
+        plan: Digest::of(b"plan"),
+        epoch: A,
+        not_after: Timestamp(1000).plus(LIFE),
+        bindings: vec![],
+    }
+}
+
+fn ok(summary: String) -> Ended {
+    let changed = false;
+    Ended {
+        outcome: StepOutcome::Ok { changed, summary },
+        facts: vec![],
+        took: Period(1),
+    }
+}
+
+/// Orders this, acknowledges whatever is said, and comes again when it is refused.
+fn flood(exec: &mut Exec, orders: impl Iterator<Item = Order>) {
+    for order in orders {
+        exec.handle_order(order).unwrap();
+        exec.handle_acknowledged(exec.memory.last_report);
+        if !exec.admit(A).unwrap() {
+            let welcome = lockstep_proto::wire::Welcome {
+                version: 1,
+                epoch: A,
+                clock: Timestamp(1000),
+                acknowledged: exec.memory.last_report,
+                earlier: 0,
+            };
+            exec.handle_welcome(&welcome, mpsc::channel(9).0).unwrap();
+        }
+    }
+}
+
+/// What is ordered next, by the attempt that is done and a number.
+type Orders<'a> = &'a dyn Fn(&StepKey, u16) -> StepKey;
+
+#[tokio::test]
+async fn whoever_asks_for_ever_for_what_began_nothing_fills_no_journal() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let looks = ("check.port", serde_json::json!({"port": 1}));
+    let cases: [(&str, Orders); 4] = [
+        ("done", &|key, _| key.clone()),
+        ("refused", &|key, number| StepKey {
+            attempt: number,
+            ..key.clone()
+        }),
+        ("nothing to undo", &|key, number| StepKey {
+            direction: Direction::Undo,
+            attempt: number,
+            ..key.clone()
+        }),
+        ("a dry run of no plan", &|key, number| StepKey {
+            direction: Direction::Probe,
+            attempt: number,
+            ..key.clone()
+        }),
+    ];
+    for (name, of) in cases {
+        let host = testing::Host::new();
+        let (mut exec, key) = done(&host, looks.0, looks.1.clone());
+        exec.finish(key.clone(), ok("s".repeat(700))).unwrap();
+        exec.allowance.left = 20 << 10;
+        let before = exec.memory.last_report;
+        flood(&mut exec, (2..500).map(|number| order(&of(&key, number))));
+        let answered = exec.memory.last_report - before;
+        assert!((10..=20).contains(&answered), "{name}: {answered}");
+
+        // How what began has ended is said all the same.
+        let other = StepKey {
+            attempt: 1000,
+            ..key.clone()
+        };
+        let intent = Intent {
+            key: other.clone(),
+            before: Value::Null,
+            boot: exec.host.boot.clone(),
+            at: wall_clock(),
+            counted: None,
+        };
+        exec.commit(vec![Record::Intent(intent)], Need::Opens)
+            .unwrap();
+        exec.handle_ended(other, ok(String::new())).unwrap();
+        let stop = tokio_util::sync::CancellationToken::new();
+        stop.cancel();
+        let last = exec.memory.last_report;
+        exec.run(mpsc::channel(1).1, stop).await.unwrap();
+        let (reports, refused) = written(&host);
+        assert_eq!(reports, (1..=last).collect::<Vec<_>>(), "{name}");
+        assert_eq!(last, before + answered + 1, "{name}");
+        assert!(refused > 400, "INV-11: {name}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_refused_since_the_last_record_is_written_at_an_orderly_stop() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let host = testing::Host::new();
+    let mut exec = connected(&host);
+    exec.note_refused(Refusal::Unanswered);
+    exec.write_refusals().unwrap();
+    for _ in 0..3 {
+        exec.note_refused(Refusal::Unanswered);
+    }
+    assert_eq!(written(&host).1, 1);
+    let stop = tokio_util::sync::CancellationToken::new();
+    stop.cancel();
+    exec.run(mpsc::channel(1).1, stop).await.unwrap();
+    assert_eq!(written(&host).1, 4, "INV-11");
+}
+
+#[tokio::test]
+async fn orders_for_more_steps_than_a_plan_has_are_not_remembered() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let host = testing::Host::new();
+    let (mut exec, key) = done(&host, "check.port", serde_json::json!({"port": 1}));
+    exec.finish(key.clone(), ok(String::new())).unwrap();
+    let hold = exec.memory.hold.as_mut().unwrap();
+    let recorded = hold.attempt(&key).unwrap().ended.unwrap();
+    for step in 1..=u16::MAX {
+        let at = StepRef { phase: 0, step };
+        hold.end(&StepKey { at, ..key.clone() }, recorded.0, recorded.1);
+    }
+    let before = exec.memory.last_report;
+    let at = StepRef { phase: 1, step: 0 };
+    exec.handle_order(order(&StepKey { at, ..key })).unwrap();
+    assert_eq!(exec.memory.last_report, before);
+    assert!(!exec.admit(A).unwrap(), "the session ends");
+}
+
+#[tokio::test]
+async fn a_session_that_asks_too_much_hears_how_its_steps_have_ended_before_it_ends() {
+    let local = tokio::task::LocalSet::new();
+    let _entered = local.enter();
+    let host = testing::Host::new();
+    let (mut exec, key) = done(&host, "check.port", serde_json::json!({"port": 1}));
+    exec.allowance.left = 0;
+    let attempt = 2;
+    exec.handle_order(order(&StepKey {
+        attempt,
+        ..key.clone()
+    }))
+    .unwrap();
+    exec.finish(key, ok(String::new())).unwrap();
+    let mut said = vec![];
+    while exec.outgoing().is_some() {
+        said.extend(exec.next_outbound().unwrap());
+    }
+    assert!(
+        matches!(&said[..], [Outbound::Report(_), Outbound::Refuse(_)]),
+        "{said:?}"
+    );
 }
