@@ -236,8 +236,12 @@ impl Exec {
             signatures: _,
             round,
         } = offer;
-        let mut considered = self.considering.iter();
-        let Some(index) = considered.position(|other| other.rollout == rollout) else {
+        // The offer that the host was looked at for, not another one of the rollout.
+        let is_it = |other: &Offer| {
+            (&other.rollout, other.plan) == (&rollout, plan)
+                && (other.round, other.dry_run) == (round, dry_run)
+        };
+        let Some(index) = self.considering.iter().position(is_it) else {
             tracing::info!(%rollout, "released before this host consented");
             return Ok(());
         };

@@ -99,6 +99,34 @@ async fn whoever_offers_and_takes_back_has_the_host_look_at_a_few_things_at_a_ti
 }
 
 #[tokio::test]
+async fn consent_to_a_round_tells_of_what_was_there_then() {
+    let host = testing::Host::new();
+    let (mut exec, plan) = connected(&host, StepRunner::Session);
+    let local = LocalSet::new();
+    local
+        .run_until(async {
+            let later = Offer {
+                round: 1,
+                ..offer(1, &plan, false)
+            };
+            exec.handle_offer(offer(1, &plan, false)).unwrap();
+            exec.handle_offer(later).unwrap();
+            let begun = exec.memory.last_report;
+            gathered(&mut exec).await;
+            assert_eq!(
+                exec.memory.last_report, begun,
+                "INV-6: it is an older state"
+            );
+            gathered(&mut exec).await;
+            match last_report(&exec) {
+                ReportBody::Consented { round: 1, .. } => {}
+                other => panic!("{other:?}"),
+            }
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn a_survey_that_is_repeated_is_answered_once() {
     let host = testing::Host::new();
     let (mut exec, plan) = connected(&host, StepRunner::Session);
