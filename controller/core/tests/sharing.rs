@@ -146,6 +146,8 @@ struct World {
     locking: BTreeSet<RolloutId>,
     /// The newest state that each host has said for a rollout.
     said: BTreeMap<RolloutId, SeenStates>,
+    /// What stood there when a gate opened, or opened anew.
+    shown: BTreeMap<(RolloutId, StepRef), SeenStates>,
     /// What stood there when somebody first decided at a gate, or said that its glass is to be
     /// broken, and that has counted since.
     decided: BTreeMap<(RolloutId, StepRef), SeenStates>,
@@ -186,6 +188,7 @@ impl World {
             members: BTreeMap::new(),
             locking: BTreeSet::new(),
             said: BTreeMap::new(),
+            shown: BTreeMap::new(),
             decided: BTreeMap::new(),
             waits: BTreeMap::new(),
             freed: 0,
@@ -266,6 +269,7 @@ impl World {
             } => {
                 let gate = (rollout.clone(), *at);
                 self.decided.remove(&gate);
+                self.shown.insert(gate.clone(), self.said[rollout].clone());
                 self.waits.insert(gate, *evidence);
             }
             Record::GateReopened {
@@ -282,11 +286,13 @@ impl World {
                     Some(&self.said[rollout]),
                     "{rollout} asks again at {at}, and nothing has changed"
                 );
+                self.shown.insert(gate.clone(), self.said[rollout].clone());
                 self.waits.insert(gate, *evidence);
             }
             Record::GateDecided { rollout, at, .. } | Record::GlassBroken { rollout, at, .. } => {
-                let seen = self.said[rollout].clone();
                 let gate = (rollout.clone(), *at);
+                // Hosts may have said something else meanwhile, which a gate shows once it opens anew.
+                let seen = self.shown[&gate].clone();
                 self.decided.entry(gate).or_insert(seen);
             }
             Record::LockReleased { rollout, .. } => {
