@@ -209,6 +209,8 @@ impl World {
         let it = self.hosts.get_mut(host).unwrap();
         it.up = true;
         it.mailbox.clear();
+        // What is on its way goes to the session that was.
+        self.inbox.retain(|(to, _)| to != host);
         let held = it.holds.as_ref().map(|(rollout, _)| rollout.clone());
         self.event(Event::HostUp {
             host: host.clone(),
@@ -286,6 +288,10 @@ impl World {
                     Some(&self.said[rollout]),
                     "{rollout} asks again at {at}, and nothing has changed"
                 );
+                // Gates after it that were decided open anew once they are reached.
+                let after = |(of, other): &(RolloutId, StepRef)| of == rollout && other > at;
+                self.decided.retain(|gate, _| !after(gate));
+                self.waits.retain(|gate, _| !after(gate));
                 self.shown.insert(gate.clone(), self.said[rollout].clone());
                 self.waits.insert(gate, *evidence);
             }

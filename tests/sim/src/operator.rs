@@ -151,7 +151,7 @@ impl Operator {
         disk.store(Arc::clone(&plan));
         for host in &world.hosts {
             let state = host.state.borrow().clone();
-            *host.before.borrow_mut() = state;
+            *host.before.borrow_mut() = (None, state);
         }
         let answer = timeout(PATIENCE, controller.submit(&plan, &id)).await;
         match &answer {
@@ -257,7 +257,7 @@ impl Operator {
             .map(|host| HostState {
                 host: &host.name,
                 role: host.role,
-                before: host.before.borrow().clone(),
+                before: host.before.borrow().1.clone(),
                 now: host.state.borrow().clone(),
             })
             .collect();

@@ -12,7 +12,7 @@ use lockstep::simulation as controller;
 use lockstep_agent::simulation::{self as agent, Agent, Arrived, Local, Seen, StepEnd, Stream};
 use lockstep_core::{Entry, Record};
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{Digest, HostId, StepKey};
+use lockstep_proto::ids::{Digest, HostId, RolloutId, StepKey};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_tests::power::Disk;
@@ -40,8 +40,9 @@ pub(crate) struct Host {
     pub(crate) way: Rc<Way>,
     /// What its effects have made: services, links, marks.
     pub(crate) state: RefCell<BTreeMap<String, String>>,
-    /// The state when the current rollout was submitted.
-    pub(crate) before: RefCell<BTreeMap<String, String>>,
+    /// The state when the host was first asked for it by a rollout, and by which; until then when
+    /// the current one was submitted. Up to then steps of one that was cancelled may run.
+    pub(crate) before: RefCell<(Option<RolloutId>, BTreeMap<String, String>)>,
     /// Restarts that were made, by attempt.
     receipts: RefCell<BTreeSet<StepKey>>,
     /// How far its wall clock is off, in milliseconds.
@@ -564,6 +565,10 @@ impl agent::World for Shared {
         let Some((name, _)) = World::target(action) else {
             return vec![];
         };
+        let mut before = host.before.borrow_mut();
+        if before.0.as_ref() != Some(&key.rollout) {
+            *before = (Some(key.rollout.clone()), host.state.borrow().clone());
+        }
         let value = host.state.borrow().get(&name).cloned().unwrap_or_default();
         vec![Fact::State {
             name,

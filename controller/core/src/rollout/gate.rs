@@ -21,6 +21,11 @@ const MINUTE: u64 = 60_000;
 const DAY: u64 = 24 * 60 * MINUTE;
 
 impl Gate {
+    /// Whether anybody has decided here, or said that its glass is to be broken.
+    pub(super) fn is_decided(&self) -> bool {
+        !self.decisions.is_empty() || !self.glass.is_empty()
+    }
+
     /// The times that somebody approved here.
     pub(crate) fn approvals_of(&self, operator: &str) -> impl Iterator<Item = &Decision> {
         self.decisions

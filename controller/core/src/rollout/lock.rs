@@ -87,7 +87,8 @@ impl Rollout {
         hosts.chain(sql).collect()
     }
 
-    /// Everybody who has decided so far is asked again, also where the glass was broken.
+    /// Everybody who has decided so far is asked again, also where the glass was broken: first at the
+    /// first of these gates, and at the others once they are reached.
     fn reopen(&self, at: StepRef, changed: &[String], now: Timestamp) -> Vec<Record> {
         let named = &changed[..changed.len().min(MOST_NAMED)];
         let mut why = format!(
@@ -97,20 +98,16 @@ impl Rollout {
         if changed.len() > MOST_NAMED {
             why = format!("{why}; and {} more", changed.len() - MOST_NAMED);
         }
-        let decided = self.gates.range(..=at);
-        let decided = decided.filter(|(other, gate)| {
-            **other == at || !gate.decisions.is_empty() || !gate.glass.is_empty()
-        });
-        let reopened = decided.map(|(at, _)| Record::GateReopened {
+        let mut decided = self.gates.range(..at).filter(|(_, gate)| gate.is_decided());
+        let first = decided.next().map_or(at, |(first, _)| *first);
+        let until = self.gate_until(&self.placed(first).step.action, now);
+        vec![Record::GateReopened {
             rollout: self.id.clone(),
-            at: *at,
-            evidence: self.evidence_at(*at),
-            until: self
-                .gate_until(&self.placed(*at).step.action, now)
-                .expect("it is a gate"),
-            why: why.clone(),
-        });
-        reopened.collect()
+            at: first,
+            evidence: self.evidence_at(first),
+            until: until.expect("it is a gate"),
+            why,
+        }]
     }
 
     /// What people decide upon at a gate, whatever was shown after it.
@@ -176,6 +173,9 @@ impl Rollout {
         gate.decisions.clear();
         gate.glass.clear();
         gate.closed = None;
+        // What was decided after it goes by what was decided here, and is no truer.
+        self.gates
+            .retain(|other, gate| *other <= at || (gate.closed.is_some() && !gate.is_decided()));
         // From here on what is true now is what people decide upon.
         self.lock.shown = None;
         if let Mode::Forward(cursor) = &mut self.mode {
