@@ -147,7 +147,8 @@ impl Fleet {
                 directory,
                 &format!("/{installed}"),
                 "--ignored",
-                "systemd",
+                "systemd::",
+                "exec::unit::",
             ],
         )?;
         self.on(host, &["rm", &format!("/{installed}")])?;
