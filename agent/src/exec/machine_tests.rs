@@ -253,6 +253,22 @@ fn an_order_that_points_elsewhere_ends_no_attempt() {
 }
 
 #[test]
+fn a_consent_that_is_said_again_is_the_newest_report_of_it() {
+    let mut agent = Agent::holding();
+    for number in 1..=2 {
+        let body = ReportBody::Consented {
+            rollout: rollout(1),
+            plan: plan(),
+            state: vec![],
+            round: 0,
+        };
+        agent.write(Record::Report { number, body });
+        let consent = agent.memory.hold.as_ref().unwrap().consent.unwrap();
+        assert_eq!(consent.number, number);
+    }
+}
+
+#[test]
 fn a_term_that_ended_is_refused_and_so_is_its_double() {
     let agent = Agent::holding();
     for epoch in [Epoch { counter: 2, id: 30 }, Epoch { counter: 3, id: 31 }] {

@@ -74,7 +74,8 @@ impl Sandbox {
         if own { Self::Own } else { Self::Programs }
     }
 
-    /// Code may be made while running: a status or secret command may be of Node or Java.
+    /// `MemoryDenyWriteExecute` is not among them: the status command of a service, or a secret's
+    /// command, may be of Node or Java, which make code while they run.
     fn properties(&self) -> Vec<(&'static str, Variant<'static>)> {
         let yes = |name| (name, Variant::from(true));
         let mut properties = vec![];

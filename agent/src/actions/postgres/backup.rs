@@ -403,6 +403,7 @@ async fn copy(cx: &Context, store: &Store, made: &Manifest, to: &Path) -> Result
     let (id, from, expected) = (made.id.clone(), store.path(&made.id), made.digest);
     let what = format!("cannot copy the backup to {to}");
     let copied = blocking(&what, move || {
+        // The path itself is a link, of the kernel's.
         let within = Dir::open(&place.path().join("."))?;
         let partial = format!("{id}{}", manifest::PARTIAL);
         let has = |name: &str| Ok(archive::digest(&archive_in(&within.path(name)))?.0 == expected);
