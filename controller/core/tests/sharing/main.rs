@@ -3,131 +3,20 @@
 //! against the records and an account of what hosts really are, which share nothing with the
 //! coordinator. A failing case prints its seed; with `LOCKSTEP_TRACE=1` every record is printed.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use host::Host;
 use lockstep_core::{Call, Config, Coordinator, Effects, End, Entry, Event, Message, Record};
-use lockstep_proto::action::Action;
-use lockstep_proto::ids::{
-    Digest, Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
-};
+use lockstep_proto::ids::{Digest, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
-use lockstep_proto::plan::{
-    CompiledPlan, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
-};
-use lockstep_proto::report::{Failure, HOLDS_NOT, Report, ReportBody, StepOutcome};
+use lockstep_proto::report::{Report, ReportBody};
 use lockstep_proto::seal::{SealedPlan, seal};
 use lockstep_proto::values::{Period, Timestamp};
-use serde_json::json;
+use plans::{Dice, plan};
 
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % sides
-    }
-
-    fn percent(&mut self, percent: u64) -> bool {
-        self.roll(100) < percent
-    }
-}
-
-fn step(name: &str, args: serde_json::Value) -> Step {
-    Step {
-        name: None,
-        action: Action::deserialize_args(name, args).unwrap().unwrap(),
-        timeout: Period::seconds(30),
-        undo: Undo::Auto,
-        line: 1,
-    }
-}
-
-/// Waits for people or for time; often it frees the hosts meanwhile.
-fn gate(dice: &mut Dice) -> (Target, Vec<Step>) {
-    let lock = if dice.percent(80) { "release" } else { "hold" };
-    let gate = if dice.percent(70) {
-        let from = json!({"dba": 1 + dice.roll(2)});
-        let args = json!({"from": from, "timeout": "10m", "lock": lock});
-        step("gate.approval", args)
-    } else {
-        step("gate.wait", json!({"for": "2m", "lock": lock}))
-    };
-    (Target::Controller, vec![gate])
-}
-
-/// Perhaps looks, asks, looks and asks again, changes something; some rollouts do not ask.
-fn plan(dice: &mut Dice, serial: u64) -> CompiledPlan {
-    let group = ["one", "two", "all"][usize::try_from(dice.roll(3)).unwrap()];
-    let on = |steps| (Target::Groups(vec![group.into()]), steps);
-    let mut stages = vec![];
-    let look = || step("check.disk", json!({"path": "/", "free": "1B"}));
-    if dice.percent(60) {
-        stages.push(on(vec![look()]));
-    }
-    if dice.percent(70) {
-        stages.push(gate(dice));
-        if dice.percent(40) {
-            if dice.percent(60) {
-                stages.push(on(vec![look()]));
-            }
-            stages.push(gate(dice));
-        }
-    }
-    stages.push(on(vec![step("service.stop", json!({"service": "web"}))]));
-    let phases = stages.into_iter().enumerate();
-    let phases = phases.map(|(index, (target, steps))| Phase {
-        name: format!("p{index}"),
-        stages: vec![Stage {
-            target,
-            strategy: Strategy::All,
-            steps,
-        }],
-        deadline: None,
-        planned: None,
-    });
-    let selector = |label: &str| Selector {
-        labels: BTreeMap::from([(label.to_owned(), "yes".to_owned())]),
-    };
-    CompiledPlan {
-        format: 1,
-        plan: "shared".into(),
-        serial,
-        fleet_name: String::new(),
-        not_before: Timestamp(0),
-        expires: Timestamp(u64::MAX),
-        deadline: Period::seconds(3600),
-        inputs: BTreeMap::new(),
-        fleet: ["one", "two", "all"]
-            .map(|name| (name.to_owned(), selector(name)))
-            .into(),
-        phases: phases.collect(),
-        after_rollback: None,
-        max_failures: None,
-        notices: vec![],
-        slo: Slo::default(),
-        signoff: vec![],
-    }
-}
-
-/// A host: what it really is, and what its agent does.
-#[derive(Default)]
-struct Host {
-    up: bool,
-    /// Another number after each change; an undo brings the one before back.
-    state: u64,
-    changes: u64,
-    before: BTreeMap<RolloutId, u64>,
-    holds: Option<(RolloutId, u32)>,
-    ended: BTreeSet<RolloutId>,
-    changed: BTreeSet<RolloutId>,
-    done: BTreeMap<StepKey, StepOutcome>,
-    reports: Vec<ReportBody>,
-    mailbox: VecDeque<Message>,
-}
+mod host;
+mod plans;
 
 /// What people had seen of the hosts when they decided.
 type SeenStates = BTreeMap<HostId, u64>;
@@ -565,129 +454,6 @@ impl World {
             assert!(summary.ended, "INV-8: {rollout} is {}", summary.state);
         }
         [self.freed, self.reopened, self.broken]
-    }
-}
-
-impl Host {
-    fn facts(&self) -> Vec<Fact> {
-        let text = self.state.to_string();
-        vec![Fact::State {
-            name: "web".into(),
-            digest: Digest::of(text.as_bytes()),
-            text,
-        }]
-    }
-
-    fn receive(
-        &mut self,
-        host: &HostId,
-        message: Message,
-        dice: &mut Dice,
-        plans: &BTreeMap<PlanDigest, Arc<SealedPlan>>,
-    ) {
-        match message {
-            Message::Offer {
-                rollout,
-                plan,
-                round,
-                ..
-            } => {
-                if self.ended.contains(&rollout) {
-                    return;
-                }
-                if let Some((held, old)) = &self.holds {
-                    assert!(
-                        *held == rollout,
-                        "{host} is offered {rollout}, and holds for {held}"
-                    );
-                    if *old == round {
-                        return;
-                    }
-                }
-                self.holds = Some((rollout.clone(), round));
-                self.reports.push(ReportBody::Consented {
-                    rollout,
-                    plan,
-                    state: self.facts(),
-                    round,
-                });
-            }
-            Message::Release {
-                rollout,
-                comes_back,
-                ..
-            } => {
-                self.holds.take_if(|(held, _)| *held == rollout);
-                if comes_back {
-                    assert!(!self.changed.contains(&rollout), "{host} was changed");
-                } else {
-                    self.ended.insert(rollout);
-                }
-            }
-            Message::Survey { rollout, .. } => {
-                let held = self
-                    .holds
-                    .as_ref()
-                    .is_some_and(|(held, _)| *held == rollout);
-                let let_go = Fact::Note {
-                    name: "not surveyed".into(),
-                    value: HOLDS_NOT.into(),
-                };
-                let state = if held { self.facts() } else { vec![let_go] };
-                self.reports.push(ReportBody::Surveyed { rollout, state });
-            }
-            Message::Order(order) => {
-                let key = order.key;
-                if self.done.contains_key(&key) {
-                    return;
-                }
-                let held = self.holds.as_ref().map(|(held, _)| held);
-                assert_eq!(held, Some(&key.rollout), "{host}: {key} without a hold");
-                let changes = plans[&order.plan].plan().step(key.at).unwrap();
-                let changes = changes.step.action.changes();
-                // What it looks at shows SQL, which goes by its state.
-                let sql = Fact::SqlPlan {
-                    database: "d".into(),
-                    from: "1".into(),
-                    to: "2".into(),
-                    digest: Digest::of(&self.state.to_be_bytes()),
-                    sql: String::new(),
-                };
-                let facts = if changes { vec![] } else { vec![sql] };
-                let outcome = if dice.percent(3) {
-                    StepOutcome::Failed(Failure {
-                        cause: lockstep_proto::report::Cause::Step,
-                        message: "no".into(),
-                        hint: None,
-                        last_lines: vec![],
-                        changed: false,
-                    })
-                } else {
-                    if key.direction == Direction::Undo {
-                        let before = self.before.remove(&key.rollout);
-                        self.state = before.unwrap_or(self.state);
-                    } else if changes {
-                        self.changed.insert(key.rollout.clone());
-                        self.before.insert(key.rollout.clone(), self.state);
-                        self.changes += 1;
-                        self.state = self.changes;
-                    }
-                    StepOutcome::Ok {
-                        changed: changes,
-                        summary: String::new(),
-                    }
-                };
-                self.done.insert(key.clone(), outcome.clone());
-                self.reports.push(ReportBody::Finished {
-                    key,
-                    outcome,
-                    facts,
-                    signatures: vec![],
-                    took: Period(1),
-                });
-            }
-            Message::Cancel { .. } | Message::Acknowledged(_) => {}
-        }
     }
 }
 
