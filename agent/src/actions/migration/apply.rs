@@ -6,11 +6,13 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::{Value, json};
 
-use super::alembic::{Alembic, Limits, Source, Way};
 use super::guard::{self, revision, shown};
+use super::source::Source;
+use super::tools::{Limits, Migrator, Way};
+use super::{run, undo};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::Database;
-use crate::step::{Context, failure, hinted};
+use crate::step::{Context, hinted};
 
 /// Where the database is, once the old attempt's sessions are gone; and where it is to be.
 async fn where_it_is(
@@ -27,7 +29,7 @@ async fn where_it_is(
     }
     let now = revision(&session).await?;
     let name = source.database;
-    if let Some(goal) = guard::went_in_parts(cx)?
+    if let Some(goal) = run::went_in_parts(cx)?
         && goal != now
     {
         // The revision is written at the end: what is there of the rest, only people can see.
@@ -38,7 +40,7 @@ async fn where_it_is(
             shown(&goal)
         )));
     }
-    let to = Alembic::of(cx, source).await?.resolve(to).await?;
+    let to = Migrator::of(cx, source).await?.resolve(to).await?;
     Ok(if now == to {
         Probe::Present(format!("`{name}` is at {to}"))
     } else {
@@ -51,16 +53,6 @@ async fn before(cx: &Context, database: &str) -> Result<Value, Failure> {
     Ok(json!({"revision": revision(&session).await?}))
 }
 
-/// The revision that was recorded with the intent.
-fn recorded(before: &Value) -> Result<&str, Failure> {
-    before["revision"].as_str().ok_or_else(|| {
-        failure(
-            Cause::Step,
-            "the revision before the step was not recorded, so there is no way back",
-        )
-    })
-}
-
 fn moved(database: &str, before: &str, after: &str) -> Fact {
     Fact::Revision {
         database: database.to_owned(),
@@ -69,7 +61,7 @@ fn moved(database: &str, before: &str, after: &str) -> Fact {
     }
 }
 
-fn done(database: &str, from: &str, to: &str, changed: bool) -> Done {
+pub(super) fn done(database: &str, from: &str, to: &str, changed: bool) -> Done {
     let summary = if changed {
         format!("`{database}` went from {} to {}", shown(from), shown(to))
     } else {
@@ -92,8 +84,8 @@ impl Act for Apply {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into()).await?;
-        let session = guard::lock(cx, &tool.database).await?;
+        let tool = Migrator::of(cx, self.into()).await?;
+        let session = guard::lock(cx, tool.database()).await?;
         if self.backup == RequiredBackup::Verified {
             let otherwise = ", or say `backup: none` if its data can be lost";
             guard::require_backup(cx, &session, &self.database, otherwise).await?;
@@ -108,31 +100,12 @@ impl Act for Apply {
             lock: self.lock_timeout,
             statement: self.statement_timeout,
         };
-        guard::go(cx, &tool, &session, Way::Up, (&from, &to), limits).await?;
+        run::go(cx, &tool, &session, Way::Up, (&from, &to), limits).await?;
         Ok(done(&self.database, &from, &to, true))
     }
 
     async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
-        let to = recorded(before)?;
-        let session = Database::find(cx, &self.database)?.connect(cx).await?;
-        session.end_left_over(cx).await?;
-        let from = revision(&session).await?;
-        if from == to {
-            return Ok(done(&self.database, &from, to, false));
-        }
-        drop(session);
-        // Only this release knows the revision that it brought.
-        let tool = Alembic::of(cx, self.into()).await?;
-        let session = guard::lock(cx, &tool.database).await?;
-        if self.backup == RequiredBackup::Verified {
-            guard::require_fence(cx, &session, &self.database).await?;
-        }
-        let limits = Limits {
-            lock: self.lock_timeout,
-            statement: self.statement_timeout,
-        };
-        guard::go(cx, &tool, &session, Way::Down, (&from, to), limits).await?;
-        Ok(done(&self.database, &from, to, true))
+        undo::apply(self, cx, before).await
     }
 
     fn describe(&self) -> String {
@@ -146,7 +119,7 @@ impl Act for Apply {
 /// Refuses unless what people saw is what would run (INV-12).
 async fn as_approved(
     cx: &Context,
-    tool: &Alembic<'_>,
+    tool: &Migrator<'_>,
     database: &str,
     from: &str,
     to: &str,
@@ -178,7 +151,7 @@ async fn as_approved(
             shown(from)
         ));
     }
-    let digest = Digest::of(tool.render(Way::Up, from, to).await?.as_bytes());
+    let digest = Digest::of(tool.render(Way::Up, from, to).await?.sql.as_bytes());
     if digest != *seen_digest {
         return refused(format!(
             "its digest is {}, and was {}",
@@ -199,8 +172,8 @@ impl Act for Downgrade {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into()).await?;
-        let session = guard::lock(cx, &tool.database).await?;
+        let tool = Migrator::of(cx, self.into()).await?;
+        let session = guard::lock(cx, tool.database()).await?;
         guard::require_backup(cx, &session, &self.database, "").await?;
         let from = revision(&session).await?;
         if self.to == "head" {
@@ -218,34 +191,12 @@ impl Act for Downgrade {
             lock: self.lock_timeout,
             statement: self.statement_timeout,
         };
-        guard::go(cx, &tool, &session, Way::Down, (&from, &to), limits).await?;
+        run::go(cx, &tool, &session, Way::Down, (&from, &to), limits).await?;
         Ok(done(&self.database, &from, &to, true))
     }
 
-    /// Brings the schema back. What the columns and tables that were dropped held is in the backup
-    /// only; the comparison of the database's state says whether anything of it is missed.
     async fn undo(&self, cx: &Context, before: &Value) -> Result<Done, Failure> {
-        let to = recorded(before)?;
-        let tool = Alembic::of(cx, self.into()).await?;
-        let session = guard::lock(cx, &tool.database).await?;
-        let from = revision(&session).await?;
-        if from == to {
-            return Ok(done(&self.database, &from, to, false));
-        }
-        let limits = Limits {
-            lock: self.lock_timeout,
-            statement: self.statement_timeout,
-        };
-        guard::go(cx, &tool, &session, Way::Up, (&from, to), limits).await?;
-        let mut done = done(&self.database, &from, to, true);
-        if let Some((id, _)) = guard::verified(cx, &self.database) {
-            let value = format!("what the downgrade dropped is empty now, and in the backup {id}");
-            done.facts.push(Fact::Note {
-                name: format!("database {}", self.database),
-                value,
-            });
-        }
-        Ok(done)
+        undo::downgrade(self, cx, before).await
     }
 
     fn describe(&self) -> String {

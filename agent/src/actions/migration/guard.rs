@@ -1,29 +1,12 @@
-//! What must be proven before a schema moves, and how it moves.
-
-use std::io::ErrorKind;
-use std::time::Duration;
+//! What must be proven before a schema moves.
 
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 
-use super::alembic::{Alembic, Limits, Way, Went, is_transactional, named};
 use crate::actions::bound;
-use crate::actions::files::{self, OrFailed as _};
 use crate::actions::postgres::{fence, look, measure};
 use crate::sql::{Database, Session};
-use crate::step::{Context, changed, failure, hinted};
-
-/// What people do after a migration that is no single transaction.
-const IN_PART_THERE: &str =
-    "it may work outside of a transaction: look whether a part of it is there";
-
-/// How often a migration is tried that waited too long for a lock. Only one that is a single
-/// transaction is tried again: of any other, what came before the wait is there already.
-const TRIES: u32 = 5;
-
-/// Where an attempt keeps the revision that it goes to by more than one transaction. It is written
-/// before the tool starts: from then on the revision alone does not say how far it came.
-const IN_PARTS: &str = "goes-in-parts-to";
+use crate::step::{Context, hinted};
 
 /// The revision of a database; empty if it has none.
 pub(super) async fn revision(session: &Session) -> Result<String, Failure> {
@@ -142,94 +125,4 @@ pub(super) async fn lock(cx: &Context, database: &Database) -> Result<Session, F
         format!("`{}` is being migrated by {holder}", database.name),
         "wait until it has ended; nothing was changed",
     ))
-}
-
-/// Where this attempt was going by more than one transaction, if it came as far as to begin.
-pub(super) fn went_in_parts(cx: &Context) -> Result<Option<String>, Failure> {
-    match std::fs::read_to_string(cx.dir.join(IN_PARTS)) {
-        Ok(to) => Ok(Some(to)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).or_failed(|| "read what the attempt has kept"),
-    }
-}
-
-/// Takes the database to a revision and sees that it is there. After a failure the message says
-/// where the database is.
-pub(super) async fn go(
-    cx: &Context,
-    tool: &Alembic<'_>,
-    session: &Session,
-    way: Way,
-    (from, to): (&str, &str),
-    limits: Limits,
-) -> Result<(), Failure> {
-    // What cannot be rendered may do anything.
-    let whole = match tool.render(way, from, to).await {
-        Ok(sql) => is_transactional(&sql),
-        Err(_) => false,
-    };
-    if !whole {
-        files::write(&cx.dir.join(IN_PARTS), to.as_bytes(), 0o600, None)
-            .or_failed(|| "keep where the migration goes")?;
-    }
-    let target = named(to);
-    let mut tries = 1;
-    let failed = loop {
-        let went = tool.go(way, target, limits, session.major()).await;
-        let went = went.unwrap_or_else(Went::Badly);
-        match went {
-            Went::Well => break None,
-            Went::Locked(_) if whole && tries < TRIES && revision(session).await? == from => {
-                let pause = rand::random_range(200..1000) * u64::from(tries);
-                cx.log.line(&format!(
-                    "waited too long for a lock; try {tries} of {TRIES}"
-                ));
-                tokio::time::sleep(Duration::from_millis(pause)).await;
-                tries += 1;
-            }
-            Went::Locked(failure) => {
-                let hint = "see pg_blocking_pids(): end what holds the lock, or raise lock_timeout";
-                break Some(Failure {
-                    hint: Some(hint.into()),
-                    ..failure
-                });
-            }
-            Went::Badly(failure) => break Some(failure),
-        }
-    };
-    // A tool that was killed leaves its backend at work for a moment.
-    session.end_left_over(cx).await.map_err(changed)?;
-    let now = revision(session).await.map_err(changed)?;
-    let name = &tool.database.name;
-    match failed {
-        None if now == to => Ok(()),
-        None => Err(changed(failure(
-            Cause::Step,
-            format!(
-                "the tool ended well, but `{name}` is at {} and not at {}",
-                shown(&now),
-                shown(to)
-            ),
-        ))),
-        Some(failure) => {
-            let unchanged = now == from && whole;
-            let hint = match (&failure.hint, whole) {
-                (hint, true) => hint.clone(),
-                (None, false) => Some(IN_PART_THERE.to_owned()),
-                (Some(hint), false) => Some(format!("{IN_PART_THERE}; {hint}")),
-            };
-            let place = if now == from { "still" } else { "now" };
-            let message = format!(
-                "{}; `{name}` is {place} at {}",
-                failure.message,
-                shown(&now)
-            );
-            Err(Failure {
-                message,
-                hint,
-                changed: !unchanged,
-                ..failure
-            })
-        }
-    }
 }

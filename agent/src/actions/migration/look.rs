@@ -6,8 +6,9 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::alembic::{Alembic, Source, Way};
 use super::guard::{revision, shown};
+use super::source::Source;
+use super::tools::{Migrator, Way};
 use crate::actions::{Act, Done, Probe};
 use crate::step::{Context, hinted};
 
@@ -32,8 +33,8 @@ impl Act for Current {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into()).await?;
-        let now = revision(&tool.database.connect(cx).await?).await?;
+        let tool = Migrator::of(cx, self.into()).await?;
+        let now = revision(&tool.database().connect(cx).await?).await?;
         let head = tool.head().await?;
         let state = if now == head {
             "the release's newest"
@@ -68,10 +69,10 @@ impl Act for Plan {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into()).await?;
-        let from = revision(&tool.database.connect(cx).await?).await?;
+        let tool = Migrator::of(cx, self.into()).await?;
+        let from = revision(&tool.database().connect(cx).await?).await?;
         let to = tool.resolve(&self.to).await?;
-        let sql = tool.render(Way::Up, &from, &to).await?;
+        let sql = tool.render(Way::Up, &from, &to).await?.sql;
         let summary = match sql.lines().count() {
             0 => format!("`{}` is at {to} already", self.database),
             lines => format!(
@@ -105,8 +106,8 @@ impl Act for Verify {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let tool = Alembic::of(cx, self.into()).await?;
-        let now = revision(&tool.database.connect(cx).await?).await?;
+        let tool = Migrator::of(cx, self.into()).await?;
+        let now = revision(&tool.database().connect(cx).await?).await?;
         let expected = tool.resolve(&self.to).await?;
         if now != expected {
             return Err(hinted(

@@ -9,7 +9,10 @@
 //! The tool keeps the revision in the database, in the transaction of the migration itself, so
 //! what an interrupted attempt has done can be read there once its sessions are gone (INV-7).
 
-mod alembic;
 mod apply;
 mod guard;
 mod look;
+mod run;
+mod source;
+mod tools;
+mod undo;

@@ -1,0 +1,78 @@
+//! The ways back of `migration.apply` and `migration.downgrade`.
+
+use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup};
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Cause, Failure};
+use serde_json::Value;
+
+use super::apply::done;
+use super::guard::{self, revision};
+use super::run;
+use super::tools::{Limits, Migrator, Way};
+use crate::actions::Done;
+use crate::sql::Database;
+use crate::step::{Context, failure};
+
+/// Goes down to the revision that was recorded, with the release that went up.
+pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<Done, Failure> {
+    let to = recorded(before)?;
+    let session = Database::find(cx, &act.database)?.connect(cx).await?;
+    session.end_left_over(cx).await?;
+    let from = revision(&session).await?;
+    if from == to {
+        return Ok(done(&act.database, &from, to, false));
+    }
+    drop(session);
+    // Only this release knows the revision that it brought.
+    let tool = Migrator::of(cx, act.into()).await?;
+    let session = guard::lock(cx, tool.database()).await?;
+    if act.backup == RequiredBackup::Verified {
+        guard::require_fence(cx, &session, &act.database).await?;
+    }
+    let limits = Limits {
+        lock: act.lock_timeout,
+        statement: act.statement_timeout,
+    };
+    run::go(cx, &tool, &session, Way::Down, (&from, to), limits).await?;
+    Ok(done(&act.database, &from, to, true))
+}
+
+/// Brings the schema back. What the columns and tables that were dropped held is in the backup
+/// only; the comparison of the database's state says whether anything of it is missed.
+pub(super) async fn downgrade(
+    act: &Downgrade,
+    cx: &Context,
+    before: &Value,
+) -> Result<Done, Failure> {
+    let to = recorded(before)?;
+    let tool = Migrator::of(cx, act.into()).await?;
+    let session = guard::lock(cx, tool.database()).await?;
+    let from = revision(&session).await?;
+    if from == to {
+        return Ok(done(&act.database, &from, to, false));
+    }
+    let limits = Limits {
+        lock: act.lock_timeout,
+        statement: act.statement_timeout,
+    };
+    run::go(cx, &tool, &session, Way::Up, (&from, to), limits).await?;
+    let mut done = done(&act.database, &from, to, true);
+    if let Some((id, _)) = guard::verified(cx, &act.database) {
+        let value = format!("what the downgrade dropped is empty now, and in the backup {id}");
+        done.facts.push(Fact::Note {
+            name: format!("database {}", act.database),
+            value,
+        });
+    }
+    Ok(done)
+}
+
+/// The revision that was recorded with the intent.
+fn recorded(before: &Value) -> Result<&str, Failure> {
+    before["revision"].as_str().ok_or_else(|| {
+        failure(
+            Cause::Step,
+            "the revision before the step was not recorded, so there is no way back",
+        )
+    })
+}
