@@ -185,6 +185,7 @@ impl Args<'_> {
             let hint = "make each argument an item of the list";
             self.report(Code::BadCommand, &item(0), message, hint);
         }
+        self.database_tool(argv, path);
         for (index, word) in argv.iter().enumerate() {
             if holds_password(word) {
                 let message = "this URL holds a password, and every user of the host sees it";
@@ -207,19 +208,37 @@ pub(super) fn holds_password(text: &str) -> bool {
 
 /// The word of a command that makes it one of a shell.
 fn shell(argv: &[String]) -> Option<usize> {
+    match innermost(argv) {
+        Next::Program(at) => SHELLS.contains(&base_name(&argv[at])).then_some(at),
+        Next::Shell(at) => Some(at),
+        Next::Nothing => None,
+    }
+}
+
+/// Where the program stands that a command runs in the end, behind those that start others.
+pub(super) fn program(argv: &[String]) -> Option<usize> {
+    match innermost(argv) {
+        Next::Program(at) => Some(at),
+        Next::Shell(_) | Next::Nothing => None,
+    }
+}
+
+/// What a command starts in the end.
+fn innermost(argv: &[String]) -> Next {
     let mut at = 0;
     loop {
-        let name = base_name(argv.get(at)?);
-        if SHELLS.contains(&name) {
-            return Some(at);
-        }
-        let wrapper = WRAPPERS.iter().find(|wrapper| wrapper.name == name)?;
+        let Some(name) = argv.get(at).map(|word| base_name(word)) else {
+            return Next::Nothing;
+        };
+        let Some(wrapper) = WRAPPERS.iter().find(|wrapper| wrapper.name == name) else {
+            return Next::Program(at);
+        };
         match wrapper.program(&argv[at + 1..]) {
             Next::Program(further) => at += 1 + further,
-            Next::Shell(further) => return Some(at + 1 + further),
+            Next::Shell(further) => return Next::Shell(at + 1 + further),
             // These start the user's shell if they are told no program.
-            Next::Nothing if ["chroot", "runuser"].contains(&name) => return Some(at),
-            Next::Nothing => return None,
+            Next::Nothing if ["chroot", "runuser"].contains(&name) => return Next::Shell(at),
+            Next::Nothing => return Next::Nothing,
         }
     }
 }
@@ -284,7 +303,7 @@ impl Wrapper {
     }
 }
 
-fn base_name(program: &str) -> &str {
+pub(super) fn base_name(program: &str) -> &str {
     program.rsplit('/').next().unwrap_or_default()
 }
 

@@ -70,6 +70,16 @@ codes! {
     TooLarge "0041" "The compiled plan is larger than an agent holds.";
     RepeatedEffect "0042" "A check would repeat a request that changes something.";
     KeptLock "0043" "A gate cannot free the lock: something is changed before it, or it halts.";
+    DestroysData "0044" "A command or target that destroys data, or the only copy of it.";
+    MisusedTool "0045" "A database tool is used for what it does not do, or beside the action that does it safely.";
+    LossWindow "0046" "What is written between a backup and the migration behind it is in no backup.";
+    UnevenComparison "0047" "Rows are held against a backup's while applications may write.";
+    CodeFirst "0048" "New code runs before its migration.";
+    TwoWaysBack "0049" "A restore and a downgrade of the same database.";
+    BadDowngrade "0050" "A downgrade to no certain revision, or with a release that does not know the way down.";
+    CopiesTogether "0051" "Copies of a backup that are lost together.";
+    ElsewhereLookedFor "0052" "A backup is looked for on hosts that have not made it.";
+    MisleadingQuery "0053" "A statement that answers another question than the one asked.";
 }
 
 impl fmt::Display for Code {

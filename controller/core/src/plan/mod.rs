@@ -12,6 +12,7 @@
 mod args;
 pub(crate) mod check;
 mod command;
+mod database;
 mod de;
 pub(crate) mod draft;
 mod finding;
@@ -137,6 +138,7 @@ fn examine(source: &Source, tree: &Tree) -> (Option<Draft>, Vec<Finding>) {
     if let Some(draft) = &draft {
         check::check(&reader, draft);
         args::check(&reader, draft);
+        database::check(&reader, draft);
     }
     (draft, reader.into_findings())
 }
