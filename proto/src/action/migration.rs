@@ -26,6 +26,19 @@ pub enum RequiredBackup {
     None,
 }
 
+/// How a rollback treats what a migration did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum UndoBy {
+    /// It goes down with the release that went up: by itself only while the fence has held since
+    /// the backup, or if a fence is up again and nothing that goes was written since (INV-6).
+    #[default]
+    Downgrade,
+    /// The schema stays and the code goes back, if the migration only added to it.
+    Keep,
+}
+
 /// Arguments of `migration.current`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -96,6 +109,9 @@ pub struct Apply {
     /// What must be proven before. Default: verified.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub backup: RequiredBackup,
+    /// How a rollback treats it. Default: downgrade.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub undo_by: UndoBy,
     /// How long a statement may wait for a lock. Default: 5s.
     #[serde(default = "lock_timeout")]
     pub lock_timeout: Period,

@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use super::guard::{self, revision, shown};
 use super::source::Source;
 use super::tools::{Limits, Migrator, Way};
-use super::{run, undo};
+use super::{kept, run, undo};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::Database;
-use crate::step::{Context, hinted};
+use crate::step::{Context, changed, hinted};
 
 /// Where the database is, once the old attempt's sessions are gone; and where it is to be.
 async fn where_it_is(
@@ -100,7 +100,9 @@ impl Act for Apply {
             lock: self.lock_timeout,
             statement: self.statement_timeout,
         };
+        kept::begin(cx, &session).await?;
         run::go(cx, &tool, &session, Way::Up, (&from, &to), limits).await?;
+        kept::end(cx, &session, false).await.map_err(changed)?;
         Ok(done(&self.database, &from, &to, true))
     }
 
@@ -209,6 +211,8 @@ impl Act for Downgrade {
 
 #[cfg(test)]
 mod cut_off;
+#[cfg(test)]
+mod returns;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]

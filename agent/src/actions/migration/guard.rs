@@ -4,7 +4,7 @@ use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 
 use crate::actions::bound;
-use crate::actions::postgres::{fence, look, measure};
+use crate::actions::postgres::{fence, measure};
 use crate::sql::{Database, Session};
 use crate::step::{Context, hinted};
 
@@ -72,34 +72,6 @@ pub(super) async fn require_backup(
         Cause::Refused,
         format!("the backup {id} of `{database}` is older than what may have been written: {why}"),
         "raise the fence, take a new backup and verify it",
-    ))
-}
-
-/// Refuses to take a schema back unless nobody could write since the backup; names the tables
-/// whose rows have come or gone (INV-6).
-pub(super) async fn require_fence(
-    cx: &Context,
-    session: &Session,
-    database: &str,
-) -> Result<(), Failure> {
-    let why = match verified(cx, database) {
-        None => Some("no backup of it was verified in this rollout".to_owned()),
-        Some((_, None)) => Some("no fence was up when its backup was taken".to_owned()),
-        Some((_, Some(token))) => fence::broken(session, token).await?,
-    };
-    let Some(why) = why else { return Ok(()) };
-    let changes = match look::of_backup(cx, database) {
-        None => vec!["its rows at the time of a backup are not known".to_owned()],
-        Some(was) => look::changes(&was, &look::count(session, &[]).await?),
-    };
-    let changes = match changes.as_slice() {
-        [] => "no table has another number of rows, but values may have changed".to_owned(),
-        changes => changes.join("; "),
-    };
-    Err(hinted(
-        Cause::Refused,
-        format!("taking the schema of `{database}` back may lose data: {why}. {changes}"),
-        "look at these tables; then either go on with the new schema, or downgrade by hand",
     ))
 }
 

@@ -3,15 +3,19 @@
 //! ```text
 //! plan     render `upgrade <current>:<target> --sql`; people approve its digest
 //! apply    verified backup? fence still up? same SQL? -> lock -> upgrade -> look at the revision
-//! undo     fence still up? -> lock -> downgrade to the recorded revision, with the same release
+//! undo     as the plan says: keep the schema, or fence still up, or nothing written to what goes?
+//!          -> lock -> downgrade to the recorded revision, with the same release
 //! ```
 //!
 //! The tool keeps the revision in the database, in the transaction of the migration itself, so
 //! what an interrupted attempt has done can be read there once its sessions are gone (INV-7).
 
 mod apply;
+mod dropped;
 mod guard;
+mod kept;
 mod look;
+mod returns;
 mod run;
 mod source;
 mod tools;

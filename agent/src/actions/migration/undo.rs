@@ -1,19 +1,19 @@
 //! The ways back of `migration.apply` and `migration.downgrade`.
 
-use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup};
+use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup, UndoBy};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::apply::done;
-use super::guard::{self, revision};
-use super::run;
+use super::guard::{self, revision, shown};
 use super::tools::{Limits, Migrator, Way};
+use super::{returns, run};
 use crate::actions::Done;
-use crate::sql::Database;
+use crate::sql::{Database, Session};
 use crate::step::{Context, failure};
 
-/// Goes down to the revision that was recorded, with the release that went up.
+/// Goes back to what was recorded, or stays, by the plan's rule.
 pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<Done, Failure> {
     let to = recorded(before)?;
     let session = Database::find(cx, &act.database)?.connect(cx).await?;
@@ -22,12 +22,18 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     if from == to {
         return Ok(done(&act.database, &from, to, false));
     }
+    if act.undo_by == UndoBy::Keep {
+        return keep(act, cx, &session, &from).await;
+    }
     drop(session);
     // Only this release knows the revision that it brought.
     let tool = Migrator::of(cx, act.into()).await?;
     let session = guard::lock(cx, tool.database()).await?;
     if act.backup == RequiredBackup::Verified {
-        guard::require_fence(cx, &session, &act.database).await?;
+        // What cannot be rendered may drop anything.
+        let rendered = tool.render(Way::Down, &from, to).await.ok();
+        let sql = rendered.as_ref().map(|rendered| rendered.sql.as_str());
+        returns::may_go_down(cx, &session, &act.database, sql).await?;
     }
     let limits = Limits {
         lock: act.lock_timeout,
@@ -35,6 +41,21 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     };
     run::go(cx, &tool, &session, Way::Down, (&from, to), limits).await?;
     Ok(done(&act.database, &from, to, true))
+}
+
+/// Leaves an additive schema to the release of before.
+async fn keep(act: &Apply, cx: &Context, session: &Session, now: &str) -> Result<Done, Failure> {
+    let stays = returns::may_stay(cx, session, &act.database).await?;
+    let summary = format!(
+        "`{}` stays at {}, as the plan says",
+        act.database,
+        shown(now)
+    );
+    Ok(Done {
+        changed: false,
+        summary,
+        facts: vec![stays],
+    })
 }
 
 /// Brings the schema back. What the columns and tables that were dropped held is in the backup

@@ -19,7 +19,7 @@ use super::manifest::{self, Manifest, Store, blocking};
 use super::measure::{Contents, Snapshot, fingerprint, revisions, rows_fact, summary};
 use super::scratch::progress;
 use super::tools::Tools;
-use super::{fence, human};
+use super::{fence, human, written};
 use crate::actions::files::{self, parent};
 use crate::actions::places::Place;
 use crate::actions::{Act, Done, Probe};
@@ -183,6 +183,7 @@ async fn dump(
     let server_version = session.version;
     let tools = Tools::new(cx, database, session.major()).await?;
     let snapshot = Snapshot::take(session).await?;
+    let moment = written::moment(snapshot.session()).await?;
     let archive = archive_in(partial);
     let path = archive.display().to_string();
     let snapshot_arg = format!("--snapshot={}", snapshot.id());
@@ -231,6 +232,7 @@ async fn dump(
         server_version,
         fence,
         revisions,
+        moment,
     })
 }
 

@@ -137,6 +137,14 @@ pub(crate) async fn broken(session: &Session, token: &str) -> Result<Option<Stri
     Ok((!inside.is_empty()).then(|| format!("sessions of {} are open", few(&inside))))
 }
 
+/// Whether a fence of this rollout is up now, and keeps everybody out.
+pub(crate) async fn holds(cx: &Context, session: &Session) -> Result<bool, Failure> {
+    match raised(session).await?.filter(|raised| raised.is_of(cx)) {
+        Some(raised) => Ok(broken(session, &raised.token).await?.is_none()),
+        None => Ok(false),
+    }
+}
+
 /// Begins the transaction that raises or lowers; only one of them runs at a time.
 async fn begin(session: &Session) -> Result<(), Failure> {
     let lock = "BEGIN; SELECT pg_advisory_xact_lock(hashtext('lockstep.fence'), \

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::archive::Dir;
 use super::measure::Contents;
+use super::written::Moment;
 use crate::actions::files;
 use crate::actions::places::Place;
 use crate::faults::reached;
@@ -49,6 +50,9 @@ pub(super) struct Manifest {
     pub(super) fence: Option<String>,
     /// The rows of the migration tool's table.
     pub(super) revisions: Vec<String>,
+    /// When, in the server's transactions; releases of before did not say.
+    #[serde(default)]
+    pub(super) moment: Option<Moment>,
 }
 
 impl Manifest {

@@ -22,6 +22,7 @@ mod restore;
 mod scratch;
 mod tools;
 mod verify;
+pub(crate) mod written;
 
 /// A size for people.
 fn human(bytes: u64) -> String {

@@ -16,11 +16,11 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::archive::archive_in;
-use super::look::{changes, count};
 use super::manifest::{Manifest, Store};
 use super::measure::summary;
 use super::scratch::Rights;
 use super::tools::Tools;
+use super::written::{self, Which};
 use super::{fence, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session, ident, literal};
@@ -157,7 +157,7 @@ impl Act for Restore {
         let (made, digest) = verified(cx, &store, &self.database)?;
         allow(&aside, &names.live, true).await?;
         let session = database.connect(cx).await?;
-        held(&session, &made).await?;
+        held(cx, &session, &made).await?;
         scratch::check_digest(&store.path(&made.id), &made, digest).await?;
         scratch::check_room(&session, &database).await?;
         scratch::drop(&aside, &names.new).await?;
@@ -165,7 +165,7 @@ impl Act for Restore {
         let filled = fill(cx, &database, &session, &store, &made, &names).await;
         // A fence that fell while the restore ran has let rows in.
         let filled = match filled {
-            Ok(()) => held(&session, &made).await,
+            Ok(()) => held(cx, &session, &made).await,
             Err(failure) => Err(failure),
         };
         drop(session);
@@ -279,7 +279,7 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
 }
 
 /// Refuses unless nobody could write since the backup; names what would be lost (INV-6).
-async fn held(session: &Session, made: &Manifest) -> Result<(), Failure> {
+async fn held(cx: &Context, session: &Session, made: &Manifest) -> Result<(), Failure> {
     let why = match &made.fence {
         None => Some("no fence was up when the backup was taken".to_owned()),
         Some(token) => fence::broken(session, token).await?,
@@ -290,15 +290,19 @@ async fn held(session: &Session, made: &Manifest) -> Result<(), Failure> {
         .iter()
         .map(|(name, table)| (name.clone(), table.rows))
         .collect();
-    let changes = changes(&was, &count(session, &[]).await?);
-    let changes = match changes.as_slice() {
-        [] => "no table has another number of rows, but values may have changed".to_owned(),
-        changes => changes.join("; "),
+    let lost = written::since(session, made.moment, &Which::All).await?;
+    let lost = lost.lines_and_gone(&was);
+    for line in &lost {
+        cx.log.line(line);
+    }
+    let lost = match lost.as_slice() {
+        [] => "Nothing was written until now".to_owned(),
+        lost => written::few(lost),
     };
     Err(hinted(
         Cause::Refused,
         format!(
-            "restoring `{}` may lose what was written since the backup: {why}. {changes}",
+            "restoring `{}` may lose what was written since the backup: {why}. {lost}",
             made.database
         ),
         format!(

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
+use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
@@ -435,7 +436,14 @@ impl Rollout {
         }
         let different = self.differences();
         if different.is_empty() || planted!(SkipAnUndo) {
-            vec![self.end(End::RolledBack, backward.reason.clone())]
+            let mut reason = backward.reason.clone();
+            for database in self.kept() {
+                let _ = write!(
+                    reason,
+                    "; {database} keeps its new schema, as the plan says"
+                );
+            }
+            vec![self.end(End::RolledBack, reason)]
         } else {
             let reason = format!(
                 "{}; not as before (check unmet): {}",
@@ -446,16 +454,40 @@ impl Rollout {
         }
     }
 
+    /// States of databases that are not to be as before, for the plan keeps what a migration did.
+    fn kept(&self) -> BTreeSet<String> {
+        let ordered = self.attempts.iter();
+        ordered
+            .filter(|((_, direction), _)| *direction == Direction::Do)
+            .filter_map(|((at, _), hosts)| {
+                let step = self.placed(*at).step;
+                let Action::MigrationApply(act) = &step.action else {
+                    return None;
+                };
+                let keeps = step.undo == Undo::Keep || act.undo_by == UndoBy::Keep;
+                let did = hosts.values().flatten().any(|attempt| {
+                    let result = attempt.result.as_ref();
+                    let found_there = result.is_some_and(|result| {
+                        matches!(result.outcome, Outcome::Ok { changed: false, .. })
+                    });
+                    !found_there && leaves_something(attempt)
+                });
+                (keeps && did).then(|| format!("database {}", act.database))
+            })
+            .collect()
+    }
+
     /// Where the state of touched hosts differs from before.
     fn differences(&self) -> Vec<String> {
-        let touched = self.touched();
+        let (touched, kept) = (self.touched(), self.kept());
         let mut different = Vec::new();
         for (host, member) in self
             .members
             .iter()
             .filter(|(host, _)| touched.contains(host))
         {
-            for (name, (before, words)) in &member.before {
+            let before = member.before.iter();
+            for (name, (before, words)) in before.filter(|(name, _)| !kept.contains(*name)) {
                 match member.after(name) {
                     Some((after, _)) if after == before => {}
                     Some((_, now)) => {

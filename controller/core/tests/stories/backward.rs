@@ -326,3 +326,60 @@ fn a_rollback_waits_no_longer_than_needed_for_orders_that_were_never_begun() {
     fleet.later(1);
     assert!(undos(&fleet), "b has not begun, and nobody tells it to");
 }
+
+#[test]
+fn a_database_whose_new_schema_the_plan_keeps_is_not_held_against_the_start() {
+    let database = |digest: &str| Fact::State {
+        name: "database staff".into(),
+        digest: Digest::of(digest.as_bytes()),
+        text: digest.into(),
+    };
+    let migration = |undo_by: &str| {
+        let args = json!({"database": "staff", "app": "web", "release": "v2", "dir": "db",
+                          "undo_by": undo_by});
+        on("app", vec![step("migration.apply", args)])
+    };
+    let fence = step(
+        "postgres.fence",
+        json!({"database": "staff", "roles": ["app"]}),
+    );
+    for (undo_by, migrated, state, says) in [
+        (
+            "keep",
+            ok(),
+            "rolled_back",
+            "database staff keeps its new schema",
+        ),
+        (
+            "downgrade",
+            ok(),
+            "halted",
+            "database staff: was old, is new",
+        ),
+        // Nothing is kept of what changed nothing.
+        (
+            "keep",
+            unchanged(),
+            "halted",
+            "database staff: was old, is new",
+        ),
+    ] {
+        let mut fleet = Fleet::new(&["a"]);
+        fleet.start(vec![
+            on("app", vec![fence.clone()]),
+            migration(undo_by),
+            on("app", vec![stop()]),
+        ]);
+        fleet.finish("a", ok(), vec![database("old")]);
+        fleet.finish("a", migrated, vec![]);
+        fleet.finish("a", failed(), vec![]);
+        // The way back: the failed step, the migration if it did anything, the fence.
+        while fleet.newest("a").at.phase > 0 {
+            fleet.finish("a", ok(), vec![]);
+        }
+        fleet.finish("a", ok(), vec![database("new")]);
+        fleet.surveyed("a", vec![]);
+        assert_eq!(fleet.state(1), state, "INV-6: {}", fleet.reason(1));
+        assert!(fleet.reason(1).contains(says), "{}", fleet.reason(1));
+    }
+}

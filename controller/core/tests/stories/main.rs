@@ -344,6 +344,13 @@ fn ok() -> StepOutcome {
     }
 }
 
+fn unchanged() -> StepOutcome {
+    StepOutcome::Ok {
+        changed: false,
+        summary: "it was there".into(),
+    }
+}
+
 fn failed() -> StepOutcome {
     StepOutcome::Failed(Failure {
         cause: Cause::Step,

@@ -65,6 +65,14 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
+/// The attempt's files where other attempts at its step look for them.
+fn placed(mut cx: Context) -> Context {
+    let steps = cx.config.state_dir.join("steps");
+    cx.dir = steps.join(cx.key.to_string()).join("files");
+    fs::create_dir_all(&cx.dir).unwrap();
+    cx
+}
+
 /// A database host and an application host in one, with the releases v0.9.5 and v1.0.0 and rows
 /// of the former.
 pub(super) struct Stage {
@@ -116,11 +124,11 @@ impl Stage {
 
     /// What the application host sees.
     pub(super) fn cx(&self, step: u16, facts: Vec<Fact>) -> Context {
-        as_owner(self.bench.cx(step, facts))
+        placed(as_owner(self.bench.cx(step, facts)))
     }
 
     pub(super) fn undo(&self, step: u16, facts: Vec<Fact>) -> Context {
-        as_owner(self.bench.undo(step, facts))
+        placed(as_owner(self.bench.undo(step, facts)))
     }
 
     /// Applies without asking for a backup.

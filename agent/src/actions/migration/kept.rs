@@ -1,0 +1,95 @@
+//! What an attempt at a migration keeps beside its outcome, so that an undo knows what it would
+//! lose: the columns that there were, and the moments when it began and when it was through.
+
+use std::path::Path;
+
+use lockstep_proto::report::Failure;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::actions::files::{self, OrFailed as _};
+use crate::actions::postgres::look::Tally;
+use crate::actions::postgres::written::{self, Columns, Moment, Which};
+use crate::sql::Session;
+use crate::step::Context;
+
+const BEGAN: &str = "migration-began.json";
+const THROUGH: &str = "migration-through.json";
+
+/// What there was before the tool started.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Began {
+    /// When; `None` if the server is too old to say.
+    pub(super) moment: Option<Moment>,
+    /// The columns of all tables.
+    pub(super) columns: Columns,
+}
+
+/// What there was when the tool was through.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Through {
+    /// When; `None` if the server is too old to say.
+    pub(super) moment: Option<Moment>,
+    /// The rows of all tables, where a restore would bring older ones.
+    pub(super) rows: Option<Tally>,
+}
+
+/// What attempts at a step have kept.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    /// Of the first one: what it found was there without any of them.
+    pub(super) began: Option<Began>,
+    /// Of the last one that was through.
+    pub(super) through: Option<Through>,
+}
+
+impl Kept {
+    /// Reads what the attempts of the context's step have kept.
+    pub(super) fn of(cx: &Context) -> Self {
+        let dirs = files::attempts(cx);
+        let began = dirs.iter().filter_map(|dir| read::<Began>(dir, BEGAN));
+        let through = dirs.iter().filter_map(|dir| read::<Through>(dir, THROUGH));
+        Self {
+            began: began.min_by_key(|began| began.moment),
+            through: through.max_by_key(|through| through.moment),
+        }
+    }
+
+    /// Since when rows were not written by the migration itself; if that is not known, since it
+    /// began, for then its own count, too.
+    pub(super) fn moment(&self) -> Option<Moment> {
+        let through = self.through.as_ref().and_then(|through| through.moment);
+        through.or_else(|| self.began.as_ref().and_then(|began| began.moment))
+    }
+}
+
+/// Keeps what there is before the tool starts.
+pub(super) async fn begin(cx: &Context, session: &Session) -> Result<(), Failure> {
+    let began = Began {
+        moment: written::moment(session).await?,
+        columns: written::columns(session).await?,
+    };
+    write(&cx.dir, BEGAN, &began)
+}
+
+/// Keeps what there is once the tool is through; the rows, too, if they are asked for.
+pub(super) async fn end(cx: &Context, session: &Session, count: bool) -> Result<(), Failure> {
+    let moment = written::moment(session).await?;
+    let rows = if count {
+        let now = written::since(session, moment, &Which::All).await?;
+        Some(now.tally())
+    } else {
+        None
+    };
+    write(&cx.dir, THROUGH, &Through { moment, rows })
+}
+
+fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Option<T> {
+    serde_json::from_slice(&std::fs::read(dir.join(name)).ok()?).ok()
+}
+
+fn write(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_vec(value).expect("texts and numbers are JSON");
+    files::write(&dir.join(name), &text, 0o600, None)
+        .or_failed(|| "keep what an undo of the migration has to know")
+}

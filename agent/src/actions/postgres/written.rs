@@ -1,0 +1,364 @@
+//! What was written to a database since a moment: the rows that taking its schema or its data back
+//! would lose.
+//!
+//! ```text
+//! moment     the first transaction of which nothing is in the database yet, with all its 64 bits
+//! row        carries the transaction that wrote it (xmin), with the lower 32 of them
+//! distance   from the row's transaction up to the next one, modulo 2^32
+//! written    if the distance is not larger than that from the moment to the next one
+//! ```
+//!
+//! So the count is right across a wraparound, and freezing, which leaves xmin as it was, changes
+//! nothing. Once the server has given out more than 2^32 transactions, a frozen row of before may
+//! carry a number that was given out again since: then the count is too large, never too small.
+//! Rows that were deleted leave no trace; they show by comparison with the rows of the moment.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lockstep_proto::report::Failure;
+use serde::{Deserialize, Serialize};
+
+use super::look::Tally;
+use super::measure::TABLE_NAME;
+use crate::sql::{Session, ident};
+
+/// Transactions that may pass before nothing can be told any more: half of those that 32 bits hold.
+const WINDOW: i64 = 1 << 31;
+
+/// The first version whose snapshots are read here.
+const READABLE: u32 = 130_000;
+
+/// The name under which large objects stand among tables.
+const LARGE_OBJECTS: &str = "large objects";
+
+/// Where migration tools write down what they have done: not data of the application.
+const LEDGERS: &[&str] = &[
+    "alembic_version",
+    "_prisma_migrations",
+    "__diesel_schema_migrations",
+    "_sqlx_migrations",
+    "lockstep_schema_migrations",
+];
+
+/// Tables whose rows are data: also those that outlive no crash, and those of extensions that
+/// pg_dump takes along.
+const DATA: &str = "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+     WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u') \
+     AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname !~ '^pg_toast' \
+     AND (EXISTS (SELECT 1 FROM pg_extension e WHERE c.oid = ANY (e.extconfig)) \
+     OR NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass \
+     AND d.objid = c.oid AND d.deptype = 'e'))";
+
+/// A moment in a database's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Moment {
+    /// The first transaction of which nothing was in the database.
+    xid: u64,
+}
+
+/// This moment; `None` on servers that are too old to tell. Rows of transactions that are under
+/// way now count as written since.
+pub(crate) async fn moment(session: &Session) -> Result<Option<Moment>, Failure> {
+    if session.version < READABLE {
+        return Ok(None);
+    }
+    // Those of other databases write nothing here. One that has ended between the two looks counts
+    // as under way.
+    let sql = "WITH now AS MATERIALIZED (SELECT pg_current_snapshot() AS seen) \
+         SELECT least(pg_snapshot_xmax(seen)::text::int8, (SELECT min(x::text::int8) \
+         FROM pg_snapshot_xip(seen) x WHERE NOT EXISTS (SELECT 1 FROM pg_locks l \
+         JOIN pg_stat_activity a USING (pid) WHERE l.locktype = 'transactionid' AND l.granted \
+         AND l.mode = 'ExclusiveLock' AND l.transactionid = x::xid AND a.datid <> \
+         (SELECT oid FROM pg_database WHERE datname = current_database())))) FROM now";
+    let xid: i64 = session.one("asking for the moment", sql, &[]).await?.get(0);
+    let xid = xid.unsigned_abs();
+    Ok(Some(Moment { xid }))
+}
+
+/// A column, as far as it matters for who reads and writes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Column {
+    /// Its type, as SQL says it.
+    pub(crate) kind: String,
+    /// Whether every new row must name it.
+    pub(crate) required: bool,
+}
+
+/// The columns of the tables, by name.
+pub(crate) type Columns = BTreeMap<String, BTreeMap<String, Column>>;
+
+/// The columns that there are now.
+pub(crate) async fn columns(session: &Session) -> Result<Columns, Failure> {
+    let sql = format!(
+        "SELECT t.name, a.attname::text, format_type(a.atttypid, a.atttypmod), \
+         a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' \
+         FROM (SELECT c.oid, {TABLE_NAME} AS name FROM {DATA}) t \
+         JOIN pg_attribute a ON a.attrelid = t.oid WHERE a.attnum > 0 AND NOT a.attisdropped"
+    );
+    let mut columns = Columns::new();
+    for row in session.query("asking for the columns", &sql, &[]).await? {
+        let (table, name): (String, String) = (row.get(0), row.get(1));
+        let column = Column {
+            kind: row.get(2),
+            required: row.get(3),
+        };
+        columns.entry(table).or_default().insert(name, column);
+    }
+    Ok(columns)
+}
+
+/// Which rows are asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// All of every table.
+    All,
+    /// Those of some tables that hold a value in one of these columns; of a table without columns,
+    /// all.
+    Of(BTreeMap<String, BTreeSet<String>>),
+}
+
+/// What was written to one table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Count {
+    /// How many rows it has.
+    rows: u64,
+    /// How many of them were written since.
+    written: u64,
+}
+
+/// What was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// By table; or why it cannot be counted.
+    tables: BTreeMap<String, Result<Count, String>>,
+    /// Whether transactions have come round, so that counts may be too large.
+    at_most: bool,
+}
+
+impl Written {
+    /// What would be lost, table by table, in words: nothing means nothing. What cannot be counted
+    /// may be lost.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines_since(None)
+    }
+
+    /// The same, with what was deleted of the rows of the moment.
+    pub(crate) fn lines_and_gone(&self, was: &Tally) -> Vec<String> {
+        self.lines_since(Some(was))
+    }
+
+    fn lines_since(&self, was: Option<&Tally>) -> Vec<String> {
+        let at_most = if self.at_most { "at most " } else { "" };
+        let line = |(table, count): (&String, &Result<Count, String>)| {
+            let count = match count {
+                Ok(count) => count,
+                Err(why) => return Some(format!("{table}: cannot be counted: {why}")),
+            };
+            let mut words = vec![];
+            if count.written > 0 {
+                words.push(format!("{at_most}{} written since", rows(count.written)));
+            }
+            if let Some(was) = was {
+                let untouched = count.rows - count.written;
+                match was.get(table) {
+                    None if count.written == 0 && count.rows > 0 => {
+                        words.push(format!("{}, not known before", rows(count.rows)));
+                    }
+                    Some(was) if untouched < *was => words.push(format!(
+                        "{} of the {was} of before changed or deleted",
+                        rows(was - untouched)
+                    )),
+                    None | Some(_) => {}
+                }
+            }
+            (!words.is_empty()).then(|| format!("{table}: {}", words.join(", ")))
+        };
+        let mut lines: Vec<String> = self.tables.iter().filter_map(line).collect();
+        for (table, rows_then) in was.into_iter().flatten() {
+            if !self.tables.contains_key(table) && *rows_then > 0 {
+                lines.push(format!("{table}: gone, with {}", rows(*rows_then)));
+            }
+        }
+        lines.sort();
+        lines
+    }
+
+    /// How many rows each table has; of those that can be counted.
+    pub(crate) fn tally(&self) -> Tally {
+        let rows = |(table, count): (&String, &Result<Count, String>)| {
+            Some((table.clone(), count.as_ref().ok()?.rows))
+        };
+        self.tables.iter().filter_map(rows).collect()
+    }
+}
+
+/// A few lines for a message, and how many more there are: the log has them all.
+pub(crate) fn few(lines: &[String]) -> String {
+    match lines.split_at_checked(10) {
+        Some((shown, more)) if !more.is_empty() => {
+            format!("{}; and {} more", shown.join("; "), more.len())
+        }
+        _ => lines.join("; "),
+    }
+}
+
+fn rows(count: u64) -> String {
+    match count {
+        1 => "1 row".to_owned(),
+        _ => format!("{count} rows"),
+    }
+}
+
+/// Counts what was written since a moment, in one state of the database.
+pub(crate) async fn since(
+    session: &Session,
+    moment: Option<Moment>,
+    which: &Which,
+) -> Result<Written, Failure> {
+    let what = "counting what was written";
+    session
+        .run(
+            what,
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL row_security = off",
+        )
+        .await?;
+    let counted = inside(session, what, moment, which).await;
+    let ended = session.run(what, "ROLLBACK").await;
+    let counted = counted?;
+    ended.map(|()| counted)
+}
+
+async fn inside(
+    session: &Session,
+    what: &str,
+    moment: Option<Moment>,
+    which: &Which,
+) -> Result<Written, Failure> {
+    let next = if session.version < READABLE {
+        None
+    } else {
+        let sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8";
+        Some(session.one(what, sql, &[]).await?.get::<_, i64>(0))
+    };
+    let passed = next
+        .zip(moment)
+        .map(|(next, moment)| next - moment.xid.cast_signed());
+    let is_new = match (next, passed) {
+        (Some(next), Some(passed)) if (0..=WINDOW).contains(&passed) => Ok(is_new(next, passed)),
+        (Some(_), Some(_)) => Err("too many transactions have passed since".to_owned()),
+        (Some(_), None) => Err("the moment was not recorded".to_owned()),
+        (None, _) => Err("the server is older than PostgreSQL 13".to_owned()),
+    };
+    let mut written = Written {
+        tables: BTreeMap::new(),
+        at_most: next.is_some_and(|next| next > i64::from(u32::MAX)),
+    };
+    let sql = format!(
+        "SELECT {TABLE_NAME}, format('%I.%I', n.nspname, c.relname), c.relname::text FROM {DATA}"
+    );
+    for table in session.query(what, &sql, &[]).await? {
+        let (name, full, bare): (String, &str, &str) = (table.get(0), table.get(1), table.get(2));
+        if LEDGERS.contains(&bare) {
+            continue;
+        }
+        let columns = match which {
+            Which::All => None,
+            Which::Of(some) => match some.get(&name) {
+                Some(columns) => Some(columns),
+                None => continue,
+            },
+        };
+        let count = match &is_new {
+            Ok(is_new) => {
+                let is_meant = meant(is_new, columns);
+                let sql = format!(
+                    "SELECT count(*), count(*) FILTER (WHERE {is_meant}) FROM ONLY {full} t"
+                );
+                count(session, &name, &sql).await?
+            }
+            Err(why) => Err(why.clone()),
+        };
+        written.tables.insert(name, count);
+    }
+    if let Some(count) = large_objects(session, which, &is_new).await? {
+        written.tables.insert(LARGE_OBJECTS.to_owned(), count);
+    }
+    Ok(written)
+}
+
+/// The condition for a row `t` that one of the last transactions has written, so many as have
+/// `passed` before the `next` one.
+fn is_new(next: i64, passed: i64) -> String {
+    // Numbers below 3 are no transactions: such rows are older than all of them.
+    format!(
+        "t.xmin::text::int8 > 2 AND ({next} - t.xmin::text::int8) & 4294967295 \
+         BETWEEN 1 AND {passed}"
+    )
+}
+
+/// The condition for a row that was written since and holds something that is asked about.
+fn meant(is_new: &str, columns: Option<&BTreeSet<String>>) -> String {
+    let holds: Vec<String> = columns
+        .into_iter()
+        .flatten()
+        // Of a composite value `IS NOT NULL` would ask about its fields.
+        .map(|column| format!("t.{} IS DISTINCT FROM NULL", ident(column)))
+        .collect();
+    if holds.is_empty() {
+        is_new.to_owned()
+    } else {
+        format!("{is_new} AND ({})", holds.join(" OR "))
+    }
+}
+
+/// Counts in one table. One that cannot be read leaves the others readable.
+async fn count(session: &Session, name: &str, sql: &str) -> Result<Result<Count, String>, Failure> {
+    let what = format!("counting what was written to {name}");
+    session.run(&what, "SAVEPOINT one").await?;
+    match session.one(&what, sql, &[]).await {
+        Ok(row) => {
+            let number = |at| row.get::<_, i64>(at).unsigned_abs();
+            Ok(Ok(Count {
+                rows: number(0),
+                written: number(1),
+            }))
+        }
+        Err(failed) => {
+            // Fails in turn if the session is gone.
+            session.run(&what, "ROLLBACK TO one").await?;
+            Ok(Err(failed.message))
+        }
+    }
+}
+
+/// What was written to large objects, which only a superuser may read; `None` if nobody asks.
+async fn large_objects(
+    session: &Session,
+    which: &Which,
+    is_new: &Result<String, String>,
+) -> Result<Option<Result<Count, String>>, Failure> {
+    if *which != Which::All {
+        return Ok(None);
+    }
+    let what = "counting large objects";
+    let sql = "SELECT count(*), has_table_privilege('pg_catalog.pg_largeobject', 'SELECT') \
+               FROM pg_catalog.pg_largeobject_metadata";
+    let row = session.one(what, sql, &[]).await?;
+    let (there, readable): (i64, bool) = (row.get(0), row.get(1));
+    Ok(match is_new {
+        Err(why) if there > 0 => Some(Err(why.clone())),
+        Ok(_) if there > 0 && !readable => Some(Err("only a superuser may read them".to_owned())),
+        Ok(is_new) if readable => {
+            let sql = format!(
+                "SELECT (SELECT count(*) FROM pg_largeobject_metadata), \
+                 (SELECT count(*) FROM (SELECT t.loid FROM pg_largeobject t WHERE {is_new} \
+                 UNION SELECT t.oid FROM pg_largeobject_metadata t WHERE {is_new}) new)"
+            );
+            Some(count(session, LARGE_OBJECTS, &sql).await?)
+        }
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests;
