@@ -162,15 +162,12 @@ pub(crate) struct Session {
 
 impl Session {
     async fn prepare(&mut self, cx: &Context) -> Result<(), Failure> {
-        let left = cx.deadline.saturating_duration_since(Instant::now());
-        // A period of zero would mean none at all.
-        let left = left.as_millis().clamp(1, i32::MAX.unsigned_abs().into());
+        self.limit_statements(cx, Duration::MAX).await?;
         let lock = LOCK.as_millis();
         self.run(
             "setting up the session",
             &format!(
-                "SET statement_timeout = {left}; SET lock_timeout = {lock}; \
-                 SET idle_in_transaction_session_timeout = 0; \
+                "SET lock_timeout = {lock}; SET idle_in_transaction_session_timeout = 0; \
                  SET search_path = pg_catalog, pg_temp"
             ),
         )
@@ -266,6 +263,49 @@ impl Session {
                 more + 1
             ))),
         }
+    }
+
+    /// How many rows one statement of the plan's author returns, in a transaction that cannot
+    /// write. More than `most` are not counted.
+    pub(crate) async fn rows_up_to(
+        &self,
+        what: &str,
+        sql: &str,
+        most: usize,
+    ) -> Result<usize, Failure> {
+        self.run(what, "BEGIN READ ONLY; SET LOCAL search_path TO DEFAULT")
+            .await?;
+        let rows = self.rows_inside(what, sql, most).await;
+        let ended = self.run(what, "ROLLBACK").await;
+        let rows = rows?;
+        ended.map(|()| rows)
+    }
+
+    async fn rows_inside(&self, what: &str, sql: &str, most: usize) -> Result<usize, Failure> {
+        // What is prepared is one statement; a cursor has no more in memory than is asked for.
+        let cursor = format!("DECLARE lockstep_rows NO SCROLL CURSOR FOR {sql}");
+        let statement = self.client.prepare(&cursor).await;
+        let statement = statement.map_err(|error| explain(&error, what, &self.place))?;
+        let declared = self.client.execute(&statement, &[]).await;
+        declared.map_err(|error| explain(&error, what, &self.place))?;
+        let moved = format!("MOVE {most} FROM lockstep_rows");
+        let moved = self.client.execute(&moved, &[]).await;
+        let moved = moved.map_err(|error| explain(&error, what, &self.place))?;
+        Ok(usize::try_from(moved).unwrap_or(usize::MAX))
+    }
+
+    /// Lets each further statement take no longer than this, and no longer than the step.
+    pub(crate) async fn limit_statements(
+        &self,
+        cx: &Context,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        let left = cx.deadline.saturating_duration_since(Instant::now());
+        // A period of zero would mean none at all.
+        let limit = left.min(limit).as_millis();
+        let limit = limit.clamp(1, i32::MAX.unsigned_abs().into());
+        let sql = format!("SET statement_timeout = {limit}");
+        self.run("setting up the session", &sql).await
     }
 
     /// Ends what sessions attempts at this step have left, on the whole server, and waits until

@@ -67,6 +67,17 @@ pub enum Fact {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fence: Option<String>,
     },
+    /// All that a database holds was looked at.
+    Integrity {
+        /// The database.
+        database: String,
+        /// The name of what was written down, on the host that looked.
+        id: String,
+        /// Its digest.
+        digest: Digest,
+        /// When, by the server's clock.
+        taken_at: Timestamp,
+    },
     /// A fence is up.
     Fenced {
         /// The database.
@@ -164,6 +175,7 @@ impl Fact {
             self,
             Self::Backup { .. }
                 | Self::BackupVerified { .. }
+                | Self::Integrity { .. }
                 | Self::Fenced { .. }
                 | Self::Revision { .. }
                 | Self::SqlPlan { .. }

@@ -58,6 +58,15 @@ const SIZE_UNITS: [(&str, u64); 5] = [
     ("B", 1),
 ];
 
+/// A share in percent: `5%`.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(try_from = "String", into = "String")]
+pub struct Percent(pub u64);
+
+const PERCENT_UNITS: [(&str, u64); 1] = [("%", 1)];
+
 /// Reads `<integer><unit>`; the units are given from large to small.
 fn parse_with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
@@ -140,6 +149,8 @@ unit_text!(
     "size",
     "such as `512B`, `64KiB`, `100MiB` or `10GiB`"
 );
+
+unit_text!(Percent, PERCENT_UNITS, "share", "such as `5%`");
 
 /// An instant: milliseconds since 1970-01-01T00:00:00Z, on the controller's clock unless said
 /// otherwise.

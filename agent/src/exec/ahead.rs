@@ -93,9 +93,10 @@ fn may_meet(earlier: &Earlier, asked: &Action) -> bool {
         ("release", _) => *here && (is_program || (family == "release" && same("app"))),
         ("env", _) => *here && (is_program || matches!(family, "release" | "env")),
         ("migration", _) => *here && (is_program || family == "release") || data(),
-        ("postgres", "verify_backup" | "compare" | "restore") => {
-            same("database") && is(&["postgres.backup"])
+        ("postgres", "compare") => {
+            same("database") && is(&["postgres.backup", "postgres.integrity"])
         }
+        ("postgres", "verify_backup" | "restore") => same("database") && is(&["postgres.backup"]),
         ("postgres", "unfence") => same("database") && is(&["postgres.fence"]),
         ("postgres", "backup") => *here && is_program,
         // Applications write, too, and so do requests to them.

@@ -64,8 +64,9 @@ use trust::{
 /// Stands for an argument that the plan leaves out.
 const DEFAULT: &str = "(default)";
 
-/// Probes that run a program or a statement that the plan names, or show what is in a file.
-const MUST_BE_LISTED: [&str; 8] = [
+/// Probes that run a program or a statement that the plan names, show what is in a file, or read
+/// a whole database.
+const MUST_BE_LISTED: [&str; 9] = [
     "check.command",
     "check.log",
     "check.sql",
@@ -74,6 +75,7 @@ const MUST_BE_LISTED: [&str; 8] = [
     "migration.plan",
     "migration.verify",
     "postgres.assert",
+    "postgres.integrity",
 ];
 
 /// A policy that cannot be used. Then nothing is allowed.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use lockstep_proto::action::postgres::{Fence, Unfence};
+use lockstep_proto::action::postgres::{Baseline, Fence, Unfence};
 use lockstep_proto::action::{Action, check};
 use lockstep_proto::plan::{
     CompiledPlan, FORMAT, Notice, Phase, Planned, Selector, Slo, Stage, Step, Strategy, Target,
@@ -257,7 +257,10 @@ pub fn default_timeout(action: &Action) -> Period {
         | Action::PostgresRestore(_)
         // Raising and lowering a fence read every row for its checksums, as a backup does.
         | Action::PostgresFence(_)
-        | Action::PostgresUnfence(_) => HOUR,
+        | Action::PostgresUnfence(_)
+        | Action::PostgresIntegrity(_)
+        | Action::PostgresAnalyze(_) => HOUR,
+        Action::PostgresCompare(args) if args.with == Baseline::Integrity => HOUR,
         Action::PostgresCounts(_) | Action::PostgresCompare(_) | Action::PostgresAssert(_) => {
             minutes(10)
         }

@@ -214,6 +214,22 @@ fn a_statement_of_which_nothing_is_asked_is_no_check() {
     }
 }
 
+#[test]
+fn a_check_of_an_assertion_asks_for_a_value_or_for_no_row() {
+    let assert = |check: &str| {
+        codes(&format!(
+            "postgres.assert: {{database: p, checks: [{{sql: select 1{check}}}]}}"
+        ))
+    };
+    assert_eq!(assert(""), [Code::NothingAsked]);
+    assert_eq!(assert(", empty: false"), [Code::NothingAsked]);
+    assert_eq!(assert(", empty: true, at_most: 3"), [Code::WrongValue]);
+    assert_eq!(assert(", equals: [1]"), [Code::WrongValue]);
+    for asked in ["equals: 1", "at_least: 0", "at_most: 5", "empty: true"] {
+        assert_eq!(assert(&format!(", {asked}")), [], "{asked}");
+    }
+}
+
 /// `within` asks again until the answer is right: what creates something would create it again.
 #[test]
 fn only_requests_that_change_nothing_are_repeated() {

@@ -122,8 +122,10 @@ actions! {
     "postgres.verify_backup" PostgresVerifyBackup(postgres::VerifyBackup) Receipted Host false "Restores the backup into a scratch database and compares it.";
     "postgres.restore" PostgresRestore(postgres::Restore) Receipted Host true "Restores the backup into a new database and swaps it in; the old one is kept.";
     "postgres.counts" PostgresCounts(postgres::Counts) Observing Host false "Counts the rows of tables.";
-    "postgres.compare" PostgresCompare(postgres::Compare) Observing Host false "Compares row counts with those of the backup.";
+    "postgres.integrity" PostgresIntegrity(postgres::Integrity) Observing Host false "Looks at all that a database holds, for a later comparison.";
+    "postgres.compare" PostgresCompare(postgres::Compare) Observing Host false "Compares a database with its backup, or with how it was before.";
     "postgres.assert" PostgresAssert(postgres::Assert) Observing Host false "Runs read-only statements and holds each result against what is expected.";
+    "postgres.analyze" PostgresAnalyze(postgres::Analyze) Convergent Host false "Renews the statistics that the planner goes by, table by table.";
     "postgres.fence" PostgresFence(postgres::Fence) Convergent Host true "Shuts applications out of a database and ends their sessions.";
     "postgres.unfence" PostgresUnfence(postgres::Unfence) Convergent Host true "Lets applications into a database again.";
     "migration.current" MigrationCurrent(migration::Current) Observing Host false "Says which revision a database is at.";

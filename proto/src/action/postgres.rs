@@ -1,8 +1,10 @@
 //! PostgreSQL: backups that are proven, restores that lose nothing, fences.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::values::{ByteSize, Period};
+use crate::values::{ByteSize, Percent, Period};
 
 /// The archive format of pg_dump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -40,16 +42,35 @@ pub enum Aspect {
     Checksums,
 }
 
-/// How row counts may differ.
+/// How the rows of a table may differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Rows {
-    /// They are equal.
+    /// They are as many. With a look of `postgres.integrity`, they hold the same values, too, in
+    /// the columns that are in both.
     #[default]
     Unchanged,
-    /// They are equal or larger.
+    /// They are as many, and may hold other values.
+    SameCount,
+    /// They are as many or more.
     Grown,
+    /// They are at most so much more or fewer.
+    Within(Percent),
+    /// Nothing is asked of them: the table may even be gone.
+    Any,
+}
+
+/// What a database is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Baseline {
+    /// The rollout's newest backup: how many rows each table has.
+    #[default]
+    Backup,
+    /// The rollout's newest `postgres.integrity`: everything that it looks at.
+    Integrity,
 }
 
 /// The way a fence shuts applications out.
@@ -122,30 +143,59 @@ pub struct Counts {
     pub tables: Vec<String>,
 }
 
-/// Arguments of `postgres.compare`: against the rollout's newest backup.
+/// Arguments of `postgres.integrity`: rows, values, sequences, foreign keys, indexes and schema as
+/// they are now, for a later `postgres.compare`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Integrity {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// Of larger tables rows are counted, and values not looked at. Default: no table is too large.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub values_up_to: Option<ByteSize>,
+}
+
+/// Arguments of `postgres.compare`: against the rollout's newest backup, or `postgres.integrity`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Compare {
     /// The database, as the host's configuration names it with its address and role.
     pub database: String,
-    /// Tables that must exist in both. Default: all of the backup.
+    /// What it is compared with. Default: backup.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub with: Baseline,
+    /// Tables that must exist in both. Default: all that were there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tables: Vec<String>,
-    /// How counts may differ. Default: unchanged.
+    /// How the rows of each table may differ. Default: unchanged.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub rows: Rows,
+    /// How those of single tables may differ instead, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub except: BTreeMap<String, Rows>,
 }
 
-/// One statement and what it must answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One statement and what it must answer: a value, or nothing at all.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Assertion {
-    /// A statement that returns one value.
+    /// A statement that returns one value, or, with `empty`, any rows.
     pub sql: String,
     /// The value, as PostgreSQL prints it.
-    pub equals: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub equals: Option<String>,
+    /// The value is a number, and at least this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_least: Option<i64>,
+    /// The value is a number, and at most this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_most: Option<i64>,
+    /// No row is returned: for statements that look for what must not be there.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub empty: bool,
 }
 
 /// Arguments of `postgres.assert`.
@@ -155,7 +205,7 @@ pub struct Assertion {
 pub struct Assert {
     /// The database, as the host's configuration names it with its address and role.
     pub database: String,
-    /// All are run; each one that fails is named.
+    /// All are run, and cannot write; each one that fails is named.
     pub checks: Vec<Assertion>,
     /// Tables that must exist.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -163,6 +213,21 @@ pub struct Assert {
     /// Look for rows whose foreign key has no parent, over all tables.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub foreign_keys: bool,
+    /// How long a statement may take. Default: as long as the step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statement_timeout: Option<Period>,
+}
+
+/// Arguments of `postgres.analyze`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Analyze {
+    /// The database, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// Tables, with schema if not `public`. Default: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<String>,
 }
 
 /// Arguments of `postgres.fence`.

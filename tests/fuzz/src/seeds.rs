@@ -113,6 +113,12 @@ fn facts() -> Vec<Fact> {
             digest,
             fence: None,
         },
+        Fact::Integrity {
+            database: database.clone(),
+            id: "a-1".to_owned(),
+            digest,
+            taken_at: Timestamp(1),
+        },
         Fact::Fenced {
             database: database.clone(),
             fence: "f".to_owned(),

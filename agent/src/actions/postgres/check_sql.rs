@@ -29,7 +29,7 @@ impl Act for Sql {
         let what = format!("the statement on `{}`", self.database);
         let value = session.value(&what, &self.sql).await?;
         let shown = shorten(value.as_deref().unwrap_or("NULL"));
-        if let Some(why) = unmet(self, value.as_deref()) {
+        if let Some(why) = Wanted::from(self).unmet(value.as_deref()) {
             let message = format!("{what} returns {shown}, and {why}");
             return Err(failure(Cause::CheckUnmet, message));
         }
@@ -53,42 +53,56 @@ impl Act for Sql {
     }
 }
 
-/// Why a value is not as expected; `None` if it is.
-fn unmet(act: &Sql, value: Option<&str>) -> Option<String> {
-    let text = value.unwrap_or("NULL");
-    if let Some(equals) = act.equals.as_deref().filter(|equals| *equals != text) {
-        return Some(format!("must return {equals}"));
+/// What is asked of a value.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    /// The value, as PostgreSQL prints it.
+    pub(super) equals: Option<&'a str>,
+    /// The least number that it may be.
+    pub(super) at_least: Option<i64>,
+    /// The greatest.
+    pub(super) at_most: Option<i64>,
+}
+
+impl<'a> From<&'a Sql> for Wanted<'a> {
+    fn from(act: &'a Sql) -> Self {
+        Self {
+            equals: act.equals.as_deref(),
+            at_least: act.at_least,
+            at_most: act.at_most,
+        }
     }
-    if act.at_least.is_none() && act.at_most.is_none() {
-        return None;
+}
+
+impl Wanted<'_> {
+    /// Why a value is not as expected; `None` if it is.
+    pub(super) fn unmet(self, value: Option<&str>) -> Option<String> {
+        let text = value.unwrap_or("NULL");
+        if let Some(equals) = self.equals.filter(|equals| *equals != text) {
+            return Some(format!("must return {equals}"));
+        }
+        if self.at_least.is_none() && self.at_most.is_none() {
+            return None;
+        }
+        let Some(number) = value
+            .and_then(|value| value.parse::<f64>().ok())
+            .filter(|number| !number.is_nan())
+        else {
+            return Some("must return a number".into());
+        };
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "bounds are small; values may be fractions"
+        )]
+        let as_float = |bound: i64| bound as f64;
+        if let Some(low) = self.at_least.filter(|low| number < as_float(*low)) {
+            return Some(format!("must return at least {low}"));
+        }
+        if let Some(high) = self.at_most.filter(|high| number > as_float(*high)) {
+            return Some(format!("must return at most {high}"));
+        }
+        None
     }
-    let Some(number) = value
-        .and_then(|value| value.parse::<f64>().ok())
-        .filter(|number| !number.is_nan())
-    else {
-        return Some("must return a number".into());
-    };
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "bounds are small; values may be fractions"
-    )]
-    let (low, high) = (
-        act.at_least.map(|low| low as f64),
-        act.at_most.map(|high| high as f64),
-    );
-    if low.is_some_and(|low| number < low) {
-        return Some(format!(
-            "must return at least {}",
-            act.at_least.unwrap_or_default()
-        ));
-    }
-    if high.is_some_and(|high| number > high) {
-        return Some(format!(
-            "must return at most {}",
-            act.at_most.unwrap_or_default()
-        ));
-    }
-    None
 }
 
 /// The beginning of a value.

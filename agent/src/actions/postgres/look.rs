@@ -1,13 +1,14 @@
-//! `postgres.counts`, `postgres.compare` and `postgres.assert`: they look, and cannot write.
+//! `postgres.counts` and `postgres.assert`: they look, and cannot write.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use lockstep_proto::action::postgres::{Assert, Compare, Counts, Rows};
+use lockstep_proto::action::postgres::{Assert, Assertion, Counts};
 use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
-use super::check_sql::shorten;
+use super::check_sql::{Wanted, shorten};
 use super::manifest::Store;
 use super::measure::{TABLE_NAME, TABLES, rows_fact};
 use crate::actions::{Act, Done, Probe};
@@ -108,7 +109,7 @@ pub(crate) fn changes(backup: &Tally, now: &Tally) -> Vec<String> {
 }
 
 /// The probe of an action that only looks.
-async fn probe(act: &impl Act, cx: &Context) -> Result<Probe, Failure> {
+pub(super) async fn probe(act: &impl Act, cx: &Context) -> Result<Probe, Failure> {
     match act.apply(cx, &Value::Null).await {
         Ok(done) => Ok(Probe::Present(done.summary)),
         Err(unmet) if unmet.cause == Cause::CheckUnmet => Ok(Probe::Unmet(unmet)),
@@ -155,57 +156,6 @@ impl Act for Counts {
     }
 }
 
-impl Act for Compare {
-    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
-        if cx.dry_run && of_backup(cx, &self.database).is_none() {
-            Database::find(cx, &self.database)?.connect(cx).await?;
-            return Ok(Probe::Unmet(no_backup(&self.database)));
-        }
-        probe(self, cx).await
-    }
-
-    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let name = &self.database;
-        let backup = of_backup(cx, name).ok_or_else(|| no_backup(name))?;
-        let session = Database::find(cx, name)?.connect(cx).await?;
-        let now = count(&session, &self.tables).await?;
-        let wanted: Vec<&String> = if self.tables.is_empty() {
-            backup.keys().collect()
-        } else {
-            now.keys().collect()
-        };
-        let mut unmet = vec![];
-        for table in &wanted {
-            match (backup.get(*table), now.get(*table)) {
-                (Some(was), Some(is)) if was == is => {}
-                (Some(was), Some(is)) if self.rows == Rows::Grown && is > was => {}
-                (Some(was), Some(is)) => {
-                    unmet.push(format!("{table} has {is} rows, and had {was}"));
-                }
-                (Some(_), None) => unmet.push(format!("{table} is gone")),
-                (None, _) => unmet.push(format!("{table} is not in the backup")),
-            }
-        }
-        if !unmet.is_empty() {
-            return Err(super::scratch::unequal(
-                &format!("`{name}` and its backup differ"),
-                &unmet,
-            ));
-        }
-        let facts = vec![rows_fact(name, now.clone().into_iter())];
-        let summary = format!("{} tables of `{name}` are as in the backup", wanted.len());
-        Ok(Done {
-            changed: false,
-            summary,
-            facts,
-        })
-    }
-
-    fn describe(&self) -> String {
-        format!("compares the rows of `{}` with its backup", self.database)
-    }
-}
-
 impl Act for Assert {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
         probe(self, cx).await
@@ -213,16 +163,14 @@ impl Act for Assert {
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let session = Database::find(cx, &self.database)?.connect(cx).await?;
+        if let Some(timeout) = self.statement_timeout {
+            session.limit_statements(cx, timeout.to_std()).await?;
+        }
         let mut unmet = missing(&session, &self.tables).await?;
         for check in &self.checks {
-            match session.value("a check", &check.sql).await {
-                Ok(value) => {
-                    let value = value.as_deref().unwrap_or("NULL");
-                    if value != check.equals {
-                        let (sql, shown) = (&check.sql, shorten(value));
-                        unmet.push(format!("{sql}: {shown}, not {}", check.equals));
-                    }
-                }
+            match answer(&session, check).await {
+                Ok(None) => {}
+                Ok(Some(why)) => unmet.push(format!("{}: {why}", check.sql)),
                 // The others still have their say, unless nothing can be asked.
                 Err(failed) if failed.cause == Cause::Host => return Err(failed),
                 Err(failed) => unmet.push(format!("{}: {}", check.sql, failed.message)),
@@ -258,6 +206,30 @@ impl Act for Assert {
     }
 }
 
+/// Why a statement's answer is not the one wanted; `None` if it is.
+async fn answer(session: &Session, check: &Assertion) -> Result<Option<String>, Failure> {
+    if check.empty {
+        let rows = session.rows_up_to("a check", &check.sql, SOME).await?;
+        return Ok(match rows {
+            0 => None,
+            SOME => Some(format!("returns {SOME} rows or more, and must return none")),
+            rows => Some(format!("returns {rows} rows, and must return none")),
+        });
+    }
+    let value = session.value("a check", &check.sql).await?;
+    let wanted = Wanted {
+        equals: check.equals.as_deref(),
+        at_least: check.at_least,
+        at_most: check.at_most,
+    };
+    let shown = shorten(value.as_deref().unwrap_or("NULL"));
+    let unmet = wanted.unmet(value.as_deref());
+    Ok(unmet.map(|why| format!("returns {shown}, and {why}")))
+}
+
+/// As many rows are counted where there must be none.
+const SOME: usize = 1000;
+
 /// Which of the tables are not there.
 async fn missing(session: &Session, tables: &[String]) -> Result<Vec<String>, Failure> {
     let mut unmet = vec![];
@@ -281,25 +253,54 @@ async fn missing(session: &Session, tables: &[String]) -> Result<Vec<String>, Fa
 async fn orphans(session: &Session) -> Result<(usize, Vec<String>), Failure> {
     let what = "looking for rows without parents";
     session.run(what, READ_ALL).await?;
-    let found = orphans_inside(session, what).await;
+    let keys = foreign_keys(session).await;
     let ended = session.run(what, "ROLLBACK").await;
-    let found = found?;
-    ended.map(|()| found)
+    let keys = keys?;
+    ended?;
+    let orphans = keys.iter().filter(|key| key.orphans > 0);
+    Ok((keys.len(), orphans.map(ToString::to_string).collect()))
 }
 
-async fn orphans_inside(session: &Session, what: &str) -> Result<(usize, Vec<String>), Failure> {
-    let keys = session.query(what, FOREIGN_KEYS, &[]).await?;
-    let mut found = vec![];
-    for key in &keys {
-        let (name, child, parent): (&str, &str, &str) = (key.get(0), key.get(1), key.get(2));
-        let orphans: i64 = session.one(what, key.get(3), &[]).await?.get(0);
-        if orphans > 0 {
-            found.push(format!(
-                "{orphans} rows of {child} have no parent in {parent} ({name})"
-            ));
-        }
+/// A foreign key, and how many rows have no parent by it.
+pub(super) struct ForeignKey {
+    /// The constraint's name.
+    pub(super) name: String,
+    /// The table of the rows.
+    pub(super) child: String,
+    parent: String,
+    /// How many of them have no parent.
+    pub(super) orphans: u64,
+}
+
+impl fmt::Display for ForeignKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name,
+            child,
+            parent,
+            orphans,
+        } = self;
+        write!(
+            f,
+            "{orphans} rows of {child} have no parent in {parent} ({name})"
+        )
     }
-    Ok((keys.len(), found))
+}
+
+/// All foreign keys, inside a transaction.
+pub(super) async fn foreign_keys(session: &Session) -> Result<Vec<ForeignKey>, Failure> {
+    let what = "looking for rows without parents";
+    let mut keys = vec![];
+    for key in session.query(what, FOREIGN_KEYS, &[]).await? {
+        let orphans: i64 = session.one(what, key.get(3), &[]).await?.get(0);
+        keys.push(ForeignKey {
+            name: key.get(0),
+            child: key.get(1),
+            parent: key.get(2),
+            orphans: orphans.unsigned_abs(),
+        });
+    }
+    Ok(keys)
 }
 
 /// Every foreign key, with a statement that counts its orphans.
@@ -326,7 +327,7 @@ FROM fk ORDER BY ns, rel, conname";
 
 #[cfg(test)]
 mod tests {
-    use lockstep_proto::action::postgres::Assertion;
+    use lockstep_proto::values::Period;
 
     use super::*;
     use crate::sql::cluster::Bench;
@@ -366,63 +367,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn rows_are_compared_with_those_of_the_backup() {
-        let bench = Bench::with_rows().await;
-        let rows = |users| Fact::Rows {
-            database: "staff".into(),
-            tables: vec![("users".into(), users), ("hr.notes".into(), 100)],
-        };
-        let compare = |rows| Compare {
-            database: "staff".into(),
-            tables: vec![],
-            rows,
-        };
-        let run = async |act: Compare, facts| act.apply(&bench.cx(0, facts), &NULL).await;
-        assert!(run(compare(Rows::Unchanged), vec![rows(200)]).await.is_ok());
-        let failed = run(compare(Rows::Unchanged), vec![rows(199)])
-            .await
-            .unwrap_err();
-        assert!(
-            failed.message.contains("users has 200 rows, and had 199"),
-            "{}",
-            failed.message
-        );
-        assert!(run(compare(Rows::Grown), vec![rows(199)]).await.is_ok());
-        let failed = run(compare(Rows::Grown), vec![rows(201)])
-            .await
-            .unwrap_err();
-        assert_eq!(failed.cause, Cause::CheckUnmet);
-        bench.sql("DROP TABLE hr.notes").await;
-        let failed = run(compare(Rows::Grown), vec![rows(200)])
-            .await
-            .unwrap_err();
-        assert!(
-            failed.message.contains("hr.notes is gone"),
-            "{}",
-            failed.message
-        );
-        let failed = run(compare(Rows::Grown), vec![]).await.unwrap_err();
-        assert_eq!(failed.cause, Cause::Refused);
-    }
-
-    #[tokio::test]
     async fn assertions_name_all_that_is_wrong() {
         let bench = Bench::with_rows().await;
         let check = |sql: &str, equals: &str| Assertion {
             sql: sql.into(),
-            equals: equals.into(),
+            equals: Some(equals.into()),
+            ..Assertion::default()
+        };
+        let none = |sql: &str| Assertion {
+            sql: sql.into(),
+            empty: true,
+            ..Assertion::default()
+        };
+        let at_most = |sql: &str, bound| Assertion {
+            sql: sql.into(),
+            at_most: Some(bound),
+            ..Assertion::default()
         };
         let assert = Assert {
             database: "staff".into(),
             checks: vec![
                 check("SELECT count(*) FROM users", "200"),
                 check("SELECT 1 = 1", "t"),
+                at_most("SELECT count(*) FROM users", 200),
+                none("SELECT * FROM users WHERE name IS NULL"),
+                none("WITH a AS (SELECT 1 WHERE false) TABLE a; "),
             ],
             tables: vec!["users".into(), "hr.notes".into()],
             foreign_keys: true,
+            statement_timeout: Some(Period::seconds(2)),
         };
         let done = assert.apply(&bench.cx(0, vec![]), &NULL).await.unwrap();
-        assert_eq!(done.summary, "5 checks of `staff` are met");
+        assert_eq!(done.summary, "8 checks of `staff` are met");
         // A superuser can plant what a foreign key forbids.
         let session = bench.session("staff").await;
         session
@@ -437,6 +413,12 @@ mod tests {
                 check("SELECT count(*) FROM users", "200"),
                 check("SELECT nonsense", "1"),
                 check("DROP TABLE users", "1"),
+                at_most("SELECT count(*) FROM users", 196),
+                none("SELECT id, name FROM users LIMIT 7"),
+                none("SELECT generate_series(1, 100000000)"),
+                none("DELETE FROM users RETURNING 1"),
+                none("DROP TABLE users"),
+                none("SELECT pg_sleep(30)"),
             ],
             tables: vec!["users".into(), "gone".into()],
             ..assert
@@ -444,14 +426,28 @@ mod tests {
         let failed = assert.apply(&bench.cx(0, vec![]), &NULL).await.unwrap_err();
         assert_eq!(failed.cause, Cause::CheckUnmet);
         for why in [
-            "5 of 6 checks",
-            "count(*) FROM users: 197, not 200",
+            "11 of 12 checks",
+            "count(*) FROM users: returns 197, and must return 200",
             "nonsense",
             "0 columns",
             "no table gone",
-            "3 rows of hr.notes have no parent in public.users",
+            "count(*) FROM users: returns 197, and must return at most 196",
+            "LIMIT 7: returns 7 rows, and must return none",
+            "generate_series(1, 100000000): returns 1000 rows or more",
+            "syntax error at or near \"DELETE\"",
+            "statement timeout",
         ] {
             assert!(failed.message.contains(why), "{why}: {}", failed.message);
         }
+        // Those that do not fit are in the log.
+        assert!(failed.message.ends_with("and 1 more"), "{}", failed.message);
+        assert_eq!(
+            session
+                .value("", "SELECT count(*) FROM users")
+                .await
+                .unwrap()
+                .unwrap(),
+            "197"
+        );
     }
 }

@@ -227,7 +227,7 @@ pub(super) fn id(database: &str, stamp: &str, key: &StepKey) -> String {
 }
 
 /// A name as a part of a file's.
-fn file_name(name: &str) -> String {
+pub(super) fn file_name(name: &str) -> String {
     let fit = |c: char| {
         if c.is_ascii_alphanumeric() || c == '_' {
             c

@@ -11,10 +11,13 @@
 //! A fence's token is the key of the attempt that raised it. It is new whenever the fence goes up
 //! again, so "the token is the backup's" means "nobody could write since the backup" (INV-6).
 
+mod analyze;
 mod archive;
 mod backup;
 mod check_sql;
+mod compare;
 pub(crate) mod fence;
+mod integrity;
 pub(crate) mod look;
 mod manifest;
 pub(crate) mod measure;

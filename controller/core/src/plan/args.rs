@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use lockstep_proto::action::gate::{MOST_APPROVALS, Window};
+use lockstep_proto::action::postgres::Assertion;
 use lockstep_proto::action::{Action, Site};
 use lockstep_proto::ids::RolloutId;
 use regex::Regex;
@@ -199,6 +200,7 @@ impl Args<'_> {
             }
             Action::PostgresRestore(args) => self.database(&args.database),
             Action::PostgresCounts(args) => self.database(&args.database),
+            Action::PostgresIntegrity(args) => self.database(&args.database),
             Action::PostgresCompare(args) => self.database(&args.database),
             Action::PostgresAssert(args) => {
                 self.database(&args.database);
@@ -207,7 +209,11 @@ impl Args<'_> {
                     let hint = "give `checks`, `tables` or `foreign_keys: true`";
                     self.report(Code::NothingAsked, &["checks".into()], message, hint);
                 }
+                for (index, check) in args.checks.iter().enumerate() {
+                    self.assertion(check, &["checks".into(), index.into()]);
+                }
             }
+            Action::PostgresAnalyze(args) => self.database(&args.database),
             Action::PostgresFence(args) => {
                 self.database(&args.database);
                 self.not_empty(&args.roles, &["roles".into()], "roles");
@@ -349,6 +355,29 @@ impl Args<'_> {
                 "",
             );
         }
+    }
+
+    /// A check asks for a value, or for no row.
+    fn assertion(&self, check: &Assertion, path: &Path<'_>) {
+        let of_value =
+            check.equals.is_some() || check.at_least.is_some() || check.at_most.is_some();
+        if check.empty && of_value {
+            let message = "where no row may be returned, there is no value";
+            let hint = "give `empty: true`, or what the value must be";
+            self.report(Code::WrongValue, path, message, hint);
+        } else if !check.empty && !of_value && !self.has_unread(path) {
+            let message = "this asks nothing of the statement";
+            let hint = "give `equals`, `at_least`, `at_most` or `empty: true`";
+            self.report(Code::NothingAsked, path, message, hint);
+        }
+    }
+
+    /// Whether what stands here says more than could be read.
+    fn has_unread(&self, path: &Path<'_>) -> bool {
+        let at = self.reader.at(self.args, path);
+        let keys = ["equals", "at_least", "at_most"];
+        keys.iter()
+            .any(|key| self.reader.tree.get(at, key).is_some())
     }
 
     /// A statement that nothing is asked of would always be well.

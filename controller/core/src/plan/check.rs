@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use lockstep_proto::action::migration::RequiredBackup;
+use lockstep_proto::action::postgres::Baseline;
 use lockstep_proto::action::{Action, Class};
 use lockstep_proto::plan::{NoticeWhen, Undo};
 use lockstep_proto::values::Period;
@@ -404,6 +405,7 @@ impl Check<'_> {
     fn order(&self) {
         let mut backups = BTreeSet::new();
         let mut verified = BTreeSet::new();
+        let mut looked = BTreeSet::new();
         let mut fetched = BTreeSet::new();
         // A step whose arguments cannot be read may be the one that is looked for.
         let mut unread: Vec<&str> = Vec::new();
@@ -422,9 +424,18 @@ impl Check<'_> {
                     }
                     verified.insert(args.database.as_str());
                 }
-                Action::PostgresCompare(args) if !unread.contains(&"postgres.backup") => {
-                    self.needs_backup(step, &args.database, &backups);
+                Action::PostgresIntegrity(args) => {
+                    looked.insert(args.database.as_str());
                 }
+                Action::PostgresCompare(args) => match args.with {
+                    Baseline::Backup if !unread.contains(&"postgres.backup") => {
+                        self.needs_backup(step, &args.database, &backups);
+                    }
+                    Baseline::Integrity if !unread.contains(&"postgres.integrity") => {
+                        self.needs_look(step, &args.database, &looked);
+                    }
+                    _ => {}
+                },
                 Action::PostgresRestore(args) if !unread.contains(&"postgres.verify_backup") => {
                     self.needs_verified(step, &args.database, &verified, "");
                 }
@@ -460,6 +471,18 @@ impl Check<'_> {
                 format!("`{name}` needs a backup of `{database}`, and no earlier step takes one");
             let hint = format!("add `postgres.backup: {{database: {database}}}` before it");
             self.report(Code::MissingBackup, step.node, message, &hint);
+        }
+    }
+
+    fn needs_look(&self, step: &DraftStep, database: &str, looked: &BTreeSet<&str>) {
+        if !looked.contains(database) {
+            let message = format!(
+                "`{}` needs to know how `{database}` was, and no earlier step looks",
+                step.info.name
+            );
+            let hint =
+                format!("add `postgres.integrity: {{database: {database}}}` before the change");
+            self.report(Code::NothingToCompare, step.node, message, &hint);
         }
     }
 

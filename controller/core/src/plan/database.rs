@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::action::migration::{Downgrade, RequiredBackup, Tool};
-use lockstep_proto::action::postgres::Rows;
+use lockstep_proto::action::postgres::{Baseline, Rows};
 
 use super::args::is_known;
 use super::draft::{Draft, DraftPhase, DraftStep, On};
@@ -61,6 +61,8 @@ struct SoFar<'a> {
 struct Database<'a> {
     /// The newest backup.
     backup: Option<Backup<'a>>,
+    /// The line of the newest look at all that it holds, and the fence that has been up since.
+    looked: Option<(usize, Option<usize>)>,
     /// The fence that is up, by the line that raised it.
     fence: Option<usize>,
     /// The phase whose beginning lowers it.
@@ -127,8 +129,14 @@ impl<'a> SoFar<'a> {
                 self.same_host(step, &args.database, hosts);
                 self.back(step, line, &args.database);
             }
-            Action::PostgresCompare(args) if args.rows == Rows::Unchanged => {
-                self.even(step, &args.database);
+            Action::PostgresIntegrity(args) => {
+                let database = self.databases.entry(&args.database).or_default();
+                database.looked = Some((line, database.fence));
+            }
+            Action::PostgresCompare(args)
+                if matches!(args.rows, Rows::Unchanged | Rows::SameCount) =>
+            {
+                self.even(step, &args.database, args.with);
             }
             Action::ReleaseActivate(args) => {
                 self.activated.push((&args.app, &args.release, line));
@@ -182,17 +190,21 @@ impl<'a> SoFar<'a> {
     }
 
     /// A comparison that is only right while nobody writes.
-    fn even(&self, step: &DraftStep, name: &str) {
-        let Some(backup) = self.backup(name) else {
+    fn even(&self, step: &DraftStep, name: &str, with: Baseline) {
+        let Some(database) = self.databases.get(name) else {
             return;
         };
-        if backup.fence.is_none() {
+        let backup = database.backup.as_ref();
+        let (what, since) = match with {
+            Baseline::Backup => ("the backup", backup.map(|it| (it.line, it.fence))),
+            Baseline::Integrity => ("the look", database.looked),
+        };
+        if let Some((line, None)) = since {
             let message = format!(
-                "the rows of `{name}` are held against those of the backup on line {}, and no \
-                 fence has been up since: applications may have written",
-                backup.line
+                "the rows of `{name}` are held against those of {what} on line {line}, and no \
+                 fence has been up since: applications may have written"
             );
-            let hint = "raise a fence before the backup, or say `rows: grown`";
+            let hint = "raise a fence before it, or say how rows may differ, such as `rows: grown`";
             self.reader
                 .warn(Code::UnevenComparison, step.node, message, hint);
         }
@@ -303,6 +315,9 @@ impl Database<'_> {
         self.until = None;
         if let Some(backup) = &mut self.backup {
             backup.fence = None;
+        }
+        if let Some((_, fence)) = &mut self.looked {
+            *fence = None;
         }
     }
 }

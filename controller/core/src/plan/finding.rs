@@ -80,6 +80,7 @@ codes! {
     CopiesTogether "0051" "Copies of a backup that are lost together.";
     ElsewhereLookedFor "0052" "A backup is looked for on hosts that have not made it.";
     MisleadingQuery "0053" "A statement that answers another question than the one asked.";
+    NothingToCompare "0054" "A comparison with how a database was, and no earlier step looks.";
 }
 
 impl fmt::Display for Code {

@@ -111,6 +111,7 @@ impl Rollout {
             let (kind, about) = match fact {
                 Fact::Backup { database, .. } => ("backup", database),
                 Fact::BackupVerified { database, .. } => ("verified", database),
+                Fact::Integrity { database, .. } => ("integrity", database),
                 Fact::Fenced { database, .. } => ("fenced", database),
                 Fact::Revision { database, .. } => ("revision", database),
                 Fact::SqlPlan { database, .. } => ("sql", database),
@@ -209,8 +210,10 @@ fn database(action: &Action) -> Option<&String> {
         Action::PostgresVerifyBackup(args) => Some(&args.database),
         Action::PostgresRestore(args) => Some(&args.database),
         Action::PostgresCounts(args) => Some(&args.database),
+        Action::PostgresIntegrity(args) => Some(&args.database),
         Action::PostgresCompare(args) => Some(&args.database),
         Action::PostgresAssert(args) => Some(&args.database),
+        Action::PostgresAnalyze(args) => Some(&args.database),
         Action::PostgresFence(args) => Some(&args.database),
         Action::PostgresUnfence(args) => Some(&args.database),
         Action::MigrationCurrent(args) => Some(&args.database),

@@ -95,6 +95,15 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             format!("verified backup of {database}"),
             format!("{id} was restored and found equal, {digest}"),
         ),
+        Fact::Integrity {
+            database,
+            id,
+            digest,
+            ..
+        } => (
+            format!("integrity of {database}"),
+            format!("{id}, {digest}"),
+        ),
         Fact::Fenced { database, .. } => (format!("fence of {database}"), "up".to_owned()),
         Fact::Revision {
             database,

@@ -90,8 +90,21 @@ fn rows_are_the_same_only_while_a_fence_is_up() {
         steps("", &format!("{BACKUP}{compare}")),
         [(Code::UnevenComparison, 11)]
     );
-    let grown = compare.replace("shop,", "shop, rows: grown,");
-    assert_eq!(steps("", &format!("{BACKUP}{grown}")), []);
+    for rows in ["grown", "any", "{within: 5%}"] {
+        let loose = compare.replace("shop,", &format!("shop, rows: {rows},"));
+        assert_eq!(steps("", &format!("{BACKUP}{loose}")), [], "{rows}");
+    }
+    let look = "      - postgres.integrity: {database: shop, on: db}\n";
+    let compare = compare.replace("shop,", "shop, with: integrity,");
+    assert_eq!(steps(FENCE, &format!("{look}{compare}")), []);
+    assert_eq!(
+        steps("", &format!("{look}{compare}")),
+        [(Code::UnevenComparison, 10)]
+    );
+    assert_eq!(steps("", &compare), [(Code::NothingToCompare, 9)]);
+    // A backup is no look.
+    let found = steps(FENCE, &format!("{BACKUP}{compare}"));
+    assert_eq!(found, [(Code::NothingToCompare, 12)]);
 }
 
 #[test]

@@ -260,11 +260,21 @@ pub(super) const KINDS: &[Kind] = &[
         ..DATA
     },
     Kind {
+        name: "postgres.integrity",
+        args: |_| json!({"database": "staff"}),
+        ..DATA
+    },
+    Kind {
         name: "postgres.assert",
         args: |_| {
             let check = json!({"sql": "SELECT count(*) > 5 FROM public.employees", "equals": "t"});
             json!({"database": "staff", "checks": [check]})
         },
+        ..DATA
+    },
+    Kind {
+        name: "postgres.analyze",
+        args: |_| json!({"database": "staff"}),
         ..DATA
     },
     Kind {
