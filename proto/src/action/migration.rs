@@ -4,6 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::values::Period;
 
+mod guards;
+
+pub use guards::{Guards, OnLongTx};
+
 /// A migration tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -37,6 +41,9 @@ pub enum UndoBy {
     Downgrade,
     /// The schema stays and the code goes back, if the migration only added to it.
     Keep,
+    /// The rollout's backup goes into a new database, which takes the old one's name; the old one
+    /// is kept. Only while the fence has held since the backup, and only on the host that has it.
+    Restore,
 }
 
 /// Arguments of `migration.current`.
@@ -112,6 +119,16 @@ pub struct Apply {
     /// How a rollback treats it. Default: downgrade.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub undo_by: UndoBy,
+    /// How long transactions of the database may have been open when it begins, as far as the role
+    /// may see them. Default: 1m.
+    #[serde(default = "max_tx_age", skip_serializing_if = "is_max_tx_age")]
+    pub max_tx_age: Period,
+    /// What is done about those that have been open for longer. Default: wait.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub on_long_tx: OnLongTx,
+    /// What is watched while it runs. Default: nothing.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub guards: Guards,
     /// How long a statement may wait for a lock. Default: 5s.
     #[serde(default = "lock_timeout")]
     pub lock_timeout: Period,
@@ -179,6 +196,14 @@ fn program() -> String {
 
 fn head() -> String {
     "head".to_owned()
+}
+
+fn max_tx_age() -> Period {
+    Period::seconds(60)
+}
+
+fn is_max_tx_age(age: &Period) -> bool {
+    *age == max_tx_age()
 }
 
 fn lock_timeout() -> Period {

@@ -1,6 +1,6 @@
 //! `migration.apply` and `migration.downgrade`.
 
-use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup};
+use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup, UndoBy};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -9,9 +9,10 @@ use serde_json::{Value, json};
 use super::guard::{self, revision, shown};
 use super::source::Source;
 use super::tools::{Limits, Migrator, Way};
-use super::{kept, run, undo};
+use super::{kept, returns, run, undo};
+use crate::actions::postgres::{guarded, restore};
 use crate::actions::{Act, Done, Probe, bound};
-use crate::sql::Database;
+use crate::sql::{Database, Session};
 use crate::step::{Context, changed, hinted};
 
 /// Where the database is, once the old attempt's sessions are gone; and where it is to be.
@@ -100,9 +101,28 @@ impl Act for Apply {
             lock: self.lock_timeout,
             statement: self.statement_timeout,
         };
+        if self.undo_by == UndoBy::Restore {
+            restore::is_at_hand(cx, &self.database)?;
+        }
+        guarded::can_watch(&session, &self.guards).await?;
+        guarded::may_start(cx, &session, self.max_tx_age, self.on_long_tx).await?;
         kept::begin(cx, &session).await?;
-        run::go(cx, &tool, &session, Way::Up, (&from, &to), limits).await?;
-        kept::end(cx, &session, false).await.map_err(changed)?;
+        let beyond = {
+            let going = run::go(cx, &tool, &session, Way::Up, (&from, &to), limits);
+            tokio::select! {
+                gone = going => gone.map(|()| None)?,
+                beyond = guarded::watch(cx, &session, &self.guards) => Some(beyond),
+            }
+        };
+        if let Some(beyond) = beyond {
+            return Err(ended(cx, &session, &from, beyond).await);
+        }
+        let count = self.undo_by == UndoBy::Restore
+            && returns::open_since_backup(cx, &session, &self.database)
+                .await
+                .map_err(changed)?
+                .is_none();
+        kept::end(cx, &session, count).await.map_err(changed)?;
         Ok(done(&self.database, &from, &to, true))
     }
 
@@ -115,6 +135,31 @@ impl Act for Apply {
             "migrates `{}` to {} of {}",
             self.database, self.to, self.release
         )
+    }
+}
+
+/// The failure of a migration whose tool was ended: says where the database is, once the tool's
+/// sessions are gone.
+async fn ended(cx: &Context, session: &Session, from: &str, beyond: Failure) -> Failure {
+    let now = match session.end_left_over(cx).await {
+        Ok(_) => revision(session).await,
+        Err(failure) => Err(failure),
+    };
+    let whole = matches!(run::went_in_parts(cx), Ok(None));
+    let name = &session.place().database;
+    match now {
+        Ok(now) => Failure {
+            message: format!("{}; `{name}` is at {}", beyond.message, shown(&now)),
+            changed: !(whole && now == from),
+            ..beyond
+        },
+        Err(failure) => Failure {
+            message: format!(
+                "{}; where `{name}` is cannot be seen: {}",
+                beyond.message, failure.message
+            ),
+            ..changed(beyond)
+        },
     }
 }
 
@@ -212,8 +257,8 @@ impl Act for Downgrade {
 #[cfg(test)]
 mod cut_off;
 #[cfg(test)]
-mod returns;
-#[cfg(test)]
 mod stage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod ways_back;

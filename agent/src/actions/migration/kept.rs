@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::postgres::look::Tally;
+use crate::actions::postgres::restore::Baseline;
 use crate::actions::postgres::written::{self, Columns, Moment, Which};
 use crate::sql::Session;
 use crate::step::Context;
@@ -30,7 +31,7 @@ pub(super) struct Began {
 pub(super) struct Through {
     /// When; `None` if the server is too old to say.
     pub(super) moment: Option<Moment>,
-    /// The rows of all tables, where a restore would bring older ones.
+    /// The rows of all tables, if they were counted behind the fence of the backup.
     pub(super) rows: Option<Tally>,
 }
 
@@ -60,6 +61,15 @@ impl Kept {
     pub(super) fn moment(&self) -> Option<Moment> {
         let through = self.through.as_ref().and_then(|through| through.moment);
         through.or_else(|| self.began.as_ref().and_then(|began| began.moment))
+    }
+
+    /// What a restore is held against, unless it is the backup itself.
+    pub(super) fn baseline(&self) -> Option<Baseline> {
+        let through = self.through.as_ref()?;
+        Some(Baseline {
+            moment: through.moment,
+            rows: through.rows.clone()?,
+        })
     }
 }
 

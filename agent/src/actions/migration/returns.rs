@@ -5,6 +5,7 @@
 //! keep        nothing was taken away, and nothing new must be given: the release of before goes on
 //! downgrade   the fence has held since the backup; or a fence is up again, and nothing of what
 //!             goes was written since the migration was through
+//! restore     the fence has held since the backup (`postgres::restore`)
 //! ```
 
 use lockstep_proto::order::Fact;
@@ -19,7 +20,7 @@ use crate::step::{Context, hinted};
 
 /// Why data may have been written since the rollout's backup of a database; `None` if a fence has
 /// held all the time.
-async fn open_since_backup(
+pub(super) async fn open_since_backup(
     cx: &Context,
     session: &Session,
     database: &str,

@@ -7,15 +7,20 @@ use serde_json::Value;
 
 use super::apply::done;
 use super::guard::{self, revision, shown};
+use super::kept::Kept;
 use super::tools::{Limits, Migrator, Way};
 use super::{returns, run};
 use crate::actions::Done;
+use crate::actions::postgres::restore;
 use crate::sql::{Database, Session};
-use crate::step::{Context, failure};
+use crate::step::{Context, changed, failure};
 
 /// Goes back to what was recorded, or stays, by the plan's rule.
 pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<Done, Failure> {
     let to = recorded(before)?;
+    if act.undo_by == UndoBy::Restore {
+        return Box::pin(bring_back(act, cx, to)).await;
+    }
     let session = Database::find(cx, &act.database)?.connect(cx).await?;
     session.end_left_over(cx).await?;
     let from = revision(&session).await?;
@@ -56,6 +61,42 @@ async fn keep(act: &Apply, cx: &Context, session: &Session, now: &str) -> Result
         summary,
         facts: vec![stays],
     })
+}
+
+/// Puts the backup in the database's place. The revision alone does not say that nothing is left of
+/// a migration: one that works outside of a transaction writes it at the end.
+async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure> {
+    let name = &act.database;
+    let old = restore::tidy(cx, name).await?;
+    let database = Database::find(cx, name)?;
+    let session = guard::lock(cx, &database).await?;
+    let from = revision(&session).await?;
+    let kept = |old: String| Fact::Note {
+        name: format!("old database of {name}"),
+        value: old,
+    };
+    if from == to && restore::has_schema_of_backup(cx, name, &session).await? {
+        let mut done = done(name, &from, to, false);
+        done.facts.extend(old.map(kept));
+        return Ok(done);
+    }
+    let since = Kept::of(cx).baseline();
+    // The swap ends the session that holds the right to migrate.
+    let old = restore::return_to_backup(cx, name, since.as_ref()).await?;
+    let session = database.connect(cx).await.map_err(changed)?;
+    let now = revision(&session).await.map_err(changed)?;
+    if now != to {
+        let message = format!(
+            "the backup of `{name}` is at {}, and the database was at {} before the step",
+            shown(&now),
+            shown(to)
+        );
+        return Err(changed(failure(Cause::Step, message)));
+    }
+    let mut done = done(name, &from, to, true);
+    done.summary = format!("`{name}` is restored from its backup; the old one is kept as {old}");
+    done.facts.push(kept(old));
+    Ok(done)
 }
 
 /// Brings the schema back. What the columns and tables that were dropped held is in the backup

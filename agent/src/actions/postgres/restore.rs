@@ -17,84 +17,20 @@ use serde_json::Value;
 
 use super::archive::archive_in;
 use super::manifest::{Manifest, Store};
-use super::measure::summary;
+use super::measure::{fingerprint, summary};
 use super::scratch::Rights;
 use super::tools::Tools;
-use super::written::{self, Which};
-use super::{fence, scratch};
+use super::written::{self, Moment, Which};
+use super::{fence, look::Tally, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session, ident, literal};
 use crate::step::{Context, changed, hinted};
 
-/// The names of a restore's databases.
-struct Names {
-    live: String,
-    new: String,
-    failed: String,
-    undone: String,
-}
+use self::names::{Names, There};
+use self::swap::{allow, aside, is_open, swap};
 
-impl Names {
-    fn of(cx: &Context, database: &Database) -> Self {
-        let live = database.dbname().to_owned();
-        let rollout = cx.key.rollout.as_str();
-        let rollout = rollout.strip_prefix("ro_").unwrap_or(rollout);
-        let id = format!("{rollout}_{}_{}", cx.key.at.phase, cx.key.at.step);
-        let name = |what: &str| {
-            let tail = format!("__{what}_{id}");
-            // The server cuts names after 63 bytes; a digest keeps two long ones apart.
-            let room = 63 - tail.len();
-            if live.len() <= room {
-                return format!("{live}{tail}");
-            }
-            let head = crate::process::head(&live, room.saturating_sub(9));
-            format!("{head}_{}{tail}", &Digest::of(live.as_bytes()).hex()[..8])
-        };
-        let (new, failed, undone) = (name("restore"), name("failed"), name("restored"));
-        Self {
-            live,
-            new,
-            failed,
-            undone,
-        }
-    }
-}
-
-/// Which of them there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct There {
-    live: bool,
-    failed: bool,
-    undone: bool,
-}
-
-impl There {
-    async fn look(session: &Session, names: &Names) -> Result<Self, Failure> {
-        let exists = async |name: &String| scratch::exists(session, name).await;
-        Ok(Self {
-            live: exists(&names.live).await?,
-            failed: exists(&names.failed).await?,
-            undone: exists(&names.undone).await?,
-        })
-    }
-
-    fn swapped(self) -> bool {
-        self.live && self.failed
-    }
-}
-
-/// A session in another database than the one that gets another name.
-async fn aside(cx: &Context, database: &Database) -> Result<Session, Failure> {
-    let elsewhere = if database.dbname() == "postgres" {
-        "template1"
-    } else {
-        "postgres"
-    };
-    match database.connect_to(cx, elsewhere).await {
-        Ok(session) => Ok(session),
-        Err(_) => database.connect_to(cx, "template1").await,
-    }
-}
+mod names;
+mod swap;
 
 impl Act for Restore {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
@@ -153,33 +89,8 @@ impl Act for Restore {
                 "start another rollout to restore again",
             ));
         }
-        let store = Store::of(cx, &database);
-        let (made, digest) = verified(cx, &store, &self.database)?;
         allow(&aside, &names.live, true).await?;
-        let session = database.connect(cx).await?;
-        held(cx, &session, &made).await?;
-        scratch::check_digest(&store.path(&made.id), &made, digest).await?;
-        scratch::check_room(&session, &database).await?;
-        scratch::drop(&aside, &names.new).await?;
-        scratch::create(&session, &names.new).await?;
-        let filled = fill(cx, &database, &session, &store, &made, &names).await;
-        // A fence that fell while the restore ran has let rows in.
-        let filled = match filled {
-            Ok(()) => held(cx, &session, &made).await,
-            Err(failure) => Err(failure),
-        };
-        drop(session);
-        if let Err(failure) = filled {
-            let dropped = scratch::drop(&aside, &names.new).await;
-            // Only the new database was touched. One that could not be dropped is left to the undo.
-            return Err(Failure {
-                changed: dropped.is_err(),
-                ..failure
-            });
-        }
-        swap(&aside, &names.live, &names.new, &names.failed)
-            .await
-            .map_err(changed)?;
+        let made = bring(cx, &database, &names, &aside, None).await?;
         Ok(done(self, &names, Some(&made)))
     }
 
@@ -224,6 +135,105 @@ impl Act for Restore {
             self.database
         )
     }
+}
+
+/// What there was when a migration was through, behind the fence that its backup was taken behind.
+#[derive(Debug, Clone)]
+pub(crate) struct Baseline {
+    /// When.
+    pub(crate) moment: Option<Moment>,
+    /// The rows of all tables.
+    pub(crate) rows: Tally,
+}
+
+/// Refuses unless a backup that could bring a database back is on this host.
+pub(crate) fn is_at_hand(cx: &Context, name: &str) -> Result<(), Failure> {
+    let database = Database::find(cx, name)?;
+    verified(cx, &Store::of(cx, &database), name).map(|_| ())
+}
+
+/// Opens a database that an undo of this step has closed for its swap, and drops what such an undo
+/// has left half filled. Returns the newest of the old databases that were kept.
+pub(crate) async fn tidy(cx: &Context, name: &str) -> Result<Option<String>, Failure> {
+    let database = Database::find(cx, name)?;
+    let aside = aside(cx, &database).await?;
+    aside.end_left_over(cx).await?;
+    let mut kept = None;
+    for number in 1..=cx.key.attempt {
+        let names = Names::of_undo(cx, &database, number);
+        let there = There::look(&aside, &names).await?;
+        if there.failed || scratch::exists(&aside, &names.new).await? {
+            allow(&aside, &names.live, true).await?;
+            scratch::drop(&aside, &names.new).await?;
+        }
+        if there.failed {
+            kept = Some(names.failed);
+        }
+    }
+    Ok(kept)
+}
+
+/// Whether a database has the schema of the backup that would bring it back.
+pub(crate) async fn has_schema_of_backup(
+    cx: &Context,
+    name: &str,
+    session: &Session,
+) -> Result<bool, Failure> {
+    let database = Database::find(cx, name)?;
+    let (made, _) = verified(cx, &Store::of(cx, &database), name)?;
+    let tools = Tools::new(cx, &database, session.major()).await?;
+    Ok(fingerprint(&tools, database.dbname(), None).await? == made.schema)
+}
+
+/// A migration's way back by the backup: it takes the database's place, and the migrated one is
+/// kept. Returns its name.
+pub(crate) async fn return_to_backup(
+    cx: &Context,
+    name: &str,
+    since: Option<&Baseline>,
+) -> Result<String, Failure> {
+    let database = Database::find(cx, name)?;
+    let aside = aside(cx, &database).await?;
+    let names = Names::of_undo(cx, &database, cx.key.attempt);
+    bring(cx, &database, &names, &aside, since).await?;
+    Ok(names.failed)
+}
+
+/// Fills a new database with the verified backup and puts it in the place of the live one.
+async fn bring(
+    cx: &Context,
+    database: &Database,
+    names: &Names,
+    aside: &Session,
+    since: Option<&Baseline>,
+) -> Result<Manifest, Failure> {
+    let store = Store::of(cx, database);
+    let (made, digest) = verified(cx, &store, &database.name)?;
+    let session = database.connect(cx).await?;
+    held(cx, &session, &made, since).await?;
+    scratch::check_digest(&store.path(&made.id), &made, digest).await?;
+    scratch::check_room(&session, database).await?;
+    scratch::drop(aside, &names.new).await?;
+    scratch::create(&session, &names.new).await?;
+    let filled = fill(cx, database, &session, &store, &made, names).await;
+    // A fence that fell while the restore ran has let rows in.
+    let filled = match filled {
+        Ok(()) => held(cx, &session, &made, since).await,
+        Err(failure) => Err(failure),
+    };
+    drop(session);
+    if let Err(failure) = filled {
+        let dropped = scratch::drop(aside, &names.new).await;
+        // Only the new database was touched. One that could not be dropped is left to the undo.
+        return Err(Failure {
+            changed: dropped.is_err(),
+            ..failure
+        });
+    }
+    swap(aside, &names.live, &names.new, &names.failed)
+        .await
+        .map_err(changed)?;
+    Ok(made)
 }
 
 fn done(act: &Restore, names: &Names, made: Option<&Manifest>) -> Done {
@@ -279,19 +289,26 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
 }
 
 /// Refuses unless nobody could write since the backup; names what would be lost (INV-6).
-async fn held(cx: &Context, session: &Session, made: &Manifest) -> Result<(), Failure> {
+async fn held(
+    cx: &Context,
+    session: &Session,
+    made: &Manifest,
+    since: Option<&Baseline>,
+) -> Result<(), Failure> {
     let why = match &made.fence {
         None => Some("no fence was up when the backup was taken".to_owned()),
         Some(token) => fence::broken(session, token).await?,
     };
     let Some(why) = why else { return Ok(()) };
-    let was = made
-        .contents
-        .iter()
-        .map(|(name, table)| (name.clone(), table.rows))
-        .collect();
-    let lost = written::since(session, made.moment, &Which::All).await?;
-    let lost = lost.lines_and_gone(&was);
+    // What a migration itself has written is not lost: it was to go.
+    let of_backup = || {
+        let tables = made.contents.iter();
+        let rows = tables.map(|(name, table)| (name.clone(), table.rows));
+        (made.moment, rows.collect())
+    };
+    let (moment, was) = since.map_or_else(of_backup, |since| (since.moment, since.rows.clone()));
+    let found = written::since(session, moment, &Which::All).await?;
+    let lost = found.lines_and_gone(&was);
     for line in &lost {
         cx.log.line(line);
     }
@@ -422,91 +439,9 @@ fn value_of(name: &str, value: &str) -> String {
     }
 }
 
-/// Whether connections to a database are allowed at all.
-async fn is_open(session: &Session, dbname: &str) -> Result<bool, Failure> {
-    let sql = "SELECT datallowconn FROM pg_database WHERE datname = $1";
-    let rows = session
-        .query("looking at the database", sql, &[&dbname])
-        .await?;
-    Ok(rows.first().is_some_and(|row| row.get(0)))
-}
-
-async fn allow(session: &Session, dbname: &str, allowed: bool) -> Result<(), Failure> {
-    if is_open(session, dbname).await? == allowed {
-        return Ok(());
-    }
-    let what = "opening or closing the database";
-    session
-        .run(
-            what,
-            &format!(
-                "ALTER DATABASE {} ALLOW_CONNECTIONS {allowed}",
-                ident(dbname)
-            ),
-        )
-        .await
-}
-
-/// Puts `new` in the place of `live`, which becomes `aside`. Nobody can connect meanwhile, not
-/// even a superuser.
-async fn swap(session: &Session, live: &str, new: &str, aside: &str) -> Result<(), Failure> {
-    let swapped = close_and_rename(session, live, new, aside).await;
-    // Either way the name is open again, with the new one behind it or the old.
-    let opened = allow(session, live, true).await;
-    swapped?;
-    opened
-}
-
-/// Closes both and waits for the ends of their sessions; the names change in one transaction.
-async fn close_and_rename(
-    session: &Session,
-    live: &str,
-    new: &str,
-    aside: &str,
-) -> Result<(), Failure> {
-    for name in [live, new] {
-        allow(session, name, false).await?;
-        session.end_sessions("datname = $1", &[&name]).await?;
-    }
-    let renamed = session
-        .run(
-            "swapping the databases",
-            &format!(
-                "BEGIN; ALTER DATABASE {} RENAME TO {}; ALTER DATABASE {} RENAME TO {}; COMMIT",
-                ident(live),
-                ident(aside),
-                ident(new),
-                ident(live)
-            ),
-        )
-        .await;
-    if renamed.is_err() {
-        let _ = session.run("giving up the swap", "ROLLBACK").await;
-    }
-    renamed
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn long_names_keep_their_tails_and_stay_apart() {
-        let config = |dbname: String| {
-            let text = format!("host = '/x'\nuser = 'u'\ndbname = '{dbname}'");
-            Database {
-                name: "db".into(),
-                config: toml::from_str(&text).unwrap(),
-            }
-        };
-        let cx = crate::testing::Host::new().context();
-        let short = Names::of(&cx, &config("staff".into()));
-        assert_eq!(short.failed, "staff__failed_010101010101_0_0");
-        let one = Names::of(&cx, &config(format!("{}a", "ä".repeat(30))));
-        let two = Names::of(&cx, &config(format!("{}b", "ä".repeat(30))));
-        assert!(one.new.len() <= 63 && one.new.ends_with("__restore_010101010101_0_0"));
-        assert_ne!(one.failed, two.failed);
-    }
 
     #[test]
     fn settings_keep_their_lists() {

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use lockstep_proto::action::gate::{MOST_APPROVALS, Window};
+use lockstep_proto::action::migration::{RequiredBackup, UndoBy};
 use lockstep_proto::action::postgres::Assertion;
 use lockstep_proto::action::{Action, Site};
 use lockstep_proto::ids::RolloutId;
@@ -238,6 +239,11 @@ impl Args<'_> {
             Action::MigrationApply(a) => {
                 self.migration(&a.database, &a.app, &a.release, &a.dir);
                 self.revision(&a.to);
+                if a.undo_by == UndoBy::Restore && a.backup == RequiredBackup::None {
+                    let message = "without a backup there is nothing to restore";
+                    let hint = "leave `backup: none` out, or say `undo_by: downgrade`";
+                    self.report(Code::WrongValue, &["undo_by".into()], message, hint);
+                }
             }
             Action::MigrationVerify(a) => {
                 self.migration(&a.database, &a.app, &a.release, &a.dir);

@@ -66,7 +66,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// The attempt's files where other attempts at its step look for them.
-fn placed(mut cx: Context) -> Context {
+pub(super) fn placed(mut cx: Context) -> Context {
     let steps = cx.config.state_dir.join("steps");
     cx.dir = steps.join(cx.key.to_string()).join("files");
     fs::create_dir_all(&cx.dir).unwrap();

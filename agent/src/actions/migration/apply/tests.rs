@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use lockstep_proto::action::migration::{Current, Plan, Tool, UndoBy, Verify};
+use lockstep_proto::action::migration::{Current, Guards, OnLongTx, Plan, Tool, UndoBy, Verify};
 use lockstep_proto::values::Period;
 
 use super::stage::Stage;
@@ -22,6 +22,9 @@ pub(super) fn apply() -> Apply {
         to: "head".into(),
         backup: RequiredBackup::Verified,
         undo_by: UndoBy::Downgrade,
+        max_tx_age: Period::seconds(60),
+        on_long_tx: OnLongTx::Wait,
+        guards: Guards::default(),
         lock_timeout: Period::seconds(5),
         statement_timeout: Period::seconds(60),
     }
@@ -366,6 +369,48 @@ async fn lock_timeouts_are_tried_again_and_named_when_they_last() {
     );
     assert!(failed.hint.unwrap().contains("pg_blocking_pids"));
     assert!(!failed.changed);
+}
+
+#[tokio::test]
+async fn a_migration_that_holds_others_up_is_ended_and_leaves_nothing() {
+    let stage = Stage::new().await;
+    let act = Apply {
+        guards: Guards {
+            longest_wait: Some(Period(100)),
+            ..Guards::default()
+        },
+        lock_timeout: Period::seconds(60),
+        ..apply()
+    };
+    // The migration waits for somebody who reads, and others wait for the migration.
+    let holder = stage.bench.session("as_owner").await;
+    let hold = "BEGIN; LOCK public.employees IN ACCESS SHARE MODE";
+    holder.run("", hold).await.unwrap();
+    let others = async {
+        let waits = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
+             AND datname = '{}' AND starts_with(application_name, 'lockstep:')",
+            stage.bench.name
+        );
+        while stage.bench.ask(&waits).await == "0" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let reader = stage.bench.session("as_owner").await;
+        let sql = "SELECT count(*) FROM public.employees";
+        reader.query("", sql, &[]).await.unwrap();
+    };
+    let (failed, ()) = tokio::join!(stage.free(&act), others);
+    let failed = failed.unwrap_err();
+    for why in [
+        "the migration was ended: a session has waited",
+        "`staff` is at 0001_base",
+    ] {
+        assert!(failed.message.contains(why), "{}", failed.message);
+    }
+    assert!(!failed.changed);
+    assert_eq!(stage.revision().await, OLD);
+    holder.run("", "ROLLBACK").await.unwrap();
+    assert!(stage.free(&act).await.unwrap().changed);
 }
 
 #[tokio::test]

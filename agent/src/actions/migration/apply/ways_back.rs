@@ -6,9 +6,10 @@ use std::fs;
 use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::postgres::Unfence;
 
-use super::stage::Stage;
+use super::stage::{Stage, placed};
 use super::tests::{NEW, OLD, apply};
 use super::*;
+use crate::sql::cluster::as_owner;
 
 const NULL: Value = Value::Null;
 
@@ -16,6 +17,8 @@ const NULL: Value = Value::Null;
 struct Migrated {
     stage: Stage,
     act: Apply,
+    /// Of the fence that was raised first.
+    fenced: Vec<Fact>,
     facts: Vec<Fact>,
     unfence: Unfence,
 }
@@ -29,7 +32,7 @@ impl Migrated {
         fs::write(&file, change(&script)).unwrap();
         let fence = stage.fence();
         let cx = stage.bench.cx(1, vec![]);
-        fence.apply(&cx, &NULL).await.unwrap();
+        let fenced = fence.apply(&cx, &NULL).await.unwrap().facts;
         let facts = stage.backed_up().await;
         let unfence = Unfence {
             database: fence.database,
@@ -37,14 +40,15 @@ impl Migrated {
             roles: fence.roles,
             left_by: None,
         };
-        act.apply(&stage.cx(4, facts.clone()), &NULL).await.unwrap();
-        assert_eq!(stage.revision().await, NEW);
-        Self {
+        let migrated = Self {
             stage,
             act,
+            fenced,
             facts,
             unfence,
-        }
+        };
+        migrated.apply().await;
+        migrated
     }
 
     /// Lowers the fence, lets something be written, and raises the fence again, as a rollback does.
@@ -57,10 +61,35 @@ impl Migrated {
         self.unfence.undo(&cx, &before).await.unwrap();
     }
 
+    /// Where the migration runs: a restore needs the database's host, and its superuser.
+    fn place(&self, cx: Context) -> Context {
+        match self.act.undo_by {
+            UndoBy::Restore => placed(cx),
+            UndoBy::Downgrade | UndoBy::Keep => placed(as_owner(cx)),
+        }
+    }
+
+    async fn apply(&self) {
+        let cx = self.place(self.stage.bench.cx(4, self.facts.clone()));
+        self.act.apply(&cx, &NULL).await.unwrap();
+        assert_eq!(self.stage.revision().await, NEW);
+    }
+
     async fn undo(&self) -> Result<Done, Failure> {
         let before = json!({"revision": OLD});
-        let cx = self.stage.undo(4, self.facts.clone());
+        let cx = self.place(self.stage.bench.undo(4, self.facts.clone()));
         self.act.undo(&cx, &before).await
+    }
+
+    /// The databases beside the live one.
+    async fn beside(&self) -> Vec<String> {
+        let name = &self.stage.bench.name;
+        let sql = format!(
+            "SELECT string_agg(datname, ' ' ORDER BY datname) FROM pg_database \
+             WHERE starts_with(datname, '{name}__')"
+        );
+        let names = self.stage.bench.ask(&sql).await;
+        names.split_whitespace().map(str::to_owned).collect()
     }
 }
 
@@ -175,4 +204,82 @@ async fn a_schema_that_only_grew_stays_if_the_plan_says_so() {
         assert!(failed.message.contains(why), "{}", failed.message);
     }
     assert_eq!(migrated.stage.revision().await, NEW);
+}
+
+fn by_restore() -> Apply {
+    Apply {
+        undo_by: UndoBy::Restore,
+        ..apply()
+    }
+}
+
+#[tokio::test]
+async fn a_backup_takes_the_place_of_a_migrated_database_which_is_kept() {
+    let migrated = Migrated::by(by_restore(), str::to_owned).await;
+    let bench = &migrated.stage.bench;
+    // As an undo leaves it that died in the middle of the swap.
+    let cx = bench.undo(4, vec![]);
+    let rollout = cx.key.rollout.as_str().trim_start_matches("ro_");
+    let left = format!("{}__restore_{rollout}_0_4_{}", bench.name, cx.key.attempt);
+    let session = bench.session("maintenance").await;
+    session
+        .run("", &format!("CREATE DATABASE {left}"))
+        .await
+        .unwrap();
+    let close = format!("ALTER DATABASE {} ALLOW_CONNECTIONS false", bench.name);
+    session.run("", &close).await.unwrap();
+    let undone = migrated.undo().await.unwrap();
+    assert!(undone.changed);
+    assert_eq!(migrated.stage.revision().await, OLD);
+    let kept = migrated.beside().await;
+    let [old] = kept.as_slice() else {
+        panic!("{kept:?}")
+    };
+    assert!(old.contains("__failed_"), "{old}");
+    let note = |done: &Done| {
+        done.facts
+            .iter()
+            .any(|fact| matches!(fact, Fact::Note { value, .. } if value == old))
+    };
+    assert!(note(&undone), "{undone:?}");
+    // Again, after a crash that left no outcome.
+    let again = migrated.undo().await.unwrap();
+    assert!(!again.changed && note(&again), "{again:?}");
+    assert_eq!(migrated.beside().await.len(), 1);
+    // Counts, checksums and fingerprint equal the start; applications are let in as before.
+    let open = migrated.stage.fence();
+    let open = open.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
+    assert!(migrated.fenced.contains(&open.facts[0]), "INV-6: {open:?}");
+    bench.session("as_app").await;
+}
+
+#[tokio::test]
+async fn a_restore_that_would_lose_rows_names_them_without_the_migrations_own() {
+    let migrated = Migrated::by(by_restore(), str::to_owned).await;
+    migrated
+        .bake(
+            "INSERT INTO public.departments (name) VALUES ('new'); \
+             DELETE FROM public.employees WHERE id IN (7, 8)",
+        )
+        .await;
+    let failed = migrated.undo().await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
+    assert!(
+        failed.message.ends_with(
+            "departments: 1 row written since; employees: 2 rows of the 200 of before changed or \
+             deleted"
+        ),
+        "{}",
+        failed.message
+    );
+    assert!(!failed.changed);
+    assert_eq!(migrated.stage.revision().await, NEW);
+    assert_eq!(migrated.beside().await, Vec::<String>::new());
+    // Nothing was begun where the backup is not at hand.
+    let elsewhere = migrated.stage.bench.host.path().join("elsewhere");
+    let mut cx = migrated.place(migrated.stage.bench.cx(5, migrated.facts.clone()));
+    let config = std::sync::Arc::make_mut(&mut cx.config);
+    config.postgres.get_mut("staff").unwrap().backup_dir = Some(elsewhere);
+    let refused = restore::is_at_hand(&cx, "staff").unwrap_err();
+    assert_eq!(refused.cause, Cause::Refused);
 }
