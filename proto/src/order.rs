@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::action::postgres::Level;
 use crate::approval::Signed;
 use crate::ids::{Digest, Epoch, HostId, PlanDigest, StepKey};
 use crate::values::Timestamp;
@@ -55,17 +56,25 @@ pub enum Fact {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fence: Option<String>,
     },
-    /// A backup was restored and found equal to its source.
+    /// A backup was proven, up to a level.
     BackupVerified {
         /// The database.
         database: String,
         /// The backup's id.
         id: String,
-        /// Digest of the archive that was restored.
+        /// Digest of the archive that was looked at.
         digest: Digest,
         /// The fence that was up when the backup was taken, if one was.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fence: Option<String>,
+        /// The level that was reached. Agents of releases without levels say none: they had
+        /// restored it.
+        #[serde(default = "restored", skip_serializing_if = "is_restored")]
+        level: Level,
+        /// When the backup's snapshot was taken, by the server's clock; agents of releases without
+        /// levels do not say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        taken_at: Option<Timestamp>,
     },
     /// All that a database holds was looked at.
     Integrity {
@@ -166,6 +175,18 @@ pub enum Fact {
         /// The value, in words.
         value: String,
     },
+}
+
+fn restored() -> Level {
+    Level::Restored
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_restored(level: &Level) -> bool {
+    *level == restored()
 }
 
 impl Fact {

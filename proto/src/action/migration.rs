@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 use crate::values::Period;
 
 mod guards;
+mod required;
 
 pub use guards::{Guards, OnLongTx};
+pub use required::{ProvenBackup, RequiredBackup};
 
 /// A migration tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -16,18 +18,6 @@ pub enum Tool {
     /// alembic, for SQLAlchemy.
     #[default]
     Alembic,
-}
-
-/// What must be proven before a migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(rename_all = "snake_case")]
-pub enum RequiredBackup {
-    /// A backup of this rollout, restored and compared (INV-7).
-    #[default]
-    Verified,
-    /// Nothing: for databases whose data can be lost.
-    None,
 }
 
 /// How a rollback treats what a migration did.

@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::values::{ByteSize, Percent, Period};
 
+mod level;
+
+pub use level::Level;
+
 /// The archive format of pg_dump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -114,12 +118,36 @@ pub struct VerifyBackup {
     /// Where it is restored. Default: scratch.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub restore_into: RestoreInto,
-    /// What is compared. Default: schema and row counts.
+    /// How far it is proven. Default: 4.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub level: Level,
+    /// What is compared from level 4 on. Without one of the three the backup reaches level 3, whatever else was equal. Default: all three.
     #[serde(default = "compare")]
     pub compare: Vec<Aspect>,
     /// A smaller backup fails.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub min_size: ByteSize,
+}
+
+impl VerifyBackup {
+    /// The level that a backup has reached when this step has ended well.
+    pub fn reaches(&self) -> Level {
+        let all = compare().iter().all(|aspect| self.compare.contains(aspect));
+        if all {
+            self.level
+        } else {
+            self.level.min(Level::Restored)
+        }
+    }
+
+    /// What the step compares: below level 4 nothing.
+    pub fn compared(&self) -> &[Aspect] {
+        if self.level >= Level::Equal {
+            &self.compare
+        } else {
+            &[]
+        }
+    }
 }
 
 /// Arguments of `postgres.restore`: it takes the rollout's newest verified backup.
@@ -271,5 +299,5 @@ fn keep() -> u32 {
 }
 
 fn compare() -> Vec<Aspect> {
-    vec![Aspect::Schema, Aspect::RowCounts]
+    vec![Aspect::Schema, Aspect::RowCounts, Aspect::Checksums]
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use lockstep_core::compile::compile;
 use lockstep_core::plan::Plan;
+use lockstep_proto::action::postgres::Level;
 use lockstep_proto::approval::{Signature, Signed};
 use lockstep_proto::floor::{self, Floor, OTHERS};
 use lockstep_proto::ids::{
@@ -112,6 +113,8 @@ fn facts() -> Vec<Fact> {
             id,
             digest,
             fence: None,
+            level: Level::Equal,
+            taken_at: Some(Timestamp(1)),
         },
         Fact::Integrity {
             database: database.clone(),

@@ -1,6 +1,6 @@
 //! `migration.apply` and `migration.downgrade`.
 
-use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup, UndoBy};
+use lockstep_proto::action::migration::{Apply, Downgrade, ProvenBackup, UndoBy};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -87,9 +87,9 @@ impl Act for Apply {
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let tool = Migrator::of(cx, self.into()).await?;
         let session = guard::lock(cx, tool.database()).await?;
-        if self.backup == RequiredBackup::Verified {
+        if let Some(asked) = self.backup.asks() {
             let otherwise = ", or say `backup: none` if its data can be lost";
-            guard::require_backup(cx, &session, &self.database, otherwise).await?;
+            guard::require_backup(cx, &session, &self.database, asked, otherwise).await?;
         }
         let from = revision(&session).await?;
         let to = tool.resolve(&self.to).await?;
@@ -221,7 +221,7 @@ impl Act for Downgrade {
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let tool = Migrator::of(cx, self.into()).await?;
         let session = guard::lock(cx, tool.database()).await?;
-        guard::require_backup(cx, &session, &self.database, "").await?;
+        guard::require_backup(cx, &session, &self.database, ProvenBackup::RESTORED, "").await?;
         let from = revision(&session).await?;
         if self.to == "head" {
             return Err(hinted(
@@ -256,6 +256,8 @@ impl Act for Downgrade {
 
 #[cfg(test)]
 mod cut_off;
+#[cfg(test)]
+mod required;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]

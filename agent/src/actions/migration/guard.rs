@@ -1,7 +1,10 @@
 //! What must be proven before a schema moves.
 
+use lockstep_proto::action::migration::ProvenBackup;
+use lockstep_proto::action::postgres::Level;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
+use lockstep_proto::values::{Period, Timestamp};
 
 use crate::actions::bound;
 use crate::actions::postgres::{fence, measure};
@@ -34,28 +37,50 @@ pub(super) fn shown(revision: &str) -> &str {
     }
 }
 
-/// The proof of a backup among the facts, and its fence.
-pub(super) fn verified<'a>(cx: &'a Context, database: &str) -> Option<(&'a str, Option<&'a str>)> {
+/// What the facts say of a proven backup.
+#[derive(Debug, Clone, Copy)]
+struct Proof<'a> {
+    id: &'a str,
+    fence: Option<&'a str>,
+    level: Level,
+    taken_at: Option<Timestamp>,
+}
+
+fn proof<'a>(cx: &'a Context, database: &str) -> Option<Proof<'a>> {
     bound(&cx.bindings, |fact| match fact {
         Fact::BackupVerified {
             database: of,
             id,
             fence,
+            level,
+            taken_at,
             ..
-        } if of == database => Some((id.as_str(), fence.as_deref())),
+        } if of == database => Some(Proof {
+            id,
+            fence: fence.as_deref(),
+            level: *level,
+            taken_at: *taken_at,
+        }),
         _ => None,
     })
 }
 
-/// Refuses unless a backup of this rollout was verified and, if it was taken behind a fence, that
-/// fence has held since (INV-7).
+/// The backup among the facts that was restored, and its fence.
+pub(super) fn verified<'a>(cx: &'a Context, database: &str) -> Option<(&'a str, Option<&'a str>)> {
+    let proof = proof(cx, database).filter(|proof| proof.level >= Level::Restored);
+    proof.map(|proof| (proof.id, proof.fence))
+}
+
+/// Refuses unless a backup of this rollout is proven as far as asked, is not too old and, if it was
+/// taken behind a fence, that fence has held since (INV-7).
 pub(super) async fn require_backup(
     cx: &Context,
     session: &Session,
     database: &str,
+    asked: ProvenBackup,
     otherwise: &str,
 ) -> Result<(), Failure> {
-    let Some((id, fence)) = verified(cx, database) else {
+    let Some(proof) = proof(cx, database) else {
         return Err(hinted(
             Cause::Refused,
             format!("no backup of `{database}` was verified in this rollout"),
@@ -64,7 +89,23 @@ pub(super) async fn require_backup(
             ),
         ));
     };
-    let Some(token) = fence else { return Ok(()) };
+    let id = proof.id;
+    if proof.level < asked.level {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "the backup {id} of `{database}` is proven to {}, and this needs {}",
+                proof.level, asked.level
+            ),
+            "raise the `level` of `postgres.verify_backup`, and let it compare all",
+        ));
+    }
+    if let Some(longest) = asked.age {
+        check_age(session, proof, longest, database).await?;
+    }
+    let Some(token) = proof.fence else {
+        return Ok(());
+    };
     let Some(why) = fence::broken(session, token).await? else {
         return Ok(());
     };
@@ -72,6 +113,35 @@ pub(super) async fn require_backup(
         Cause::Refused,
         format!("the backup {id} of `{database}` is older than what may have been written: {why}"),
         "raise the fence, take a new backup and verify it",
+    ))
+}
+
+/// Refuses a backup that is too old by the clock that has dated it: the server's.
+async fn check_age(
+    session: &Session,
+    proof: Proof<'_>,
+    longest: Period,
+    database: &str,
+) -> Result<(), Failure> {
+    let id = proof.id;
+    let sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
+    let now: i64 = session.one("asking for the time", sql, &[]).await?.get(0);
+    // One that is dated ahead is of another clock, and its age is not known.
+    let age = proof
+        .taken_at
+        .and_then(|taken| now.unsigned_abs().checked_sub(taken.0));
+    let why = match age {
+        Some(age) if age <= longest.0 => return Ok(()),
+        Some(age) => format!("is {} s old", age / 1000),
+        None => "is of an unknown age".to_owned(),
+    };
+    Err(hinted(
+        Cause::Refused,
+        format!(
+            "the backup {id} of `{database}` {why}, and at most {} s are allowed",
+            longest.0 / 1000
+        ),
+        "take a new backup and verify it shortly before this step",
     ))
 }
 

@@ -34,7 +34,7 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     // Only this release knows the revision that it brought.
     let tool = Migrator::of(cx, act.into()).await?;
     let session = guard::lock(cx, tool.database()).await?;
-    if act.backup == RequiredBackup::Verified {
+    if act.backup != RequiredBackup::None {
         // What cannot be rendered may drop anything.
         let rendered = tool.render(Way::Down, &from, to).await.ok();
         let sql = rendered.as_ref().map(|rendered| rendered.sql.as_str());

@@ -1,12 +1,12 @@
 //! Where backups are kept: `<backup_dir>/<id>/` with the archive, `manifest.json`, and, once the
-//! backup was restored and compared, `verified.json`. The directory gets its name last, so one
+//! backup was proven, `verified.json`. The directory gets its name last, so one
 //! that has it is complete.
 
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use lockstep_proto::action::postgres::{Aspect, Format};
+use lockstep_proto::action::postgres::{Aspect, Format, Level};
 use lockstep_proto::ids::{Digest, StepKey};
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
@@ -67,15 +67,25 @@ impl Manifest {
     }
 }
 
-/// That a backup was restored, and equal to its source.
+/// That a backup was proven.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Verified {
     /// The attempt that did it.
     pub(super) key: StepKey,
-    /// The digest of the archive that was restored.
+    /// The digest of the archive that was looked at.
     pub(super) digest: Digest,
+    /// How far. Releases without levels restored what they proved, and did not say so.
+    #[serde(default = "restored")]
+    pub(super) level: Level,
+    /// When the backup's snapshot was taken; releases without levels did not say.
+    #[serde(default)]
+    pub(super) taken_at: Option<Timestamp>,
     /// What was compared.
     pub(super) compared: Vec<Aspect>,
+}
+
+fn restored() -> Level {
+    Level::Restored
 }
 
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -128,10 +138,16 @@ impl Store {
         self.directory.join(id)
     }
 
-    /// Whether, and how, a backup was verified.
+    /// Whether, and how far, a backup was verified.
     pub(super) fn verified(&self, manifest: &Manifest) -> Option<Verified> {
         let verified: Verified = read_json(&self.path(&manifest.id), VERIFIED)?;
         (verified.digest == manifest.digest).then_some(verified)
+    }
+
+    /// Whether a backup was restored: one that was only read may still not be one.
+    pub(super) fn was_restored(&self, manifest: &Manifest) -> bool {
+        let verified = self.verified(manifest);
+        verified.is_some_and(|verified| verified.level >= Level::Restored)
     }
 
     /// Notes that a backup was verified.
@@ -163,13 +179,11 @@ impl Store {
         }
     }
 
-    /// Removes the oldest beyond `keep`, but never the newest that was verified, nor one of this
+    /// Removes the oldest beyond `keep`, but never the newest that was restored, nor one of this
     /// rollout.
     pub(super) fn retain(&self, cx: &Context, keep: u32) {
         let all = self.all();
-        let proven = all
-            .iter()
-            .find(|manifest| self.verified(manifest).is_some());
+        let proven = all.iter().find(|manifest| self.was_restored(manifest));
         let kept = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
         for manifest in all.iter().skip(kept) {
             if proven == Some(manifest) || manifest.key.rollout == cx.key.rollout {
@@ -299,6 +313,8 @@ mod tests {
         let verified = Verified {
             key: host.context().key,
             digest: Digest::of(b"archive"),
+            level: Level::Equal,
+            taken_at: None,
             compared: vec![],
         };
         let mark = || write_json(&backup, VERIFIED, &verified);

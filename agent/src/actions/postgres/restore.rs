@@ -9,7 +9,7 @@
 //!
 //! Where an attempt was interrupted can be read from the names that exist.
 
-use lockstep_proto::action::postgres::{Aspect, Restore};
+use lockstep_proto::action::postgres::{Aspect, Level, Restore};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -260,8 +260,9 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
             database,
             id,
             digest,
+            level,
             ..
-        } if database == name => Some((id, *digest)),
+        } if database == name && *level >= Level::Restored => Some((id, *digest)),
         _ => None,
     });
     let of_fact = |made: Manifest| {
@@ -269,8 +270,9 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
         (made.id == *id).then_some((made, digest))
     };
     let of_rollout = |made: Manifest| {
-        let digest = store.verified(&made)?.digest;
-        (made.key.rollout == cx.key.rollout).then_some((made, digest))
+        let digest = made.digest;
+        let usable = made.key.rollout == cx.key.rollout && store.was_restored(&made);
+        usable.then_some((made, digest))
     };
     let mut all = store.all().into_iter();
     let found = if named.is_some() {

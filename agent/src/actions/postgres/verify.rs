@@ -1,24 +1,20 @@
-//! `postgres.verify_backup`: a backup counts only once it has been restored.
+//! `postgres.verify_backup`: a backup counts only as far as it was proven.
 
-use std::path::Path;
-
-use lockstep_proto::action::postgres::{Aspect, VerifyBackup};
+use lockstep_proto::action::postgres::{Aspect, Level, VerifyBackup};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::archive::archive_in;
+use self::ladder::Ladder;
 use super::look::no_backup;
 use super::manifest::{Manifest, Store, Verified};
 use super::measure::summary;
-use super::scratch::Rights;
-use super::tools::Tools;
 use super::{human, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session};
-use crate::step::{Context, changed, hinted};
+use crate::step::{Context, hinted};
 
 impl Act for VerifyBackup {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
@@ -62,55 +58,38 @@ impl Act for VerifyBackup {
                 "see whether the database lost rows, or lower `min_size`",
             ));
         }
-        scratch::check_digest(&store.path(&made.id), &made, digest).await?;
-        scratch::check_room(&session, &database).await?;
-        let tools = Tools::new(cx, &database, session.major()).await?;
-        let archive = archive_in(&store.path(&made.id));
-        // All of it is read before anything is made of it.
-        let path = archive.display().to_string();
-        tools
-            .run("pg_restore", None, &["-f", "/dev/null", &path])
-            .await?;
-        let scratch = scratch_name(cx);
-        scratch::create(&session, &scratch).await?;
-        let compared = restore_and_compare(
+        let ladder = Ladder {
             cx,
-            &database,
-            &tools,
-            &archive,
-            &made,
-            &scratch,
-            &self.compare,
-        )
-        .await;
-        let dropped = scratch::drop(&session, &scratch).await;
-        let differences = compared?;
-        dropped.map_err(changed)?;
-        if !differences.is_empty() {
-            let what = format!(
-                "the backup {} does not restore to what it was taken of",
-                made.id
-            );
-            return Err(scratch::unequal(&what, &differences));
-        }
+            database: &database,
+            session: &session,
+            directory: &store.path(&made.id),
+            made: &made,
+            digest,
+        };
+        ladder.climb(self).await?;
         let verified = Verified {
             key: cx.key.clone(),
             digest: made.digest,
-            compared: self.compare.clone(),
+            level: self.reaches(),
+            taken_at: Some(made.taken_at),
+            compared: self.compared().to_vec(),
         };
         store.mark_verified(&made.id, &verified)?;
         let summary = format!(
-            "{} was restored in {:.1} s and is equal: {} (compared: {})",
+            "{} is proven to {} in {:.1} s{}: {}",
             made.id,
+            verified.level,
             began.elapsed().as_secs_f64(),
+            words(self.compared()),
             summary(&made.contents),
-            words(&self.compare)
         );
         let fact = Fact::BackupVerified {
             database: self.database.clone(),
             id: made.id,
             digest: made.digest,
             fence: made.fence,
+            level: verified.level,
+            taken_at: verified.taken_at,
         };
         Ok(Done {
             changed: true,
@@ -120,45 +99,26 @@ impl Act for VerifyBackup {
     }
 
     fn describe(&self) -> String {
-        let compared = words(&self.compare);
-        format!(
-            "restores the backup of `{}` into a scratch database and compares {compared}",
-            self.database
-        )
+        let (database, equal) = (&self.database, words(self.compared()));
+        match self.level {
+            Level::Digest => format!("holds the backup of `{database}` against its digest"),
+            Level::Listed => format!("reads what the backup of `{database}` contains"),
+            Level::Read => format!("reads all of the backup of `{database}`"),
+            _ => format!("restores the backup of `{database}` into a scratch database{equal}"),
+        }
     }
 }
 
-/// Restores into the scratch database and says what differs.
-async fn restore_and_compare(
-    cx: &Context,
-    database: &Database,
-    tools: &Tools<'_>,
-    archive: &Path,
-    made: &Manifest,
-    scratch: &str,
-    aspects: &[Aspect],
-) -> Result<Vec<String>, Failure> {
-    scratch::restore(
-        cx,
-        database,
-        tools,
-        archive,
-        made,
-        scratch,
-        Rights::IfPossible,
-    )
-    .await?;
-    cx.log.progress(0.9, "comparing");
-    scratch::differences(cx, database, tools, made, scratch, aspects).await
-}
-
-fn words(aspects: &[Aspect]) -> String {
-    let words = aspects.iter().map(|aspect| match aspect {
+fn words(compared: &[Aspect]) -> String {
+    if compared.is_empty() {
+        return String::new();
+    }
+    let words = compared.iter().map(|aspect| match aspect {
         Aspect::RowCounts => "row counts",
         Aspect::Schema => "schema",
         Aspect::Checksums => "checksums",
     });
-    words.collect::<Vec<_>>().join(", ")
+    format!(" (compared: {})", words.collect::<Vec<_>>().join(", "))
 }
 
 /// The rollout's newest backup of a database, and the digest that it must have. The fact names it;
@@ -230,5 +190,6 @@ async fn drop_left_over(session: &Session, cx: &Context) -> Result<(), Failure> 
     Ok(())
 }
 
+mod ladder;
 #[cfg(test)]
 mod tests;

@@ -185,20 +185,8 @@ impl Args<'_> {
                     );
                 }
             }
-            Action::PostgresBackup(args) => {
-                self.database(&args.database);
-                for (index, copy) in args.copies.iter().enumerate() {
-                    self.absolute(copy, &["copies".into(), index.into()]);
-                }
-                if args.keep == 0 {
-                    let message = "this would keep no backup, not even this rollout's";
-                    self.report(Code::WrongValue, &["keep".into()], message, "at least 1");
-                }
-            }
-            Action::PostgresVerifyBackup(args) => {
-                self.database(&args.database);
-                self.not_empty(&args.compare, &["compare".into()], "aspects to compare");
-            }
+            Action::PostgresBackup(args) => self.backup(args),
+            Action::PostgresVerifyBackup(args) => self.verify_backup(args),
             Action::PostgresRestore(args) => self.database(&args.database),
             Action::PostgresCounts(args) => self.database(&args.database),
             Action::PostgresIntegrity(args) => self.database(&args.database),
@@ -350,7 +338,7 @@ impl Args<'_> {
         }
     }
 
-    fn not_empty<T>(&self, items: &[T], path: &Path<'_>, what: &str) {
+    pub(super) fn not_empty<T>(&self, items: &[T], path: &Path<'_>, what: &str) {
         // A list of which nothing could be read is not empty.
         let at = self.reader.at(self.args, path);
         if items.is_empty() && self.reader.tree.items(at).is_empty() {
@@ -427,7 +415,7 @@ impl Args<'_> {
         self.plain_name(service, "service", "a service");
     }
 
-    fn database(&self, database: &str) {
+    pub(super) fn database(&self, database: &str) {
         self.plain_name(database, "database", "a database");
     }
 
@@ -478,7 +466,7 @@ impl Args<'_> {
         }
     }
 
-    fn absolute(&self, path: &str, at: &Path<'_>) {
+    pub(super) fn absolute(&self, path: &str, at: &Path<'_>) {
         if is_known(path) && !path.starts_with('/') {
             let message = format!("`{path}` is no absolute path");
             self.report(Code::BadName, at, message, "it begins with `/`");

@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use lockstep_proto::action::migration::RequiredBackup;
-use lockstep_proto::action::postgres::Baseline;
+use lockstep_proto::action::postgres::{Baseline, Level};
 use lockstep_proto::action::{Action, Class};
 use lockstep_proto::plan::{NoticeWhen, Undo};
 use lockstep_proto::values::Period;
 
+use super::backup::Backups;
 use super::draft::{Draft, DraftFence, DraftPhase, DraftStep, On};
 use super::finding::{Code, did_you_mean};
 use super::node::NodeId;
@@ -403,8 +403,7 @@ impl Check<'_> {
 
     /// What must come before what.
     fn order(&self) {
-        let mut backups = BTreeSet::new();
-        let mut verified = BTreeSet::new();
+        let mut backups = Backups::default();
         let mut looked = BTreeSet::new();
         let mut fetched = BTreeSet::new();
         // A step whose arguments cannot be read may be the one that is looked for.
@@ -415,21 +414,19 @@ impl Check<'_> {
                 continue;
             };
             match action {
-                Action::PostgresBackup(args) => {
-                    backups.insert(args.database.as_str());
-                }
+                Action::PostgresBackup(args) => backups.made(args),
                 Action::PostgresVerifyBackup(args) => {
                     if !unread.contains(&"postgres.backup") {
-                        self.needs_backup(step, &args.database, &backups);
+                        backups.need(self.reader, step, &args.database);
                     }
-                    verified.insert(args.database.as_str());
+                    backups.proven(args);
                 }
                 Action::PostgresIntegrity(args) => {
                     looked.insert(args.database.as_str());
                 }
                 Action::PostgresCompare(args) => match args.with {
                     Baseline::Backup if !unread.contains(&"postgres.backup") => {
-                        self.needs_backup(step, &args.database, &backups);
+                        backups.need(self.reader, step, &args.database);
                     }
                     Baseline::Integrity if !unread.contains(&"postgres.integrity") => {
                         self.needs_look(step, &args.database, &looked);
@@ -437,14 +434,15 @@ impl Check<'_> {
                     _ => {}
                 },
                 Action::PostgresRestore(args) if !unread.contains(&"postgres.verify_backup") => {
-                    self.needs_verified(step, &args.database, &verified, "");
+                    let needed = (args.database.as_str(), Level::Restored);
+                    backups.need_proven(self.reader, step, needed, "");
                 }
-                Action::MigrationApply(args)
-                    if args.backup == RequiredBackup::Verified
-                        && !unread.contains(&"postgres.verify_backup") =>
-                {
-                    let other = ", or say `backup: none` if its data may be lost";
-                    self.needs_verified(step, &args.database, &verified, other);
+                Action::MigrationApply(args) if !unread.contains(&"postgres.verify_backup") => {
+                    if let Some(asked) = args.backup.asks() {
+                        let other = ", or say `backup: none` if its data may be lost";
+                        let needed = (args.database.as_str(), asked.level);
+                        backups.need_proven(self.reader, step, needed, other);
+                    }
                 }
                 Action::ReleaseFetch(args) => {
                     fetched.insert((args.app.as_str(), args.release.as_str()));
@@ -464,16 +462,6 @@ impl Check<'_> {
         }
     }
 
-    fn needs_backup(&self, step: &DraftStep, database: &str, backups: &BTreeSet<&str>) {
-        if !backups.contains(database) {
-            let name = step.info.name;
-            let message =
-                format!("`{name}` needs a backup of `{database}`, and no earlier step takes one");
-            let hint = format!("add `postgres.backup: {{database: {database}}}` before it");
-            self.report(Code::MissingBackup, step.node, message, &hint);
-        }
-    }
-
     fn needs_look(&self, step: &DraftStep, database: &str, looked: &BTreeSet<&str>) {
         if !looked.contains(database) {
             let message = format!(
@@ -483,24 +471,6 @@ impl Check<'_> {
             let hint =
                 format!("add `postgres.integrity: {{database: {database}}}` before the change");
             self.report(Code::NothingToCompare, step.node, message, &hint);
-        }
-    }
-
-    fn needs_verified(
-        &self,
-        step: &DraftStep,
-        database: &str,
-        verified: &BTreeSet<&str>,
-        other: &str,
-    ) {
-        if !verified.contains(database) {
-            let name = step.info.name;
-            let message =
-                format!("`{name}` needs a verified backup of `{database}` before it (INV-7)");
-            let hint = format!(
-                "add `postgres.backup` and `postgres.verify_backup` of `{database}`{other}"
-            );
-            self.report(Code::MissingBackup, step.node, message, &hint);
         }
     }
 

@@ -10,6 +10,7 @@
 //! the values that were given, and then everything is checked.
 
 mod args;
+mod backup;
 pub(crate) mod check;
 mod command;
 mod database;

@@ -90,10 +90,11 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             database,
             id,
             digest,
+            level,
             ..
         } => (
             format!("verified backup of {database}"),
-            format!("{id} was restored and found equal, {digest}"),
+            format!("{id} is proven to {level}, {digest}"),
         ),
         Fact::Integrity {
             database,

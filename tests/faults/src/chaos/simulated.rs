@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lockstep_proto::action::Class;
+use lockstep_proto::action::postgres::Level;
 use lockstep_proto::ids::{
     BootId, Digest, Direction, Epoch, HostId, InstanceId, PlanDigest, RolloutId, StepKey, StepRef,
 };
@@ -471,6 +472,8 @@ impl Agent {
                 id: "b1".into(),
                 digest: Digest::of(b"backup"),
                 fence: None,
+                level: Level::Equal,
+                taken_at: Some(Timestamp(1)),
             }],
             _ => vec![],
         };

@@ -4,6 +4,7 @@
 use std::fs;
 use std::time::Duration;
 
+use lockstep_proto::action::migration::RequiredBackup;
 use lockstep_proto::values::Period;
 
 use super::stage::Stage;

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use lockstep_proto::action::migration::RequiredBackup;
 use lockstep_proto::action::postgres::{
-    Aspect, Backup, Fence, FenceVia, Format, RestoreInto, VerifyBackup,
+    Aspect, Backup, Fence, FenceVia, Format, Level, RestoreInto, VerifyBackup,
 };
 use lockstep_proto::values::{ByteSize, Period};
 
@@ -165,6 +166,7 @@ impl Stage {
         let verify = VerifyBackup {
             database: "staff".into(),
             restore_into: RestoreInto::Scratch,
+            level: Level::Equal,
             compare: vec![Aspect::RowCounts],
             min_size: ByteSize(0),
         };

@@ -3,7 +3,9 @@
 use std::fs;
 use std::time::Duration;
 
-use lockstep_proto::action::migration::{Current, Guards, OnLongTx, Plan, Tool, UndoBy, Verify};
+use lockstep_proto::action::migration::{
+    Current, Guards, OnLongTx, Plan, RequiredBackup, Tool, UndoBy, Verify,
+};
 use lockstep_proto::values::Period;
 
 use super::stage::Stage;

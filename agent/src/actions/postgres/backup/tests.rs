@@ -1,6 +1,6 @@
 use std::os::unix::fs::PermissionsExt as _;
 
-use lockstep_proto::action::postgres::{Fence, FenceVia};
+use lockstep_proto::action::postgres::{Fence, FenceVia, Level};
 
 use super::*;
 use crate::sql::cluster::{Bench, PASSWORD};
@@ -252,6 +252,8 @@ async fn a_step_keeps_one_backup_and_one_copy_of_it() {
     let verified = manifest::Verified {
         key: cx.key.clone(),
         digest: second[0].digest,
+        level: Level::Equal,
+        taken_at: None,
         compared: vec![],
     };
     store.mark_verified(&second[0].id, &verified).unwrap();
@@ -286,6 +288,8 @@ async fn old_backups_go_but_never_the_newest_that_was_verified() {
             let verified = manifest::Verified {
                 key,
                 digest: old.digest,
+                level: Level::Equal,
+                taken_at: None,
                 compared: vec![],
             };
             store.mark_verified(&id, &verified).unwrap();

@@ -1,0 +1,86 @@
+//! What a migration asks of its backup.
+
+use lockstep_proto::action::migration::RequiredBackup;
+use lockstep_proto::action::postgres::Level;
+use lockstep_proto::values::{Period, Timestamp};
+
+use super::stage::Stage;
+use super::tests::apply;
+use super::*;
+
+const NULL: Value = Value::Null;
+
+fn asking(level: Level, age: Option<Period>) -> Apply {
+    Apply {
+        backup: RequiredBackup::Proven(ProvenBackup { level, age }),
+        ..apply()
+    }
+}
+
+/// The facts, with another proof of the same backup.
+fn proven(facts: &[Fact], to: Level, at: Option<Timestamp>) -> Vec<Fact> {
+    let mut facts = facts.to_vec();
+    for fact in &mut facts {
+        if let Fact::BackupVerified {
+            level, taken_at, ..
+        } = fact
+        {
+            (*level, *taken_at) = (to, at);
+        }
+    }
+    facts
+}
+
+#[tokio::test]
+async fn a_migration_waits_for_no_less_than_the_level_and_age_it_asks_for() {
+    let stage = Stage::new().await;
+    let was = stage.revision().await;
+    let facts = stage.backed_up().await;
+    let at = facts.iter().find_map(|fact| match fact {
+        Fact::BackupVerified { taken_at, .. } => *taken_at,
+        _ => None,
+    });
+    let at = at.expect("the proof says when the backup was taken");
+    let minute = Some(Period::seconds(60));
+    let old = Some(Timestamp(at.0 - 61_000));
+    let ahead = Some(Timestamp(at.0 + 3_600_000));
+    let refused = [
+        (
+            apply(),
+            proven(&facts, Level::Read, Some(at)),
+            "proven to level 2",
+        ),
+        (
+            asking(Level::Equal, None),
+            proven(&facts, Level::Restored, Some(at)),
+            "needs level 4",
+        ),
+        (
+            asking(Level::Read, minute),
+            proven(&facts, Level::Equal, old),
+            "s old, and at most 60 s",
+        ),
+        (
+            asking(Level::Read, minute),
+            proven(&facts, Level::Equal, None),
+            "unknown age",
+        ),
+        (
+            asking(Level::Read, minute),
+            proven(&facts, Level::Equal, ahead),
+            "unknown age",
+        ),
+    ];
+    for (act, facts, why) in refused {
+        let failed = act.apply(&stage.cx(4, facts), &NULL).await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Refused);
+        assert!(failed.message.contains(why), "{why}: {}", failed.message);
+        assert!(failed.hint.is_some(), "{why}");
+        assert_eq!(stage.revision().await, was, "{why}");
+        assert_eq!(stage.ledger(), Vec::<String>::new(), "{why}");
+    }
+    let facts = proven(&facts, Level::Read, Some(at));
+    let act = asking(Level::Read, minute);
+    act.apply(&stage.cx(4, facts), &NULL).await.unwrap();
+    assert_ne!(stage.revision().await, was);
+}
