@@ -1,7 +1,7 @@
 //! The one way in which Lockstep starts other programs: argv, never a shell.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, PipeReader};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -82,8 +82,41 @@ impl Program {
     /// (with a hint about a missing tool) or takes too long; an exit code other than 0 is no
     /// failure here.
     pub(crate) async fn run(&self, cx: &Context) -> Result<Ended, Failure> {
+        self.attend(cx, Stdio::piped()).await
+    }
+
+    /// Runs it, its standard output going to `read` on a thread of its own, and fails unless it
+    /// exits with 0. Once `read` has failed nobody takes its output, which ends it.
+    pub(crate) async fn pour<T: Send + 'static>(
+        &self,
+        cx: &Context,
+        read: impl FnOnce(PipeReader) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let no_pipe = |error| self.failure(Cause::Host, format!("gets no pipe: {error}"));
+        let (reader, writer) = std::io::pipe().map_err(no_pipe)?;
+        let reading = tokio::task::spawn_blocking(move || read(reader));
+        let ended = self.attend(cx, writer.into()).await;
+        let read = reading
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        match (read, ended) {
+            // What the program says of its broken pipe is not the cause.
+            (Err(error), _) => {
+                let what = format!("has output that cannot be kept: {error}");
+                let hint = (error.kind() == ErrorKind::StorageFull)
+                    .then(|| "make room on the volume that it goes to".to_owned());
+                Err(Failure {
+                    hint,
+                    ..self.failure(Cause::Host, what)
+                })
+            }
+            (Ok(read), ended) => self.well(cx, ended?).map(|_| read),
+        }
+    }
+
+    async fn attend(&self, cx: &Context, stdout: Stdio) -> Result<Ended, Failure> {
         reached("program: to be started");
-        let mut child = self.spawn()?;
+        let mut child = self.spawn(stdout)?;
         reached("program: started");
         let group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -136,6 +169,10 @@ impl Program {
     /// Runs it, and fails unless it exits with 0; the failure carries the last lines.
     pub(crate) async fn succeed(&self, cx: &Context) -> Result<Ended, Failure> {
         let ended = self.run(cx).await?;
+        self.well(cx, ended)
+    }
+
+    fn well(&self, cx: &Context, ended: Ended) -> Result<Ended, Failure> {
         if ended.code == 0 {
             return Ok(ended);
         }
@@ -216,14 +253,14 @@ impl Program {
         }
     }
 
-    fn spawn(&self) -> Result<Child, Failure> {
+    fn spawn(&self, stdout: Stdio) -> Result<Child, Failure> {
         let program = self.program()?;
         self.check_dir()?;
         let mut command = Command::new(&program);
         command
             .args(&self.argv[1..])
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
+            .stdout(stdout)
             .stderr(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true)

@@ -6,21 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::values::{ByteSize, Percent, Period};
 
+mod backup;
 mod level;
 
+pub use backup::{Aspect, Backup, Compress, Compression, Format};
 pub use level::Level;
-
-/// The archive format of pg_dump.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// One compressed file (`-Fc`).
-    #[default]
-    Custom,
-    /// A directory, dumped in parallel (`-Fd`).
-    Directory,
-}
 
 /// Where a backup is proven.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -30,20 +20,6 @@ pub enum RestoreInto {
     /// A database made for it and dropped afterwards.
     #[default]
     Scratch,
-}
-
-/// What is compared between a restored backup and its source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(rename_all = "snake_case")]
-pub enum Aspect {
-    /// The exact rows of each table, as in the dump's snapshot.
-    #[default]
-    RowCounts,
-    /// The schema's fingerprint.
-    Schema,
-    /// An order-free checksum over each table's rows.
-    Checksums,
 }
 
 /// How the rows of a table may differ.
@@ -87,27 +63,6 @@ pub enum FenceVia {
     Connect,
 }
 
-/// Arguments of `postgres.backup`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct Backup {
-    /// The database, as the host's configuration names it with its address and role.
-    pub database: String,
-    /// The archive format. Default: custom.
-    #[serde(default, skip_serializing_if = "super::is_default")]
-    pub format: Format,
-    /// Directories that get a copy, each verified by its digest.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub copies: Vec<String>,
-    /// How long to wait for a table's lock. Default: 5s.
-    #[serde(default = "lock_wait")]
-    pub lock_wait: Period,
-    /// How many backups of this database stay in the backup directory. Default: 7.
-    #[serde(default = "keep")]
-    pub keep: u32,
-}
-
 /// Arguments of `postgres.verify_backup`: it takes the rollout's newest backup of the database.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -122,7 +77,7 @@ pub struct VerifyBackup {
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub level: Level,
     /// What is compared from level 4 on. Without one of the three the backup reaches level 3, whatever else was equal. Default: all three.
-    #[serde(default = "compare")]
+    #[serde(default = "backup::all")]
     pub compare: Vec<Aspect>,
     /// A smaller backup fails.
     #[serde(default, skip_serializing_if = "super::is_default")]
@@ -132,7 +87,9 @@ pub struct VerifyBackup {
 impl VerifyBackup {
     /// The level that a backup has reached when this step has ended well.
     pub fn reaches(&self) -> Level {
-        let all = compare().iter().all(|aspect| self.compare.contains(aspect));
+        let all = backup::all()
+            .iter()
+            .all(|aspect| self.compare.contains(aspect));
         if all {
             self.level
         } else {
@@ -288,16 +245,4 @@ pub struct Unfence {
     /// The rollout that has left its fence up, if it was cancelled or closed before lowering it. Default: this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left_by: Option<String>,
-}
-
-fn lock_wait() -> Period {
-    Period::seconds(5)
-}
-
-fn keep() -> u32 {
-    7
-}
-
-fn compare() -> Vec<Aspect> {
-    vec![Aspect::Schema, Aspect::RowCounts, Aspect::Checksums]
 }

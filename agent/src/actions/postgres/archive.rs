@@ -3,10 +3,11 @@
 //! what is in them is reached from there, nothing is followed, and only files are read.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _};
+use std::io::{self, PipeReader, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use lockstep_proto::ids::Digest;
 use rustix::fs::OFlags;
@@ -94,6 +95,60 @@ fn each(
         .try_for_each(|name| seen(Some(name), inner.file(name)?))
 }
 
+/// What a pipe may hold, in bytes: as much as the kernel gives without privileges.
+const PIPE: usize = 1 << 20;
+
+/// After a read of less than this, the next one waits for [`NAP`]: a tool writes 4 KiB at a time,
+/// and whoever takes each of them alone spends more on waking up than on its bytes.
+const WORTH_IT: usize = 256 << 10;
+
+/// Long enough for some hundred KiB to gather, short enough that the pipe does not get full.
+const NAP: Duration = Duration::from_millis(2);
+
+/// A file for an archive, readable for its owner only.
+pub(super) fn create(archive: &Path, owner: Option<(u32, u32)>) -> io::Result<File> {
+    create_beside(files::parent(archive), ARCHIVE, owner)
+}
+
+/// A file in a backup's directory, readable for its owner only.
+pub(super) fn create_beside(
+    directory: &Path,
+    name: &str,
+    owner: Option<(u32, u32)>,
+) -> io::Result<File> {
+    let directory = Dir::open(directory)?;
+    let mut new = OpenOptions::new();
+    new.write(true).create_new(true).mode(0o600);
+    let file = new.open(directory.path(name))?;
+    if let Some((user, group)) = owner {
+        std::os::unix::fs::fchown(&file, Some(user), Some(group))?;
+    }
+    Ok(file)
+}
+
+/// Writes what comes through a pipe into a file, to its end, and makes it durable. The digest is
+/// that of the bytes as they came, whatever the disk makes of them. It blocks.
+pub(super) fn pour(mut pipe: PipeReader, mut file: File) -> io::Result<(Digest, u64)> {
+    // The kernel may refuse that to a user who has many: then it only takes longer.
+    let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE);
+    let (mut hash, mut size) = (sha2::Sha256::new(), 0);
+    let mut buffer = vec![0; PIPE];
+    loop {
+        let length = pipe.read(&mut buffer)?;
+        if length == 0 {
+            break;
+        }
+        hash.update(&buffer[..length]);
+        file.write_all(&buffer[..length])?;
+        size += length as u64;
+        if length < WORTH_IT {
+            std::thread::sleep(NAP);
+        }
+    }
+    file.sync_all()?;
+    Ok((Digest(hash.finalize().into()), size))
+}
+
 /// Makes an archive durable. It blocks.
 pub(super) fn sync(archive: &Path) -> io::Result<()> {
     each(archive, |_, file| file.sync_all())?;
@@ -131,9 +186,14 @@ fn file_digest(mut file: File) -> io::Result<(Digest, u64)> {
     }
 }
 
-/// Copies a backup's archive, and the file that says what it is, into a new directory in another
-/// one. It blocks.
-pub(super) fn copy(from: &Path, to: &Dir, name: &str, manifest: &str) -> io::Result<()> {
+/// The digest and size of a file beside an archive. It blocks.
+pub(super) fn digest_beside(directory: &Path, name: &str) -> io::Result<(Digest, u64)> {
+    file_digest(Dir::open(directory)?.file(name)?)
+}
+
+/// Copies a backup's archive, and the files beside it that say what it is, into a new directory in
+/// another one. It blocks.
+pub(super) fn copy(from: &Path, to: &Dir, name: &str, beside: &[&str]) -> io::Result<()> {
     let from = Dir::open(from)?;
     let to = to.make(name)?;
     match from.inner(ARCHIVE)? {
@@ -147,7 +207,9 @@ pub(super) fn copy(from: &Path, to: &Dir, name: &str, manifest: &str) -> io::Res
             made.sync()?;
         }
     }
-    copy_file(&from, &to, manifest)?;
+    beside
+        .iter()
+        .try_for_each(|name| copy_file(&from, &to, name))?;
     to.sync()
 }
 
@@ -166,6 +228,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_comes_through_a_pipe_is_written_and_hashed_as_it_came() {
+        let directory = tempfile::tempdir().unwrap();
+        let archive = archive_in(directory.path());
+        let bytes: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
+        let (pipe, mut writer) = io::pipe().unwrap();
+        let sent = bytes.clone();
+        let sender = std::thread::spawn(move || {
+            sent.chunks(4096)
+                .for_each(|chunk| writer.write_all(chunk).unwrap());
+        });
+        let file = create(&archive, None).unwrap();
+        let poured = pour(pipe, file).unwrap();
+        sender.join().unwrap();
+        assert_eq!(poured, (Digest::of(&bytes), bytes.len() as u64));
+        assert_eq!(fs::read(&archive).unwrap(), bytes);
+        // What cannot be written is not taken for the end.
+        let (pipe, mut writer) = io::pipe().unwrap();
+        writer.write_all(b"rows").unwrap();
+        drop(writer);
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let failed = pour(pipe, full).unwrap_err();
+        assert_eq!(failed.kind(), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
     fn what_the_tools_user_plants_is_neither_copied_nor_followed() {
         let host = tempfile::tempdir().unwrap();
         let (backup, secret) = (host.path().join("shop-1"), host.path().join("shadow"));
@@ -178,7 +265,7 @@ mod tests {
             fs::create_dir(&backup).unwrap();
             fs::write(backup.join("manifest.json"), "{}").unwrap();
         };
-        let copy = |name: &str| copy(&backup, &to, name, "manifest.json");
+        let copy = |name: &str| copy(&backup, &to, name, &["manifest.json"]);
 
         // Beside the archive, which is a file.
         fresh();

@@ -1,32 +1,34 @@
 //! `postgres.backup`: pg_dump of one snapshot, with what a restore of it must be equal to.
 
-use std::convert::Infallible;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use lockstep_proto::action::postgres::{Backup, Format};
+use lockstep_proto::action::postgres::Backup;
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
-use lockstep_proto::values::Timestamp;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::archive::{self, Dir, archive_in};
+use self::copies::{copy, find_copy_directory};
+use self::dump::dump;
+use self::room::check_room;
 use super::manifest::{self, Manifest, Store, blocking};
-use super::measure::{Contents, Snapshot, fingerprint, revisions, rows_fact, summary};
-use super::scratch::progress;
-use super::tools::Tools;
-use super::{fence, human, written};
+use super::measure::rows_fact;
+use super::{fence, human};
 use crate::actions::files::{self, parent};
-use crate::actions::places::Place;
 use crate::actions::{Act, Done, Probe};
 use crate::faults::reached;
 use crate::process::User;
 use crate::sql::{Database, Session};
-use crate::step::{Context, failure, hinted};
+use crate::step::{Context, hinted};
+
+pub(super) mod copies;
+mod dump;
+mod room;
+
+pub(super) use room::free;
 
 impl Act for Backup {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
@@ -60,7 +62,7 @@ impl Act for Backup {
             |made: &Manifest| made.fence == fence && (fence.is_some() || was_killed(cx, &made.key));
         let made = match of_this_step(&store, cx).filter(usable) {
             Some(made) => made,
-            None => take(self, cx, &database, session, &store, began).await?,
+            None => Box::pin(take(self, cx, &database, session, &store, began)).await?,
         };
         for directory in &self.copies {
             copy(cx, &store, &made, Path::new(directory)).await?;
@@ -96,13 +98,13 @@ fn of_this_step(store: &Store, cx: &Context) -> Option<Manifest> {
 
 fn done(made: Manifest, began: Instant) -> Done {
     let took = began.elapsed().as_secs_f64();
-    let what = summary(&made.contents);
+    let what = made.summary();
     let text = format!("{} ({}) in {took:.1} s: {what}", made.id, human(made.size));
     let rows = made
         .contents
         .iter()
         .map(|(name, table)| (name.clone(), table.rows));
-    let rows = rows_fact(&made.database, rows);
+    let rows = made.is_counted().then(|| rows_fact(&made.database, rows));
     let backup = Fact::Backup {
         database: made.database,
         id: made.id,
@@ -118,7 +120,10 @@ fn done(made: Manifest, began: Instant) -> Done {
     Done {
         changed: true,
         summary: text,
-        facts: vec![backup, rows, note],
+        facts: [Some(backup), rows, Some(note)]
+            .into_iter()
+            .flatten()
+            .collect(),
     }
 }
 
@@ -155,11 +160,12 @@ async fn take(
     let id = manifest::id(&act.database, &stamp, &cx.key);
     let partial = store.path(&format!("{id}{}", manifest::PARTIAL));
     make_directory(&partial, user.as_ref())?;
-    let dumped = dump(act, cx, database, session, &partial, id).await;
-    let finished = match dumped {
-        Ok(made) => finish(store, &partial, made).await,
-        Err(error) => Err(error),
+    let finished = async {
+        let made = dump(act, cx, database, session, &partial, id).await?;
+        check_size(act, store, &made)?;
+        finish(store, &partial, made).await
     };
+    let finished = finished.await;
     if finished.is_err() {
         let _ = fs::remove_dir_all(&partial);
     }
@@ -170,70 +176,28 @@ async fn take(
     finished
 }
 
-/// Dumps and measures one snapshot. Everything of it is in `partial` afterwards, but the
-/// manifest.
-async fn dump(
-    act: &Backup,
-    cx: &Context,
-    database: &Database,
-    session: Session,
-    partial: &Path,
-    id: String,
-) -> Result<Manifest, Failure> {
-    let server_version = session.version;
-    let tools = Tools::new(cx, database, session.major()).await?;
-    let snapshot = Snapshot::take(session).await?;
-    let moment = written::moment(snapshot.session()).await?;
-    let archive = archive_in(partial);
-    let path = archive.display().to_string();
-    let snapshot_arg = format!("--snapshot={}", snapshot.id());
-    let wait = format!("--lock-wait-timeout={}ms", act.lock_wait.0.max(1));
-    // Syncing is ours, beside the hashing.
-    let mut args = vec!["--no-sync", "-Z1", "-f", &path, &snapshot_arg, &wait];
-    let jobs = format!("-j{}", super::scratch::jobs());
-    match act.format {
-        Format::Custom => args.push("-Fc"),
-        Format::Directory => args.extend(["-Fd", jobs.as_str()]),
+/// Refuses an archive that is much smaller than the one before it, as far as the two can be
+/// compared: the rows may be gone, or it is another database.
+fn check_size(act: &Backup, store: &Store, made: &Manifest) -> Result<(), Failure> {
+    let mut before = store.all().into_iter();
+    let alike = |it: &Manifest| (it.format, it.compress) == (made.format, made.compress);
+    let Some(before) = before.find(alike) else {
+        return Ok(());
+    };
+    let percent = act.min_ratio_prev.0;
+    if made.size.saturating_mul(100) >= before.size.saturating_mul(percent) {
+        return Ok(());
     }
-    let dump = tools.run("pg_dump", Some(database.dbname()), &args);
-    let measure = async {
-        let contents = snapshot.contents().await?;
-        let schema = fingerprint(&tools, database.dbname(), Some(snapshot.id())).await?;
-        Ok((contents, schema))
-    };
-    let both = async { tokio::try_join!(dump, measure) };
-    let (_, (contents, schema)): (_, (Contents, _)) = tokio::select! {
-        both = both => both?,
-        never = watch(cx, database) => match never {},
-    };
-    let fence = fence::raised(snapshot.session())
-        .await?
-        .map(|raised| raised.token);
-    let revisions = revisions(snapshot.session()).await?;
-    let sql = "SELECT (extract(epoch FROM now()) * 1000)::int8";
-    let taken: i64 = snapshot
-        .session()
-        .one("asking for the time", sql, &[])
-        .await?
-        .get(0);
-    cx.log.progress(0.97, "computing the archive's digest");
-    let (digest, size) = hash_and_sync(archive).await?;
-    Ok(Manifest {
-        id,
-        key: cx.key.clone(),
-        database: database.name.clone(),
-        dbname: database.dbname().to_owned(),
-        format: act.format,
-        digest,
-        size,
-        taken_at: Timestamp(taken.unsigned_abs()),
-        contents,
-        schema,
-        server_version,
-        fence,
-        revisions,
-        moment,
-    })
+    Err(hinted(
+        Cause::CheckUnmet,
+        format!(
+            "the archive has {}, which is less than {percent}% of the {} of {}",
+            human(made.size),
+            human(before.size),
+            before.id
+        ),
+        "see whether the database lost rows, or lower `min_ratio_prev`",
+    ))
 }
 
 /// Writes the manifest and gives the backup its name.
@@ -252,40 +216,6 @@ async fn finish(store: &Store, partial: &Path, made: Manifest) -> Result<Manifes
     .await?;
     reached("backup: named");
     Ok(made)
-}
-
-/// Reads and syncs the archive at the same time: one wants the processor, the other the disk.
-async fn hash_and_sync(archive: PathBuf) -> Result<(lockstep_proto::ids::Digest, u64), Failure> {
-    let synced = archive.clone();
-    let sync = blocking("cannot write the archive to the disk", move || {
-        archive::sync(&synced)
-    });
-    let hash = blocking("cannot read the archive", move || archive::digest(&archive));
-    let ((), hashed) = tokio::try_join!(sync, hash)?;
-    Ok(hashed)
-}
-
-/// Tells how far pg_dump is, as long as it runs.
-async fn watch(cx: &Context, database: &Database) -> Infallible {
-    let sql =
-        "SELECT {name}, greatest(c.reltuples, 1)::int8, pg_relation_size(c.oid) FROM {tables}";
-    let sql = sql
-        .replace("{name}", super::measure::TABLE_NAME)
-        .replace("{tables}", super::measure::TABLES);
-    // A small dump is over before the first look.
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    if let Ok(session) = database.connect(cx).await
-        && let Ok(rows) = session
-            .query("asking for the tables' sizes", &sql, &[])
-            .await
-    {
-        let count = |row: &tokio_postgres::Row, at| row.get::<_, i64>(at).unsigned_abs();
-        let tables = rows
-            .iter()
-            .map(|row| (row.get(0), (count(row, 1), count(row, 2))));
-        progress(cx, &session, &tables.collect(), 0.95).await;
-    }
-    std::future::pending().await
 }
 
 /// The backup directory: the agent's, but passable for the user that the tools run as.
@@ -333,116 +263,6 @@ fn cannot_make(path: &Path, error: &std::io::Error) -> Failure {
         format!("cannot make the directory {}: {error}", path.display()),
         "check `backup_dir`, its permissions and its volume",
     )
-}
-
-/// Free bytes for whoever asks.
-pub(super) fn free(path: &Path) -> Result<u64, Failure> {
-    let stat = rustix::fs::statvfs(path).map_err(|error| {
-        failure(
-            Cause::Host,
-            format!("cannot ask for the room at {}: {error}", path.display()),
-        )
-    })?;
-    Ok(stat.f_bavail * stat.f_frsize)
-}
-
-/// Refuses to begin what would fill a disk. The archive is at most as large as the tables, and
-/// where there was one before, it is not likely to be more than twice as large as that.
-async fn check_room(session: &Session, store: &Store, copies: &[String]) -> Result<(), Failure> {
-    let sql = "SELECT coalesce(sum(pg_table_size(oid)), 0)::int8 FROM pg_class \
-               WHERE relkind IN ('r', 'm') AND relnamespace <> 'pg_catalog'::regnamespace";
-    let tables: i64 = session
-        .one("asking for the tables' sizes", sql, &[])
-        .await?
-        .get(0);
-    let previous = store.all().first().map(|made| made.size.saturating_mul(2));
-    let need = tables.unsigned_abs().min(previous.unwrap_or(u64::MAX));
-    for directory in std::iter::once(store.directory.as_path()).chain(copies.iter().map(Path::new))
-    {
-        enough(directory, free(directory)?, need)?;
-    }
-    Ok(())
-}
-
-fn enough(directory: &Path, free: u64, need: u64) -> Result<(), Failure> {
-    if free >= need {
-        return Ok(());
-    }
-    Err(hinted(
-        Cause::Host,
-        format!(
-            "a backup may need {} in {}, and {} are free",
-            human(need),
-            directory.display(),
-            human(free)
-        ),
-        "make room there; nothing was changed",
-    ))
-}
-
-/// A directory for copies is made by people: one that is missing may be a volume that is not
-/// mounted.
-fn find_copy_directory(cx: &Context, directory: &Path) -> Result<Place, Failure> {
-    let what = || format!("keep copies in {}", directory.display());
-    match Place::find(&cx.config, directory) {
-        Ok(place) if place.path().is_dir() => Ok(place),
-        Err(error) if !error.is_missing() => Err(error.failed(&what())),
-        _ => Err(hinted(
-            Cause::Host,
-            format!(
-                "the directory for copies {} is not there",
-                directory.display()
-            ),
-            "create it, or mount its volume",
-        )),
-    }
-}
-
-/// Copies a backup into a directory, and reads the copy to see that it is equal.
-async fn copy(cx: &Context, store: &Store, made: &Manifest, to: &Path) -> Result<(), Failure> {
-    let place = find_copy_directory(cx, to)?;
-    let to = to.display().to_string();
-    let (id, from, expected) = (made.id.clone(), store.path(&made.id), made.digest);
-    let what = format!("cannot copy the backup to {to}");
-    let copied = blocking(&what, move || {
-        // The path itself is a link, of the kernel's.
-        let within = Dir::open(&place.path().join("."))?;
-        let partial = format!("{id}{}", manifest::PARTIAL);
-        let has = |name: &str| Ok(archive::digest(&archive_in(&within.path(name)))?.0 == expected);
-        if within.path(&id).is_dir() && has(&id)? {
-            return Ok(true);
-        }
-        for stale in [within.path(&partial), within.path(&id)] {
-            if stale.symlink_metadata().is_ok() {
-                fs::remove_dir_all(stale)?;
-            }
-        }
-        reached("copy: to be made");
-        let equal = archive::copy(&from, &within, &partial, manifest::MANIFEST)
-            .inspect(|()| reached("copy: made"))
-            .and_then(|()| has(&partial))
-            .and_then(|equal| {
-                if equal {
-                    fs::rename(within.path(&partial), within.path(&id))?;
-                    reached("copy: named");
-                    within.sync()?;
-                }
-                Ok(equal)
-            });
-        if !matches!(equal, Ok(true)) {
-            let _ = fs::remove_dir_all(within.path(&partial));
-        }
-        equal
-    });
-    if copied.await? {
-        cx.log.line(&format!("copied to {to}, digest equal"));
-        return Ok(());
-    }
-    Err(hinted(
-        Cause::Host,
-        format!("the copy of the backup in {to} is not equal to it"),
-        "check that volume: it does not give back what was written",
-    ))
 }
 
 #[cfg(test)]

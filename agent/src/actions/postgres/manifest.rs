@@ -6,14 +6,14 @@ use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use lockstep_proto::action::postgres::{Aspect, Format, Level};
+use lockstep_proto::action::postgres::{Aspect, Compress, Format, Level};
 use lockstep_proto::ids::{Digest, StepKey};
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::archive::Dir;
-use super::measure::Contents;
+use super::measure::{Contents, summary};
 use super::written::Moment;
 use crate::actions::files;
 use crate::actions::places::Place;
@@ -40,9 +40,9 @@ pub(super) struct Manifest {
     pub(super) size: u64,
     /// When the snapshot was taken, by the server's clock.
     pub(super) taken_at: Timestamp,
-    /// The rows of the snapshot.
+    /// The rows of the snapshot; empty if they were not measured.
     pub(super) contents: Contents,
-    /// The fingerprint of its schema.
+    /// The fingerprint of its schema; of nothing, if that was not measured.
     pub(super) schema: Digest,
     /// The server's version: 150018 for 15.18.
     pub(super) server_version: u32,
@@ -53,9 +53,57 @@ pub(super) struct Manifest {
     /// When, in the server's transactions; releases of before did not say.
     #[serde(default)]
     pub(super) moment: Option<Moment>,
+    /// What of the snapshot was measured; releases that always measured all did not say.
+    #[serde(default = "all_aspects")]
+    pub(super) measured: Vec<Aspect>,
+    /// How the archive is compressed.
+    #[serde(default)]
+    pub(super) compress: Compress,
+    /// The version of pg_dump, as it says itself; empty if an older release made the backup.
+    #[serde(default)]
+    pub(super) tool_version: String,
+    /// Where the server's log of changes was just after the snapshot was taken; on a standby, how
+    /// far it was replayed.
+    #[serde(default)]
+    pub(super) lsn: Option<String>,
+    /// The server's roles and tablespaces, in [`GLOBALS`] beside the archive.
+    #[serde(default)]
+    pub(super) globals: Option<Beside>,
+    /// The directories that have got a copy.
+    #[serde(default)]
+    pub(super) copies: Vec<String>,
+}
+
+/// A file beside the archive.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Beside {
+    pub(super) digest: Digest,
+    /// In bytes.
+    pub(super) size: u64,
 }
 
 impl Manifest {
+    /// Whether its tables and rows were counted.
+    pub(super) fn is_counted(&self) -> bool {
+        let counts = [Aspect::RowCounts, Aspect::Checksums];
+        counts.iter().any(|aspect| self.measured.contains(aspect))
+    }
+
+    /// What it holds, for people.
+    pub(super) fn summary(&self) -> String {
+        if self.is_counted() {
+            summary(&self.contents)
+        } else {
+            "rows were not counted".to_owned()
+        }
+    }
+
+    /// The files beside the archive, that go wherever it goes.
+    pub(super) fn beside(&self) -> Vec<&'static str> {
+        let globals = self.globals.as_ref().map(|_| GLOBALS);
+        std::iter::once(MANIFEST).chain(globals).collect()
+    }
+
     /// Whether its id is one that this program gives: what it names is removed one day, and the
     /// manifest is a file that `os_user` can write.
     fn is_named_well(&self) -> bool {
@@ -84,11 +132,17 @@ pub(super) struct Verified {
     pub(super) compared: Vec<Aspect>,
 }
 
+fn all_aspects() -> Vec<Aspect> {
+    vec![Aspect::Schema, Aspect::RowCounts, Aspect::Checksums]
+}
+
 fn restored() -> Level {
     Level::Restored
 }
 
 pub(super) const MANIFEST: &str = "manifest.json";
+/// What pg_dumpall has written, readable for its owner only: it may hold hashes of passwords.
+pub(super) const GLOBALS: &str = "globals.sql";
 const VERIFIED: &str = "verified.json";
 
 /// No manifest is longer, in bytes: a hundred thousand tables have less.

@@ -20,7 +20,7 @@ pub(crate) struct Table {
     pub(crate) columns: Vec<String>,
     /// How many rows.
     pub(crate) rows: u64,
-    /// The sum over their hashes, whatever their order.
+    /// The sum over their hashes, whatever their order; empty if none was made.
     pub(crate) checksum: String,
 }
 
@@ -55,7 +55,8 @@ impl Snapshot {
                 "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; \
                  SET LOCAL timezone = 'UTC'; SET LOCAL datestyle = 'ISO'; \
                  SET LOCAL intervalstyle = 'postgres'; SET LOCAL extra_float_digits = 1; \
-                 SET LOCAL bytea_output = 'hex'; SET LOCAL row_security = off",
+                 SET LOCAL bytea_output = 'hex'; SET LOCAL row_security = off; \
+                 SET LOCAL search_path = pg_catalog",
             )
             .await?;
         let id = session
@@ -75,13 +76,24 @@ impl Snapshot {
         &self.session
     }
 
-    /// Counts and sums up every table.
+    /// Counts and sums up every table, reading it once.
     pub(super) async fn contents(&self) -> Result<Contents, Failure> {
+        self.read("coalesce(sum(hashtextextended(ROW(%1$s)::text, 0)::numeric), 0)::text")
+            .await
+    }
+
+    /// Counts every table; the checksums are empty.
+    pub(super) async fn counts(&self) -> Result<Contents, Failure> {
+        self.read("NULL::text").await
+    }
+
+    /// Counts every table, and asks for one more value over its rows `t`, in which `%1$s` stands
+    /// for its columns.
+    async fn read(&self, sum: &str) -> Result<Contents, Failure> {
         let what = "counting rows";
         let sql = format!(
             "SELECT {TABLE_NAME}, \
-             format('SELECT count(*), coalesce(sum(hashtextextended(ROW(%s)::text, 0)::numeric), \
-                     0)::text FROM ONLY %I.%I', \
+             format('SELECT count(*), {sum} FROM ONLY %2$I.%3$I', \
                     (SELECT string_agg('t.' || quote_ident(attname), ',' ORDER BY attname) \
                      FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 \
                      AND NOT attisdropped), n.nspname, c.relname) || ' t', \
@@ -98,7 +110,7 @@ impl Snapshot {
             let table = Table {
                 columns: table.get(2),
                 rows,
-                checksum: row.get(1),
+                checksum: row.get::<_, Option<String>>(1).unwrap_or_default(),
             };
             contents.insert(name, table);
         }

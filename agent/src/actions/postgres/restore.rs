@@ -9,7 +9,7 @@
 //!
 //! Where an attempt was interrupted can be read from the names that exist.
 
-use lockstep_proto::action::postgres::{Aspect, Level, Restore};
+use lockstep_proto::action::postgres::{Level, Restore};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -357,9 +357,8 @@ async fn fill(
         .run("analysing the restored database", "ANALYZE")
         .await?;
     drop(session);
-    let aspects = [Aspect::Schema, Aspect::RowCounts, Aspect::Checksums];
     let differences =
-        scratch::differences(cx, database, &tools, made, &names.new, &aspects).await?;
+        scratch::differences(cx, database, &tools, made, &names.new, &made.measured).await?;
     if !differences.is_empty() {
         return Err(scratch::unequal(
             "the restored database is not what was backed up",

@@ -1,6 +1,7 @@
 //! pg_dump and pg_restore: which ones, and how they log in.
 
 use std::collections::BTreeMap;
+use std::io::PipeReader;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::report::{Cause, Failure};
@@ -92,6 +93,38 @@ impl<'a> Tools<'a> {
         dbname: Option<&str>,
         args: &[&str],
     ) -> Result<Ended, Failure> {
+        let program = self.program(tool, dbname, args)?;
+        let ended = program.succeed(self.cx).await;
+        ended.map_err(|failure| clarify(failure, tool))
+    }
+
+    /// The same, its standard output going to `read` on a thread of its own.
+    pub(super) async fn pour<T: Send + 'static>(
+        &self,
+        tool: &str,
+        dbname: Option<&str>,
+        args: &[&str],
+        read: impl FnOnce(PipeReader) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let program = self.program(tool, dbname, args)?;
+        let read = program.pour(self.cx, read).await;
+        read.map_err(|failure| clarify(failure, tool))
+    }
+
+    /// The version of a tool, as it says itself: `15.18`.
+    pub(super) async fn version(&self, tool: &str) -> Result<ToolVersion, Failure> {
+        let said = self.run(tool, None, &["--version"]).await?.stdout;
+        ToolVersion::read(&said).ok_or_else(|| {
+            let what = format!("`{tool} --version` says `{}`", said.trim());
+            hinted(
+                Cause::Host,
+                what,
+                "correct `bin_dir`: it is no PostgreSQL's",
+            )
+        })
+    }
+
+    fn program(&self, tool: &str, dbname: Option<&str>, args: &[&str]) -> Result<Program, Failure> {
         let path = self.bin.as_ref().map(|bin| bin.join(tool));
         if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
             return Err(hinted(
@@ -110,18 +143,34 @@ impl<'a> Tools<'a> {
             ]);
         }
         argv.extend(args.iter().map(|&arg| arg.to_owned()));
-        let program = Program {
+        Ok(Program {
             argv,
             dir: Some("/".into()),
             env: self.env.clone(),
             user: self.user().map(str::to_owned),
             timeout: None,
             secrets: self.secrets.clone(),
-        };
-        program
-            .succeed(self.cx)
-            .await
-            .map_err(|failure| clarify(failure, tool))
+        })
+    }
+}
+
+/// A client program's version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ToolVersion {
+    pub(super) major: u32,
+    /// All of it, for people.
+    pub(super) text: String,
+}
+
+impl ToolVersion {
+    /// Reads `pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`.
+    fn read(said: &str) -> Option<Self> {
+        let (_, text) = said.trim().split_once("(PostgreSQL) ")?;
+        let number = text.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some(Self {
+            major: number.parse().ok()?,
+            text: text.to_owned(),
+        })
     }
 }
 
@@ -182,6 +231,11 @@ fn clarify(failure: Failure, tool: &str) -> Failure {
              pg_blocking_pids()",
         ),
         (
+            "this build does not support compression",
+            Cause::Host,
+            "name another `compress` method, or install a pg_dump that was built with this one",
+        ),
+        (
             "Permission denied",
             Cause::Host,
             "let the user that it runs as get to the directory",
@@ -228,6 +282,23 @@ mod tests {
         assert_eq!(found(15), Some(root.path().join("17/bin")));
         assert_eq!(found(9), Some(root.path().join("17/bin")));
         assert_eq!(found(18), None);
+    }
+
+    #[test]
+    fn a_tool_says_its_version() {
+        let said = "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)\n";
+        let version = ToolVersion::read(said).unwrap();
+        assert_eq!(
+            (version.major, version.text.as_str()),
+            (15, "15.18 (Debian 15.18-0+deb12u1)")
+        );
+        assert_eq!(
+            ToolVersion::read("pg_dump (PostgreSQL) 17beta1")
+                .unwrap()
+                .major,
+            17
+        );
+        assert_eq!(ToolVersion::read("dump 3"), None);
     }
 
     #[test]

@@ -10,7 +10,6 @@ use tokio::time::Instant;
 use self::ladder::Ladder;
 use super::look::no_backup;
 use super::manifest::{Manifest, Store, Verified};
-use super::measure::summary;
 use super::{human, scratch};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session};
@@ -58,6 +57,7 @@ impl Act for VerifyBackup {
                 "see whether the database lost rows, or lower `min_size`",
             ));
         }
+        check_measured(self, &made)?;
         let ladder = Ladder {
             cx,
             database: &database,
@@ -66,7 +66,7 @@ impl Act for VerifyBackup {
             made: &made,
             digest,
         };
-        ladder.climb(self).await?;
+        Box::pin(ladder.climb(self)).await?;
         let verified = Verified {
             key: cx.key.clone(),
             digest: made.digest,
@@ -81,7 +81,7 @@ impl Act for VerifyBackup {
             verified.level,
             began.elapsed().as_secs_f64(),
             words(self.compared()),
-            summary(&made.contents),
+            made.summary(),
         );
         let fact = Fact::BackupVerified {
             database: self.database.clone(),
@@ -109,15 +109,36 @@ impl Act for VerifyBackup {
     }
 }
 
+/// Refuses to compare what nobody has measured.
+fn check_measured(act: &VerifyBackup, made: &Manifest) -> Result<(), Failure> {
+    let mut compared = act.compared().iter();
+    let Some(missing) = compared.find(|aspect| !made.measured.contains(aspect)) else {
+        return Ok(());
+    };
+    Err(hinted(
+        Cause::Refused,
+        format!(
+            "the backup {} was made without measuring its {}",
+            made.id,
+            word(*missing)
+        ),
+        "leave `measure` of `postgres.backup` out, or ask for level 3",
+    ))
+}
+
+fn word(aspect: Aspect) -> &'static str {
+    match aspect {
+        Aspect::RowCounts => "row counts",
+        Aspect::Schema => "schema",
+        Aspect::Checksums => "checksums",
+    }
+}
+
 fn words(compared: &[Aspect]) -> String {
     if compared.is_empty() {
         return String::new();
     }
-    let words = compared.iter().map(|aspect| match aspect {
-        Aspect::RowCounts => "row counts",
-        Aspect::Schema => "schema",
-        Aspect::Checksums => "checksums",
-    });
+    let words = compared.iter().map(|aspect| word(*aspect));
     format!(" (compared: {})", words.collect::<Vec<_>>().join(", "))
 }
 

@@ -1,8 +1,10 @@
 //! Checks of backups: their own arguments, and that what needs one comes after it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use lockstep_proto::action::postgres::{Backup, Level, VerifyBackup};
+use lockstep_proto::action::postgres::{
+    Aspect, Backup, Compress, Compression, Format, Level, VerifyBackup,
+};
 
 use super::args::Args;
 use super::draft::DraftStep;
@@ -15,9 +17,64 @@ impl Args<'_> {
         for (index, copy) in args.copies.iter().enumerate() {
             self.absolute(copy, &["copies".into(), index.into()]);
         }
+        if args.jobs.is_some() && args.format == Format::Custom {
+            let message = "only a directory is dumped by several processes";
+            let hint = "say `format: directory`, or leave `jobs` out";
+            self.report(Code::WrongValue, &["jobs".into()], message, hint);
+        }
+        if args.jobs == Some(0) {
+            let message = "no process would dump anything";
+            self.report(Code::WrongValue, &["jobs".into()], message, "at least 1");
+        }
+        self.compress(args.compress);
+        if args.role_passwords && !args.globals {
+            let message = "no roles are kept, and so none of their passwords";
+            self.report(
+                Code::WrongValue,
+                &["role_passwords".into()],
+                message,
+                "add `globals: true`",
+            );
+        }
+        if args.min_ratio_prev.0 > 100 {
+            let message = format!(
+                "no archive would be {} of the one before it",
+                args.min_ratio_prev
+            );
+            self.report(
+                Code::WrongValue,
+                &["min_ratio_prev".into()],
+                message,
+                "at most 100%",
+            );
+        }
         if args.keep == 0 {
             let message = "this would keep no backup, not even this rollout's";
             self.report(Code::WrongValue, &["keep".into()], message, "at least 1");
+        }
+    }
+
+    fn compress(&self, compress: Compress) {
+        let highest = match compress.method {
+            Compression::Gzip => 9,
+            Compression::Lz4 => 12,
+            Compression::Zstd => 22,
+            Compression::None => 0,
+        };
+        if let Some(level) = compress.level
+            && !(1..=highest).contains(&level)
+        {
+            let message = format!("{level} is no level of this method");
+            let hint = match highest {
+                0 => "leave it out".to_owned(),
+                highest => format!("1 to {highest}"),
+            };
+            self.report(
+                Code::WrongValue,
+                &["compress".into(), "level".into()],
+                message,
+                &hint,
+            );
         }
     }
 
@@ -37,24 +94,37 @@ impl Args<'_> {
 /// The backups that the steps before have made and proven, by database.
 #[derive(Debug, Default)]
 pub(super) struct Backups<'a> {
-    made: BTreeSet<&'a str>,
+    made: BTreeMap<&'a str, &'a [Aspect]>,
     proven: BTreeMap<&'a str, Level>,
 }
 
 impl<'a> Backups<'a> {
     /// A step makes one.
     pub(super) fn made(&mut self, args: &'a Backup) {
-        self.made.insert(&args.database);
+        self.made.insert(&args.database, &args.measure);
     }
 
-    /// A step proves the newest.
-    pub(super) fn proven(&mut self, args: &'a VerifyBackup) {
+    /// A step proves the newest; what it compares must have been measured.
+    pub(super) fn proven(&mut self, reader: &Reader<'_>, step: &DraftStep, args: &'a VerifyBackup) {
+        let measured = self.made.get(args.database.as_str());
+        let is_missing = |aspect| measured.is_some_and(|measured| !measured.contains(aspect));
+        if args.compared().iter().any(is_missing) {
+            let message = "this compares what the backup before it does not measure";
+            let hint =
+                "leave `measure` of `postgres.backup` out, or compare less: level 3 needs none";
+            reader.report(
+                Code::MissingBackup,
+                step.node,
+                message,
+                Some(hint.to_owned()),
+            );
+        }
         self.proven.insert(&args.database, args.reaches());
     }
 
     /// Reports a step that needs a backup, if none is made before it.
     pub(super) fn need(&self, reader: &Reader<'_>, step: &DraftStep, database: &str) {
-        if !self.made.contains(database) {
+        if !self.made.contains_key(database) {
             let name = step.info.name;
             let message =
                 format!("`{name}` needs a backup of `{database}`, and no earlier step takes one");

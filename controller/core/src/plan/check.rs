@@ -419,7 +419,7 @@ impl Check<'_> {
                     if !unread.contains(&"postgres.backup") {
                         backups.need(self.reader, step, &args.database);
                     }
-                    backups.proven(args);
+                    backups.proven(self.reader, step, args);
                 }
                 Action::PostgresIntegrity(args) => {
                     looked.insert(args.database.as_str());

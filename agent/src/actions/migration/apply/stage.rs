@@ -6,9 +6,9 @@ use std::process::Command;
 
 use lockstep_proto::action::migration::RequiredBackup;
 use lockstep_proto::action::postgres::{
-    Aspect, Backup, Fence, FenceVia, Format, Level, RestoreInto, VerifyBackup,
+    Aspect, Backup, Fence, FenceVia, Level, RestoreInto, VerifyBackup,
 };
-use lockstep_proto::values::{ByteSize, Period};
+use lockstep_proto::values::ByteSize;
 
 use super::tests::apply;
 use super::*;
@@ -151,13 +151,7 @@ impl Stage {
 
     /// A backup and its proof.
     pub(super) async fn backed_up(&self) -> Vec<Fact> {
-        let backup = Backup {
-            database: "staff".into(),
-            format: Format::Custom,
-            copies: vec![],
-            lock_wait: Period::seconds(5),
-            keep: 7,
-        };
+        let backup: Backup = serde_json::from_value(json!({"database": "staff"})).unwrap();
         let mut facts = backup
             .apply(&self.bench.cx(2, vec![]), &NULL)
             .await

@@ -1,23 +1,25 @@
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
-use lockstep_proto::action::postgres::{Fence, FenceVia, Level};
+use lockstep_proto::action::postgres::{Fence, FenceVia, Format, Level};
+use lockstep_proto::values::Timestamp;
 
+use super::super::archive::{self, archive_in};
+use super::super::tools::Tools;
+use super::room::enough;
 use super::*;
 use crate::sql::cluster::{Bench, PASSWORD};
+
+mod options;
 
 const NULL: Value = Value::Null;
 
 pub(in crate::actions::postgres) fn backup() -> Backup {
-    Backup {
-        database: "staff".into(),
-        format: Format::Custom,
-        copies: vec![],
-        lock_wait: lockstep_proto::values::Period::seconds(1),
-        keep: 7,
-    }
+    let args = serde_json::json!({"database": "staff", "lock_wait": "1s"});
+    serde_json::from_value(args).unwrap()
 }
 
-fn made(bench: &Bench) -> Vec<Manifest> {
+pub(in crate::actions::postgres) fn made(bench: &Bench) -> Vec<Manifest> {
     let cx = bench.cx(0, vec![]);
     let database = Database::find(&cx, "staff").unwrap();
     Store::of(&cx, &database).all()

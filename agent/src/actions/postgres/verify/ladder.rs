@@ -1,7 +1,7 @@
 //! The ladder of proofs: each rung costs more than the one below it, and proves more.
 //!
 //! ```text
-//! 0 digest     the archive's bytes are those that were written     reads the archive
+//! 0 digest     the bytes of the archive and its copies are as made  reads them
 //! 1 listed     it is an archive of the tables that were counted    reads its table of contents
 //! 2 read       all of it can be unpacked                           unpacks it
 //! 3 restored   it makes a database                                 restores it
@@ -19,6 +19,7 @@ use lockstep_proto::ids::Digest;
 use lockstep_proto::report::{Cause, Failure};
 
 use super::super::archive::archive_in;
+use super::super::backup::copies;
 use super::super::manifest::Manifest;
 use super::super::scratch::{self, Rights};
 use super::super::tools::Tools;
@@ -42,6 +43,7 @@ impl Ladder<'_> {
     /// Climbs as far as the step wants; fails where the backup does not hold.
     pub(super) async fn climb(&self, act: &VerifyBackup) -> Result<(), Failure> {
         scratch::check_digest(self.directory, self.made, self.digest).await?;
+        copies::check(self.cx, self.made).await?;
         if act.level < Level::Listed {
             return Ok(());
         }

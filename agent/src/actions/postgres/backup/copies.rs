@@ -1,0 +1,114 @@
+//! Copies of a backup in other directories.
+
+use std::fs;
+use std::path::Path;
+
+use lockstep_proto::report::{Cause, Failure};
+
+use super::super::archive::{self, Dir, archive_in};
+use super::super::manifest::{self, Manifest, Store, blocking};
+use crate::actions::places::Place;
+use crate::faults::reached;
+use crate::step::{Context, hinted};
+
+/// A directory for copies is made by people: one that is missing may be a volume that is not
+/// mounted.
+pub(super) fn find_copy_directory(cx: &Context, directory: &Path) -> Result<Place, Failure> {
+    let what = || format!("keep copies in {}", directory.display());
+    match Place::find(&cx.config, directory) {
+        Ok(place) if place.path().is_dir() => Ok(place),
+        Err(error) if !error.is_missing() => Err(error.failed(&what())),
+        _ => Err(hinted(
+            Cause::Host,
+            format!(
+                "the directory for copies {} is not there",
+                directory.display()
+            ),
+            "create it, or mount its volume",
+        )),
+    }
+}
+
+/// Copies a backup into a directory, and reads the copy to see that it is equal.
+pub(super) async fn copy(
+    cx: &Context,
+    store: &Store,
+    made: &Manifest,
+    to: &Path,
+) -> Result<(), Failure> {
+    let place = find_copy_directory(cx, to)?;
+    let to = to.display().to_string();
+    let (id, from, expected) = (made.id.clone(), store.path(&made.id), made.digest);
+    let beside = made.beside();
+    let what = format!("cannot copy the backup to {to}");
+    let copied = blocking(&what, move || {
+        // The path itself is a link, of the kernel's.
+        let within = Dir::open(&place.path().join("."))?;
+        let partial = format!("{id}{}", manifest::PARTIAL);
+        let has = |name: &str| Ok(archive::digest(&archive_in(&within.path(name)))?.0 == expected);
+        if within.path(&id).is_dir() && has(&id)? {
+            return Ok(true);
+        }
+        for stale in [within.path(&partial), within.path(&id)] {
+            if stale.symlink_metadata().is_ok() {
+                fs::remove_dir_all(stale)?;
+            }
+        }
+        reached("copy: to be made");
+        let equal = archive::copy(&from, &within, &partial, &beside)
+            .inspect(|()| reached("copy: made"))
+            .and_then(|()| has(&partial))
+            .and_then(|equal| {
+                if equal {
+                    fs::rename(within.path(&partial), within.path(&id))?;
+                    reached("copy: named");
+                    within.sync()?;
+                }
+                Ok(equal)
+            });
+        if !matches!(equal, Ok(true)) {
+            let _ = fs::remove_dir_all(within.path(&partial));
+        }
+        equal
+    });
+    if copied.await? {
+        cx.log.line(&format!("copied to {to}, digest equal"));
+        return Ok(());
+    }
+    Err(hinted(
+        Cause::Host,
+        format!("the copy of the backup in {to} is not equal to it"),
+        "check that volume: it does not give back what was written",
+    ))
+}
+
+/// Reads the copies of a backup again: what was equal once may be gone, or be another by now.
+pub(in crate::actions::postgres) async fn check(
+    cx: &Context,
+    made: &Manifest,
+) -> Result<(), Failure> {
+    for directory in &made.copies {
+        let place = find_copy_directory(cx, Path::new(directory))?;
+        let (id, expected) = (made.id.clone(), (made.digest, made.size));
+        let is_equal = move || {
+            let within = Dir::open(&place.path().join("."))?;
+            match archive::digest(&archive_in(&within.path(&id))) {
+                Ok(found) => Ok(Some(found == expected)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            }
+        };
+        let what = format!("cannot read the copy of the backup in {directory}");
+        let why = match blocking(&what, is_equal).await? {
+            Some(true) => continue,
+            Some(false) => "is not equal to it any more",
+            None => "is lost",
+        };
+        return Err(hinted(
+            Cause::CheckUnmet,
+            format!("the copy of {} in {directory} {why}", made.id),
+            "take a new backup, and see what has happened to that volume",
+        ));
+    }
+    Ok(())
+}
