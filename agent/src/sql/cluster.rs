@@ -130,7 +130,8 @@ fn server_program(name: &str) -> Command {
     command
 }
 
-fn bin_dir() -> PathBuf {
+/// Where the newest server's programs are.
+pub(crate) fn bin_dir() -> PathBuf {
     let versions = std::fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
     let newest = versions.flatten().filter_map(|entry| {
         let version: u32 = entry.file_name().to_str()?.parse().ok()?;

@@ -259,6 +259,8 @@ mod cut_off;
 #[cfg(test)]
 mod required;
 #[cfg(test)]
+mod sabotages;
+#[cfg(test)]
 mod stage;
 #[cfg(test)]
 mod tests;
