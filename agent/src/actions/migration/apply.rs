@@ -260,6 +260,7 @@ mod cut_off;
 mod required;
 #[cfg(test)]
 mod sabotages;
+mod rollbacks;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]
