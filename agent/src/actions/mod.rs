@@ -126,6 +126,7 @@ macro_rules! with_act {
             Action::EnvRender($act) => $body,
             Action::PostgresBackup($act) => $body,
             Action::PostgresVerifyBackup($act) => $body,
+            Action::PostgresRehearse($act) => $body,
             Action::PostgresRestore($act) => $body,
             Action::PostgresCounts($act) => $body,
             Action::PostgresIntegrity($act) => $body,

@@ -96,6 +96,10 @@ fn may_meet(earlier: &Earlier, asked: &Action) -> bool {
         ("postgres", "compare") => {
             same("database") && is(&["postgres.backup", "postgres.integrity"])
         }
+        ("postgres", "rehearse") => {
+            (*here && (is_program || family == "release"))
+                || (same("database") && is(&["postgres.backup"]))
+        }
         ("postgres", "verify_backup" | "restore") => same("database") && is(&["postgres.backup"]),
         ("postgres", "unfence") => same("database") && is(&["postgres.fence"]),
         ("postgres", "backup") => *here && is_program,

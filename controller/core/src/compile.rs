@@ -265,6 +265,8 @@ pub fn default_timeout(action: &Action) -> Period {
             minutes(10)
         }
         Action::MigrationApply(args) => plus(args.statement_timeout, 300),
+        // Restoring and looking take as long as anywhere; the migration comes on top, there and back.
+        Action::PostgresRehearse(args) => plus(Period(args.statement_timeout.0 * 2), 3600),
         Action::MigrationDowngrade(args) => plus(args.statement_timeout, 300),
         Action::MigrationCurrent(_) | Action::MigrationPlan(_) | Action::MigrationVerify(_) => {
             minutes(5)

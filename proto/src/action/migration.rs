@@ -5,9 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::values::Period;
 
 mod guards;
+mod rehearse;
 mod required;
 
 pub use guards::{Guards, OnLongTx};
+pub use rehearse::{Rehearse, WayDown};
 pub use required::{ProvenBackup, RequiredBackup};
 
 /// A migration tool.

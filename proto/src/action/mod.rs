@@ -120,6 +120,7 @@ actions! {
     "env.render" EnvRender(env::Render) Convergent Host true "Writes an environment file atomically, with secrets resolved on the host.";
     "postgres.backup" PostgresBackup(postgres::Backup) Receipted Host false "Takes a backup with pg_dump, with row counts of the same snapshot.";
     "postgres.verify_backup" PostgresVerifyBackup(postgres::VerifyBackup) Receipted Host false "Restores the backup into a scratch database and compares it.";
+    "postgres.rehearse" PostgresRehearse(migration::Rehearse) Receipted Host false "Runs the pending migration on the restored backup, there and back.";
     "postgres.restore" PostgresRestore(postgres::Restore) Receipted Host true "Restores the backup into a new database and swaps it in; the old one is kept.";
     "postgres.counts" PostgresCounts(postgres::Counts) Observing Host false "Counts the rows of tables.";
     "postgres.integrity" PostgresIntegrity(postgres::Integrity) Observing Host false "Looks at all that a database holds, for a later comparison.";

@@ -257,10 +257,13 @@ impl Act for Downgrade {
 #[cfg(test)]
 mod cut_off;
 #[cfg(test)]
+mod rehearsals;
+#[cfg(test)]
 mod required;
 #[cfg(test)]
-mod sabotages;
 mod rollbacks;
+#[cfg(test)]
+mod sabotages;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]

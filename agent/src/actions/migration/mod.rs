@@ -7,6 +7,8 @@
 //!          -> lock -> downgrade to the recorded revision, with the same release
 //! ```
 //!
+//! `postgres.rehearse` goes all of this way, and back, on the restored backup.
+//!
 //! The tool keeps the revision in the database, in the transaction of the migration itself, so
 //! what an interrupted attempt has done can be read there once its sessions are gone (INV-7).
 
@@ -15,6 +17,7 @@ mod dropped;
 mod guard;
 mod kept;
 mod look;
+mod rehearse;
 mod returns;
 mod run;
 mod source;

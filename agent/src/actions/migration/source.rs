@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use lockstep_proto::action::migration::{Apply, Current, Downgrade, Plan, Tool, Verify};
+use lockstep_proto::action::migration::{Apply, Current, Downgrade, Plan, Rehearse, Tool, Verify};
 use lockstep_proto::report::{Cause, Failure};
 
 use crate::step::{Context, failure, hinted};
@@ -35,7 +35,7 @@ macro_rules! sources {
     };
 }
 
-sources!(Current Plan Apply Verify Downgrade);
+sources!(Current Plan Apply Verify Downgrade Rehearse);
 
 impl Source<'_> {
     /// The tool's directory in the release.

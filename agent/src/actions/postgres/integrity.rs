@@ -25,8 +25,8 @@ use crate::step::{Context, failure, hinted};
 mod differences;
 mod holdings;
 
-pub(super) use differences::{differences, unmet};
-pub(super) use holdings::Holdings;
+pub(crate) use differences::{differences, unmet};
+pub(crate) use holdings::Holdings;
 
 /// How many of other rollouts' are kept for each database: to look at by hand.
 const KEPT: usize = 5;

@@ -18,14 +18,14 @@ mod check_sql;
 mod compare;
 pub(crate) mod fence;
 pub(crate) mod guarded;
-mod integrity;
+pub(crate) mod integrity;
 pub(crate) mod look;
 mod manifest;
 pub(crate) mod measure;
 pub(crate) mod restore;
 mod scratch;
 mod tools;
-mod verify;
+pub(crate) mod verify;
 pub(crate) mod written;
 
 /// A size for people.

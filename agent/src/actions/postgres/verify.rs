@@ -38,64 +38,8 @@ impl Act for VerifyBackup {
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
-        let began = Instant::now();
-        let database = Database::find(cx, &self.database)?;
-        let session = database.connect(cx).await?;
-        session.end_left_over(cx).await?;
-        drop_left_over(&session, cx).await?;
-        let store = Store::of(cx, &database);
-        let (made, digest) = newest(cx, &store, &self.database)?;
-        if made.size < self.min_size.0 {
-            return Err(hinted(
-                Cause::CheckUnmet,
-                format!(
-                    "the backup {} has {}, and must have at least {}",
-                    made.id,
-                    human(made.size),
-                    human(self.min_size.0)
-                ),
-                "see whether the database lost rows, or lower `min_size`",
-            ));
-        }
-        check_measured(self, &made)?;
-        let ladder = Ladder {
-            cx,
-            database: &database,
-            session: &session,
-            directory: &store.path(&made.id),
-            made: &made,
-            digest,
-        };
-        Box::pin(ladder.climb(self)).await?;
-        let verified = Verified {
-            key: cx.key.clone(),
-            digest: made.digest,
-            level: self.reaches(),
-            taken_at: Some(made.taken_at),
-            compared: self.compared().to_vec(),
-        };
-        store.mark_verified(&made.id, &verified)?;
-        let summary = format!(
-            "{} is proven to {} in {:.1} s{}: {}",
-            made.id,
-            verified.level,
-            began.elapsed().as_secs_f64(),
-            words(self.compared()),
-            made.summary(),
-        );
-        let fact = Fact::BackupVerified {
-            database: self.database.clone(),
-            id: made.id,
-            digest: made.digest,
-            fence: made.fence,
-            level: verified.level,
-            taken_at: verified.taken_at,
-        };
-        Ok(Done {
-            changed: true,
-            summary,
-            facts: vec![fact],
-        })
+        let (done, _) = prove(cx, self, async |_| Ok(())).await?;
+        Ok(done)
     }
 
     fn describe(&self) -> String {
@@ -107,6 +51,74 @@ impl Act for VerifyBackup {
             _ => format!("restores the backup of `{database}` into a scratch database{equal}"),
         }
     }
+}
+
+/// Proves the rollout's newest backup as far as the step says. A restored database is worked on by
+/// `then` before it is dropped.
+pub(crate) async fn prove<T>(
+    cx: &Context,
+    act: &VerifyBackup,
+    then: impl AsyncFnOnce(&str) -> Result<T, Failure>,
+) -> Result<(Done, Option<T>), Failure> {
+    let began = Instant::now();
+    let database = Database::find(cx, &act.database)?;
+    let session = database.connect(cx).await?;
+    session.end_left_over(cx).await?;
+    drop_left_over(&session, cx).await?;
+    let store = Store::of(cx, &database);
+    let (made, digest) = newest(cx, &store, &act.database)?;
+    if made.size < act.min_size.0 {
+        return Err(hinted(
+            Cause::CheckUnmet,
+            format!(
+                "the backup {} has {}, and must have at least {}",
+                made.id,
+                human(made.size),
+                human(act.min_size.0)
+            ),
+            "see whether the database lost rows, or lower `min_size`",
+        ));
+    }
+    check_measured(act, &made)?;
+    let ladder = Ladder {
+        cx,
+        database: &database,
+        session: &session,
+        directory: &store.path(&made.id),
+        made: &made,
+        digest,
+    };
+    let found = Box::pin(ladder.climb(act, then)).await?;
+    let verified = Verified {
+        key: cx.key.clone(),
+        digest: made.digest,
+        level: act.reaches(),
+        taken_at: Some(made.taken_at),
+        compared: act.compared().to_vec(),
+    };
+    store.mark_verified(&made.id, &verified)?;
+    let summary = format!(
+        "{} is proven to {} in {:.1} s{}: {}",
+        made.id,
+        verified.level,
+        began.elapsed().as_secs_f64(),
+        words(act.compared()),
+        made.summary(),
+    );
+    let fact = Fact::BackupVerified {
+        database: act.database.clone(),
+        id: made.id,
+        digest: made.digest,
+        fence: made.fence,
+        level: verified.level,
+        taken_at: verified.taken_at,
+    };
+    let done = Done {
+        changed: true,
+        summary,
+        facts: vec![fact],
+    };
+    Ok((done, found))
 }
 
 /// Refuses to compare what nobody has measured.

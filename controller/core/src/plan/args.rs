@@ -187,6 +187,10 @@ impl Args<'_> {
             }
             Action::PostgresBackup(args) => self.backup(args),
             Action::PostgresVerifyBackup(args) => self.verify_backup(args),
+            Action::PostgresRehearse(a) => {
+                self.migration(&a.database, &a.app, &a.release, &a.dir);
+                self.revision(&a.to);
+            }
             Action::PostgresRestore(args) => self.database(&args.database),
             Action::PostgresCounts(args) => self.database(&args.database),
             Action::PostgresIntegrity(args) => self.database(&args.database),

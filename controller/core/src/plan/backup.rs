@@ -133,6 +133,11 @@ impl<'a> Backups<'a> {
         }
     }
 
+    /// A step rehearses a migration on the newest, and proves all but its indexes.
+    pub(super) fn rehearsed(&mut self, database: &'a str) {
+        self.proven.insert(database, Level::Equal);
+    }
+
     /// Reports a step that needs a proven one, if none is proven that far before it (INV-7).
     pub(super) fn need_proven(
         &self,

@@ -421,6 +421,12 @@ impl Check<'_> {
                     }
                     backups.proven(self.reader, step, args);
                 }
+                Action::PostgresRehearse(args) => {
+                    if !unread.contains(&"postgres.backup") {
+                        backups.need(self.reader, step, &args.database);
+                    }
+                    backups.rehearsed(&args.database);
+                }
                 Action::PostgresIntegrity(args) => {
                     looked.insert(args.database.as_str());
                 }
@@ -579,6 +585,7 @@ fn uses_release(action: &Action) -> Option<(&str, &str)> {
         Action::ReleaseActivate(args) => Some((&args.app, &args.release)),
         Action::MigrationPlan(args) => Some((&args.app, &args.release)),
         Action::MigrationApply(args) => Some((&args.app, &args.release)),
+        Action::PostgresRehearse(args) => Some((&args.app, &args.release)),
         Action::MigrationCurrent(args) => Some((&args.app, &args.release)),
         Action::MigrationVerify(args) => Some((&args.app, &args.release)),
         Action::MigrationDowngrade(args) => Some((&args.app, &args.release)),

@@ -17,7 +17,6 @@ pub(crate) const KEYS_FOR_LATER: &[&str] = &[
 /// Actions.
 pub(crate) const ACTIONS_FOR_LATER: &[&str] = &[
     "service.reload",
-    "postgres.rehearse",
     "postgres.query",
     "postgres.integrity",
     "postgres.analyze",

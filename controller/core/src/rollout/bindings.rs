@@ -208,6 +208,7 @@ fn database(action: &Action) -> Option<&String> {
     match action {
         Action::PostgresBackup(args) => Some(&args.database),
         Action::PostgresVerifyBackup(args) => Some(&args.database),
+        Action::PostgresRehearse(args) => Some(&args.database),
         Action::PostgresRestore(args) => Some(&args.database),
         Action::PostgresCounts(args) => Some(&args.database),
         Action::PostgresIntegrity(args) => Some(&args.database),

@@ -40,12 +40,17 @@ pub(super) struct Ladder<'a> {
 }
 
 impl Ladder<'_> {
-    /// Climbs as far as the step wants; fails where the backup does not hold.
-    pub(super) async fn climb(&self, act: &VerifyBackup) -> Result<(), Failure> {
+    /// Climbs as far as the step wants; fails where the backup does not hold. Where it was restored,
+    /// `then` works in that database before it is dropped.
+    pub(super) async fn climb<T>(
+        &self,
+        act: &VerifyBackup,
+        then: impl AsyncFnOnce(&str) -> Result<T, Failure>,
+    ) -> Result<Option<T>, Failure> {
         scratch::check_digest(self.directory, self.made, self.digest).await?;
         copies::check(self.cx, self.made).await?;
         if act.level < Level::Listed {
-            return Ok(());
+            return Ok(None);
         }
         if act.level >= Level::Restored {
             scratch::check_room(self.session, self.database).await?;
@@ -55,10 +60,10 @@ impl Ladder<'_> {
         if act.level >= Level::Read {
             self.read(&tools).await?;
         }
-        if act.level >= Level::Restored {
-            self.restore(&tools, act).await?;
+        if act.level < Level::Restored {
+            return Ok(None);
         }
-        Ok(())
+        self.restore(&tools, act, then).await.map(Some)
     }
 
     /// The table of contents names the data of each table that was counted.
@@ -94,13 +99,26 @@ impl Ladder<'_> {
     }
 
     /// Restores into a database of its own, which is dropped whatever comes of it.
-    async fn restore(&self, tools: &Tools<'_>, act: &VerifyBackup) -> Result<(), Failure> {
+    async fn restore<T>(
+        &self,
+        tools: &Tools<'_>,
+        act: &VerifyBackup,
+        then: impl AsyncFnOnce(&str) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
         let scratch = scratch_name(self.cx);
         scratch::create(self.session, &scratch).await?;
-        let held = self.hold(tools, act, &scratch).await;
-        let dropped = scratch::drop(self.session, &scratch).await;
-        held?;
-        dropped.map_err(changed)
+        let held = match self.hold(tools, act, &scratch).await {
+            Ok(()) => then(&scratch).await,
+            Err(failure) => Err(failure),
+        };
+        // What works in the restored database ends all other sessions of the step.
+        let dropped = match self.database.connect(self.cx).await {
+            Ok(session) => scratch::drop(&session, &scratch).await,
+            Err(failure) => Err(failure),
+        };
+        let held = held?;
+        dropped.map_err(changed)?;
+        Ok(held)
     }
 
     async fn hold(

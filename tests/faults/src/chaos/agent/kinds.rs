@@ -136,6 +136,12 @@ pub(super) const KINDS: &[Kind] = &[
         ..MIGRATION
     },
     Kind {
+        name: "postgres.rehearse",
+        setup: &[Setup::Backup],
+        args: |_| migration("v1.0.0", &json!({"rows": "same_count"})),
+        ..MIGRATION
+    },
+    Kind {
         name: "postgres.restore",
         setup: &[Setup::Fence, Setup::Backup, Setup::Verify],
         args: |_| json!({"database": "staff"}),

@@ -1,0 +1,310 @@
+//! `postgres.rehearse`: the pending migration on a restored backup, there and back.
+//!
+//! ```text
+//! newest backup -> scratch database, equal to its source (level 4)
+//!   -> what it holds -> up, with its locks and times -> what it holds now, by the plan's rule
+//!   -> down -> the schema's fingerprint and what it holds are as before -> dropped
+//! ```
+//!
+//! What works on the scratch database sees a host on which that is the database.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_proto::action::migration::{Rehearse, WayDown};
+use lockstep_proto::action::postgres::{Rows, VerifyBackup};
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Cause, Failure};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::guard::shown;
+use super::run;
+use super::tools::{Limits, Migrator, Way};
+use crate::actions::files;
+use crate::actions::files::OrFailed as _;
+use crate::actions::postgres::integrity::{Holdings, differences};
+use crate::actions::postgres::{verify, written};
+use crate::actions::{Act, Done, Probe};
+use crate::sql::{Database, Session};
+use crate::step::{Context, hinted};
+
+/// How often it is looked who holds which lock: small migrations are over in a moment.
+const EVERY: Duration = Duration::from_millis(20);
+
+/// Locks that keep others from writing or reading a table, the weakest first.
+const BLOCKING: &[&str] = &[
+    "ShareLock",
+    "ShareRowExclusiveLock",
+    "ExclusiveLock",
+    "AccessExclusiveLock",
+];
+
+impl Act for Rehearse {
+    async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        if cx.dry_run && !super::source::Source::from(self).is_there(cx)? {
+            return Ok(Probe::Unmet(super::source::Source::from(self).missing()));
+        }
+        proof(&self.database).probe(cx).await
+    }
+
+    async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
+        // What is missing on this host is found before anything is restored.
+        drop(Migrator::of(cx, self.into()).await?);
+        let rehearsal = async |scratch: &str| on_scratch(self, cx, scratch).await;
+        let (mut done, found) = verify::prove(cx, &proof(&self.database), rehearsal).await?;
+        let found = found.expect("level 4 restores");
+        done.summary = format!("{}; {}", done.summary, found.summary());
+        done.facts.extend(found.notes(&self.database));
+        Ok(done)
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "rehearses the migration of `{}` to {} of {} on its restored backup",
+            self.database, self.to, self.release
+        )
+    }
+}
+
+/// The proof that a rehearsal gives of the backup: all but a look into the indexes.
+fn proof(database: &str) -> VerifyBackup {
+    let args = serde_json::json!({"database": database});
+    serde_json::from_value(args).expect("all else has defaults")
+}
+
+/// What a rehearsal has found.
+#[derive(Debug)]
+struct Found {
+    from: String,
+    to: String,
+    up: Duration,
+    /// The strongest lock on each table that was there, and for how long it was held.
+    locks: Locks,
+    /// How rows and columns differ after the migration, where that was allowed.
+    differs: Vec<String>,
+    /// How long the way down took, or why it does not lead back.
+    down: Result<Duration, String>,
+}
+
+impl Found {
+    fn summary(&self) -> String {
+        let Self { from, to, up, .. } = self;
+        if from == to {
+            return format!("there is nothing to migrate: it is at {}", shown(to));
+        }
+        let down = match &self.down {
+            Ok(took) => format!("and back in {:.1} s", took.as_secs_f64()),
+            Err(why) => format!("with no way back: {why}"),
+        };
+        format!(
+            "its copy went from {} to {} in {:.1} s, {down}",
+            shown(from),
+            shown(to),
+            up.as_secs_f64()
+        )
+    }
+
+    fn notes(&self, database: &str) -> Vec<Fact> {
+        let note = |what: &str, value: String| Fact::Note {
+            name: format!("rehearsal of {database}: {what}"),
+            value,
+        };
+        let mut notes = vec![note("result", self.summary())];
+        let locks = self.locks.lines();
+        if !locks.is_empty() {
+            notes.push(note("locks", written::few(&locks)));
+        }
+        if !self.differs.is_empty() {
+            notes.push(note("differs", written::few(&self.differs)));
+        }
+        notes
+    }
+}
+
+/// The same host, on which the scratch database is the database.
+fn instead(cx: &Context, name: &str, scratch: &str) -> Result<Context, Failure> {
+    let mut cx = cx.clone();
+    let config = Arc::make_mut(&mut cx.config);
+    if let Some(database) = config.postgres.get_mut(name) {
+        database.dbname = Some(scratch.to_owned());
+    }
+    // What an attempt keeps there of its way is not of this step.
+    cx.dir = cx.dir.join("rehearsal");
+    files::private_dir(&cx.dir).or_failed(|| "make a directory for the rehearsal")?;
+    Ok(cx)
+}
+
+async fn on_scratch(act: &Rehearse, cx: &Context, scratch: &str) -> Result<Found, Failure> {
+    let cx = instead(cx, &act.database, scratch)?;
+    let database = Database::find(&cx, &act.database)?;
+    let before = Holdings::take(&cx, &database, None, None).await?;
+    let tool = Migrator::of(&cx, act.into()).await?;
+    let session = database.connect(&cx).await?;
+    let from = super::guard::revision(&session).await?;
+    let to = tool.resolve(&act.to).await?;
+    let mut found = Found {
+        from: from.clone(),
+        to: to.clone(),
+        up: Duration::ZERO,
+        locks: Locks::default(),
+        differs: vec![],
+        down: Ok(Duration::ZERO),
+    };
+    if from == to {
+        return Ok(found);
+    }
+    let limits = Limits {
+        lock: act.lock_timeout,
+        statement: act.statement_timeout,
+    };
+    let watcher = database.connect(&cx).await?;
+    let began = Instant::now();
+    let gone = {
+        let going = run::go(&cx, &tool, &session, Way::Up, (&from, &to), limits);
+        tokio::select! {
+            gone = going => gone,
+            never = found.locks.watch(&watcher) => match never {},
+        }
+    };
+    found.up = began.elapsed();
+    gone.map_err(|failure| in_rehearsal("up", failure))?;
+    let after = Holdings::take(&cx, &database, None, Some(&before)).await?;
+    let differ = differences(&before, &after, |_| act.rows);
+    if !differ.wrong.is_empty() {
+        return Err(hinted(
+            Cause::CheckUnmet,
+            format!(
+                "the migration would change what `{}` holds: {}",
+                act.database,
+                written::few(&differ.wrong)
+            ),
+            "correct the migration, or say `rows: grown` or `rows: any` if that is what it is for",
+        ));
+    }
+    found.differs = differ.said;
+    let session = database.connect(&cx).await?;
+    let began = Instant::now();
+    let back = run::go(&cx, &tool, &session, Way::Down, (&to, &from), limits).await;
+    let took = began.elapsed();
+    let back = match back {
+        Ok(()) => is_as_before(&cx, &database, &before).await?,
+        Err(failure) => Some(failure.message),
+    };
+    found.down = match (back, act.downgrade) {
+        (None, _) => Ok(took),
+        (Some(why), WayDown::IfPossible) => Err(why),
+        (Some(why), WayDown::Required) => {
+            return Err(hinted(
+                Cause::CheckUnmet,
+                format!("the way down of the migration does not lead back: {why}"),
+                "correct it; or say `downgrade: if_possible`, and how a rollback is to undo it by \
+                 `undo_by` of `migration.apply`",
+            ));
+        }
+    };
+    Ok(found)
+}
+
+/// How the scratch database differs from what was restored, in words.
+async fn is_as_before(
+    cx: &Context,
+    database: &Database,
+    before: &Holdings,
+) -> Result<Option<String>, Failure> {
+    let now = Holdings::take(cx, database, None, Some(before)).await?;
+    let mut differ = differences(before, &now, |_| Rows::Unchanged).wrong;
+    if now.schema != before.schema {
+        differ.push(format!(
+            "the schema's fingerprint is {}, and was {}",
+            now.schema.short(),
+            before.schema.short()
+        ));
+    }
+    Ok((!differ.is_empty()).then(|| written::few(&differ)))
+}
+
+/// Nothing of the database itself was changed.
+fn in_rehearsal(way: &str, failure: Failure) -> Failure {
+    Failure {
+        message: format!("in the rehearsal, on the way {way}: {}", failure.message),
+        changed: false,
+        ..failure
+    }
+}
+
+/// Locks that kept others from tables.
+#[derive(Debug, Default)]
+struct Locks {
+    tables: BTreeMap<String, Lock>,
+}
+
+#[derive(Debug)]
+struct Lock {
+    /// The place of its name in [`BLOCKING`].
+    strength: usize,
+    first: Instant,
+    last: Instant,
+}
+
+impl Locks {
+    /// Looks again and again who keeps others from which table; until the session breaks, then no
+    /// more.
+    async fn watch(&mut self, session: &Session) -> std::convert::Infallible {
+        let sql = "SELECT (CASE n.nspname WHEN 'public' THEN '' \
+                   ELSE quote_ident(n.nspname) || '.' END || quote_ident(c.relname)), l.mode \
+                   FROM pg_locks l JOIN pg_class c ON c.oid = l.relation \
+                   JOIN pg_namespace n ON n.oid = c.relnamespace \
+                   WHERE l.granted AND l.locktype = 'relation' AND c.relkind IN ('r', 'p') \
+                   AND n.nspname <> 'pg_catalog' AND l.pid <> pg_backend_pid() AND l.database = \
+                   (SELECT oid FROM pg_database WHERE datname = current_database())";
+        while let Ok(rows) = session.query("looking at locks", sql, &[]).await {
+            for row in &rows {
+                let mode: &str = row.get(1);
+                if let Some(strength) = BLOCKING.iter().position(|name| *name == mode) {
+                    self.see(row.get(0), strength, Instant::now());
+                }
+            }
+            tokio::time::sleep(EVERY).await;
+        }
+        std::future::pending().await
+    }
+
+    fn see(&mut self, table: String, strength: usize, now: Instant) {
+        let lock = self.tables.entry(table).or_insert(Lock {
+            strength,
+            first: now,
+            last: now,
+        });
+        lock.strength = lock.strength.max(strength);
+        lock.last = now;
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let line = |(table, lock): (&String, &Lock)| {
+            let held = (lock.last - lock.first + EVERY).as_millis();
+            format!("{table}: {} for about {held} ms", BLOCKING[lock.strength])
+        };
+        self.tables.iter().map(line).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_strongest_lock_of_a_table_is_told() {
+        let mut locks = Locks::default();
+        let now = Instant::now();
+        locks.see("a".into(), 3, now);
+        locks.see("a".into(), 0, now + EVERY * 4);
+        locks.see("b".into(), 0, now);
+        let lines = [
+            "a: AccessExclusiveLock for about 100 ms",
+            "b: ShareLock for about 20 ms",
+        ];
+        assert_eq!(locks.lines(), lines);
+    }
+}
