@@ -153,7 +153,7 @@ pub(crate) struct Bench {
     pub(crate) name: String,
     rollout: RolloutId,
     /// The server runs as long as somebody uses it.
-    _cluster: Arc<Cluster>,
+    cluster: Arc<Cluster>,
 }
 
 impl Bench {
@@ -193,7 +193,7 @@ impl Bench {
             host,
             name,
             rollout: RolloutId::from_random(rollout),
-            _cluster: cluster,
+            cluster,
         };
         let setup = bench.session("maintenance").await;
         for sql in [
@@ -232,6 +232,11 @@ impl Bench {
             ))
             .await;
         bench
+    }
+
+    /// The server's first process, the parent of all others.
+    pub(crate) fn server(&self) -> u32 {
+        self.cluster.server.id()
     }
 
     /// The application's role.

@@ -10,6 +10,7 @@ use super::room::enough;
 use super::*;
 use crate::sql::cluster::{Bench, PASSWORD};
 
+mod bench;
 mod options;
 
 const NULL: Value = Value::Null;
