@@ -82,7 +82,13 @@ impl Program {
     /// (with a hint about a missing tool) or takes too long; an exit code other than 0 is no
     /// failure here.
     pub(crate) async fn run(&self, cx: &Context) -> Result<Ended, Failure> {
-        self.attend(cx, Stdio::piped()).await
+        self.attend(cx, Stdio::null(), Stdio::piped()).await
+    }
+
+    /// The same with something on its standard input; fails unless it exits with 0.
+    pub(crate) async fn feed(&self, cx: &Context, stdin: Stdio) -> Result<Ended, Failure> {
+        let ended = self.attend(cx, stdin, Stdio::piped()).await?;
+        self.well(cx, ended)
     }
 
     /// Runs it, its standard output going to `read` on a thread of its own, and fails unless it
@@ -95,7 +101,7 @@ impl Program {
         let no_pipe = |error| self.failure(Cause::Host, format!("gets no pipe: {error}"));
         let (reader, writer) = std::io::pipe().map_err(no_pipe)?;
         let reading = tokio::task::spawn_blocking(move || read(reader));
-        let ended = self.attend(cx, writer.into()).await;
+        let ended = self.attend(cx, Stdio::null(), writer.into()).await;
         let read = reading
             .await
             .unwrap_or_else(|error| Err(std::io::Error::other(error)));
@@ -114,9 +120,9 @@ impl Program {
         }
     }
 
-    async fn attend(&self, cx: &Context, stdout: Stdio) -> Result<Ended, Failure> {
+    async fn attend(&self, cx: &Context, stdin: Stdio, stdout: Stdio) -> Result<Ended, Failure> {
         reached("program: to be started");
-        let mut child = self.spawn(stdout)?;
+        let mut child = self.spawn(stdin, stdout)?;
         reached("program: started");
         let group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -253,13 +259,13 @@ impl Program {
         }
     }
 
-    fn spawn(&self, stdout: Stdio) -> Result<Child, Failure> {
+    fn spawn(&self, stdin: Stdio, stdout: Stdio) -> Result<Child, Failure> {
         let program = self.program()?;
         self.check_dir()?;
         let mut command = Command::new(&program);
         command
             .args(&self.argv[1..])
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(stdout)
             .stderr(Stdio::piped())
             .process_group(0)

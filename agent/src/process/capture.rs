@@ -21,7 +21,7 @@ impl Program {
     /// Runs it, keeping so many bytes of its standard output, and nothing else of what it says: no
     /// log, no failure has any of it. Its `timeout` must be set.
     pub(crate) async fn capture(&self, most: usize) -> Result<Captured, Failure> {
-        let mut child = self.spawn(Stdio::piped())?;
+        let mut child = self.spawn(Stdio::null(), Stdio::piped())?;
         let group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let limit = self.timeout.unwrap_or_default();

@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::values::{ByteSize, Percent, Period};
 
 mod backup;
+mod copy;
 mod level;
 
 pub use backup::{Aspect, Backup, Compress, Compression, Format};
+pub use copy::{CopyCommand, CopyTo};
 pub use level::Level;
 
 /// Where a backup is proven.

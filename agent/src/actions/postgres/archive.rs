@@ -16,7 +16,7 @@ use sha2::Digest as _;
 use crate::actions::files;
 
 /// The archive's name in a backup's directory: of a file, or of a directory of files.
-const ARCHIVE: &str = "archive";
+pub(super) const ARCHIVE: &str = "archive";
 
 /// The archive in a backup's directory.
 pub(super) fn archive_in(directory: &Path) -> PathBuf {
@@ -128,7 +128,21 @@ pub(super) fn create_beside(
 
 /// Writes what comes through a pipe into a file, to its end, and makes it durable. The digest is
 /// that of the bytes as they came, whatever the disk makes of them. It blocks.
-pub(super) fn pour(mut pipe: PipeReader, mut file: File) -> io::Result<(Digest, u64)> {
+pub(super) fn pour(pipe: PipeReader, mut file: File) -> io::Result<(Digest, u64)> {
+    let hashed = hash(pipe, |bytes| file.write_all(bytes))?;
+    file.sync_all()?;
+    Ok(hashed)
+}
+
+/// The digest and size of what comes through a pipe, to its end. It blocks.
+pub(super) fn drain(pipe: PipeReader) -> io::Result<(Digest, u64)> {
+    hash(pipe, |_| Ok(()))
+}
+
+fn hash(
+    mut pipe: PipeReader,
+    mut taken: impl FnMut(&[u8]) -> io::Result<()>,
+) -> io::Result<(Digest, u64)> {
     // The kernel may refuse that to a user who has many: then it only takes longer.
     let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE);
     let (mut hash, mut size) = (sha2::Sha256::new(), 0);
@@ -139,13 +153,12 @@ pub(super) fn pour(mut pipe: PipeReader, mut file: File) -> io::Result<(Digest, 
             break;
         }
         hash.update(&buffer[..length]);
-        file.write_all(&buffer[..length])?;
+        taken(&buffer[..length])?;
         size += length as u64;
         if length < WORTH_IT {
             std::thread::sleep(NAP);
         }
     }
-    file.sync_all()?;
     Ok((Digest(hash.finalize().into()), size))
 }
 

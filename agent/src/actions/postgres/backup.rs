@@ -4,7 +4,7 @@ use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use lockstep_proto::action::postgres::Backup;
+use lockstep_proto::action::postgres::{Backup, CopyTo, Format};
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -27,6 +27,7 @@ use crate::step::{Context, hinted};
 pub(super) mod copies;
 mod dump;
 mod room;
+mod sent;
 
 pub(super) use room::free;
 
@@ -35,9 +36,7 @@ impl Act for Backup {
         let database = Database::find(cx, &self.database)?;
         let session = database.connect(cx).await?;
         if cx.dry_run {
-            let mut copies = self.copies.iter().map(Path::new);
-            let find = |copies| find_copy_directory(cx, copies).err();
-            if let Some(unmet) = copies.find_map(find) {
+            if let Err(unmet) = find_copies(self, cx).await {
                 return Ok(Probe::Unmet(unmet));
             }
         } else {
@@ -64,18 +63,26 @@ impl Act for Backup {
             Some(made) => made,
             None => Box::pin(take(self, cx, &database, session, &store, began)).await?,
         };
-        for directory in &self.copies {
-            copy(cx, &store, &made, Path::new(directory)).await?;
+        for to in &self.copies {
+            match to {
+                CopyTo::Directory(to) => copy(cx, &store, &made, Path::new(to)).await?,
+                CopyTo::Command(to) => sent::send(cx, &store.path(&made.id), &made, to).await?,
+            }
         }
-        store.supersede(cx, &made, &self.copies);
+        let directories: Vec<&str> = self.copy_directories().collect();
+        store.supersede(cx, &made, &directories);
         store.retain(cx, self.keep);
         Ok(done(made, began))
     }
 
     fn describe(&self) -> String {
-        let copies = match self.copies.as_slice() {
+        let in_directories = self.copy_directories().map(|to| format!("in {to}"));
+        let by_commands = self.copy_commands();
+        let by_commands = by_commands.map(|to| format!("by `{}`", to.command.join(" ")));
+        let copies: Vec<String> = in_directories.chain(by_commands).collect();
+        let copies = match copies.as_slice() {
             [] => String::new(),
-            copies => format!(", with copies in {}", copies.join(" and ")),
+            copies => format!(", with copies {}", copies.join(" and ")),
         };
         format!("takes a backup of `{}`{copies}", self.database)
     }
@@ -136,9 +143,7 @@ async fn take(
     store: &Store,
     began: Instant,
 ) -> Result<Manifest, Failure> {
-    for directory in &act.copies {
-        find_copy_directory(cx, Path::new(directory))?;
-    }
+    find_copies(act, cx).await?;
     let wait = act.lock_wait.0.max(1);
     session
         .run(
@@ -154,7 +159,7 @@ async fn take(
         .map(User::find)
         .transpose()?;
     make_store(&store.directory, user.as_ref())?;
-    check_room(&session, store, &act.copies).await?;
+    check_room(&session, store, &act.copy_directories().collect::<Vec<_>>()).await?;
     let sql = "SELECT to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD\"T\"HH24MISS\"Z\"')";
     let stamp: String = session.one("asking for the time", sql, &[]).await?.get(0);
     let id = manifest::id(&act.database, &stamp, &cx.key);
@@ -174,6 +179,25 @@ async fn take(
         began.elapsed().as_secs_f64()
     ));
     finished
+}
+
+/// Refuses copies that cannot be made: a directory that is not there, a command that cannot be
+/// started.
+async fn find_copies(act: &Backup, cx: &Context) -> Result<(), Failure> {
+    for directory in act.copy_directories() {
+        find_copy_directory(cx, Path::new(directory))?;
+    }
+    for command in act.copy_commands() {
+        if act.format == Format::Directory {
+            return Err(hinted(
+                Cause::Refused,
+                "a command copies one file, and an archive of `format: directory` has many",
+                "say `format: custom`, or name a directory",
+            ));
+        }
+        sent::check_program(cx, command).await?;
+    }
+    Ok(())
 }
 
 /// Refuses an archive that is much smaller than the one before it, as far as the two can be

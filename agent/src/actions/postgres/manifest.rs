@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use lockstep_proto::action::postgres::{Aspect, Compress, Format, Level};
+use lockstep_proto::action::postgres::{Aspect, Compress, CopyTo, Format, Level};
 use lockstep_proto::ids::{Digest, StepKey};
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
@@ -69,9 +69,9 @@ pub(super) struct Manifest {
     /// The server's roles and tablespaces, in [`GLOBALS`] beside the archive.
     #[serde(default)]
     pub(super) globals: Option<Beside>,
-    /// The directories that have got a copy.
+    /// Where the copies are.
     #[serde(default)]
-    pub(super) copies: Vec<String>,
+    pub(super) copies: Vec<CopyTo>,
 }
 
 /// A file beside the archive.
@@ -248,9 +248,9 @@ impl Store {
     }
 
     /// Removes what earlier attempts at the same step have made, from here and from where it was
-    /// copied to: a step makes one backup, and nobody was told of the others. One that was
-    /// verified stays.
-    pub(super) fn supersede(&self, cx: &Context, newest: &Manifest, copies: &[String]) {
+    /// copied to, but by commands: a step makes one backup, and nobody was told of the others. One
+    /// that was verified stays.
+    pub(super) fn supersede(&self, cx: &Context, newest: &Manifest, copies: &[&str]) {
         let place = |of: &StepKey| (of.rollout.clone(), of.host.clone(), of.at);
         for old in self.all() {
             let same_step = place(&old.key) == place(&newest.key);

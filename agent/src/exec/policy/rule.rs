@@ -176,9 +176,10 @@ impl Rule {
                 .all(|value| is_one_of(argument, value, allowed))
         });
         let mut unfit: Vec<&str> = unfit.map(|(argument, _)| argument.as_str()).collect();
-        // A secret goes nowhere but where a rule says so.
-        let secret = with_secrets(name, args).into_iter();
-        unfit.extend(secret.filter(|argument| !self.only.contains_key(*argument)));
+        // A secret goes nowhere, and a command of a copy does not run, but where a rule says so.
+        let named = with_secrets(name, args).into_iter();
+        let named = named.chain(with_commands(name, args));
+        unfit.extend(named.filter(|argument| !self.only.contains_key(*argument)));
         Some(unfit)
     }
 
@@ -197,7 +198,7 @@ impl Rule {
                 format!("to it:\n{}", rule_for(name, args))
             };
             return format!(
-                "allows `{}` without secrets in `{}`; if they are right on this host, add {add}",
+                "allows `{}` without secrets and commands in `{}`; if they are right on this host, add {add}",
                 self.action,
                 misfits.join("`, `")
             );
@@ -278,6 +279,14 @@ fn with_secrets<'a>(name: &str, args: &'a Value) -> Vec<&'a str> {
     found.sort_unstable();
     found.dedup();
     found
+}
+
+/// The argument that holds commands beside others that are none; of actions whose arguments are a
+/// command, the rule for the action is enough.
+fn with_commands<'a>(name: &str, args: &'a Value) -> Option<&'a str> {
+    let (argument, copies) = args.as_object()?.get_key_value("copies")?;
+    let is_command = copies.as_array()?.iter().any(Value::is_object);
+    (name == "postgres.backup" && is_command).then_some(argument)
 }
 
 fn has_secret(value: &Value) -> bool {

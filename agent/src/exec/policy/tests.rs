@@ -1,6 +1,8 @@
 use super::*;
 use serde_json::json;
 
+mod copies;
+
 fn action(name: &str, args: Value) -> Action {
     Action::deserialize_args(name, args).unwrap().unwrap()
 }
@@ -295,7 +297,10 @@ fn no_secret_goes_where_no_rule_lists_it() {
         let fields = args.as_object_mut().unwrap();
         fields.extend(hidden.as_object().unwrap().clone());
         let refusal = http(&open, args).unwrap_err();
-        assert!(refusal.contains("without secrets in"), "{refusal}");
+        assert!(
+            refusal.contains("without secrets and commands in"),
+            "{refusal}"
+        );
     }
     let listed = policy(
         "[[allow]]\naction = 'check.http'\nwhere = { url = ['http://app/*'], \

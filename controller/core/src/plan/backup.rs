@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lockstep_proto::action::postgres::{
-    Aspect, Backup, Compress, Compression, Format, Level, VerifyBackup,
+    Aspect, Backup, Compress, Compression, CopyTo, Format, Level, VerifyBackup,
 };
 
 use super::args::Args;
@@ -15,7 +15,19 @@ impl Args<'_> {
     pub(super) fn backup(&self, args: &Backup) {
         self.database(&args.database);
         for (index, copy) in args.copies.iter().enumerate() {
-            self.absolute(copy, &["copies".into(), index.into()]);
+            match copy {
+                CopyTo::Directory(path) => self.absolute(path, &["copies".into(), index.into()]),
+                CopyTo::Command(to) => {
+                    for (key, argv) in [("command", &to.command), ("read_back", &to.read_back)] {
+                        self.argv(argv, &["copies".into(), index.into(), key.into()]);
+                    }
+                }
+            }
+        }
+        if args.format == Format::Directory && args.copy_commands().next().is_some() {
+            let message = "a command copies one file, and this archive has many";
+            let hint = "say `format: custom`, or name a directory";
+            self.report(Code::WrongValue, &["copies".into()], message, hint);
         }
         if args.jobs.is_some() && args.format == Format::Custom {
             let message = "only a directory is dumped by several processes";

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::copy::{CopyCommand, CopyTo};
 use crate::values::{Percent, Period};
 
 /// The archive format of pg_dump.
@@ -87,15 +88,33 @@ pub struct Backup {
     /// Fails if the archive is smaller than this share of the one before it. Default: 0%.
     #[serde(default, skip_serializing_if = "super::super::is_default")]
     pub min_ratio_prev: Percent,
-    /// Directories that get a copy, each verified by its digest.
+    /// Directories that get a copy, and commands that take one elsewhere; each is read back and hashed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub copies: Vec<String>,
+    pub copies: Vec<CopyTo>,
     /// How long to wait for a table's lock. Default: 5s.
     #[serde(default = "lock_wait")]
     pub lock_wait: Period,
     /// How many backups of this database stay in the backup directory. Default: 7.
     #[serde(default = "keep")]
     pub keep: u32,
+}
+
+impl Backup {
+    /// The directories that get a copy.
+    pub fn copy_directories(&self) -> impl Iterator<Item = &str> {
+        self.copies.iter().filter_map(|copy| match copy {
+            CopyTo::Directory(directory) => Some(directory.as_str()),
+            CopyTo::Command(_) => None,
+        })
+    }
+
+    /// The commands that take a copy elsewhere.
+    pub fn copy_commands(&self) -> impl Iterator<Item = &CopyCommand> {
+        self.copies.iter().filter_map(|copy| match copy {
+            CopyTo::Directory(_) => None,
+            CopyTo::Command(command) => Some(command),
+        })
+    }
 }
 
 fn lock_wait() -> Period {

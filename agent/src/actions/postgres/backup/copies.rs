@@ -1,12 +1,14 @@
-//! Copies of a backup in other directories.
+//! Copies of a backup, and whether they are still there.
 
 use std::fs;
 use std::path::Path;
 
+use lockstep_proto::action::postgres::CopyTo;
 use lockstep_proto::report::{Cause, Failure};
 
 use super::super::archive::{self, Dir, archive_in};
 use super::super::manifest::{self, Manifest, Store, blocking};
+use super::sent;
 use crate::actions::places::Place;
 use crate::faults::reached;
 use crate::step::{Context, hinted};
@@ -82,12 +84,20 @@ pub(super) async fn copy(
     ))
 }
 
-/// Reads the copies of a backup again: what was equal once may be gone, or be another by now.
+/// Reads the copies of a backup, which is in the directory `at`, again: what was equal once may be gone, or be another by now.
 pub(in crate::actions::postgres) async fn check(
     cx: &Context,
+    at: &Path,
     made: &Manifest,
 ) -> Result<(), Failure> {
-    for directory in &made.copies {
+    for to in &made.copies {
+        let directory = match to {
+            CopyTo::Directory(directory) => directory,
+            CopyTo::Command(command) => {
+                sent::check(cx, at, made, command).await?;
+                continue;
+            }
+        };
         let place = find_copy_directory(cx, Path::new(directory))?;
         let (id, expected) = (made.id.clone(), (made.digest, made.size));
         let is_equal = move || {

@@ -25,7 +25,7 @@ pub(in crate::actions::postgres) fn free(path: &Path) -> Result<u64, Failure> {
 pub(super) async fn check_room(
     session: &Session,
     store: &Store,
-    copies: &[String],
+    copies: &[&str],
 ) -> Result<(), Failure> {
     let sql = "SELECT coalesce(sum(pg_table_size(oid)), 0)::int8 FROM pg_class \
                WHERE relkind IN ('r', 'm') AND relnamespace <> 'pg_catalog'::regnamespace";

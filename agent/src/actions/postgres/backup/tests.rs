@@ -12,6 +12,7 @@ use crate::sql::cluster::{Bench, PASSWORD};
 
 mod bench;
 mod options;
+mod sent;
 
 const NULL: Value = Value::Null;
 
@@ -48,7 +49,7 @@ async fn a_backup_is_complete_and_says_what_it_holds() {
         );
         let act = Backup {
             format,
-            copies: vec![copies.display().to_string()],
+            copies: vec![CopyTo::Directory(copies.display().to_string())],
             ..backup()
         };
         assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Absent(_)));
@@ -236,7 +237,7 @@ async fn a_step_keeps_one_backup_and_one_copy_of_it() {
     let copies = bench.host.path().join("copies");
     fs::create_dir(&copies).unwrap();
     let act = Backup {
-        copies: vec![copies.display().to_string()],
+        copies: vec![CopyTo::Directory(copies.display().to_string())],
         ..backup()
     };
     // The first one was killed before it could say so: rows may have come since.
@@ -319,7 +320,7 @@ async fn old_backups_go_but_never_the_newest_that_was_verified() {
 async fn what_is_missing_is_said_before_anything_happens() {
     let mut bench = Bench::with_rows().await;
     let act = Backup {
-        copies: vec!["/no/such/volume".into()],
+        copies: vec![CopyTo::Directory("/no/such/volume".into())],
         ..backup()
     };
     let failed = act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap_err();

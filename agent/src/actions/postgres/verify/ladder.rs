@@ -48,7 +48,7 @@ impl Ladder<'_> {
         then: impl AsyncFnOnce(&str) -> Result<T, Failure>,
     ) -> Result<Option<T>, Failure> {
         scratch::check_digest(self.directory, self.made, self.digest).await?;
-        copies::check(self.cx, self.made).await?;
+        copies::check(self.cx, self.directory, self.made).await?;
         if act.level < Level::Listed {
             return Ok(None);
         }

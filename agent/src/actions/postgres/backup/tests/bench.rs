@@ -7,7 +7,6 @@
 //! preflight and manifest; what rows and checksums cost on top is told apart.
 
 #![expect(clippy::print_stdout, reason = "people read the figures")]
-#![expect(clippy::cast_precision_loss, reason = "figures for people")]
 
 use std::process::Command;
 use std::time::Instant;
@@ -111,7 +110,8 @@ async fn fill(bench: &Bench, mib: usize) {
 #[tokio::test]
 #[ignore = "takes minutes, and means something only with `--release`: `make database` runs it"]
 async fn a_step_costs_hardly_more_than_bare_pg_dump() {
-    assert!(!cfg!(debug_assertions), "run it with --release");
+    let is_fast = !cfg!(debug_assertions);
+    assert!(is_fast, "run it with --release");
     let (mib, runs) = (
         setting("LOCKSTEP_BENCH_MIB", 256),
         setting("LOCKSTEP_BENCH_RUNS", 15),

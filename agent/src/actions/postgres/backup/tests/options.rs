@@ -101,7 +101,7 @@ async fn roles_are_kept_beside_the_archive_and_their_passwords_only_if_asked_for
         let act = Backup {
             globals: true,
             role_passwords,
-            copies: vec![copies.display().to_string()],
+            copies: vec![CopyTo::Directory(copies.display().to_string())],
             ..backup()
         };
         let step = 1 + u16::from(role_passwords);
@@ -169,7 +169,7 @@ async fn a_copy_that_is_lost_or_differs_is_found_before_anything_relies_on_it() 
     let copies = bench.host.path().join("copies");
     fs::create_dir(&copies).unwrap();
     let act = Backup {
-        copies: vec![copies.display().to_string()],
+        copies: vec![CopyTo::Directory(copies.display().to_string())],
         ..backup()
     };
     act.apply(&bench.cx(1, vec![]), &NULL).await.unwrap();
