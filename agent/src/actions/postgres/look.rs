@@ -9,7 +9,7 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::check_sql::{Wanted, shorten};
-use super::manifest::Store;
+use super::manifest::{Manifest, Store};
 use super::measure::{TABLE_NAME, TABLES, rows_fact};
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session};
@@ -85,7 +85,8 @@ pub(crate) fn of_backup(cx: &Context, database: &str) -> Option<Tally> {
         let made = Store::of(cx, &database).all().into_iter();
         let made = made
             .into_iter()
-            .find(|made| made.key.rollout == cx.key.rollout)?;
+            .find(|made| made.key.rollout == cx.key.rollout)
+            .filter(Manifest::is_counted)?;
         Some(
             made.contents
                 .into_iter()

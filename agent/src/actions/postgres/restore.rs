@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::archive::archive_in;
 use super::manifest::{Manifest, Store};
-use super::measure::{fingerprint, summary};
+use super::measure::fingerprint;
 use super::scratch::Rights;
 use super::tools::Tools;
 use super::written::{self, Moment, Which};
@@ -238,9 +238,7 @@ async fn bring(
 
 fn done(act: &Restore, names: &Names, made: Option<&Manifest>) -> Done {
     let (name, failed) = (&act.database, &names.failed);
-    let what = made.map_or(String::new(), |made| {
-        format!(" ({})", summary(&made.contents))
-    });
+    let what = made.map_or(String::new(), |made| format!(" ({})", made.summary()));
     let summary = format!("`{name}` is restored{what}; the old one is kept as {failed}");
     let note = Fact::Note {
         name: format!("old database of {name}"),
@@ -315,6 +313,9 @@ async fn held(
         cx.log.line(line);
     }
     let lost = match lost.as_slice() {
+        [] if since.is_none() && !made.is_counted() => {
+            "Whether rows were deleted is not known: the backup has not counted them".to_owned()
+        }
         [] => "Nothing was written until now".to_owned(),
         lost => written::few(lost),
     };
