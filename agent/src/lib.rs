@@ -58,7 +58,9 @@ use lockstep_proto::ids::StepKey;
 use lockstep_proto::oneline::OneLine;
 use lockstep_proto::shown;
 use lockstep_proto::values::Timestamp;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::audit::Audit;
 use crate::config::Config;
@@ -405,16 +407,18 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 /// Events go to standard error: journald takes them from there, with its own clock.
 fn log() {
-    let filter = EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let asked = std::env::var("LOCKSTEP_LOG").ok();
+    let filter = asked.and_then(|asked| asked.parse::<Targets>().ok());
+    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let colours = std::io::stderr().is_terminal();
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || OneLine::new(std::io::stderr(), colours))
         .with_ansi(colours);
+    let log = tracing_subscriber::registry().with(filter);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
-        builder.without_time().init();
+        log.with(lines.without_time()).init();
     } else {
-        builder.init();
+        log.with(lines).init();
     }
 }
 

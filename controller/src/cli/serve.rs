@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use lockstep_core::trust::Subject;
 use lockstep_proto::oneline::OneLine;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::exit::Exit;
 use crate::app::{self, Drained, ServeOptions};
@@ -48,17 +50,18 @@ pub(crate) struct Serve {
 /// `lockstep serve`. A controller speaks through its log, at the level that `LOCKSTEP_LOG` says.
 pub(crate) fn serve(arguments: Serve) -> Exit {
     let asked = std::env::var("LOCKSTEP_LOG").ok();
-    let filter = asked.as_deref().map(EnvFilter::try_new);
-    let (filter, mistake) = match filter {
+    let (filter, mistake) = match asked.as_deref().map(str::parse::<Targets>) {
         Some(Ok(filter)) => (filter, None),
-        Some(Err(error)) => (EnvFilter::new("info"), Some(error)),
-        None => (EnvFilter::new("info"), None),
+        Some(Err(error)) => (Targets::new().with_default(LevelFilter::INFO), Some(error)),
+        None => (Targets::new().with_default(LevelFilter::INFO), None),
     };
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || OneLine::new(std::io::stderr(), colours))
-        .with_ansi(colours)
+        .with_ansi(colours);
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(lines)
         .init();
     if let Some(error) = mistake {
         tracing::warn!(%error, "LOCKSTEP_LOG is no level, such as `info` or `debug`; `info` holds");
