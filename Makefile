@@ -13,12 +13,14 @@ FAULTY := -p lockstep-faults -p lockstep-fuzz -p lockstep-sim
 # How many seeds `make sim` runs, through the shells and on the pure core.
 SEEDS := 2000
 CORE_SEEDS := 2000
+# How often `make database` kills what migrates.
+KILLS := 200
 # How long `make fuzz` tries each target; a shell's own variable of that name is its age.
 SECONDS := 600
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet skew redteam chaos sim sim-replay fuzz fuzz-keep ci
+.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet database skew redteam chaos sim sim-replay fuzz fuzz-keep ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -83,6 +85,16 @@ fleet: release ## the same on real systemd hosts, and faults of such hosts; need
 	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --lib --no-run --message-format json |
 		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
 	LOCKSTEP_AGENT_TESTS=$$tests target/release/fleet
+
+# The parts leave their figures in target/reports/database/, and the last one sums them up. One after
+# another, for the backup's benchmark measures time.
+database: build ## backups, kills of migrations, ways back, a gigabyte: target/reports/database.json; up to an hour
+	@$(NOFILE)
+	rm -rf target/reports/database target/reports/database.json
+	mkdir -p target/reports/database
+	export LOCKSTEP_DATABASE_REPORT_DIR=$(CURDIR)/target/reports/database LOCKSTEP_KILLS=$(KILLS)
+	$(CARGO) test $(LOCKED) -p lockstep-agent --lib -- --include-ignored --nocapture --test-threads=1 figures
+	target/debug/database
 
 skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)
 	@$(NOFILE)
