@@ -40,6 +40,11 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// How long a statement of the agent's own waits for a lock.
 const LOCK: Duration = Duration::from_secs(5);
 
+/// A transaction for a statement of the plan's author: it cannot write, and sees all rows or fails,
+/// for rows that are hidden from the role would make an assertion hold.
+const AUTHORS: &str =
+    "BEGIN READ ONLY; SET LOCAL search_path TO DEFAULT; SET LOCAL row_security = off";
+
 /// How long ended sessions may take to be gone: a backend that writes a large file looks up only
 /// now and then.
 pub(crate) const GONE: Duration = Duration::from_mins(1);
@@ -229,8 +234,7 @@ impl Session {
     /// Runs one statement of the plan's author, which must return one value, in a transaction
     /// that cannot write. The value is as PostgreSQL prints it; `None` if it is NULL.
     pub(crate) async fn value(&self, what: &str, sql: &str) -> Result<Option<String>, Failure> {
-        self.run(what, "BEGIN READ ONLY; SET LOCAL search_path TO DEFAULT")
-            .await?;
+        self.run(what, AUTHORS).await?;
         let value = self.value_inside(what, sql).await;
         let ended = self.run(what, "ROLLBACK").await;
         let value = value?;
@@ -273,8 +277,7 @@ impl Session {
         sql: &str,
         most: usize,
     ) -> Result<usize, Failure> {
-        self.run(what, "BEGIN READ ONLY; SET LOCAL search_path TO DEFAULT")
-            .await?;
+        self.run(what, AUTHORS).await?;
         let rows = self.rows_inside(what, sql, most).await;
         let ended = self.run(what, "ROLLBACK").await;
         let rows = rows?;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::postgres::{Baseline, Fence, Unfence};
 use lockstep_proto::action::{Action, check};
 use lockstep_proto::plan::{
@@ -263,6 +264,10 @@ pub fn default_timeout(action: &Action) -> Period {
         Action::PostgresCompare(args) if args.with == Baseline::Integrity => HOUR,
         Action::PostgresCounts(_) | Action::PostgresCompare(_) | Action::PostgresAssert(_) => {
             minutes(10)
+        }
+        // Its way back is that of `postgres.restore`.
+        Action::MigrationApply(args) if args.undo_by == UndoBy::Restore => {
+            HOUR.max(plus(args.statement_timeout, 300))
         }
         Action::MigrationApply(args) => plus(args.statement_timeout, 300),
         // Restoring and looking take as long as anywhere; the migration comes on top, there and back.

@@ -87,14 +87,17 @@ impl Act for Apply {
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let tool = Migrator::of(cx, self.into()).await?;
         let session = guard::lock(cx, tool.database()).await?;
-        if let Some(asked) = self.backup.asks() {
-            let otherwise = ", or say `backup: none` if its data can be lost";
-            guard::require_backup(cx, &session, &self.database, asked, otherwise).await?;
-        }
         let from = revision(&session).await?;
         let to = tool.resolve(&self.to).await?;
         if from == to {
             return Ok(done(&self.database, &from, &to, false));
+        }
+        guarded::can_watch(&session, &self.guards).await?;
+        guarded::may_start(cx, &session, self.max_tx_age, self.on_long_tx).await?;
+        // Only now: while others were waited for, a backup has aged and a fence may have fallen.
+        if let Some(asked) = self.backup.asks() {
+            let otherwise = ", or say `backup: none` if its data can be lost";
+            guard::require_backup(cx, &session, &self.database, asked, otherwise).await?;
         }
         as_approved(cx, &tool, &self.database, &from, &to).await?;
         let limits = Limits {
@@ -104,8 +107,6 @@ impl Act for Apply {
         if self.undo_by == UndoBy::Restore {
             restore::is_at_hand(cx, &self.database)?;
         }
-        guarded::can_watch(&session, &self.guards).await?;
-        guarded::may_start(cx, &session, self.max_tx_age, self.on_long_tx).await?;
         kept::begin(cx, &session).await?;
         let beyond = {
             let going = run::go(cx, &tool, &session, Way::Up, (&from, &to), limits);

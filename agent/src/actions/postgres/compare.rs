@@ -5,7 +5,7 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::integrity::{self, Holdings, differences, unmet};
-use super::look::{self, Tally, count, no_backup, of_backup};
+use super::look::{self, Tally, count, no_rows, of_backup};
 use super::measure::rows_fact;
 use super::scratch::unequal;
 use crate::actions::{Act, Done, Probe};
@@ -20,7 +20,7 @@ impl Act for Compare {
         }
         if cx.dry_run && of_backup(cx, name).is_none() {
             Database::find(cx, name)?.connect(cx).await?;
-            return Ok(Probe::Unmet(no_backup(name)));
+            return Ok(Probe::Unmet(no_rows(cx, name)));
         }
         look::probe(self, cx).await
     }
@@ -71,7 +71,7 @@ fn check_names(act: &Compare, known: &[&String]) -> Result<(), Failure> {
 
 async fn with_backup(act: &Compare, cx: &Context) -> Result<Done, Failure> {
     let name = &act.database;
-    let backup = of_backup(cx, name).ok_or_else(|| no_backup(name))?;
+    let backup = of_backup(cx, name).ok_or_else(|| no_rows(cx, name))?;
     check_names(act, &backup.keys().collect::<Vec<_>>())?;
     let session = Database::find(cx, name)?.connect(cx).await?;
     let now = count(&session, &act.tables).await?;

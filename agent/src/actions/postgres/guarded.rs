@@ -68,6 +68,8 @@ pub(crate) async fn may_start(
                 cx.log.line(&format!("ending {shown}"));
                 let age = oldest.0.cast_signed();
                 session.end_sessions(OLD, &[&age]).await?;
+                // A prepared transaction has no session.
+                tokio::time::sleep(EVERY).await;
             }
             OnLongTx::Wait | OnLongTx::Fail | OnLongTx::End => {
                 return Err(hinted(
@@ -190,7 +192,9 @@ async fn look(cx: &Context, session: &Session, guards: &Guards) -> Result<Option
          coalesce(max(extract(epoch FROM clock_timestamp() - {since}) * 1000), 0)::int8 \
          FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted \
          AND a.datid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-         AND a.application_name <> $1"
+         AND a.application_name <> $1 AND EXISTS (SELECT 1 FROM pg_stat_activity own \
+         WHERE own.application_name = $1 AND own.pid <> pg_backend_pid() \
+         AND own.pid = ANY (pg_blocking_pids(l.pid)))"
     );
     let own = application_name(&cx.key);
     let row = session.one(what, &sql, &[&own]).await?;
@@ -199,14 +203,14 @@ async fn look(cx: &Context, session: &Session, guards: &Guards) -> Result<Option
         && waiting > i64::from(most)
     {
         return Ok(Some(format!(
-            "{waiting} sessions wait for a lock, and {most} were allowed"
+            "{waiting} sessions wait for a lock of the migration, and {most} were allowed"
         )));
     }
     if let Some(allowed) = guards.longest_wait
         && longest.unsigned_abs() > allowed.0
     {
         return Ok(Some(format!(
-            "a session has waited {longest} ms for a lock, and {allowed} were allowed"
+            "a session has waited {longest} ms for a lock of the migration, and {allowed} were allowed"
         )));
     }
     Ok(None)
@@ -278,11 +282,19 @@ mod tests {
             .await
             .unwrap();
         let beyond = async {
+            let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+            while bench.ask(waits).await == "0" {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            assert_eq!(seen(&guards).await, None, "the holder is somebody else");
+            let own = application_name(&cx.key);
+            let named = format!("SET application_name = '{own}'");
+            holder.run("", &named).await.unwrap();
             let blocked = watch(&cx, &session, &guards).await;
             assert!(
                 blocked
                     .message
-                    .ends_with("1 sessions wait for a lock, and 0 were allowed"),
+                    .ends_with("1 sessions wait for a lock of the migration, and 0 were allowed"),
                 "{}",
                 blocked.message
             );
@@ -292,7 +304,8 @@ mod tests {
             };
             let long = watch(&cx, &session, &long).await;
             assert!(
-                long.message.contains("ms for a lock, and 50ms"),
+                long.message
+                    .contains("ms for a lock of the migration, and 50ms"),
                 "{}",
                 long.message
             );

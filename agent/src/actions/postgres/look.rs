@@ -9,8 +9,8 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::check_sql::{Wanted, shorten};
-use super::manifest::{Manifest, Store};
-use super::measure::{TABLE_NAME, TABLES, rows_fact};
+use super::manifest::Store;
+use super::measure::{TABLE_NAME, TABLES, is_whole, rows_fact};
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session};
 use crate::step::{Context, failure, hinted};
@@ -63,37 +63,39 @@ async fn count_inside(session: &Session, only: &[String]) -> Result<Tally, Failu
     Ok(tally)
 }
 
-/// The rows in the rollout's newest backup of a database.
+/// The rows of all tables in the rollout's newest backup of a database: on the host that made it as
+/// its manifest says them, elsewhere as its report does. `None` if neither says all of them.
 pub(crate) fn of_backup(cx: &Context, database: &str) -> Option<Tally> {
     let backup = cx.bindings.iter().rev().find(
         |binding| matches!(&binding.fact, Fact::Backup { database: of, .. } if of == database),
     );
-    let rows = |binding: &Binding| match &binding.fact {
-        Fact::Rows {
-            database: of,
-            tables,
-        } if of == database => {
-            // Other steps count, too: the backup's own rows come from the step that made it.
-            let own = backup.is_none_or(|backup| backup.origin == binding.origin);
-            own.then(|| tables.iter().cloned().collect())
-        }
-        _ => None,
-    };
-    cx.bindings.iter().rev().find_map(rows).or_else(|| {
-        // On the host that made it, its manifest says it, too.
-        let database = Database::find(cx, database).ok()?;
-        let made = Store::of(cx, &database).all().into_iter();
-        let made = made
-            .into_iter()
-            .find(|made| made.key.rollout == cx.key.rollout)
-            .filter(Manifest::is_counted)?;
-        Some(
-            made.contents
-                .into_iter()
-                .map(|(name, table)| (name, table.rows))
-                .collect(),
-        )
+    in_manifest(cx, database, backup).or_else(|| {
+        let rows = |binding: &Binding| match &binding.fact {
+            Fact::Rows {
+                database: of,
+                tables,
+            } if of == database => {
+                // Other steps count, too: the backup's own rows come from the step that made it.
+                let own = backup.is_none_or(|backup| backup.origin == binding.origin);
+                (own && is_whole(tables)).then(|| tables.iter().cloned().collect())
+            }
+            _ => None,
+        };
+        cx.bindings.iter().rev().find_map(rows)
     })
+}
+
+fn in_manifest(cx: &Context, database: &str, backup: Option<&Binding>) -> Option<Tally> {
+    let database = Database::find(cx, database).ok()?;
+    let made = Store::of(cx, &database).all().into_iter();
+    let made = made
+        .filter(|made| made.key.rollout == cx.key.rollout && made.is_counted())
+        .find(|made| match backup.map(|backup| &backup.fact) {
+            Some(Fact::Backup { id, digest, .. }) => (id, digest) == (&made.id, &made.digest),
+            _ => true,
+        })?;
+    let rows = made.contents.into_iter();
+    Some(rows.map(|(name, table)| (name, table.rows)).collect())
 }
 
 /// The tables whose rows differ from the backup's, in words: `users: 12 rows, 10 in the backup`.
@@ -119,6 +121,20 @@ pub(super) async fn probe(act: &impl Act, cx: &Context) -> Result<Probe, Failure
 }
 
 /// A step that needs a backup which the rollout has not made.
+/// Refuses to compare with rows that are not known here.
+pub(super) fn no_rows(cx: &Context, database: &str) -> Failure {
+    let is_backup = |binding: &Binding| matches!(&binding.fact, Fact::Backup { database: of, .. } if of == database);
+    if !cx.bindings.iter().any(is_backup) {
+        return no_backup(database);
+    }
+    hinted(
+        Cause::Refused,
+        format!("how many rows each table of `{database}` had in its backup is not known here"),
+        "let `postgres.backup` measure row_counts, and compare on the host that made it: other \
+         hosts are told of a few hundred tables at most",
+    )
+}
+
 pub(super) fn no_backup(database: &str) -> Failure {
     hinted(
         Cause::Refused,

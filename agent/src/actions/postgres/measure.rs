@@ -226,6 +226,14 @@ pub(super) fn rows_fact(database: &str, tables: impl Iterator<Item = (String, u6
     }
 }
 
+/// Whether such a fact tells of all tables for sure. One that was cut has no room for another name,
+/// of at most 63 bytes, quoted, with its schema's.
+pub(super) fn is_whole(tables: &[(String, u64)]) -> bool {
+    const LONGEST: usize = 2 * (2 * 63 + 2) + 1 + 32;
+    let bytes: usize = tables.iter().map(|(name, _)| name.len() + 32).sum();
+    bytes <= MAX_ROWS_BYTES - LONGEST
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,6 +258,8 @@ mod tests {
         let Fact::Rows { tables, .. } = fact else {
             unreachable!("it makes rows")
         };
+        assert!(!is_whole(&tables), "the others would be thought gone");
+        assert!(is_whole(&tables[..tables.len() / 2]));
         assert!(tables.contains(&("a_table_with_a_long_name_4999".into(), 4999)));
     }
 }

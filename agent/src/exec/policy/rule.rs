@@ -176,9 +176,12 @@ impl Rule {
                 .all(|value| is_one_of(argument, value, allowed))
         });
         let mut unfit: Vec<&str> = unfit.map(|(argument, _)| argument.as_str()).collect();
-        // A secret goes nowhere, and a command of a copy does not run, but where a rule says so.
+        // A secret goes nowhere, a command of a copy does not run, and what reaches further than an
+        // action's name says does not happen, but where a rule says so.
         let named = with_secrets(name, args).into_iter();
-        let named = named.chain(with_commands(name, args));
+        let named = named
+            .chain(with_commands(name, args))
+            .chain(reaching(name, args));
         unfit.extend(named.filter(|argument| !self.only.contains_key(*argument)));
         Some(unfit)
     }
@@ -198,7 +201,8 @@ impl Rule {
                 format!("to it:\n{}", rule_for(name, args))
             };
             return format!(
-                "allows `{}` without secrets and commands in `{}`; if they are right on this host, add {add}",
+                "allows `{}`, but lists nothing for `{}`, and what the plan has there must be \
+                 listed; if it is right on this host, add {add}",
                 self.action,
                 misfits.join("`, `")
             );
@@ -261,6 +265,27 @@ const REQUESTS: [&str; 2] = ["then", "cleanup"];
 
 /// Arguments that each request of a chain has.
 const OF_REQUESTS: [&str; 5] = ["url", "method", "headers", "form", "json"];
+
+/// Values with which an action does what another one is for: a rule that says nothing of them does
+/// not mean them.
+const REACHING: [(&str, &str, &str); 2] = [
+    // It puts another database into the place of this one.
+    ("migration.apply", "undo_by", "restore"),
+    // It ends other people's sessions.
+    ("migration.apply", "on_long_tx", "end"),
+];
+
+/// The arguments with such a value.
+fn reaching<'a>(name: &str, args: &Value) -> impl Iterator<Item = &'a str> {
+    let has = |(action, argument, value): &(&str, &'static str, &str)| {
+        (*action == name && args[*argument] == *value).then_some(*argument)
+    };
+    REACHING
+        .iter()
+        .filter_map(has)
+        .collect::<Vec<_>>()
+        .into_iter()
+}
 
 /// The arguments that hold a secret, each once. Those of a chain's requests are the requests' own.
 fn with_secrets<'a>(name: &str, args: &'a Value) -> Vec<&'a str> {

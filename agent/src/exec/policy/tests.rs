@@ -12,6 +12,27 @@ fn policy(text: &str) -> Policy {
 }
 
 #[test]
+fn what_reaches_further_than_its_name_is_listed_or_refused() {
+    let apply = |more: serde_json::Value| {
+        let mut args = json!({"database": "shop", "app": "shop", "release": "v1", "dir": "db"});
+        let fields = args.as_object_mut().unwrap();
+        fields.extend(more.as_object().unwrap().clone());
+        action("migration.apply", args)
+    };
+    let plain = policy("[[allow]]\naction = 'migration.*'\nwhere = { database = ['shop'] }");
+    plain.check(&apply(json!({"undo_by": "keep"}))).unwrap();
+    for (argument, value) in [("undo_by", "restore"), ("on_long_tx", "end")] {
+        let reaching = apply(json!({argument: value}));
+        let refusal = plain.check(&reaching).unwrap_err();
+        assert!(refusal.contains("must be listed"), "{refusal}");
+        let listed = format!(
+            "[[allow]]\naction = 'migration.apply'\nwhere = {{ {argument} = ['{value}'] }}"
+        );
+        policy(&listed).check(&reaching).unwrap();
+    }
+}
+
+#[test]
 fn without_a_policy_only_probes_that_run_nothing_are_allowed() {
     let dir = tempfile::tempdir().unwrap();
     let none = Policy::load(&dir.path().join("policy.toml")).unwrap();
@@ -297,10 +318,7 @@ fn no_secret_goes_where_no_rule_lists_it() {
         let fields = args.as_object_mut().unwrap();
         fields.extend(hidden.as_object().unwrap().clone());
         let refusal = http(&open, args).unwrap_err();
-        assert!(
-            refusal.contains("without secrets and commands in"),
-            "{refusal}"
-        );
+        assert!(refusal.contains("must be listed"), "{refusal}");
     }
     let listed = policy(
         "[[allow]]\naction = 'check.http'\nwhere = { url = ['http://app/*'], \

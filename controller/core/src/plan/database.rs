@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::action::migration::{Downgrade, RequiredBackup, Tool};
+use lockstep_proto::action::migration::{Downgrade, RequiredBackup, Tool, UndoBy};
 use lockstep_proto::action::postgres::{Baseline, Rows};
 
 use super::args::is_known;
@@ -142,6 +142,9 @@ impl<'a> SoFar<'a> {
                 self.activated.push((&args.app, &args.release, line));
             }
             Action::MigrationApply(args) => {
+                if args.undo_by == UndoBy::Restore {
+                    self.same_host(step, &args.database, hosts);
+                }
                 self.code_first(step, &args.app, &args.release);
                 self.applied.push((&args.database, &args.release, line));
                 if args.backup != RequiredBackup::None {
