@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the tests and the demo need beside Rust: a C compiler, git, Python with venv, node with npm,
-# a PostgreSQL server, and ssh-keygen. What is missing is installed where that is possible (root, or
-# sudo without a password); otherwise the one command that does it is named.
+# a PostgreSQL server, pgBackRest, Barman, and ssh-keygen. What is missing is installed where that is
+# possible (root, or sudo without a password); otherwise the one command that does it is named.
 set -euo pipefail
 
 say() { printf 'prepare: %s\n' "$*" >&2; }
@@ -26,6 +26,8 @@ need nodejs have node
 need npm have npm
 need postgresql server
 need procps have ps
+need pgbackrest have pgbackrest
+need barman have barman
 need openssh-client have ssh-keygen
 need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 

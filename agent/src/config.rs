@@ -164,6 +164,54 @@ pub(crate) struct Postgres {
     /// Where backups are kept. Default: `backups` in the state directory.
     #[serde(default)]
     pub(crate) backup_dir: Option<PathBuf>,
+    /// pgBackRest, if it keeps the server's physical backups.
+    #[serde(default)]
+    pub(crate) pgbackrest: Option<Pgbackrest>,
+    /// Barman, if it keeps them.
+    #[serde(default)]
+    pub(crate) barman: Option<Barman>,
+}
+
+/// pgBackRest, as it is set up on the host.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Pgbackrest {
+    /// The server's stanza.
+    pub(crate) stanza: String,
+    /// Its configuration file. Default: its own default.
+    #[serde(default)]
+    pub(crate) config: Option<PathBuf>,
+    /// The program. Default: the one in `PATH`.
+    #[serde(default = "pgbackrest")]
+    pub(crate) program: String,
+    /// The operating system's user that it runs as. Default: `os_user`.
+    #[serde(default)]
+    pub(crate) user: Option<String>,
+}
+
+/// Barman, as it is set up on the host.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Barman {
+    /// Its name for the server.
+    pub(crate) server: String,
+    /// Its configuration file. Default: its own default.
+    #[serde(default)]
+    pub(crate) config: Option<PathBuf>,
+    /// The program. Default: the one in `PATH`.
+    #[serde(default = "barman")]
+    pub(crate) program: String,
+    /// The operating system's user that it runs as. Default: `os_user`.
+    #[serde(default)]
+    pub(crate) user: Option<String>,
+}
+
+fn barman() -> String {
+    "barman".to_owned()
+}
+
+fn pgbackrest() -> String {
+    "pgbackrest".to_owned()
 }
 
 fn state_dir() -> PathBuf {

@@ -87,6 +87,32 @@ pub enum Fact {
         /// When, by the server's clock.
         taken_at: Timestamp,
     },
+    /// The server's physical backups can be brought back to this moment.
+    RestorePoint {
+        /// The database that the step named; the point is one of its whole server.
+        database: String,
+        /// The point's name.
+        name: String,
+        /// Its place in the server's log of changes: `0/3000060`.
+        lsn: String,
+        /// The archived file that holds it.
+        archived: String,
+        /// When, by the server's clock.
+        taken_at: Timestamp,
+    },
+    /// The host's backup system has taken a physical backup.
+    ExternalBackup {
+        /// The database that the step named; the backup is one of its whole server.
+        database: String,
+        /// The system's name for the backup.
+        label: String,
+        /// What it holds, in the system's word: `full`, `diff`, `incr`.
+        holds: String,
+        /// Where the server's log of changes was when it began.
+        from: String,
+        /// And when it ended: it can be brought back to any moment from here on.
+        to: String,
+    },
     /// A fence is up.
     Fenced {
         /// The database.

@@ -67,6 +67,9 @@ impl Postgres {
             // Every statement goes to the log: stories search it for what must not be there.
             "log_statement=all".to_owned(),
             "log_line_prefix=%m %u@%d %a ".to_owned(),
+            // What is archived goes nowhere; restore points ask that it goes somewhere.
+            "archive_mode=on".to_owned(),
+            "archive_command=/bin/true".to_owned(),
         ] {
             argv.push("-c".into());
             argv.push(setting.into());

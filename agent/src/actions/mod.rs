@@ -133,6 +133,8 @@ macro_rules! with_act {
             Action::PostgresCompare($act) => $body,
             Action::PostgresAssert($act) => $body,
             Action::PostgresAnalyze($act) => $body,
+            Action::PostgresRestorePoint($act) => $body,
+            Action::PostgresExternalBackup($act) => $body,
             Action::PostgresFence($act) => $body,
             Action::PostgresUnfence($act) => $body,
             Action::MigrationCurrent($act) => $body,

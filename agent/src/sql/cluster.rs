@@ -13,7 +13,7 @@ use lockstep_proto::ids::{Direction, RolloutId, StepRef};
 use lockstep_proto::order::{Binding, Fact};
 
 use super::{Database, Session};
-use crate::config::Postgres;
+use crate::config::{self, Postgres};
 use crate::process::User;
 use crate::step::Context;
 use crate::testing::Host;
@@ -26,9 +26,75 @@ pub(crate) const PASSWORD: &str = "canary-pa55:word\\x";
 
 /// A running server.
 pub(crate) struct Cluster {
-    server: Child,
+    server: Mutex<Child>,
     port: u16,
     directory: tempfile::TempDir,
+    /// Who keeps its log of changes, if anybody does.
+    archive: Option<Archive>,
+}
+
+/// A backup system, really installed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Archive {
+    /// pgBackRest.
+    Pgbackrest,
+    /// Barman.
+    Barman,
+}
+
+impl Archive {
+    /// Where Debian's package puts it.
+    fn program(self) -> &'static str {
+        match self {
+            Self::Pgbackrest => "/usr/bin/pgbackrest",
+            Self::Barman => "/usr/bin/barman",
+        }
+    }
+
+    /// Its configuration for a server.
+    fn configuration(self, root: &str, port: u16) -> String {
+        match self {
+            Self::Pgbackrest => format!(
+                "[global]\nrepo1-path={root}/repository\nlog-path={root}\n\
+                 lock-path={root}/lock\nspool-path={root}/spool\nrepo1-retention-full=9\n\
+                 start-fast=y\n\
+                 [main]\npg1-path={root}/data\npg1-port={port}\npg1-socket-path={root}\n"
+            ),
+            Self::Barman => format!(
+                "[barman]\nbarman_user = {user}\nbarman_home = {root}/repository\n\
+                 log_file = {root}/barman.log\nconfiguration_files_directory = {root}/none\n\
+                 [main]\ndescription = main\nbackup_method = postgres\narchiver = on\n\
+                 immediate_checkpoint = true\npath_prefix = {bin}\n\
+                 conninfo = host={root} port={port} user=postgres dbname=postgres\n",
+                user = if rustix::process::geteuid().is_root() {
+                    "postgres".to_owned()
+                } else {
+                    User::current().unwrap().name
+                },
+                bin = bin_dir().display()
+            ),
+        }
+    }
+
+    /// What the server runs for each file of its log.
+    fn command(self, root: &str) -> String {
+        match self {
+            Self::Pgbackrest => format!(
+                "{} --config={root}/archive.conf --stanza=main archive-push %p",
+                self.program()
+            ),
+            Self::Barman => format!("/bin/cp %p {root}/repository/main/incoming/%f"),
+        }
+    }
+
+    /// What is done once when the server runs.
+    fn setup(self, conf: &str) -> Vec<String> {
+        let words = match self {
+            Self::Pgbackrest => format!("--config={conf} --stanza=main stanza-create"),
+            Self::Barman => format!("-c {conf} switch-wal --force --archive main"),
+        };
+        words.split(' ').map(str::to_owned).collect()
+    }
 }
 
 impl Cluster {
@@ -37,13 +103,29 @@ impl Cluster {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         shared.upgrade().unwrap_or_else(|| {
-            let cluster = Arc::new(Self::start());
+            let cluster = Arc::new(Self::start(None));
             *shared = Arc::downgrade(&cluster);
             cluster
         })
     }
 
-    fn start() -> Self {
+    /// A server of its own whose log of changes is archived.
+    pub(crate) fn archiving(archive: Archive) -> Arc<Self> {
+        assert!(
+            Path::new(archive.program()).exists(),
+            "{archive:?} is missing: run tests/prepare.sh"
+        );
+        let cluster = Self::start(Some(archive));
+        let conf = cluster.conf().display().to_string();
+        let ready = as_server(archive.program())
+            .args(archive.setup(&conf))
+            .output()
+            .unwrap();
+        assert!(ready.status.success(), "{ready:?}");
+        Arc::new(cluster)
+    }
+
+    fn start(archive: Option<Archive>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (root, data) = (directory.path(), directory.path().join("data"));
         if rustix::process::geteuid().is_root() {
@@ -52,13 +134,15 @@ impl Cluster {
         }
         let secret = root.join("password");
         std::fs::write(&secret, PASSWORD).unwrap();
+        // Backup systems come through the socket, without a password.
+        let local = if archive.is_some() {
+            "trust"
+        } else {
+            "scram-sha-256"
+        };
         let initialised = server_program("initdb")
-            .args([
-                "--auth=scram-sha-256",
-                "--no-sync",
-                "--encoding=UTF8",
-                "--locale=C",
-            ])
+            .args(["--auth-host=scram-sha-256", "--auth-local", local])
+            .args(["--no-sync", "--encoding=UTF8", "--locale=C"])
             .args(["--username=postgres", "-D"])
             .arg(&data)
             .arg(format!("--pwfile={}", secret.display()))
@@ -74,52 +158,132 @@ impl Cluster {
             .local_addr()
             .unwrap()
             .port();
-        let server = server_program("postgres")
-            .arg("-D")
-            .arg(&data)
-            .args([
-                "-c",
-                "listen_addresses=127.0.0.1",
-                "-c",
-                &format!("port={port}"),
-            ])
-            .args(["-c", &format!("unix_socket_directories={}", root.display())])
-            .args(["-c", "fsync=off", "-c", "max_connections=60"])
-            .stdout(Stdio::null())
-            .stderr(std::fs::File::create(root.join("log")).unwrap())
-            .spawn()
-            .unwrap();
-        let ready = data.join("postmaster.pid");
-        let began = Instant::now();
-        while !std::fs::read_to_string(&ready).is_ok_and(|text| text.contains("ready")) {
-            let log = || std::fs::read_to_string(root.join("log")).unwrap_or_default();
-            assert!(began.elapsed() < Duration::from_mins(1), "{}", log());
-            std::thread::sleep(Duration::from_millis(20));
+        if let Some(archive) = archive {
+            let shown = root.display().to_string();
+            let text = archive.configuration(&shown, port);
+            std::fs::write(root.join("archive.conf"), text).unwrap();
+            if archive == Archive::Barman {
+                let incoming = format!("{shown}/repository/main/incoming");
+                let made = as_server("/bin/mkdir").args(["-p", &incoming]).status();
+                assert!(made.unwrap().success());
+            }
         }
+        let server = Mutex::new(launch(root, port, archive));
         Self {
             server,
             port,
             directory,
+            archive,
         }
     }
 
     fn directory(&self) -> &Path {
         self.directory.path()
     }
+
+    /// The backup system's configuration.
+    pub(crate) fn conf(&self) -> PathBuf {
+        self.directory().join("archive.conf")
+    }
+
+    /// Where it keeps its backups.
+    pub(crate) fn repository(&self) -> PathBuf {
+        self.directory().join("repository")
+    }
+
+    fn pgbackrest(&self) -> Option<config::Pgbackrest> {
+        (self.archive == Some(Archive::Pgbackrest)).then(|| config::Pgbackrest {
+            stanza: "main".into(),
+            config: Some(self.conf()),
+            program: Archive::Pgbackrest.program().into(),
+            user: server_user(),
+        })
+    }
+
+    fn barman(&self) -> Option<config::Barman> {
+        (self.archive == Some(Archive::Barman)).then(|| config::Barman {
+            server: "main".into(),
+            config: Some(self.conf()),
+            program: Archive::Barman.program().into(),
+            user: server_user(),
+        })
+    }
+
+    /// Gives the data of a stopped server another name.
+    pub(crate) fn put_data_aside(&self) {
+        let data = self.directory().join("data");
+        std::fs::rename(&data, self.directory().join("data.aside")).unwrap();
+    }
+
+    /// Stops the server, and ends all sessions.
+    pub(crate) fn stop(&self) {
+        use rustix::process::{Pid, Signal, kill_process};
+        let mut server = self.server.lock().unwrap();
+        let _ = kill_process(Pid::from_child(&server), Signal::INT);
+        let _ = server.wait();
+    }
+
+    /// Starts it again, and waits until it has recovered.
+    pub(crate) fn start_again(&self) {
+        *self.server.lock().unwrap() = launch(self.directory(), self.port, self.archive);
+    }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        use rustix::process::{Pid, Signal, kill_process};
-        // SIGINT: end all sessions and stop.
-        let _ = kill_process(Pid::from_child(&self.server), Signal::INT);
-        let _ = self.server.wait();
+        self.stop();
     }
+}
+
+/// Who the server's programs run as, if not as whoever the test runs as.
+fn server_user() -> Option<String> {
+    rustix::process::geteuid()
+        .is_root()
+        .then(|| "postgres".into())
+}
+
+/// Starts the server, and waits until it takes connections.
+fn launch(root: &Path, port: u16, archive: Option<Archive>) -> Child {
+    let data = root.join("data");
+    let mut server = server_program("postgres");
+    server
+        .arg("-D")
+        .arg(&data)
+        .args(["-c", "listen_addresses=127.0.0.1"])
+        .args(["-c", &format!("port={port}")])
+        .args(["-c", &format!("unix_socket_directories={}", root.display())])
+        .args(["-c", "fsync=off", "-c", "max_connections=60"]);
+    if let Some(archive) = archive {
+        // In the file, for tests that change it.
+        let file = data.join("postgresql.auto.conf");
+        if !std::fs::read_to_string(&file).is_ok_and(|text| text.contains("archive_mode")) {
+            let push = archive.command(&root.display().to_string());
+            let text = format!("archive_mode = on\narchive_command = '{push}'\n");
+            std::fs::write(&file, text).unwrap();
+        }
+    }
+    let server = server
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(root.join("log")).unwrap())
+        .spawn()
+        .unwrap();
+    let ready = data.join("postmaster.pid");
+    let began = Instant::now();
+    while !std::fs::read_to_string(&ready).is_ok_and(|text| text.contains("ready")) {
+        let log = || std::fs::read_to_string(root.join("log")).unwrap_or_default();
+        assert!(began.elapsed() < Duration::from_mins(1), "{}", log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    server
 }
 
 /// One of the server's programs, as a user that it accepts.
 fn server_program(name: &str) -> Command {
-    let path = bin_dir().join(name);
+    as_server(&bin_dir().join(name).display().to_string())
+}
+
+/// A program, run as whoever the server runs as.
+pub(crate) fn as_server(path: &str) -> Command {
     if !rustix::process::geteuid().is_root() {
         return Command::new(path);
     }
@@ -159,7 +323,11 @@ pub(crate) struct Bench {
 impl Bench {
     /// A host with an empty database that only its owner and the application may enter.
     pub(crate) async fn new() -> Self {
-        let cluster = Cluster::shared();
+        Self::on(Cluster::shared()).await
+    }
+
+    /// The same on a server of the test's own.
+    pub(crate) async fn on(cluster: Arc<Cluster>) -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("staff_{number}");
         let mut host = Host::new();
@@ -174,6 +342,8 @@ impl Bench {
             os_user: None,
             bin_dir: None,
             backup_dir: None,
+            pgbackrest: cluster.pgbackrest(),
+            barman: cluster.barman(),
         };
         let (owner, app) = (format!("{name}_owner"), format!("{name}_app"));
         let sections = [
@@ -219,7 +389,12 @@ impl Bench {
 
     /// The same with two tables, one of them in a schema of its own, and 300 rows.
     pub(crate) async fn with_rows() -> Self {
-        let bench = Self::new().await;
+        Self::with_rows_on(Cluster::shared()).await
+    }
+
+    /// The same on a server of the test's own.
+    pub(crate) async fn with_rows_on(cluster: Arc<Cluster>) -> Self {
+        let bench = Self::on(cluster).await;
         let app = bench.app();
         bench
             .sql(&format!(

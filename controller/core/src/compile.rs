@@ -261,6 +261,9 @@ pub fn default_timeout(action: &Action) -> Period {
         | Action::PostgresUnfence(_)
         | Action::PostgresIntegrity(_)
         | Action::PostgresAnalyze(_) => HOUR,
+        Action::PostgresRestorePoint(args) => plus(args.archived_within, 60),
+        // A whole server may be large.
+        Action::PostgresExternalBackup(_) => Period::seconds(4 * 3600),
         Action::PostgresCompare(args) if args.with == Baseline::Integrity => HOUR,
         Action::PostgresCounts(_) | Action::PostgresCompare(_) | Action::PostgresAssert(_) => {
             minutes(10)

@@ -230,6 +230,18 @@ fn a_check_of_an_assertion_asks_for_a_value_or_for_no_row() {
     }
 }
 
+#[test]
+fn barman_s_backups_are_full() {
+    let backup = |rest: &str| {
+        codes(&format!(
+            "postgres.external_backup: {{database: p, system: barman{rest}}}"
+        ))
+    };
+    assert_eq!(backup(", kind: incremental"), [Code::WrongValue]);
+    assert_eq!(backup(", kind: full"), []);
+    assert_eq!(backup(""), []);
+}
+
 /// `within` asks again until the answer is right: what creates something would create it again.
 #[test]
 fn only_requests_that_change_nothing_are_repeated() {

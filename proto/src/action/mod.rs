@@ -127,6 +127,8 @@ actions! {
     "postgres.compare" PostgresCompare(postgres::Compare) Observing Host false "Compares a database with its backup, or with how it was before.";
     "postgres.assert" PostgresAssert(postgres::Assert) Observing Host false "Runs read-only statements and holds each result against what is expected.";
     "postgres.analyze" PostgresAnalyze(postgres::Analyze) Convergent Host false "Renews the statistics that the planner goes by, table by table.";
+    "postgres.restore_point" PostgresRestorePoint(postgres::RestorePoint) Receipted Host false "Names a moment to which the server's physical backups can be brought back, and waits until it is archived.";
+    "postgres.external_backup" PostgresExternalBackup(postgres::ExternalBackup) Receipted Host false "Has the host's own backup system take a physical backup, and proves that it did.";
     "postgres.fence" PostgresFence(postgres::Fence) Convergent Host true "Shuts applications out of a database and ends their sessions.";
     "postgres.unfence" PostgresUnfence(postgres::Unfence) Convergent Host true "Lets applications into a database again.";
     "migration.current" MigrationCurrent(migration::Current) Observing Host false "Says which revision a database is at.";

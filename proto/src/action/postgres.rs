@@ -217,6 +217,64 @@ pub struct Analyze {
     pub tables: Vec<String>,
 }
 
+/// Arguments of `postgres.restore_point`: a name in the server's log of changes, to which its
+/// physical backups can be brought back.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RestorePoint {
+    /// A database of the server, as the host's configuration names it with its address and role.
+    pub database: String,
+    /// How long the log up to the point may take to be archived. Default: 5m.
+    #[serde(default = "archived_within")]
+    pub archived_within: Period,
+}
+
+/// A system of physical backups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum System {
+    /// pgBackRest.
+    #[default]
+    Pgbackrest,
+    /// Barman.
+    Barman,
+}
+
+/// What a physical backup holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Everything.
+    Full,
+    /// What has changed since the newest full one.
+    Differential,
+    /// What has changed since the newest one.
+    #[default]
+    Incremental,
+}
+
+/// Arguments of `postgres.external_backup`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct ExternalBackup {
+    /// A database of the server, as the host's configuration names it with its backup system.
+    pub database: String,
+    /// The system. Default: pgbackrest.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub system: System,
+    /// What it holds. Default: incremental; the first one is always full, and so is Barman's.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub kind: Kind,
+    /// Read what is kept again, and fail if anything is damaged: with pgBackRest all backups and the
+    /// archive, with Barman the new backup.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub verify: bool,
+}
+
 /// Arguments of `postgres.fence`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -247,4 +305,8 @@ pub struct Unfence {
     /// The rollout that has left its fence up, if it was cancelled or closed before lowering it. Default: this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left_by: Option<String>,
+}
+
+fn archived_within() -> Period {
+    Period::seconds(300)
 }

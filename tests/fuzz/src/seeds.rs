@@ -122,6 +122,20 @@ fn facts() -> Vec<Fact> {
             digest,
             taken_at: Timestamp(1),
         },
+        Fact::RestorePoint {
+            database: database.clone(),
+            name: "lockstep_a".to_owned(),
+            lsn: "0/1".to_owned(),
+            archived: "000000010000000000000001".to_owned(),
+            taken_at: Timestamp(1),
+        },
+        Fact::ExternalBackup {
+            database: database.clone(),
+            label: "20260101-000000F".to_owned(),
+            holds: "full".to_owned(),
+            from: "0/1".to_owned(),
+            to: "0/2".to_owned(),
+        },
         Fact::Fenced {
             database: database.clone(),
             fence: "f".to_owned(),

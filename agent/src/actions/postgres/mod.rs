@@ -14,14 +14,18 @@
 mod analyze;
 mod archive;
 mod backup;
+mod barman;
 mod check_sql;
 mod compare;
+mod external;
 pub(crate) mod fence;
 pub(crate) mod guarded;
 pub(crate) mod integrity;
 pub(crate) mod look;
 mod manifest;
 pub(crate) mod measure;
+mod pgbackrest;
+mod points;
 pub(crate) mod restore;
 mod scratch;
 mod tools;

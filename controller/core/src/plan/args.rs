@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use lockstep_proto::action::gate::{MOST_APPROVALS, Window};
 use lockstep_proto::action::migration::{RequiredBackup, UndoBy};
-use lockstep_proto::action::postgres::Assertion;
+use lockstep_proto::action::postgres::{Assertion, Kind, System};
 use lockstep_proto::action::{Action, Site};
 use lockstep_proto::ids::RolloutId;
 use regex::Regex;
@@ -207,6 +207,16 @@ impl Args<'_> {
                 }
             }
             Action::PostgresAnalyze(args) => self.database(&args.database),
+            Action::PostgresRestorePoint(args) => self.database(&args.database),
+            Action::PostgresExternalBackup(args) => {
+                self.database(&args.database);
+                let kind = self.reader.tree.get(self.args, "kind");
+                if args.system == System::Barman && kind.is_some() && args.kind != Kind::Full {
+                    let message = "Barman's backups are full";
+                    let hint = "leave `kind` out; what it reuses stands in its own configuration";
+                    self.report(Code::WrongValue, &["kind".into()], message, hint);
+                }
+            }
             Action::PostgresFence(args) => {
                 self.database(&args.database);
                 self.not_empty(&args.roles, &["roles".into()], "roles");

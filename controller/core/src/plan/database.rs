@@ -45,6 +45,7 @@ pub(super) fn check(reader: &Reader<'_>, draft: &Draft) {
             so_far.step(phase, step);
         }
     }
+    so_far.never_verified();
 }
 
 /// What the steps so far have done.
@@ -61,6 +62,8 @@ struct SoFar<'a> {
 struct Database<'a> {
     /// The newest backup.
     backup: Option<Backup<'a>>,
+    /// Its step, as long as nobody has verified it.
+    unproven: Option<NodeId>,
     /// The line of the newest look at all that it holds, and the fence that has been up since.
     looked: Option<(usize, Option<usize>)>,
     /// The fence that is up, by the line that raised it.
@@ -111,6 +114,7 @@ impl<'a> SoFar<'a> {
         match action {
             Action::PostgresBackup(args) => {
                 let database = self.databases.entry(&args.database).or_default();
+                database.unproven = Some(step.node);
                 database.backup = Some(Backup {
                     line,
                     hosts,
@@ -124,7 +128,10 @@ impl<'a> SoFar<'a> {
             Action::PostgresUnfence(args) => {
                 self.databases.entry(&args.database).or_default().lower();
             }
-            Action::PostgresVerifyBackup(args) => self.same_host(step, &args.database, hosts),
+            Action::PostgresVerifyBackup(args) => {
+                self.same_host(step, &args.database, hosts);
+                self.databases.entry(&args.database).or_default().unproven = None;
+            }
             Action::PostgresRestore(args) => {
                 self.same_host(step, &args.database, hosts);
                 self.back(step, line, &args.database);
@@ -271,6 +278,18 @@ impl<'a> SoFar<'a> {
                 args.release
             );
             self.reader.warn(Code::BadDowngrade, at, message, hint);
+        }
+    }
+
+    /// Backups that are taken last, and that nobody restores: perhaps they cannot be.
+    fn never_verified(&self) {
+        for (name, database) in &self.databases {
+            if let Some(step) = database.unproven {
+                let message =
+                    format!("nobody restores this backup of `{name}`: perhaps it cannot be");
+                let hint = format!("add `postgres.verify_backup: {{database: {name}}}` after it");
+                self.reader.warn(Code::NeverVerified, step, message, &hint);
+            }
         }
     }
 

@@ -81,6 +81,7 @@ codes! {
     ElsewhereLookedFor "0052" "A backup is looked for on hosts that have not made it.";
     MisleadingQuery "0053" "A statement that answers another question than the one asked.";
     NothingToCompare "0054" "A comparison with how a database was, and no earlier step looks.";
+    NeverVerified "0055" "A backup that no later step restores and compares.";
 }
 
 impl fmt::Display for Code {

@@ -215,6 +215,8 @@ fn database(action: &Action) -> Option<&String> {
         Action::PostgresCompare(args) => Some(&args.database),
         Action::PostgresAssert(args) => Some(&args.database),
         Action::PostgresAnalyze(args) => Some(&args.database),
+        Action::PostgresRestorePoint(args) => Some(&args.database),
+        Action::PostgresExternalBackup(args) => Some(&args.database),
         Action::PostgresFence(args) => Some(&args.database),
         Action::PostgresUnfence(args) => Some(&args.database),
         Action::MigrationCurrent(args) => Some(&args.database),

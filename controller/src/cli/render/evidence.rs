@@ -105,6 +105,26 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             format!("integrity of {database}"),
             format!("{id}, {digest}"),
         ),
+        Fact::RestorePoint {
+            database,
+            name,
+            lsn,
+            archived,
+            ..
+        } => (
+            format!("restore point of {database}"),
+            format!("{name} at {lsn}, archived in {archived}"),
+        ),
+        Fact::ExternalBackup {
+            database,
+            label,
+            holds,
+            from,
+            to,
+        } => (
+            format!("physical backup of {database}"),
+            format!("{label} ({holds}), log from {from} to {to}"),
+        ),
         Fact::Fenced { database, .. } => (format!("fence of {database}"), "up".to_owned()),
         Fact::Revision {
             database,

@@ -3,15 +3,7 @@
 use lockstep_proto::action::postgres::Rows;
 
 use super::holdings::{Held, Holdings, Values};
-
-/// The tables in which migration tools write down what they did: a migration changes them.
-const OF_TOOLS: [&str; 5] = [
-    "alembic_version",
-    "_prisma_migrations",
-    "__diesel_schema_migrations",
-    "_sqlx_migrations",
-    "lockstep_schema_migrations",
-];
+use crate::actions::postgres::written::LEDGERS;
 
 /// What differs.
 #[derive(Debug, Default, PartialEq)]
@@ -48,8 +40,8 @@ impl Differences {
                 }
                 continue;
             };
-            let is_of_a_tool = OF_TOOLS.contains(&name.rsplit('.').next().unwrap_or(name));
-            if is_of_a_tool {
+            // A migration changes them; the revisions are compared by themselves.
+            if LEDGERS.contains(&name.rsplit('.').next().unwrap_or(name)) {
                 continue;
             }
             let (rows, had) = (now.rows, before.rows);

@@ -162,7 +162,10 @@ fn copies_are_in_different_places() {
     let backup = |copies: &str| {
         steps(
             "",
-            &format!("      - postgres.backup: {{database: shop, copies: [{copies}], on: db}}\n"),
+            &format!(
+                "      - postgres.backup: {{database: shop, copies: [{copies}], on: db}}\n\
+                 \x20     - postgres.verify_backup: {{database: shop, on: db}}\n"
+            ),
         )
     };
     assert_eq!(backup("/a, /b, /a/"), [(Code::CopiesTogether, 9)]);
@@ -181,6 +184,19 @@ fn a_backup_is_looked_for_where_it_was_made() {
     assert_eq!(verify("db"), []);
     assert_eq!(verify("[app, db]"), []);
     assert_eq!(verify("app"), [(Code::ElsewhereLookedFor, 11)]);
+}
+
+#[test]
+fn a_backup_is_verified() {
+    let backup = "      - postgres.backup: {database: shop, on: db}\n";
+    assert_eq!(steps("", backup), [(Code::NeverVerified, 9)]);
+    assert_eq!(steps("", BACKUP), []);
+    // The newest counts, and each database's own.
+    let again = steps("", &format!("{BACKUP}{backup}"));
+    assert_eq!(again, [(Code::NeverVerified, 11)]);
+    let other = backup.replace("shop", "other");
+    let found = steps("", &format!("{other}{BACKUP}"));
+    assert_eq!(found, [(Code::NeverVerified, 9)]);
 }
 
 /// What an unread step would have done is not known.
