@@ -31,6 +31,14 @@ need barman have barman
 need openssh-client have ssh-keygen
 need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 
+# Tests of these say NOT TESTED without them, or fail with LOCKSTEP_REQUIRE_TOOLS=1. They take minutes to
+# build, so nothing installs them unasked.
+for tool in "sqlx sqlx-cli@0.9.0 postgres,rustls" "diesel diesel_cli@2.3.14 postgres"; do
+  read -r program crate features <<<"$tool"
+  have "$program" >/dev/null ||
+    say "not here: $program; cargo install --locked --no-default-features --features $features $crate (diesel: with libpq-dev)"
+done
+
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" = 0 ]; then

@@ -16,6 +16,7 @@ use std::time::Duration;
 use lockstep_proto::ids::StepKey;
 use lockstep_proto::report::{Cause, Failure};
 use tokio::time::{Instant, timeout};
+use tokio_postgres::error::ErrorPosition;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage};
 
@@ -29,10 +30,12 @@ pub(crate) mod cluster;
 mod error;
 mod private;
 mod quote;
+mod statements;
 
 pub(crate) use error::{Place, explain};
 pub(crate) use private::{PrivateDir, can_enter, remove_left_over};
 pub(crate) use quote::{conninfo_dbname, ident, literal, url};
+pub(crate) use statements::{Kind, Statement, Token, statements};
 
 /// How long the server may take to let us in.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -229,6 +232,26 @@ impl Session {
         let done = self.client.batch_execute(sql).await;
         reached("statements: run");
         done.map_err(|error| explain(&error, what, &self.place))
+    }
+
+    /// Runs the statements of a file. A failure names the line, where the server tells the place.
+    pub(crate) async fn run_file(&self, file: &str, sql: &str) -> Result<(), Failure> {
+        reached("statements: to be run");
+        let done = self.client.batch_execute(sql).await;
+        reached("statements: run");
+        done.map_err(|error| {
+            let position = error.as_db_error().and_then(|error| error.position());
+            let what = match position {
+                Some(ErrorPosition::Original(place)) => {
+                    // Characters, counted from 1.
+                    let before = sql.chars().take(*place as usize);
+                    let line = before.filter(|c| *c == '\n').count() + 1;
+                    format!("{file}, line {line}")
+                }
+                _ => file.to_owned(),
+            };
+            explain(&error, &what, &self.place)
+        })
     }
 
     /// Runs one statement of the plan's author, which must return one value, in a transaction

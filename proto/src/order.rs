@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::action::migration::Tool;
 use crate::action::postgres::Level;
 use crate::approval::Signed;
 use crate::ids::{Digest, Epoch, HostId, PlanDigest, StepKey};
@@ -137,10 +138,23 @@ pub enum Fact {
         from: String,
         /// To this one.
         to: String,
-        /// Digest of the SQL.
+        /// Digest of all that is approved with the SQL ([`sql_digest`]); where no tool is named,
+        /// that of the SQL alone.
         digest: Digest,
         /// The SQL itself, shortened to 20 KiB.
         sql: String,
+        /// Whose migrations they are.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tool: Option<Tool>,
+        /// Digest of all files of migrations in the release.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        files: Option<Digest>,
+        /// What would run beside the SQL, and cannot be shown: a sentence for each.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        opaque: Vec<String>,
+        /// What the SQL may do to a database that is in use, for people: a sentence for each.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        hazards: Vec<String>,
     },
     /// A person has said what an attempt did whose outcome nothing could prove. The binding's
     /// origin is that attempt.
@@ -234,11 +248,42 @@ impl Fact {
     #[must_use]
     pub fn as_bound(&self) -> Self {
         let mut fact = self.clone();
-        if let Self::SqlPlan { sql, .. } = &mut fact {
+        if let Self::SqlPlan { sql, hazards, .. } = &mut fact {
             sql.clear();
+            hazards.clear();
         }
         fact
     }
+
+    /// Whether what was shown is SQL of this digest, and nothing else than what is said here.
+    pub fn is_of_sql(&self, sql: Digest) -> bool {
+        match self {
+            Self::SqlPlan {
+                from,
+                to,
+                digest,
+                tool: Some(tool),
+                files: Some(files),
+                opaque,
+                ..
+            } => sql_digest(*tool, (from, to), *files, opaque, sql) == *digest,
+            Self::SqlPlan { digest, .. } => sql == *digest,
+            _ => false,
+        }
+    }
+}
+
+/// What an approval of SQL binds to: the tool, from where to where, the files of the release, what
+/// cannot be shown, and the SQL's own digest.
+pub fn sql_digest(
+    tool: Tool,
+    (from, to): (&str, &str),
+    files: Digest,
+    opaque: &[String],
+    sql: Digest,
+) -> Digest {
+    let all = serde_json::to_vec(&("lockstep sql 1", tool, from, to, files, opaque, sql));
+    Digest::of(&all.expect("texts are JSON"))
 }
 
 /// SQL without what differs and means nothing: blank lines and spaces at the ends of lines. This is

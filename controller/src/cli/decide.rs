@@ -457,27 +457,35 @@ pub(super) fn shown(
 fn sql(document: &Document, gate: StepRef, own: &Own) -> Vec<Line> {
     let mut lines = Vec::new();
     for fact in facts_before(document, gate) {
+        let own_copy = own.has_sql(&fact);
+        let is_whole = |sql: &str| fact.is_of_sql(Digest::of(sql.as_bytes()));
         if let Fact::SqlPlan {
             database,
             from,
             to,
             digest,
             sql,
-        } = fact
+            opaque,
+            hazards,
+            ..
+        } = &fact
         {
-            let from = if from.is_empty() { "nothing" } else { &from };
+            let from = if from.is_empty() { "nothing" } else { from };
             lines.push(Line::plain(format!(
                 "SQL for   {database}, {from} -> {to}, {digest}"
             )));
             // What is approved is the digest: say where it cannot be held against the text.
-            if own.has_sql(digest) {
+            if own_copy {
                 lines.push(Line::plain("  your own copy has this digest"));
-            } else if Digest::of(sql.as_bytes()) != digest {
+            } else if !is_whole(sql) {
                 lines.push(Line::new(
                     Tone::Bad,
                     "  what is shown has another digest: it was shortened, or it is false",
                 ));
             }
+            let opaque = opaque.iter().map(|what| format!("  opaque: {what}"));
+            let hazards = hazards.iter().map(|what| format!("  hazard: {what}"));
+            lines.extend(opaque.chain(hazards).map(|line| Line::new(Tone::Bad, line)));
             lines.extend(
                 sql.lines()
                     .map(|line| Line::new(Tone::Quiet, format!("  | {line}"))),

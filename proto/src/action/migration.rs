@@ -20,6 +20,55 @@ pub enum Tool {
     /// alembic, for SQLAlchemy.
     #[default]
     Alembic,
+    /// prisma: `migrations/<name>/migration.sql` in `dir`, which Lockstep runs itself.
+    Prisma,
+    /// diesel: `migrations/<version>_<name>/up.sql` in `dir`.
+    Diesel,
+    /// sqlx: `migrations/<version>_<description>.sql` in `dir`.
+    Sqlx,
+    /// Files of SQL, `NNN_name.sql` in `dir`, with `NNN_name.down.sql` for the way back.
+    Sql,
+}
+
+/// Who runs the migrations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum By {
+    /// The tool's own program, from the release.
+    #[default]
+    Tool,
+    /// Lockstep: it runs the SQL that `migration.plan` shows, and nothing else.
+    Sql,
+}
+
+/// What SQL may do to a database that is in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Hazard {
+    /// Readers or writers wait for long.
+    Lock,
+    /// A table is written anew, and nobody can use it meanwhile.
+    Rewrite,
+    /// Data is gone, or overwritten.
+    DataLoss,
+    /// Code that runs now finds something no longer.
+    Breaks,
+    /// It fails on a database that is not empty, or always.
+    Fails,
+}
+
+impl std::fmt::Display for Hazard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Lock => "lock",
+            Self::Rewrite => "rewrite",
+            Self::DataLoss => "data_loss",
+            Self::Breaks => "breaks",
+            Self::Fails => "fails",
+        })
+    }
 }
 
 /// How a rollback treats what a migration did.
@@ -54,7 +103,8 @@ pub struct Current {
     pub release: String,
     /// The tool's directory in the release.
     pub dir: String,
-    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic for alembic, bin/sqlx,
+    /// bin/diesel.
     #[serde(default = "program")]
     pub program: String,
 }
@@ -75,12 +125,17 @@ pub struct Plan {
     pub release: String,
     /// The tool's directory in the release.
     pub dir: String,
-    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic for alembic, bin/sqlx,
+    /// bin/diesel.
     #[serde(default = "program")]
     pub program: String,
     /// The target revision. Default: head.
     #[serde(default = "head")]
     pub to: String,
+    /// Hazards that nobody is asked about: with one of them in the SQL the step fails. Others are
+    /// shown with the SQL. Default: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fail_on: Vec<Hazard>,
 }
 
 /// Arguments of `migration.apply`.
@@ -99,7 +154,8 @@ pub struct Apply {
     pub release: String,
     /// The tool's directory in the release.
     pub dir: String,
-    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic for alembic, bin/sqlx,
+    /// bin/diesel.
     #[serde(default = "program")]
     pub program: String,
     /// The target revision. Default: head.
@@ -121,6 +177,10 @@ pub struct Apply {
     /// What is watched while it runs. Default: nothing.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub guards: Guards,
+    /// Who runs them. With `sql` Lockstep runs what `migration.plan` shows, in sessions of its own;
+    /// so it always does for prisma and for files of SQL. Default: tool.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub apply: By,
     /// How long a statement may wait for a lock. Default: 5s.
     #[serde(default = "lock_timeout")]
     pub lock_timeout: Period,
@@ -145,7 +205,8 @@ pub struct Verify {
     pub release: String,
     /// The tool's directory in the release.
     pub dir: String,
-    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic for alembic, bin/sqlx,
+    /// bin/diesel.
     #[serde(default = "program")]
     pub program: String,
     /// The revision expected. Default: head.
@@ -169,11 +230,16 @@ pub struct Downgrade {
     pub release: String,
     /// The tool's directory in the release.
     pub dir: String,
-    /// The tool's program, relative to `dir`. Default: venv/bin/alembic.
+    /// The tool's program, relative to `dir`. Default: venv/bin/alembic for alembic, bin/sqlx,
+    /// bin/diesel.
     #[serde(default = "program")]
     pub program: String,
     /// The revision to return to, by name: never relative.
     pub to: String,
+    /// Who runs them. With `sql` Lockstep runs what `migration.plan` shows, in sessions of its own;
+    /// so it always does for prisma and for files of SQL. Default: tool.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub apply: By,
     /// How long a statement may wait for a lock. Default: 5s.
     #[serde(default = "lock_timeout")]
     pub lock_timeout: Period,
@@ -183,8 +249,24 @@ pub struct Downgrade {
 }
 
 fn program() -> String {
-    "venv/bin/alembic".to_owned()
+    ALEMBIC.to_owned()
 }
+
+impl Tool {
+    /// The tool's program in its directory, where a plan names none; `None` if it is never called.
+    pub fn program(self, named: &str) -> Option<&str> {
+        let own = match self {
+            Self::Alembic => ALEMBIC,
+            Self::Diesel => "bin/diesel",
+            Self::Sqlx => "bin/sqlx",
+            Self::Prisma | Self::Sql => return None,
+        };
+        // A plan that names none says alembic's: which of the tools it is for, only `tool` says.
+        Some(if named == ALEMBIC { own } else { named })
+    }
+}
+
+const ALEMBIC: &str = "venv/bin/alembic";
 
 fn head() -> String {
     "head".to_owned()

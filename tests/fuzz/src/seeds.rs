@@ -6,6 +6,7 @@ use std::path::Path;
 
 use lockstep_core::compile::compile;
 use lockstep_core::plan::Plan;
+use lockstep_proto::action::migration::Tool;
 use lockstep_proto::action::postgres::Level;
 use lockstep_proto::approval::{Signature, Signed};
 use lockstep_proto::floor::{self, Floor, OTHERS};
@@ -151,6 +152,10 @@ fn facts() -> Vec<Fact> {
             to: "1a".to_owned(),
             digest,
             sql: "select 1".to_owned(),
+            tool: Some(Tool::Alembic),
+            files: Some(digest),
+            opaque: vec!["o".to_owned()],
+            hazards: vec!["h".to_owned()],
         },
         Fact::Resolved {
             done: true,

@@ -1,14 +1,14 @@
 //! `migration.apply` and `migration.downgrade`.
 
-use lockstep_proto::action::migration::{Apply, Downgrade, ProvenBackup, UndoBy};
+use lockstep_proto::action::migration::{Apply, Downgrade, ProvenBackup, Tool, UndoBy};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::{Value, json};
 
-use super::guard::{self, revision, shown};
+use super::guard::{self, shown};
 use super::source::Source;
-use super::tools::{Limits, Migrator, Way};
+use super::tools::{Limits, Migrator, Way, revision};
 use super::{kept, returns, run, undo};
 use crate::actions::postgres::{guarded, restore};
 use crate::actions::{Act, Done, Probe, bound};
@@ -28,7 +28,7 @@ async fn where_it_is(
     } else if !source.is_there(cx)? {
         return Ok(Probe::Unmet(source.missing()));
     }
-    let now = revision(&session).await?;
+    let now = revision(&session, source.tool).await?;
     let name = source.database;
     if let Some(goal) = run::went_in_parts(cx)?
         && goal != now
@@ -36,9 +36,10 @@ async fn where_it_is(
         // The revision is written at the end: what is there of the rest, only people can see.
         return Ok(Probe::NoProof(format!(
             "`{name}` is at {}, on its way to {} by a migration that may work outside of a \
-             transaction: look whether a part of it is there",
+             transaction: look whether a part of it is there; {}",
             shown(&now),
-            shown(&goal)
+            shown(&goal),
+            run::what_is_there(cx, &session).await?
         )));
     }
     let to = Migrator::of(cx, source).await?.resolve(to).await?;
@@ -49,9 +50,9 @@ async fn where_it_is(
     })
 }
 
-async fn before(cx: &Context, database: &str) -> Result<Value, Failure> {
-    let session = Database::find(cx, database)?.connect(cx).await?;
-    Ok(json!({"revision": revision(&session).await?}))
+async fn before(cx: &Context, source: Source<'_>) -> Result<Value, Failure> {
+    let session = Database::find(cx, source.database)?.connect(cx).await?;
+    Ok(json!({"revision": revision(&session, source.tool).await?}))
 }
 
 fn moved(database: &str, before: &str, after: &str) -> Fact {
@@ -81,13 +82,14 @@ impl Act for Apply {
     }
 
     async fn before(&self, cx: &Context) -> Result<Value, Failure> {
-        before(cx, &self.database).await
+        before(cx, self.into()).await
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let tool = Migrator::of(cx, self.into()).await?;
         let session = guard::lock(cx, tool.database()).await?;
-        let from = revision(&session).await?;
+        tool.check(&session).await?;
+        let from = tool.revision(&session).await?;
         let to = tool.resolve(&self.to).await?;
         if from == to {
             return Ok(done(&self.database, &from, &to, false));
@@ -99,7 +101,7 @@ impl Act for Apply {
             let otherwise = ", or say `backup: none` if its data can be lost";
             guard::require_backup(cx, &session, &self.database, asked, otherwise).await?;
         }
-        as_approved(cx, &tool, &self.database, &from, &to).await?;
+        as_approved(cx, &tool, (self.tool, &self.database), &from, &to).await?;
         let limits = Limits {
             lock: self.lock_timeout,
             statement: self.statement_timeout,
@@ -116,7 +118,7 @@ impl Act for Apply {
             }
         };
         if let Some(beyond) = beyond {
-            return Err(ended(cx, &session, &from, beyond).await);
+            return Err(ended(cx, &session, (self.tool, &from), beyond).await);
         }
         let count = self.undo_by == UndoBy::Restore
             && returns::open_since_backup(cx, &session, &self.database)
@@ -141,9 +143,14 @@ impl Act for Apply {
 
 /// The failure of a migration whose tool was ended: says where the database is, once the tool's
 /// sessions are gone.
-async fn ended(cx: &Context, session: &Session, from: &str, beyond: Failure) -> Failure {
+async fn ended(
+    cx: &Context,
+    session: &Session,
+    (tool, from): (Tool, &str),
+    beyond: Failure,
+) -> Failure {
     let now = match session.end_left_over(cx).await {
-        Ok(_) => revision(session).await,
+        Ok(_) => revision(session, tool).await,
         Err(failure) => Err(failure),
     };
     let whole = matches!(run::went_in_parts(cx), Ok(None));
@@ -168,7 +175,7 @@ async fn ended(cx: &Context, session: &Session, from: &str, beyond: Failure) -> 
 async fn as_approved(
     cx: &Context,
     tool: &Migrator<'_>,
-    database: &str,
+    (kind, database): (Tool, &str),
     from: &str,
     to: &str,
 ) -> Result<(), Failure> {
@@ -178,11 +185,12 @@ async fn as_approved(
             from,
             to,
             digest,
+            tool,
             ..
-        } if of == database => Some((from, to, digest)),
+        } if of == database => Some((from, to, digest, tool)),
         _ => None,
     });
-    let Some((seen_from, seen_to, seen_digest)) = seen else {
+    let Some((seen_from, seen_to, seen_digest, seen_tool)) = seen else {
         return Ok(());
     };
     let refused = |why: String| {
@@ -192,14 +200,21 @@ async fn as_approved(
             "start the rollout again, so that people see what would run now",
         ))
     };
-    if (seen_from.as_str(), seen_to.as_str()) != (from, to) {
+    // An attempt that was cut off between two files has brought a part of what was shown.
+    let again = cx.key.attempt > 1 && tool.is_between(seen_from, from, to);
+    if seen_to != to || (seen_from != from && !again) {
         return refused(format!(
             "it went from {} to {seen_to}, and would go from {} to {to}",
             shown(seen_from),
             shown(from)
         ));
     }
-    let digest = Digest::of(tool.render(Way::Up, from, to).await?.sql.as_bytes());
+    let rendered = tool.render(Way::Up, seen_from, to).await?;
+    let digest = match seen_tool {
+        Some(_) => rendered.digest(kind, (seen_from, to)),
+        // As an agent of an earlier release has shown it.
+        None => Digest::of(rendered.shown().as_bytes()),
+    };
     if digest != *seen_digest {
         return refused(format!(
             "its digest is {}, and was {}",
@@ -216,14 +231,15 @@ impl Act for Downgrade {
     }
 
     async fn before(&self, cx: &Context) -> Result<Value, Failure> {
-        before(cx, &self.database).await
+        before(cx, self.into()).await
     }
 
     async fn apply(&self, cx: &Context, _before: &Value) -> Result<Done, Failure> {
         let tool = Migrator::of(cx, self.into()).await?;
         let session = guard::lock(cx, tool.database()).await?;
         guard::require_backup(cx, &session, &self.database, ProvenBackup::RESTORED, "").await?;
-        let from = revision(&session).await?;
+        tool.check(&session).await?;
+        let from = tool.revision(&session).await?;
         if self.to == "head" {
             return Err(hinted(
                 Cause::Refused,
@@ -266,7 +282,7 @@ mod rollbacks;
 #[cfg(test)]
 mod sabotages;
 #[cfg(test)]
-mod stage;
+pub(super) mod stage;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -7,26 +7,9 @@ use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::{Period, Timestamp};
 
 use crate::actions::bound;
-use crate::actions::postgres::{fence, measure};
+use crate::actions::postgres::fence;
 use crate::sql::{Database, Session};
 use crate::step::{Context, hinted};
-
-/// The revision of a database; empty if it has none.
-pub(super) async fn revision(session: &Session) -> Result<String, Failure> {
-    let mut revisions = measure::revisions(session).await?;
-    match revisions.len() {
-        0 | 1 => Ok(revisions.pop().unwrap_or_default()),
-        _ => Err(hinted(
-            Cause::Step,
-            format!(
-                "`{}` is at several revisions: {}",
-                session.place().database,
-                revisions.join(", ")
-            ),
-            "join them with `alembic merge` in the application first",
-        )),
-    }
-}
 
 /// A revision for people.
 pub(super) fn shown(revision: &str) -> &str {

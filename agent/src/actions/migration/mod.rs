@@ -13,13 +13,18 @@
 //! what an interrupted attempt has done can be read there once its sessions are gone (INV-7).
 
 mod apply;
+mod blocked;
 mod dropped;
 mod guard;
 mod kept;
+#[cfg(test)]
+mod kills;
+mod lint;
 mod look;
 mod rehearse;
 mod returns;
 mod run;
+mod schema;
 mod source;
 mod tools;
 mod undo;

@@ -142,7 +142,8 @@ async fn on_scratch(act: &Rehearse, cx: &Context, scratch: &str) -> Result<Found
     let before = Holdings::take(&cx, &database, None, None).await?;
     let tool = Migrator::of(&cx, act.into()).await?;
     let session = database.connect(&cx).await?;
-    let from = super::guard::revision(&session).await?;
+    tool.check(&session).await?;
+    let from = tool.revision(&session).await?;
     let to = tool.resolve(&act.to).await?;
     let mut found = Found {
         from: from.clone(),

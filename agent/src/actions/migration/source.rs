@@ -2,7 +2,9 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use lockstep_proto::action::migration::{Apply, Current, Downgrade, Plan, Rehearse, Tool, Verify};
+use lockstep_proto::action::migration::{
+    Apply, By, Current, Downgrade, Plan, Rehearse, Tool, Verify,
+};
 use lockstep_proto::report::{Cause, Failure};
 
 use crate::step::{Context, failure, hinted};
@@ -16,10 +18,12 @@ pub(super) struct Source<'a> {
     pub(super) release: &'a str,
     dir: &'a str,
     program: &'a str,
+    /// Who runs them.
+    pub(super) by: By,
 }
 
 macro_rules! sources {
-    ($($act:ty)*) => {
+    ($($act:ty: $by:expr;)*) => {
         $(impl<'a> From<&'a $act> for Source<'a> {
             fn from(act: &'a $act) -> Self {
                 Self {
@@ -29,17 +33,30 @@ macro_rules! sources {
                     release: &act.release,
                     dir: &act.dir,
                     program: &act.program,
+                    by: $by(act),
                 }
             }
         })*
     };
 }
 
-sources!(Current Plan Apply Verify Downgrade Rehearse);
+// Whoever only looks at files needs no program to do it.
+sources! {
+    Current: |_| By::Sql;
+    Plan: |_| By::Sql;
+    Verify: |_| By::Sql;
+    // What the tool would run of files is what they hold.
+    Rehearse: |act: &Rehearse| match act.tool {
+        Tool::Alembic => By::Tool,
+        _ => By::Sql,
+    };
+    Apply: |act: &Apply| act.apply;
+    Downgrade: |act: &Downgrade| act.apply;
+}
 
 impl Source<'_> {
     /// The tool's directory in the release.
-    pub(super) fn directory(&self, cx: &Context) -> Result<PathBuf, Failure> {
+    fn directory(&self, cx: &Context) -> Result<PathBuf, Failure> {
         let Self {
             app, release, dir, ..
         } = self;
@@ -68,15 +85,30 @@ impl Source<'_> {
         Ok(config.root.join("releases").join(release).join(dir))
     }
 
-    /// The tool's program in the release. Fails if it is not on this host.
-    pub(super) fn program(&self, cx: &Context) -> Result<PathBuf, Failure> {
+    /// Whether the tool's program is needed: files of SQL can be read, and run, without it.
+    fn needs_program(&self) -> bool {
+        match self.tool {
+            Tool::Alembic => true,
+            Tool::Diesel | Tool::Sqlx => self.by == By::Tool,
+            Tool::Prisma | Tool::Sql => false,
+        }
+    }
+
+    /// The tool's directory, and its program where one is needed. Fails if they are not on this
+    /// host.
+    pub(super) fn find(&self, cx: &Context) -> Result<(PathBuf, Option<PathBuf>), Failure> {
         let directory = self.directory(cx)?;
-        let program = directory.join(self.program);
-        if program.exists() {
-            return Ok(program);
+        let program = self
+            .tool
+            .program(self.program)
+            .filter(|_| self.needs_program());
+        let program = program.map(|program| directory.join(program));
+        let there = program.as_ref().unwrap_or(&directory);
+        if there.exists() {
+            return Ok((directory, program));
         }
         let Self { app, release, .. } = self;
-        let (message, hint) = if directory.is_dir() {
+        let (message, hint) = if let Some(program) = program.filter(|_| directory.is_dir()) {
             (
                 format!("{} is not there", program.display()),
                 format!("put `release.build` of {release} before this step"),
@@ -101,6 +133,8 @@ impl Source<'_> {
 
     /// Whether the release is on this host and built.
     pub(super) fn is_there(&self, cx: &Context) -> Result<bool, Failure> {
-        Ok(self.directory(cx)?.join(self.program).exists())
+        // Where it must not be looked for is an error; that it is not there is an answer.
+        self.directory(cx)?;
+        Ok(self.find(cx).is_ok())
     }
 }

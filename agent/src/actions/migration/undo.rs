@@ -6,9 +6,9 @@ use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
 
 use super::apply::done;
-use super::guard::{self, revision, shown};
+use super::guard::{self, shown};
 use super::kept::Kept;
-use super::tools::{Limits, Migrator, Way};
+use super::tools::{self, Limits, Migrator, Way, revision};
 use super::{returns, run};
 use crate::actions::Done;
 use crate::actions::postgres::restore;
@@ -23,7 +23,8 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     }
     let session = Database::find(cx, &act.database)?.connect(cx).await?;
     session.end_left_over(cx).await?;
-    let from = revision(&session).await?;
+    let from = revision(&session, act.tool).await?;
+    tools::refuse_begun(&session, act.tool).await?;
     if from == to {
         return Ok(done(&act.database, &from, to, false));
     }
@@ -34,10 +35,12 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     // Only this release knows the revision that it brought.
     let tool = Migrator::of(cx, act.into()).await?;
     let session = guard::lock(cx, tool.database()).await?;
+    tool.check(&session).await?;
     if act.backup != RequiredBackup::None {
         // What cannot be rendered may drop anything.
         let rendered = tool.render(Way::Down, &from, to).await.ok();
-        let sql = rendered.as_ref().map(|rendered| rendered.sql.as_str());
+        let all = rendered.as_ref().filter(|all| all.opaque.is_empty());
+        let sql = all.map(|rendered| rendered.sql.as_str());
         returns::may_go_down(cx, &session, &act.database, sql).await?;
     }
     let limits = Limits {
@@ -70,7 +73,7 @@ async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure
     let old = restore::tidy(cx, name).await?;
     let database = Database::find(cx, name)?;
     let session = guard::lock(cx, &database).await?;
-    let from = revision(&session).await?;
+    let from = revision(&session, act.tool).await?;
     let kept = |old: String| Fact::Note {
         name: format!("old database of {name}"),
         value: old,
@@ -84,7 +87,7 @@ async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure
     // The swap ends the session that holds the right to migrate.
     let old = restore::return_to_backup(cx, name, since.as_ref()).await?;
     let session = database.connect(cx).await.map_err(changed)?;
-    let now = revision(&session).await.map_err(changed)?;
+    let now = revision(&session, act.tool).await.map_err(changed)?;
     if now != to {
         let message = format!(
             "the backup of `{name}` is at {}, and the database was at {} before the step",
@@ -109,7 +112,8 @@ pub(super) async fn downgrade(
     let to = recorded(before)?;
     let tool = Migrator::of(cx, act.into()).await?;
     let session = guard::lock(cx, tool.database()).await?;
-    let from = revision(&session).await?;
+    tool.check(&session).await?;
+    let from = tool.revision(&session).await?;
     if from == to {
         return Ok(done(&act.database, &from, to, false));
     }

@@ -303,6 +303,10 @@ fn a_migration_runs_the_sql_that_was_approved() {
                 to: "1".into(),
                 digest: Digest::of(sql),
                 sql: String::new(),
+                tool: None,
+                files: None,
+                opaque: vec![],
+                hazards: vec![],
             },
             signature: None,
         });

@@ -377,9 +377,14 @@ impl Rollout {
                         to,
                         digest,
                         sql,
+                        opaque,
+                        hazards,
+                        ..
                     } = fact
                     {
                         detail.push(format!("SQL for {database}, {from} -> {to}, {digest}:"));
+                        detail.extend(opaque.iter().map(|what| format!("  opaque: {what}")));
+                        detail.extend(hazards.iter().map(|what| format!("  hazard: {what}")));
                         detail.extend(sql.lines().map(|line| format!("  {line}")));
                     }
                 }

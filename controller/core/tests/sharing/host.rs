@@ -112,6 +112,10 @@ impl Host {
                     to: "2".into(),
                     digest: Digest::of(&self.state.to_be_bytes()),
                     sql: String::new(),
+                    tool: None,
+                    files: None,
+                    opaque: vec![],
+                    hazards: vec![],
                 };
                 let facts = if changes { vec![] } else { vec![sql] };
                 let outcome = if dice.percent(3) {

@@ -25,6 +25,10 @@ fn sql(text: &str) -> Fact {
         to: "2".into(),
         digest: Digest::of(text.as_bytes()),
         sql: text.into(),
+        tool: None,
+        files: None,
+        opaque: vec![],
+        hazards: vec![],
     }
 }
 

@@ -51,8 +51,8 @@ impl Own {
         Ok(own)
     }
 
-    pub(in crate::cli) fn has_sql(&self, digest: Digest) -> bool {
-        self.sql.contains(&digest)
+    pub(in crate::cli) fn has_sql(&self, shown: &Fact) -> bool {
+        self.sql.iter().any(|sql| shown.is_of_sql(*sql))
     }
 
     /// The rollout runs the approver's plan, and what is said of it is what stands in it.
@@ -201,22 +201,22 @@ impl Shown<'_> {
                 digest,
                 sql,
                 ..
-            } = fact
+            } = &fact
             else {
                 continue;
             };
-            if Digest::of(sql.as_bytes()) != digest && !self.own.has_sql(digest) {
+            if !fact.is_of_sql(Digest::of(sql.as_bytes())) && !self.own.has_sql(&fact) {
                 return Err(CliError::usage(
                     format!(
                         "the SQL shown for {} does not have the digest {digest}: it was \
                          shortened, or it is false; nothing was signed",
-                        clean::line(&database)
+                        clean::line(database)
                     ),
                     "print it with the migration tool (alembic upgrade FROM:TO --sql), read it, \
                      and name the file with --sql FILE",
                 ));
             }
-            digests.push(digest);
+            digests.push(*digest);
         }
         Ok(digests)
     }

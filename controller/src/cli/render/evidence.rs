@@ -139,11 +139,19 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
             from,
             to,
             digest,
+            opaque,
+            hazards,
             ..
-        } => (
-            format!("SQL for {database}"),
-            format!("{} -> {}, {digest}", revision(from), revision(to)),
-        ),
+        } => {
+            let opaque = opaque.iter().map(|what| format!("; opaque: {what}"));
+            let hazards = hazards.iter().map(|what| format!("; hazard: {what}"));
+            let more: String = opaque.chain(hazards).collect();
+            let way = format!("{} -> {}", revision(from), revision(to));
+            (
+                format!("SQL for {database}"),
+                format!("{way}, {digest}{more}"),
+            )
+        }
         Fact::Approved { by, evidence, .. } => (
             "approval".to_owned(),
             format!("{}, of {evidence}", by.join(", ")),

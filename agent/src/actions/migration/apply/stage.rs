@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lockstep_proto::action::migration::RequiredBackup;
+use lockstep_proto::action::migration::{RequiredBackup, Tool};
 use lockstep_proto::action::postgres::{
     Aspect, Backup, Fence, FenceVia, Level, RestoreInto, VerifyBackup,
 };
@@ -18,7 +18,7 @@ use crate::sql::cluster::{Bench, as_owner};
 const NULL: Value = Value::Null;
 
 /// A virtual environment with the application's requirements: made once, kept beside the build.
-fn environment(requirements: &Path) -> PathBuf {
+pub(in crate::actions::migration) fn environment(requirements: &Path) -> PathBuf {
     static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one = ONE
         .lock()
@@ -170,7 +170,9 @@ impl Stage {
     }
 
     pub(super) async fn revision(&self) -> String {
-        revision(&self.bench.session("staff").await).await.unwrap()
+        revision(&self.bench.session("staff").await, Tool::Alembic)
+            .await
+            .unwrap()
     }
 
     /// What the application's own record says of migrations since the first.

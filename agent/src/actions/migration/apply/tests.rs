@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use lockstep_proto::action::migration::{
-    Current, Guards, OnLongTx, Plan, RequiredBackup, Tool, UndoBy, Verify,
+    By, Current, Guards, OnLongTx, Plan, RequiredBackup, Tool, UndoBy, Verify,
 };
 use lockstep_proto::values::Period;
 
@@ -27,6 +27,7 @@ pub(super) fn apply() -> Apply {
         max_tx_age: Period::seconds(60),
         on_long_tx: OnLongTx::Wait,
         guards: Guards::default(),
+        apply: By::Tool,
         lock_timeout: Period::seconds(5),
         statement_timeout: Period::seconds(60),
     }
@@ -50,6 +51,7 @@ fn plan(to: &str) -> Plan {
         dir,
         program,
         to: to.into(),
+        fail_on: vec![],
     }
 }
 
@@ -73,6 +75,7 @@ fn downgrade(to: &str) -> Downgrade {
         dir,
         program,
         to: to.into(),
+        apply: By::Tool,
         lock_timeout,
         statement_timeout,
     }
@@ -200,7 +203,7 @@ async fn what_was_approved_is_what_runs() {
             from,
             to,
             sql,
-            digest,
+            opaque,
             ..
         },
     ] = one.facts.as_slice()
@@ -212,7 +215,7 @@ async fn what_was_approved_is_what_runs() {
         sql.contains("CREATE TABLE employee_fields") && sql.ends_with("COMMIT;\n"),
         "{sql}"
     );
-    assert_eq!(*digest, Digest::of(sql.as_bytes()));
+    assert!(one.facts[0].is_of_sql(Digest::of(sql.as_bytes())) && opaque.is_empty());
     let free = Apply {
         backup: RequiredBackup::None,
         ..apply()
@@ -254,6 +257,106 @@ async fn what_was_approved_is_what_runs() {
         "{}",
         failed.message
     );
+}
+
+#[tokio::test]
+async fn code_that_no_sql_shows_is_called_opaque_and_bound_all_the_same() {
+    let stage = Stage::new().await;
+    let home = stage
+        .bench
+        .host
+        .path()
+        .join("app/releases/v1.0.0/backend/migrations");
+    let file = home.join("versions/0002_extended_fields.py");
+    let script = fs::read_to_string(&file).unwrap();
+    let head = "def upgrade():\n";
+    let free = Apply {
+        backup: RequiredBackup::None,
+        ..apply()
+    };
+    let own = Apply {
+        apply: By::Sql,
+        ..free.clone()
+    };
+    for (lines, why) in [
+        // Without a database there is nothing to talk to, and the tool fails to show its SQL.
+        (
+            "    op.get_bind().exec_driver_sql('SELECT 1')\n",
+            "`alembic upgrade --sql` cannot say what would run",
+        ),
+        (
+            "    from alembic import context\n    if not context.is_offline_mode():\n        \
+             op.execute('UPDATE employees SET first_name = NULL')\n",
+            "0002_extended_fields.py: it does something else when its SQL is shown",
+        ),
+    ] {
+        fs::write(&file, script.replacen(head, &format!("{head}{lines}"), 1)).unwrap();
+        let done = plan("head")
+            .apply(&stage.cx(0, vec![]), &NULL)
+            .await
+            .unwrap();
+        assert!(
+            done.summary.contains("by code that cannot be shown"),
+            "{}",
+            done.summary
+        );
+        let [Fact::SqlPlan { opaque, sql, .. }] = done.facts.as_slice() else {
+            panic!("{:?}", done.facts)
+        };
+        assert!(opaque[0].contains(why), "{opaque:?}");
+        assert!(done.facts[0].is_of_sql(Digest::of(sql.as_bytes())));
+        let refused = own.apply(&stage.cx(4, vec![]), &NULL).await.unwrap_err();
+        assert_eq!(refused.cause, Cause::Refused);
+        assert!(refused.message.contains(why), "{}", refused.message);
+        // What people could not see is bound by its files: those that run beside it, too.
+        for other in [&file, &home.join("env.py")] {
+            let text = fs::read_to_string(other).unwrap();
+            fs::write(other, format!("{text}\n# changed\n")).unwrap();
+            let cx = stage.cx(4, done.facts.clone());
+            let refused = free.apply(&cx, &NULL).await.unwrap_err();
+            assert!(
+                refused.message.contains("its digest is"),
+                "{}",
+                refused.message
+            );
+            fs::write(other, text).unwrap();
+        }
+        assert_eq!(stage.revision().await, OLD);
+    }
+}
+
+#[tokio::test]
+async fn the_shown_sql_runs_without_the_tool() {
+    let stage = Stage::new().await;
+    // What builds an index outside of a transaction, too.
+    let file = "app/releases/v1.0.0/backend/migrations/versions/0002_extended_fields.py";
+    let file = stage.bench.host.path().join(file);
+    let script = fs::read_to_string(&file).unwrap();
+    let concurrently = "def upgrade():\n    with op.get_context().autocommit_block():\n        \
+                        op.execute('CREATE INDEX CONCURRENTLY early ON employees (id)')\n";
+    fs::write(&file, script.replacen("def upgrade():\n", concurrently, 1)).unwrap();
+    let act = Apply {
+        apply: By::Sql,
+        backup: RequiredBackup::None,
+        ..apply()
+    };
+    let shown = plan("head").apply(&stage.cx(0, vec![]), &NULL).await;
+    let done = act
+        .apply(&stage.cx(4, shown.unwrap().facts), &NULL)
+        .await
+        .unwrap();
+    assert!(done.changed);
+    assert_eq!(stage.revision().await, NEW);
+    assert_eq!(
+        stage.ledger(),
+        Vec::<String>::new(),
+        "none of the application's code ran"
+    );
+    let session = stage.bench.session("as_owner").await;
+    for there in ["early", "employee_fields"] {
+        let sql = format!("SELECT '{there}'::regclass");
+        assert_eq!(session.value("", &sql).await.unwrap().unwrap(), there);
+    }
 }
 
 #[tokio::test]

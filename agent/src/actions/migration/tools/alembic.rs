@@ -1,33 +1,43 @@
 //! alembic: how it is called, and what its answers mean.
 
-use lockstep_proto::order::normal_sql;
+use lockstep_proto::action::migration::By;
 use lockstep_proto::report::{Cause, Failure};
 
 use super::cli::{Cli, MAX_OUTPUT};
+use super::own::{Limited, went};
 use super::{Limits, Rendered, Way, Went};
+use crate::actions::migration::lint::{Text, lint};
 use crate::actions::migration::source::Source;
 use crate::sql::Database;
 use crate::step::{Context, failure, hinted};
 
+mod scripts;
+
 /// alembic of a release.
-pub(in crate::actions::migration) struct Alembic<'a>(Cli<'a>);
+pub(in crate::actions::migration) struct Alembic<'a> {
+    cx: &'a Context,
+    cli: Cli<'a>,
+    by: By,
+}
 
 impl<'a> Alembic<'a> {
     /// That of a source. Fails if the release is not on this host.
     pub(super) async fn of(cx: &'a Context, source: Source<'_>) -> Result<Self, Failure> {
         // Releases are immutable.
         let env = [("PYTHONDONTWRITEBYTECODE", "1"), ("PYTHONUNBUFFERED", "1")];
-        Cli::of(cx, source, &env).await.map(Self)
+        let cli = Cli::of(cx, source, &env).await?;
+        let by = source.by;
+        Ok(Self { cx, cli, by })
     }
 
     /// The database that it works on.
     pub(super) fn database(&self) -> &Database {
-        self.0.database()
+        self.cli.database()
     }
 
     /// The one newest revision of the release.
     pub(super) async fn head(&self) -> Result<String, Failure> {
-        let heads = self.0.ask("alembic heads", &["heads"]).await?;
+        let heads = self.cli.ask("alembic heads", &["heads"]).await?;
         let heads: Vec<&str> = heads
             .lines()
             .filter(|line| line.contains("(head)"))
@@ -64,7 +74,7 @@ impl<'a> Alembic<'a> {
                 "name one by its id: relative ones mean something else each time",
             ));
         }
-        let shown = self.0.ask("alembic show", &["show", to]).await?;
+        let shown = self.cli.ask("alembic show", &["show", to]).await?;
         let revision = shown.lines().find_map(|line| line.strip_prefix("Rev: "));
         let revision = revision.and_then(|line| line.split_whitespace().next());
         revision.map(str::to_owned).ok_or_else(|| {
@@ -78,11 +88,16 @@ impl<'a> Alembic<'a> {
     /// The SQL that leads from one revision to another; empty if there is none. It is rendered
     /// without limits for locks and statements, so that it is the same whoever asks.
     pub(super) async fn render(&self, way: Way, from: &str, to: &str) -> Result<Rendered, Failure> {
+        let scripts = scripts::Scripts::of(&self.cli).await?;
+        let mut rendered = Rendered {
+            sql: String::new(),
+            whole: true,
+            files: scripts.digest(),
+            opaque: vec![],
+            hazards: vec![],
+        };
         if from == to {
-            return Ok(Rendered {
-                sql: String::new(),
-                whole: true,
-            });
+            return Ok(rendered);
         }
         let range = if from.is_empty() {
             to.to_owned()
@@ -90,31 +105,59 @@ impl<'a> Alembic<'a> {
             format!("{from}:{}", named(to))
         };
         let what = format!("{} --sql", command(way));
-        let sql = self.0.ask(&what, &[verb(way), &range, "--sql"]).await?;
+        let ended = self.cli.answer(&[verb(way), &range, "--sql"]).await?;
+        match ended.code {
+            0 => {}
+            // A complaint of alembic's own; anything else comes from the application's code.
+            255 => return Err(self.cli.unanswered(&what, &ended)),
+            _ => {
+                rendered.whole = false;
+                rendered.opaque = vec![format!("`{what}` cannot say what would run")];
+                return Ok(rendered);
+            }
+        }
         // What is that long may have been cut.
-        if sql.len() + 4 >= MAX_OUTPUT {
+        if ended.stdout.len() + 4 >= MAX_OUTPUT {
             return Err(failure(
                 Cause::Step,
                 "the migration's SQL is larger than 1 MiB",
             ));
         }
-        let sql = normal_sql(&sql);
-        Ok(Rendered {
-            whole: is_transactional(&sql),
-            sql,
-        })
+        rendered.sql = ended.stdout;
+        let shown = rendered.shown();
+        rendered.whole = is_transactional(&shown);
+        rendered.opaque = scripts.opaque(&shown);
+        rendered.hazards = lint(&[Text {
+            file: "",
+            sql: &shown,
+            whole: false,
+        }]);
+        Ok(rendered)
     }
 
     /// Goes to a revision. Says how the tool ended.
     pub(super) async fn go(
         &self,
         way: Way,
-        to: &str,
+        (from, to): (&str, &str),
         limits: Limits,
         major: u32,
     ) -> Result<Went, Failure> {
+        if self.by == By::Sql {
+            let Rendered { sql, opaque, .. } = self.render(way, from, to).await?;
+            if let Some(what) = opaque.first() {
+                return Err(hinted(
+                    Cause::Refused,
+                    format!("the SQL is not all that the migration does: {what}"),
+                    "let the tool run it: leave out `apply: sql`",
+                ));
+            }
+            let session = Limited::connect(self.cx, self.database(), limits).await?;
+            let done = session.run(command(way), &sql).await;
+            return Ok(done.map_or_else(went, |()| Went::Well));
+        }
         let args = [verb(way), named(to)];
-        self.0.change(command(way), &args, limits, major).await
+        self.cli.change(command(way), &args, limits, major).await
     }
 }
 
@@ -150,15 +193,6 @@ fn is_transactional(sql: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sql_is_compared_without_blanks() {
-        assert_eq!(
-            normal_sql("BEGIN;\n\n\nALTER x;  \nCOMMIT;\n\n"),
-            "BEGIN;\nALTER x;\nCOMMIT;\n"
-        );
-        assert_ne!(normal_sql("ALTER x;"), normal_sql("ALTER  x;"));
-    }
 
     #[test]
     fn work_outside_of_the_transaction_is_seen() {

@@ -2,11 +2,11 @@
 //! goes with the value.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lockstep_proto::report::{Cause, Failure};
 
-use super::{Limits, Went};
+use super::{LOCKED, Limits, Went};
 use crate::actions::migration::source::Source;
 use crate::process::{Ended, Program};
 use crate::secrets::Secret;
@@ -18,9 +18,6 @@ pub(super) const MAX_OUTPUT: usize = 1 << 20;
 
 /// What separates the tool's calls in the log.
 const MARK: &str = "--";
-
-/// How a wait for a lock that was too long shows itself.
-const LOCKED: &[&str] = &["lock timeout", "LockNotAvailable", "55P03"];
 
 /// The program of a release, able to log in.
 pub(super) struct Cli<'a> {
@@ -41,8 +38,8 @@ impl<'a> Cli<'a> {
         source: Source<'_>,
         more: &[(&str, &str)],
     ) -> Result<Self, Failure> {
-        let program = source.program(cx)?;
-        let directory = source.directory(cx)?;
+        let (directory, program) = source.find(cx)?;
+        let program = program.expect("only a tool with a program is called");
         let database = Database::find(cx, source.database)?;
         let config = &cx.config.apps[source.app];
         let private = PrivateDir::new(cx, config.user.as_deref())?;
@@ -75,6 +72,17 @@ impl<'a> Cli<'a> {
             password,
             _private: private,
         })
+    }
+
+    /// The tool's directory.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The program's name.
+    pub(super) fn name(&self) -> String {
+        let name = self.program.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     /// The database that it works on.
@@ -113,12 +121,22 @@ impl<'a> Cli<'a> {
 
     /// What it prints. Fails with what it said if it exits with another code than 0.
     pub(super) async fn ask(&self, what: &str, args: &[&str]) -> Result<String, Failure> {
-        self.cx.log.line(MARK);
-        let ended = self.call(args, None).await?;
+        let ended = self.answer(args).await?;
         if ended.code == 0 {
             return Ok(ended.stdout);
         }
-        Err(Self::said(what, ended.code, &self.lines()))
+        Err(self.unanswered(what, &ended))
+    }
+
+    /// The same, whatever its exit code.
+    pub(super) async fn answer(&self, args: &[&str]) -> Result<Ended, Failure> {
+        self.cx.log.line(MARK);
+        self.call(args, None).await
+    }
+
+    /// The failure of a call that exited with another code than 0.
+    pub(super) fn unanswered(&self, what: &str, ended: &Ended) -> Failure {
+        Self::said(what, ended.code, &self.lines())
     }
 
     /// Lets it change the database, within limits. Says how it ended.

@@ -1,15 +1,24 @@
 //! The migration tools behind one face: where a database is, what would run, and the going.
 
 use lockstep_proto::action::migration::Tool;
-use lockstep_proto::report::Failure;
+use lockstep_proto::ids::Digest;
+use lockstep_proto::order::{normal_sql, sql_digest};
+use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Period;
 
+use super::lint::Finding;
 use super::source::Source;
-use crate::sql::Database;
-use crate::step::Context;
+use crate::actions::postgres::measure;
+use crate::sql::{Database, Session};
+use crate::step::{Context, hinted};
 
 mod alembic;
 mod cli;
+pub(super) mod files;
+mod own;
+
+/// How a wait for a lock that was too long shows itself.
+const LOCKED: &[&str] = &["lock timeout", "LockNotAvailable", "55P03"];
 
 /// How long statements may wait and run.
 #[derive(Debug, Clone, Copy)]
@@ -37,15 +46,65 @@ pub(super) enum Went {
 
 /// What a tool would run.
 pub(super) struct Rendered {
-    /// The SQL; empty if there is nothing to do.
+    /// The SQL, as it runs; empty if there is nothing to do.
     pub(super) sql: String,
-    /// Whether all of it happens in one transaction, or not at all.
+    /// Whether each step that the database's revision tells of happens as a whole or not at all:
+    /// then the revision says how far it came.
     pub(super) whole: bool,
+    /// Digest of all files of migrations in the release.
+    pub(super) files: Digest,
+    /// What would run beside the SQL, and cannot be shown: a sentence for each.
+    pub(super) opaque: Vec<String>,
+    /// What the SQL may do to a database that is in use.
+    pub(super) hazards: Vec<Finding>,
+}
+
+/// Fails if a migration was begun outside of a transaction, and did not end: its revision is not
+/// there, and a part of it may be.
+pub(super) async fn refuse_begun(session: &Session, tool: Tool) -> Result<(), Failure> {
+    match tool {
+        Tool::Alembic => Ok(()),
+        _ => files::refuse_begun(session, tool).await,
+    }
+}
+
+impl Rendered {
+    /// The SQL as people see it.
+    pub(super) fn shown(&self) -> String {
+        normal_sql(&self.sql)
+    }
+
+    /// What an approval binds to.
+    pub(super) fn digest(&self, tool: Tool, way: (&str, &str)) -> Digest {
+        let sql = Digest::of(self.shown().as_bytes());
+        sql_digest(tool, way, self.files, &self.opaque, sql)
+    }
 }
 
 /// A migration tool with the migrations of one release.
 pub(super) enum Migrator<'a> {
     Alembic(alembic::Alembic<'a>),
+    Files(files::Files<'a>),
+}
+
+/// The revision of a database, as the tool has written it down; empty if it has none.
+pub(super) async fn revision(session: &Session, tool: Tool) -> Result<String, Failure> {
+    if tool != Tool::Alembic {
+        return files::revision(session, tool).await;
+    }
+    let mut revisions = measure::revisions(session).await?;
+    match revisions.len() {
+        0 | 1 => Ok(revisions.pop().unwrap_or_default()),
+        _ => Err(hinted(
+            Cause::Step,
+            format!(
+                "`{}` is at several revisions: {}",
+                session.place().database,
+                revisions.join(", ")
+            ),
+            "join them with `alembic merge` in the application first",
+        )),
+    }
 }
 
 impl<'a> Migrator<'a> {
@@ -53,6 +112,19 @@ impl<'a> Migrator<'a> {
     pub(super) async fn of(cx: &'a Context, source: Source<'_>) -> Result<Self, Failure> {
         match source.tool {
             Tool::Alembic => alembic::Alembic::of(cx, source).await.map(Self::Alembic),
+            Tool::Prisma | Tool::Diesel | Tool::Sqlx | Tool::Sql => {
+                let files = files::Files::of(cx, source).await?;
+                Ok(Self::Files(files))
+            }
+        }
+    }
+
+    /// Whether a revision lies on the way from one to another: where a walk may have ended that was
+    /// cut off.
+    pub(super) fn is_between(&self, from: &str, at: &str, to: &str) -> bool {
+        match self {
+            Self::Alembic(_) => false,
+            Self::Files(files) => files.is_between(from, at, to),
         }
     }
 
@@ -60,6 +132,15 @@ impl<'a> Migrator<'a> {
     pub(super) fn database(&self) -> &Database {
         match self {
             Self::Alembic(tool) => tool.database(),
+            Self::Files(files) => files.database(),
+        }
+    }
+
+    /// The revision of the database; empty if it has none.
+    pub(super) async fn revision(&self, session: &Session) -> Result<String, Failure> {
+        match self {
+            Self::Alembic(_) => revision(session, Tool::Alembic).await,
+            Self::Files(files) => files.revision(session).await,
         }
     }
 
@@ -67,6 +148,7 @@ impl<'a> Migrator<'a> {
     pub(super) async fn head(&self) -> Result<String, Failure> {
         match self {
             Self::Alembic(tool) => tool.head().await,
+            Self::Files(files) => files.head(),
         }
     }
 
@@ -75,6 +157,16 @@ impl<'a> Migrator<'a> {
     pub(super) async fn resolve(&self, to: &str) -> Result<String, Failure> {
         match self {
             Self::Alembic(tool) => tool.resolve(to).await,
+            Self::Files(files) => files.resolve(to),
+        }
+    }
+
+    /// Fails unless what the database has is what the release begins with, unaltered and whole: of
+    /// what keeps no record of that, alembic's programs, it is only the revision that counts.
+    pub(super) async fn check(&self, session: &Session) -> Result<(), Failure> {
+        match self {
+            Self::Alembic(_) => Ok(()),
+            Self::Files(files) => files.check(session).await,
         }
     }
 
@@ -83,6 +175,7 @@ impl<'a> Migrator<'a> {
     pub(super) async fn render(&self, way: Way, from: &str, to: &str) -> Result<Rendered, Failure> {
         match self {
             Self::Alembic(tool) => tool.render(way, from, to).await,
+            Self::Files(files) => files.render(way, from, to),
         }
     }
 
@@ -90,12 +183,27 @@ impl<'a> Migrator<'a> {
     pub(super) async fn go(
         &self,
         way: Way,
-        to: &str,
+        (from, to): (&str, &str),
         limits: Limits,
         major: u32,
     ) -> Result<Went, Failure> {
         match self {
-            Self::Alembic(tool) => tool.go(way, to, limits, major).await,
+            Self::Alembic(tool) => tool.go(way, (from, to), limits, major).await,
+            Self::Files(files) => files.go(way, from, to, limits, major).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sql_is_compared_without_blanks() {
+        assert_eq!(
+            normal_sql("BEGIN;\n\n\nALTER x;  \nCOMMIT;\n\n"),
+            "BEGIN;\nALTER x;\nCOMMIT;\n"
+        );
+        assert_ne!(normal_sql("ALTER x;"), normal_sql("ALTER  x;"));
     }
 }
