@@ -411,7 +411,7 @@ impl Bench {
 
     /// The server's first process, the parent of all others.
     pub(crate) fn server(&self) -> u32 {
-        self.cluster.server.id()
+        self.cluster.server.lock().unwrap().id()
     }
 
     /// The application's role.

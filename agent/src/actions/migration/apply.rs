@@ -109,7 +109,8 @@ impl Act for Apply {
         if self.undo_by == UndoBy::Restore {
             restore::is_at_hand(cx, &self.database)?;
         }
-        kept::begin(cx, &session).await?;
+        let keeps = self.undo_by == UndoBy::Keep;
+        kept::begin(cx, &session, keeps).await?;
         let beyond = {
             let going = run::go(cx, &tool, &session, Way::Up, (&from, &to), limits);
             tokio::select! {
@@ -125,7 +126,9 @@ impl Act for Apply {
                 .await
                 .map_err(changed)?
                 .is_none();
-        kept::end(cx, &session, count).await.map_err(changed)?;
+        kept::end(cx, &session, keeps || count)
+            .await
+            .map_err(changed)?;
         Ok(done(&self.database, &from, &to, true))
     }
 

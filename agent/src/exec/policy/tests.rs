@@ -13,7 +13,7 @@ fn policy(text: &str) -> Policy {
 
 #[test]
 fn what_reaches_further_than_its_name_is_listed_or_refused() {
-    let apply = |more: serde_json::Value| {
+    let apply = |more: Value| {
         let mut args = json!({"database": "shop", "app": "shop", "release": "v1", "dir": "db"});
         let fields = args.as_object_mut().unwrap();
         fields.extend(more.as_object().unwrap().clone());
