@@ -215,6 +215,25 @@ impl Fact {
     }
 }
 
+/// The name of the note that a schema stays, up to the database.
+const SCHEMA_OF: &str = "schema of ";
+
+impl Fact {
+    /// That the schema of a database stays when a rollback takes back the rest; how, in words.
+    pub fn schema_stays(database: &str, value: String) -> Self {
+        let name = format!("{SCHEMA_OF}{database}");
+        Self::Note { name, value }
+    }
+
+    /// The database whose schema stays, if this says so.
+    pub fn staying(&self) -> Option<&str> {
+        match self {
+            Self::Note { name, .. } => name.strip_prefix(SCHEMA_OF),
+            _ => None,
+        }
+    }
+}
+
 /// SQL without what differs and means nothing: blank lines and spaces at the ends of lines. This is
 /// what [`Fact::SqlPlan`] has the digest of.
 pub fn normal_sql(sql: &str) -> String {

@@ -106,7 +106,8 @@ impl Act for Apply {
         }
         guarded::can_watch(&session, &self.guards).await?;
         guarded::may_start(cx, &session, self.max_tx_age, self.on_long_tx).await?;
-        kept::begin(cx, &session).await?;
+        let keeps = self.undo_by == UndoBy::Keep;
+        kept::begin(cx, &session, keeps).await?;
         let beyond = {
             let going = run::go(cx, &tool, &session, Way::Up, (&from, &to), limits);
             tokio::select! {
@@ -122,7 +123,9 @@ impl Act for Apply {
                 .await
                 .map_err(changed)?
                 .is_none();
-        kept::end(cx, &session, count).await.map_err(changed)?;
+        kept::end(cx, &session, keeps || count)
+            .await
+            .map_err(changed)?;
         Ok(done(&self.database, &from, &to, true))
     }
 

@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::actions::postgres::look::Tally;
 use crate::actions::postgres::written::{Column, Columns, Which};
 
 /// Statements that drop no value but those of the table or column that they name.
 const PLAIN: &[&str] = &[
     "BEGIN",
     "COMMIT",
-    "SET ",
     "COMMENT ON ",
     "ALTER TABLE ",
     "ALTER INDEX ",
@@ -40,25 +40,55 @@ const LEDGERS: &[&str] = &[
 pub(super) fn dropped(was: &Columns, is: &Columns, sql: Option<&str>) -> Which {
     let mut of = changed(was, is);
     let Some(sql) = sql else { return Which::All };
+    let mut renamed = false;
     for statement in statements(sql) {
         let upper = statement.to_uppercase();
         let is_one_of = |starts: &[&str]| starts.iter().any(|start| upper.starts_with(start));
-        if is_one_of(LEDGERS) {
+        if is_one_of(LEDGERS) || is_limit(&upper) {
             continue;
         }
-        if !is_one_of(PLAIN) || upper.contains("CASCADE") {
+        let unread = ["CASCADE", "/*", "--"]
+            .iter()
+            .any(|part| upper.contains(part));
+        if !is_one_of(PLAIN) || unread {
             return Which::All;
         }
-        let Some(table) = altered(statement) else {
-            continue;
-        };
-        if !is.contains_key(&table) {
-            return Which::All;
+        if let Some((table, takes)) = altered(statement) {
+            // Behind a renaming the names are no longer those that there are now.
+            if renamed || !is_the_only(is, &table) {
+                return Which::All;
+            }
+            let counted = of.get(&table);
+            let by_column = match &takes {
+                Takes::All => false,
+                Takes::Columns(columns) => {
+                    counted.is_some_and(|counted| columns.iter().all(|name| counted.contains(name)))
+                }
+            };
+            if !by_column {
+                // Values go that were there before, too: all of its rows are meant.
+                of.insert(table, BTreeSet::new());
+            }
         }
-        // One that the migration has left alone is counted as a whole.
-        of.entry(table).or_default();
+        renamed |= words(&upper).any(|word| ["RENAME", "SCHEMA"].contains(&word));
     }
     Which::Of(of)
+}
+
+/// Whether a statement only limits how long others may take. One that sets the search path, or the
+/// role, changes what their names mean.
+fn is_limit(upper: &str) -> bool {
+    let mut words = upper.split_whitespace();
+    let name = (words.next() == Some("SET"))
+        .then(|| words.find(|word| !["LOCAL", "SESSION"].contains(word)));
+    name.flatten()
+        .is_some_and(|name| name.ends_with("_TIMEOUT"))
+}
+
+/// Whether a name means one table, whatever the search path is.
+fn is_the_only(is: &Columns, table: &str) -> bool {
+    let elsewhere = format!(".{table}");
+    is.contains_key(table) && !is.keys().any(|other| other.ends_with(&elsewhere))
 }
 
 /// The tables and columns that there are now and were not, or otherwise. A new table has no
@@ -99,20 +129,91 @@ fn statements(sql: &str) -> Vec<&str> {
     statements.filter(|rest| !rest.is_empty()).collect()
 }
 
+/// What a statement takes of a table.
+enum Takes {
+    All,
+    /// These columns.
+    Columns(Vec<String>),
+}
+
 /// The table that a statement drops, or takes something of.
-fn altered(statement: &str) -> Option<String> {
-    let mut words = statement.split_whitespace();
-    let verb = words.next()?.to_uppercase();
-    if words.next()?.to_uppercase() != "TABLE" || verb == "CREATE" {
+fn altered(statement: &str) -> Option<(String, Takes)> {
+    let mut rest = statement.split_whitespace();
+    let verb = rest.next()?.to_uppercase();
+    if rest.next()?.to_uppercase() != "TABLE" || verb == "CREATE" {
         return None;
     }
-    let takes = |word: &str| ["DROP", "TYPE"].contains(&word.to_uppercase().as_str());
-    if verb == "ALTER" && !statement.split_whitespace().any(takes) {
-        return None;
+    let takes = if verb == "DROP" {
+        Takes::All
+    } else {
+        let columns = taken_columns(statement);
+        if columns.is_empty() {
+            return None;
+        }
+        Takes::Columns(columns)
+    };
+    let is_name = |word: &&str| !["IF", "EXISTS", "ONLY"].contains(&word.to_uppercase().as_str());
+    let name = rest.find(is_name)?;
+    let name = name.strip_prefix("public.").unwrap_or(name);
+    // Of several tables, or with a word after it that is not known, it is none that there is.
+    let more = rest.filter(|word| word.to_uppercase() != "RESTRICT");
+    let name = match (verb.as_str(), more.count()) {
+        ("DROP", 1..) => String::new(),
+        _ => name.to_owned(),
+    };
+    Some((name, takes))
+}
+
+/// The columns that an `ALTER TABLE` drops or gives another type. What is none, like the default in
+/// `ALTER COLUMN a DROP DEFAULT`, is left out where no column can have that name.
+fn taken_columns(statement: &str) -> Vec<String> {
+    let words: Vec<&str> = words(statement).collect();
+    let upper: Vec<String> = words.iter().map(|word| word.to_uppercase()).collect();
+    let mut columns = vec![];
+    for (at, word) in upper.iter().enumerate() {
+        let skip = |from: usize, some: &[&str]| {
+            let known = upper[from..].iter();
+            from + known
+                .take_while(|word| some.contains(&word.as_str()))
+                .count()
+        };
+        let name = match word.as_str() {
+            "DROP" => {
+                let next = skip(at + 1, &["COLUMN", "IF", "EXISTS"]);
+                let no_column = ["CONSTRAINT", "DEFAULT", "NOT"];
+                if upper
+                    .get(next)
+                    .is_some_and(|word| no_column.contains(&word.as_str()))
+                {
+                    continue;
+                }
+                words.get(next)
+            }
+            // `ALTER [COLUMN] a [SET DATA] TYPE ..`
+            "TYPE" => {
+                let before = upper[..at].strip_suffix(&["SET".to_owned(), "DATA".to_owned()]);
+                let before = before.map_or(at, <[String]>::len);
+                before.checked_sub(1).map(|at| &words[at])
+            }
+            _ => continue,
+        };
+        columns.push(name.map_or_else(String::new, |name| plain_name(name)));
     }
-    let name =
-        words.find(|word| !["IF", "EXISTS", "ONLY"].contains(&word.to_uppercase().as_str()))?;
-    Some(name.strip_prefix("public.").unwrap_or(name).to_owned())
+    columns
+}
+
+/// The words of a statement, quoted ones with their quotes.
+fn words(statement: &str) -> impl Iterator<Item = &str> {
+    let parts = statement.split(|c: char| !(c.is_alphanumeric() || "_$\"".contains(c)));
+    parts.filter(|word| !word.is_empty())
+}
+
+/// A name as the catalogue has it.
+fn plain_name(word: &str) -> String {
+    let quoted = word
+        .strip_prefix('"')
+        .and_then(|word| word.strip_suffix('"'));
+    quoted.map_or_else(|| word.to_lowercase(), str::to_owned)
 }
 
 /// What the release of before would miss, or could not give, in words: it can go on only with a
@@ -142,6 +243,30 @@ pub(super) fn in_the_way(was: &Columns, is: &Columns) -> Vec<String> {
         found.extend(required.map(|(name, _)| format!("{table}.{name} must be given")));
     }
     found
+}
+
+/// How the columns differ from those of before, in words.
+pub(super) fn differs(was: &Columns, is: &Columns) -> Vec<String> {
+    let mut found = in_the_way(was, is);
+    let new = changed(was, is).into_iter().map(|(table, columns)| {
+        let columns: Vec<String> = columns.into_iter().collect();
+        match columns.as_slice() {
+            [] => format!("{table} is new"),
+            columns => format!("{table} has other columns ({})", columns.join(", ")),
+        }
+    });
+    found.extend(new);
+    found
+}
+
+/// The tables that have fewer rows, in words. Of those that are gone, or could not be counted,
+/// nothing is said.
+pub(super) fn fewer(was: &Tally, is: &Tally) -> Vec<String> {
+    let fell = |(table, was): (&String, &u64)| {
+        let is = is.get(table).filter(|is| *is < was)?;
+        Some(format!("{table} has {is} rows, and had {was}"))
+    };
+    was.iter().filter_map(fell).collect()
 }
 
 #[cfg(test)]
@@ -203,6 +328,71 @@ mod tests {
         // It adds something.
         let sql = "ALTER TABLE notes ADD COLUMN x int; CREATE TABLE y (a int);";
         assert_eq!(drops(sql), of("tags: users:born,id"));
+    }
+
+    #[test]
+    fn what_was_there_before_and_goes_with_what_is_new_is_counted_too() {
+        let was = schema("users.id:int users.a:text");
+        // The table was put aside, and made again with one column more.
+        let is = schema("users.id:int users.a:text users.note:text users_old.id:int");
+        let drops = |is: &Columns, sql: &str| dropped(&was, is, Some(sql));
+        let swap = "DROP TABLE users; ALTER TABLE users_old RENAME TO users;";
+        assert_eq!(drops(&is, swap), of("users: users_old:"), "INV-6");
+        // A column was put aside, and made again with the same type.
+        let is = schema("users.id:int users.a:text users.b:text users.Note:text");
+        for (sql, expected) in [
+            ("ALTER TABLE users DROP COLUMN a;", "users:"),
+            (
+                "ALTER TABLE users DROP COLUMN IF EXISTS b, DROP a;",
+                "users:",
+            ),
+            (
+                "ALTER TABLE users ADD x numeric(1,0),DROP COLUMN a;",
+                "users:",
+            ),
+            ("ALTER TABLE users ALTER a SET DATA TYPE int;", "users:"),
+            ("ALTER TABLE users DROP COLUMN \"B\";", "users:"),
+            (
+                "ALTER TABLE users DROP COLUMN B, DROP \"Note\";",
+                "users:b,Note",
+            ),
+            ("ALTER TABLE users ALTER COLUMN b TYPE int;", "users:b,Note"),
+            ("ALTER TABLE users ALTER b DROP NOT NULL;", "users:b,Note"),
+            (
+                "ALTER TABLE users DROP CONSTRAINT c, DROP b;",
+                "users:b,Note",
+            ),
+        ] {
+            assert_eq!(drops(&is, sql), of(expected), "INV-6: {sql}");
+        }
+        // What is dropped is called otherwise now.
+        let sql = "ALTER TABLE users RENAME b TO c; ALTER TABLE users RENAME a TO b; \
+                   ALTER TABLE users DROP COLUMN b;";
+        assert_eq!(drops(&is, sql), Which::All);
+    }
+
+    #[test]
+    fn a_name_that_may_mean_another_table_is_everything() {
+        let is = schema("users.id:int hr.users.id:int notes.id:int");
+        let drops = |sql: &str| dropped(&Columns::new(), &is, Some(sql));
+        let all = of("users: hr.users: notes:");
+        let limits = "SET lock_timeout = 5; SET LOCAL statement_timeout = '1min';";
+        assert_eq!(drops(limits), all);
+        assert_eq!(
+            drops("DROP TABLE notes RESTRICT; DROP TABLE hr.users;"),
+            all
+        );
+        for sql in [
+            "SET search_path TO hr; DROP TABLE notes;",
+            "SET LOCAL search_path = hr;",
+            "SET ROLE other;",
+            "DROP TABLE users;",
+            "DROP TABLE notes, hr.users;",
+            "DROP TABLE notes ,hr.users;",
+            "ALTER TABLE notes DROP /* x */ COLUMN id;",
+        ] {
+            assert_eq!(drops(sql), Which::All, "INV-6: {sql}");
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! What an attempt at a migration keeps beside its outcome, so that an undo knows what it would
 //! lose: the columns that there were, and the moments when it began and when it was through.
 
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
-use lockstep_proto::report::Failure;
+use lockstep_proto::report::{Cause, Failure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +13,7 @@ use crate::actions::postgres::look::Tally;
 use crate::actions::postgres::restore::Baseline;
 use crate::actions::postgres::written::{self, Columns, Moment, Which};
 use crate::sql::Session;
-use crate::step::Context;
+use crate::step::{Context, failure};
 
 const BEGAN: &str = "migration-began.json";
 const THROUGH: &str = "migration-through.json";
@@ -24,6 +25,10 @@ pub(super) struct Began {
     pub(super) moment: Option<Moment>,
     /// The columns of all tables.
     pub(super) columns: Columns,
+    /// The rows of all tables, if the plan keeps what the migration does; releases of before did
+    /// not count.
+    #[serde(default)]
+    pub(super) rows: Option<Tally>,
 }
 
 /// What there was when the tool was through.
@@ -31,7 +36,8 @@ pub(super) struct Began {
 pub(super) struct Through {
     /// When; `None` if the server is too old to say.
     pub(super) moment: Option<Moment>,
-    /// The rows of all tables, if they were counted behind the fence of the backup.
+    /// The rows of all tables: if they were counted behind the fence of the backup, or if the plan
+    /// keeps what the migration does.
     pub(super) rows: Option<Tally>,
 }
 
@@ -45,15 +51,16 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Reads what the attempts of the context's step have kept.
-    pub(super) fn of(cx: &Context) -> Self {
+    /// Reads what the attempts of the context's step have kept. What is there and cannot be read is
+    /// not nothing.
+    pub(super) fn of(cx: &Context) -> Result<Self, Failure> {
         let dirs = files::attempts(cx);
-        let began = dirs.iter().filter_map(|dir| read::<Began>(dir, BEGAN));
-        let through = dirs.iter().filter_map(|dir| read::<Through>(dir, THROUGH));
-        Self {
-            began: began.min_by_key(|began| began.moment),
-            through: through.max_by_key(|through| through.moment),
-        }
+        let began: Vec<Began> = all(&dirs, BEGAN)?;
+        let through: Vec<Through> = all(&dirs, THROUGH)?;
+        Ok(Self {
+            began: began.into_iter().min_by_key(|began| began.moment),
+            through: through.into_iter().max_by_key(|through| through.moment),
+        })
     }
 
     /// Since when rows were not written by the migration itself; if that is not known, since it
@@ -73,11 +80,13 @@ impl Kept {
     }
 }
 
-/// Keeps what there is before the tool starts.
-pub(super) async fn begin(cx: &Context, session: &Session) -> Result<(), Failure> {
+/// Keeps what there is before the tool starts; the rows, too, if they are asked for.
+pub(super) async fn begin(cx: &Context, session: &Session, count: bool) -> Result<(), Failure> {
+    let moment = written::moment(session).await?;
     let began = Began {
-        moment: written::moment(session).await?,
+        moment,
         columns: written::columns(session).await?,
+        rows: rows(session, moment, count).await?,
     };
     write(&cx.dir, BEGAN, &began)
 }
@@ -85,17 +94,42 @@ pub(super) async fn begin(cx: &Context, session: &Session) -> Result<(), Failure
 /// Keeps what there is once the tool is through; the rows, too, if they are asked for.
 pub(super) async fn end(cx: &Context, session: &Session, count: bool) -> Result<(), Failure> {
     let moment = written::moment(session).await?;
-    let rows = if count {
-        let now = written::since(session, moment, &Which::All).await?;
-        Some(now.tally())
-    } else {
-        None
-    };
+    let rows = rows(session, moment, count).await?;
     write(&cx.dir, THROUGH, &Through { moment, rows })
 }
 
-fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Option<T> {
-    serde_json::from_slice(&std::fs::read(dir.join(name)).ok()?).ok()
+/// The rows of all tables that can be counted. A server too old to say the moment counts none.
+async fn rows(
+    session: &Session,
+    moment: Option<Moment>,
+    count: bool,
+) -> Result<Option<Tally>, Failure> {
+    if !count || moment.is_none() {
+        return Ok(None);
+    }
+    let now = written::since(session, moment, &Which::All).await?;
+    Ok(Some(now.tally()))
+}
+
+fn all<T: DeserializeOwned>(dirs: &[PathBuf], name: &str) -> Result<Vec<T>, Failure> {
+    let found = dirs.iter().map(|dir| read(&dir.join(name)));
+    found.filter_map(Result::transpose).collect()
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Failure> {
+    let unreadable = |why: String| {
+        let message = format!(
+            "what the migration has kept for its undo cannot be read: {}: {why}",
+            path.display()
+        );
+        failure(Cause::Host, message)
+    };
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(unreadable(error.to_string())),
+    };
+    serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))
 }
 
 fn write(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Failure> {

@@ -2,21 +2,23 @@
 //! (INV-6).
 //!
 //! ```text
-//! keep        nothing was taken away, and nothing new must be given: the release of before goes on
+//! keep        no column was taken away, no table has fewer rows, and nothing new must be given: the
+//!             release of before goes on
 //! downgrade   the fence has held since the backup; or a fence is up again, and nothing of what
-//!             goes was written since the migration was through
+//!             goes was written since the migration was through; and it holds until all is down
 //! restore     the fence has held since the backup (`postgres::restore`)
 //! ```
 
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 
-use super::dropped::{dropped, in_the_way};
-use super::guard;
+use super::dropped::{differs, dropped, fewer, in_the_way};
 use super::kept::Kept;
+use super::{guard, run};
+use crate::actions::postgres::written::Which;
 use crate::actions::postgres::{fence, look, written};
 use crate::sql::Session;
-use crate::step::{Context, hinted};
+use crate::step::{Context, changed, hinted};
 
 /// Why data may have been written since the rollout's backup of a database; `None` if a fence has
 /// held all the time.
@@ -32,23 +34,30 @@ pub(super) async fn open_since_backup(
     }
 }
 
-/// Refuses to take a schema down if that may lose what was written; names the rows.
+/// Refuses to take a schema down if that may lose what was written; names the rows. Returns the
+/// fence behind which it may.
 pub(super) async fn may_go_down(
     cx: &Context,
     session: &Session,
     database: &str,
     sql: Option<&str>,
-) -> Result<(), Failure> {
+) -> Result<String, Failure> {
+    let behind = fence::holding(cx, session).await?;
     let Some(why) = open_since_backup(cx, session, database).await? else {
-        return Ok(());
+        let fence = guard::verified(cx, database).and_then(|(_, fence)| fence);
+        return Ok(fence.expect("it has held").to_owned());
     };
     let lost = lost(cx, session, database, sql).await?;
-    let shut = fence::holds(cx, session).await?;
-    if lost.is_empty() && shut {
+    // One that fell while the rows were counted has let more in.
+    let still = fence::holding(cx, session).await?;
+    if lost.is_empty()
+        && still == behind
+        && let Some(token) = still
+    {
         cx.log.line(&format!(
             "{why}; but nothing was written since to what the way down drops"
         ));
-        return Ok(());
+        return Ok(token);
     }
     for line in &lost {
         cx.log.line(line);
@@ -74,6 +83,25 @@ pub(super) async fn may_go_down(
     ))
 }
 
+/// Fails if the fence behind which a schema went down has fallen meanwhile.
+pub(super) async fn was_shut(
+    session: &Session,
+    database: &str,
+    token: &str,
+) -> Result<(), Failure> {
+    let Some(why) = fence::broken(session, token).await.map_err(changed)? else {
+        return Ok(());
+    };
+    Err(changed(hinted(
+        Cause::Step,
+        format!(
+            "the schema of `{database}` is back, but its fence did not hold until then: {why}. What \
+             was written meanwhile to what it dropped is lost"
+        ),
+        "see in the server's log who wrote in these moments; what the backup holds is not lost",
+    )))
+}
+
 /// The rows that a way down would lose, in words.
 async fn lost(
     cx: &Context,
@@ -81,7 +109,7 @@ async fn lost(
     database: &str,
     sql: Option<&str>,
 ) -> Result<Vec<String>, Failure> {
-    let kept = Kept::of(cx);
+    let kept = Kept::of(cx)?;
     if let Some(began) = &kept.began {
         let now = written::columns(session).await?;
         let which = dropped(&began.columns, &now, sql);
@@ -104,27 +132,75 @@ pub(super) async fn may_stay(
     session: &Session,
     database: &str,
 ) -> Result<Fact, Failure> {
-    let value = match Kept::of(cx).began {
-        None => "stays; whether the release of before can live with it was not recorded".into(),
-        Some(began) => {
-            let now = written::columns(session).await?;
-            let found = in_the_way(&began.columns, &now);
-            if !found.is_empty() {
-                return Err(hinted(
-                    Cause::Refused,
-                    format!(
-                        "the schema of `{database}` cannot stay for the release of before: {}",
-                        written::few(&found)
-                    ),
-                    "go on with the new release, or downgrade by hand; `undo_by: keep` is for \
-                     migrations that only add",
-                ));
-            }
-            "stays, as the plan says: it has all that was there before".to_owned()
-        }
+    let kept = Kept::of(cx)?;
+    let Some(began) = &kept.began else {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "the schema of `{database}` cannot stay for the release of before: what there was \
+                 before the migration was not recorded"
+            ),
+            "look whether that release can live with it; then go on with the new one, or downgrade \
+             by hand",
+        ));
     };
-    Ok(Fact::Note {
-        name: format!("schema of {database}"),
-        value,
-    })
+    let mut found = in_the_way(&began.columns, &written::columns(session).await?);
+    let mut rows = "its rows were not counted";
+    if let Some(was) = &began.rows {
+        // What was deleted since is not the migration's doing.
+        let is = match kept
+            .through
+            .as_ref()
+            .and_then(|through| through.rows.clone())
+        {
+            Some(is) => is,
+            None => written::since(session, began.moment, &Which::All)
+                .await?
+                .tally(),
+        };
+        found.extend(fewer(was, &is));
+        rows = "the migration left no table with fewer rows";
+    }
+    if !found.is_empty() {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "the schema of `{database}` cannot stay for the release of before: {}",
+                written::few(&found)
+            ),
+            "go on with the new release, or downgrade by hand; `undo_by: keep` is for migrations \
+             that only add",
+        ));
+    }
+    let value = format!("stays, as the plan says: no column of before is gone, and {rows}");
+    Ok(Fact::schema_stays(database, value))
+}
+
+/// Refuses to call a schema the old one, by its revision, that is not as it was: a migration that
+/// works outside of a transaction writes the revision at the end.
+pub(super) async fn is_as_before(
+    cx: &Context,
+    session: &Session,
+    database: &str,
+) -> Result<(), Failure> {
+    let Some(began) = Kept::of(cx)?.began else {
+        return Ok(());
+    };
+    let in_parts = run::some_went_in_parts(cx)?;
+    let mut found = differs(&began.columns, &written::columns(session).await?);
+    if let Some(was) = began.rows.filter(|_| in_parts) {
+        let is = written::since(session, began.moment, &Which::All).await?;
+        found.extend(fewer(&was, &is.tally()));
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    Err(hinted(
+        Cause::Refused,
+        format!(
+            "`{database}` is at the revision of before, but a part of the migration is there: {}",
+            written::few(&found)
+        ),
+        "it works outside of a transaction: take this part away by hand, or bring the rest",
+    ))
 }

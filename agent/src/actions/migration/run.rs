@@ -32,6 +32,17 @@ pub(super) fn went_in_parts(cx: &Context) -> Result<Option<String>, Failure> {
     }
 }
 
+/// Whether any attempt at this step began to go by more than one transaction.
+pub(super) fn some_went_in_parts(cx: &Context) -> Result<bool, Failure> {
+    for dir in files::attempts(cx) {
+        let there = dir.join(IN_PARTS).try_exists();
+        if there.or_failed(|| "read what the attempts have kept")? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Takes the database to a revision and sees that it is there. After a failure the message says
 /// where the database is.
 pub(super) async fn go(

@@ -1,6 +1,6 @@
 //! The ways back of `migration.apply` and `migration.downgrade`.
 
-use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup, UndoBy};
+use lockstep_proto::action::migration::{Apply, Downgrade, RequiredBackup, Tool, UndoBy};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
@@ -13,7 +13,7 @@ use super::{returns, run};
 use crate::actions::Done;
 use crate::actions::postgres::restore;
 use crate::sql::{Database, Session};
-use crate::step::{Context, changed, failure};
+use crate::step::{Context, changed, failure, hinted};
 
 /// Goes back to what was recorded, or stays, by the plan's rule.
 pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<Done, Failure> {
@@ -21,30 +21,35 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     if act.undo_by == UndoBy::Restore {
         return Box::pin(bring_back(act, cx, to)).await;
     }
-    let session = Database::find(cx, &act.database)?.connect(cx).await?;
-    session.end_left_over(cx).await?;
+    let database = Database::find(cx, &act.database)?;
+    let session = guard::lock(cx, &database).await?;
     let from = revision(&session).await?;
     if from == to {
+        if act.undo_by == UndoBy::Keep {
+            returns::is_as_before(cx, &session, &act.database).await?;
+        }
         return Ok(done(&act.database, &from, to, false));
     }
     if act.undo_by == UndoBy::Keep {
         return keep(act, cx, &session, &from).await;
     }
-    drop(session);
     // Only this release knows the revision that it brought.
     let tool = Migrator::of(cx, act.into()).await?;
-    let session = guard::lock(cx, tool.database()).await?;
+    let mut behind = None;
     if act.backup != RequiredBackup::None {
         // What cannot be rendered may drop anything.
         let rendered = tool.render(Way::Down, &from, to).await.ok();
         let sql = rendered.as_ref().map(|rendered| rendered.sql.as_str());
-        returns::may_go_down(cx, &session, &act.database, sql).await?;
+        behind = Some(returns::may_go_down(cx, &session, &act.database, sql).await?);
     }
     let limits = Limits {
         lock: act.lock_timeout,
         statement: act.statement_timeout,
     };
     run::go(cx, &tool, &session, Way::Down, (&from, to), limits).await?;
+    if let Some(fence) = behind {
+        returns::was_shut(&session, &act.database, &fence).await?;
+    }
     Ok(done(&act.database, &from, to, true))
 }
 
@@ -75,12 +80,27 @@ async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure
         name: format!("old database of {name}"),
         value: old,
     };
-    if from == to && restore::has_schema_of_backup(cx, name, &session).await? {
+    // One transaction has left nothing if it did not write the revision.
+    let in_parts = run::some_went_in_parts(cx)?;
+    if from == to && restore::is_as_backup(cx, name, &session, in_parts).await? {
         let mut done = done(name, &from, to, false);
         done.facts.extend(old.map(kept));
         return Ok(done);
     }
-    let since = Kept::of(cx).baseline();
+    // The other tools' revisions are not in the manifest.
+    let backup = restore::revisions_of_backup(cx, name)?.join(" and ");
+    if act.tool == Tool::Alembic && backup != to {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "the backup of `{name}` is at {}, and the database was at {} before the step",
+                shown(&backup),
+                shown(to)
+            ),
+            "go on with the new release, or downgrade by hand",
+        ));
+    }
+    let since = Kept::of(cx)?.baseline();
     // The swap ends the session that holds the right to migrate.
     let old = restore::return_to_backup(cx, name, since.as_ref()).await?;
     let session = database.connect(cx).await.map_err(changed)?;

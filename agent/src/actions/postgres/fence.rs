@@ -137,12 +137,13 @@ pub(crate) async fn broken(session: &Session, token: &str) -> Result<Option<Stri
     Ok((!inside.is_empty()).then(|| format!("sessions of {} are open", few(&inside))))
 }
 
-/// Whether a fence of this rollout is up now, and keeps everybody out.
-pub(crate) async fn holds(cx: &Context, session: &Session) -> Result<bool, Failure> {
-    match raised(session).await?.filter(|raised| raised.is_of(cx)) {
-        Some(raised) => Ok(broken(session, &raised.token).await?.is_none()),
-        None => Ok(false),
-    }
+/// The fence of this rollout that is up now, if it keeps everybody out.
+pub(crate) async fn holding(cx: &Context, session: &Session) -> Result<Option<String>, Failure> {
+    let Some(raised) = raised(session).await?.filter(|raised| raised.is_of(cx)) else {
+        return Ok(None);
+    };
+    let broken = broken(session, &raised.token).await?;
+    Ok(broken.is_none().then_some(raised.token))
 }
 
 /// Begins the transaction that raises or lowers; only one of them runs at a time.

@@ -89,6 +89,12 @@ impl Manifest {
         counts.iter().any(|aspect| self.measured.contains(aspect))
     }
 
+    /// Whether all was measured that a restored database can be held against.
+    pub(super) fn is_measured(&self) -> bool {
+        let all = all_aspects();
+        all.iter().all(|aspect| self.measured.contains(aspect))
+    }
+
     /// What it holds, for people.
     pub(super) fn summary(&self) -> String {
         if self.is_counted() {

@@ -9,7 +9,7 @@
 //!
 //! Where an attempt was interrupted can be read from the names that exist.
 
-use lockstep_proto::action::postgres::{Level, Restore};
+use lockstep_proto::action::postgres::{Aspect, Level, Restore};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
@@ -17,7 +17,6 @@ use serde_json::Value;
 
 use super::archive::archive_in;
 use super::manifest::{Manifest, Store};
-use super::measure::fingerprint;
 use super::scratch::Rights;
 use super::tools::Tools;
 use super::written::{self, Moment, Which};
@@ -173,16 +172,32 @@ pub(crate) async fn tidy(cx: &Context, name: &str) -> Result<Option<String>, Fai
     Ok(kept)
 }
 
-/// Whether a database has the schema of the backup that would bring it back.
-pub(crate) async fn has_schema_of_backup(
+/// The revisions in the backup that would bring a database back, as the backup's own tables say.
+pub(crate) fn revisions_of_backup(cx: &Context, name: &str) -> Result<Vec<String>, Failure> {
+    let database = Database::find(cx, name)?;
+    let (made, _) = verified(cx, &Store::of(cx, &database), name)?;
+    Ok(made.revisions)
+}
+
+/// Whether a database has the schema of the backup that would bring it back, and what it held, if
+/// that is asked for.
+pub(crate) async fn is_as_backup(
     cx: &Context,
     name: &str,
     session: &Session,
+    contents: bool,
 ) -> Result<bool, Failure> {
     let database = Database::find(cx, name)?;
     let (made, _) = verified(cx, &Store::of(cx, &database), name)?;
     let tools = Tools::new(cx, &database, session.major()).await?;
-    Ok(fingerprint(&tools, database.dbname(), None).await? == made.schema)
+    let mut aspects = vec![Aspect::Schema];
+    aspects.extend(contents.then_some(Aspect::Checksums));
+    let dbname = database.dbname();
+    let differences = scratch::differences(cx, &database, &tools, &made, dbname, &aspects).await?;
+    for line in &differences {
+        cx.log.line(line);
+    }
+    Ok(differences.is_empty())
 }
 
 /// A migration's way back by the backup: it takes the database's place, and the migrated one is
@@ -278,14 +293,26 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
     } else {
         all.find_map(of_rollout)
     };
-    found.ok_or_else(|| {
+    let (made, digest) = found.ok_or_else(|| {
         let directory = store.directory.display();
         hinted(
             Cause::Refused,
             format!("there is no verified backup of `{name}` of this rollout in {directory}"),
             "put `postgres.backup` and `postgres.verify_backup` before this step, on the same host",
         )
-    })
+    })?;
+    if made.is_measured() {
+        return Ok((made, digest));
+    }
+    // Nothing would say that what takes the database's place holds what was backed up.
+    Err(hinted(
+        Cause::Refused,
+        format!(
+            "the backup {} was not measured as a whole, so what it restores to cannot be compared",
+            made.id
+        ),
+        "leave `measure` of `postgres.backup` out",
+    ))
 }
 
 /// Refuses unless nobody could write since the backup; names what would be lost (INV-6).

@@ -123,6 +123,16 @@ pub(crate) async fn prove<T>(
 
 /// Refuses to compare what nobody has measured.
 fn check_measured(act: &VerifyBackup, made: &Manifest) -> Result<(), Failure> {
+    if act.level >= Level::Restored && !made.is_counted() {
+        return Err(hinted(
+            Cause::Refused,
+            format!(
+                "the backup {} was made without counting its rows, so a restore proves nothing",
+                made.id
+            ),
+            "let `measure` of `postgres.backup` have row_counts, or ask for level 2",
+        ));
+    }
     let mut compared = act.compared().iter();
     let Some(missing) = compared.find(|aspect| !made.measured.contains(aspect)) else {
         return Ok(());

@@ -253,6 +253,11 @@ async fn inside(
         tables: BTreeMap::new(),
         at_most: next.is_some_and(|next| next > i64::from(u32::MAX)),
     };
+    // What is taken of a parent is taken of its children.
+    let which = match which {
+        Which::Of(some) if any_is_inherited(session, some).await? => &Which::All,
+        which => which,
+    };
     let sql = format!(
         "SELECT {TABLE_NAME}, format('%I.%I', n.nspname, c.relname), c.relname::text FROM {DATA}"
     );
@@ -286,6 +291,22 @@ async fn inside(
     Ok(written)
 }
 
+/// Whether one of the tables has others that inherit from it. A partitioned one is not among them.
+async fn any_is_inherited(
+    session: &Session,
+    tables: &BTreeMap<String, BTreeSet<String>>,
+) -> Result<bool, Failure> {
+    let sql = format!(
+        "SELECT EXISTS (SELECT 1 FROM {DATA} AND {TABLE_NAME} = ANY ($1) \
+         AND EXISTS (SELECT 1 FROM pg_inherits i WHERE i.inhparent = c.oid))"
+    );
+    let names: Vec<&String> = tables.keys().collect();
+    let row = session
+        .one("looking for tables that inherit", &sql, &[&names])
+        .await?;
+    Ok(row.get(0))
+}
+
 /// The condition for a row `t` that one of the last transactions has written, so many as have
 /// `passed` before the `next` one.
 fn is_new(next: i64, passed: i64) -> String {
@@ -317,6 +338,8 @@ async fn count(session: &Session, name: &str, sql: &str) -> Result<Result<Count,
     session.run(&what, "SAVEPOINT one").await?;
     match session.one(&what, sql, &[]).await {
         Ok(row) => {
+            // What is not released takes the server's memory until the end, table by table.
+            session.run(&what, "RELEASE one").await?;
             let number = |at| row.get::<_, i64>(at).unsigned_abs();
             Ok(Ok(Count {
                 rows: number(0),
@@ -325,7 +348,7 @@ async fn count(session: &Session, name: &str, sql: &str) -> Result<Result<Count,
         }
         Err(failed) => {
             // Fails in turn if the session is gone.
-            session.run(&what, "ROLLBACK TO one").await?;
+            session.run(&what, "ROLLBACK TO one; RELEASE one").await?;
             Ok(Err(failed.message))
         }
     }

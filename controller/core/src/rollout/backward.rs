@@ -437,10 +437,14 @@ impl Rollout {
         let different = self.differences();
         if different.is_empty() || planted!(SkipAnUndo) {
             let mut reason = backward.reason.clone();
-            for database in self.kept() {
+            let kept = self.kept();
+            for (database, _) in kept
+                .iter()
+                .filter(|(_, hosts)| hosts.values().any(|it| *it))
+            {
                 let _ = write!(
                     reason,
-                    "; {database} keeps its new schema, as the plan says"
+                    "; database {database} keeps its new schema, as the plan says"
                 );
             }
             vec![self.end(End::RolledBack, reason)]
@@ -454,27 +458,48 @@ impl Rollout {
         }
     }
 
-    /// States of databases that are not to be as before, for the plan keeps what a migration did.
-    fn kept(&self) -> BTreeSet<String> {
-        let ordered = self.attempts.iter();
-        ordered
-            .filter(|((_, direction), _)| *direction == Direction::Do)
-            .filter_map(|((at, _), hosts)| {
-                let step = self.placed(*at).step;
-                let Action::MigrationApply(act) = &step.action else {
-                    return None;
-                };
-                let keeps = step.undo == Undo::Keep || act.undo_by == UndoBy::Keep;
-                let did = hosts.values().flatten().any(|attempt| {
+    /// Databases that migrations changed which the plan keeps; and the hosts that did it, with
+    /// whether the schema stays: the step is kept as a whole, or its undo said so.
+    fn kept(&self) -> BTreeMap<&str, BTreeMap<&HostId, bool>> {
+        let mut kept: BTreeMap<&str, BTreeMap<&HostId, bool>> = BTreeMap::new();
+        for ((at, direction), hosts) in &self.attempts {
+            let step = self.placed(*at).step;
+            let Action::MigrationApply(act) = &step.action else {
+                continue;
+            };
+            let keeps = step.undo == Undo::Keep || act.undo_by == UndoBy::Keep;
+            if !keeps || *direction != Direction::Do {
+                continue;
+            }
+            for (host, attempts) in hosts {
+                let did = attempts.iter().any(|attempt| {
                     let result = attempt.result.as_ref();
                     let found_there = result.is_some_and(|result| {
                         matches!(result.outcome, Outcome::Ok { changed: false, .. })
                     });
                     !found_there && leaves_something(attempt)
                 });
-                (keeps && did).then(|| format!("database {}", act.database))
-            })
-            .collect()
+                if did {
+                    let stays = step.undo == Undo::Keep || self.stays(*at, host, &act.database);
+                    *kept
+                        .entry(&act.database)
+                        .or_default()
+                        .entry(host)
+                        .or_default() |= stays;
+                }
+            }
+        }
+        kept
+    }
+
+    /// Whether the undo of a step has said that a schema stays.
+    fn stays(&self, at: StepRef, host: &HostId, database: &str) -> bool {
+        let undo = self.current_undo(at, host).filter(|undo| undo.is_ok());
+        let mut facts = undo
+            .iter()
+            .flat_map(|undo| &undo.result)
+            .flat_map(|it| &it.facts);
+        facts.any(|fact| fact.staying() == Some(database))
     }
 
     /// Where the state of touched hosts differs from before.
@@ -487,7 +512,18 @@ impl Rollout {
             .filter(|(host, _)| touched.contains(host))
         {
             let before = member.before.iter();
-            for (name, (before, words)) in before.filter(|(name, _)| !kept.contains(*name)) {
+            // A host that migrated speaks for itself: databases of one name may be several. For one
+            // that did not, all have to say so that did.
+            let stays = |name: &String| {
+                let hosts = name
+                    .strip_prefix("database ")
+                    .and_then(|name| kept.get(name));
+                hosts.is_some_and(|hosts| match hosts.get(host) {
+                    Some(stays) => *stays,
+                    None => hosts.values().all(|stays| *stays),
+                })
+            };
+            for (name, (before, words)) in before.filter(|(name, _)| !stays(name)) {
                 match member.after(name) {
                     Some((after, _)) if after == before => {}
                     Some((_, now)) => {

@@ -343,26 +343,16 @@ fn a_database_whose_new_schema_the_plan_keeps_is_not_held_against_the_start() {
         "postgres.fence",
         json!({"database": "staff", "roles": ["app"]}),
     );
-    for (undo_by, migrated, state, says) in [
-        (
-            "keep",
-            ok(),
-            "rolled_back",
-            "database staff keeps its new schema",
-        ),
-        (
-            "downgrade",
-            ok(),
-            "halted",
-            "database staff: was old, is new",
-        ),
+    let differs = "database staff: was old, is new";
+    let keeps = "database staff keeps its new schema";
+    for (undo_by, migrated, stays, state, says) in [
+        ("keep", ok(), true, "rolled_back", keeps),
+        ("downgrade", ok(), true, "halted", differs),
         // Nothing is kept of what changed nothing.
-        (
-            "keep",
-            unchanged(),
-            "halted",
-            "database staff: was old, is new",
-        ),
+        ("keep", unchanged(), true, "halted", differs),
+        // Nobody has looked whether it may stay: it was cut off, or its revision is the old one.
+        ("keep", ok(), false, "halted", differs),
+        ("keep", failed(), false, "halted", differs),
     ] {
         let mut fleet = Fleet::new(&["a"]);
         fleet.start(vec![
@@ -371,15 +361,67 @@ fn a_database_whose_new_schema_the_plan_keeps_is_not_held_against_the_start() {
             on("app", vec![stop()]),
         ]);
         fleet.finish("a", ok(), vec![database("old")]);
+        let goes_on = migrated != failed();
         fleet.finish("a", migrated, vec![]);
-        fleet.finish("a", failed(), vec![]);
+        if goes_on {
+            fleet.finish("a", failed(), vec![]);
+        }
         // The way back: the failed step, the migration if it did anything, the fence.
         while fleet.newest("a").at.phase > 0 {
-            fleet.finish("a", ok(), vec![]);
+            let of_migration = fleet.newest("a").at.phase == 1 && stays;
+            let fact = || Fact::schema_stays("staff", "stays".into());
+            fleet.finish("a", ok(), of_migration.then(fact).into_iter().collect());
         }
         fleet.finish("a", ok(), vec![database("new")]);
         fleet.surveyed("a", vec![]);
         assert_eq!(fleet.state(1), state, "INV-6: {}", fleet.reason(1));
         assert!(fleet.reason(1).contains(says), "{}", fleet.reason(1));
     }
+}
+
+#[test]
+fn a_host_that_migrated_speaks_for_its_own_database_only() {
+    let database = |digest: &str| Fact::State {
+        name: "database staff".into(),
+        digest: Digest::of(digest.as_bytes()),
+        text: digest.into(),
+    };
+    let args = json!({"database": "staff", "app": "web", "release": "v2", "dir": "db",
+                      "undo_by": "keep"});
+    let fence = json!({"database": "staff", "roles": ["app"]});
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.start(vec![
+        on("app", vec![step("postgres.fence", fence)]),
+        on("app", vec![step("migration.apply", args)]),
+        on("app", vec![stop()]),
+    ]);
+    for facts in [vec![database("old")], vec![]] {
+        fleet.finish("a", ok(), facts.clone());
+        fleet.finish("b", ok(), facts);
+    }
+    for name in ["a", "b"] {
+        fleet.finish(name, failed(), vec![]);
+    }
+    let stays = || vec![Fact::schema_stays("staff", "stays".into())];
+    for phase in [2, 1, 0] {
+        for name in ["a", "b"] {
+            assert_eq!(fleet.newest(name).at.phase, phase);
+            let facts = match (phase, name) {
+                (1, "a") => stays(),
+                (0, _) => vec![database("new")],
+                _ => vec![],
+            };
+            fleet.finish(name, ok(), facts);
+        }
+    }
+    for name in ["a", "b"] {
+        fleet.surveyed(name, vec![]);
+    }
+    assert_eq!(fleet.state(1), "halted", "INV-6: {}", fleet.reason(1));
+    let reason = fleet.reason(1);
+    assert!(
+        reason.contains("b: database staff: was old, is new"),
+        "{reason}"
+    );
+    assert!(!reason.contains("a: database staff"), "{reason}");
 }

@@ -12,7 +12,8 @@ pub enum Level {
     Listed,
     /// 2: all of it can be read.
     Read,
-    /// 3: it restores into an empty database without an error.
+    /// 3: it restores into an empty database without an error, and each table has as many rows as
+    /// were counted.
     Restored,
     /// 4: the restored database has the schema, the rows of each table and the values of the
     /// snapshot that was dumped.
@@ -65,7 +66,7 @@ impl schemars::JsonSchema for Level {
             "minimum": 0,
             "maximum": 5,
             "description": "How far a backup is proven: 0 its digest, 1 its table of contents, 2 all of it \
-                            is read, 3 it restores, 4 what it restores to equals its source, 5 pg_amcheck \
+                            is read, 3 it restores to as many rows, 4 what it restores to equals its source, 5 pg_amcheck \
                             finds nothing in that.",
         })
     }

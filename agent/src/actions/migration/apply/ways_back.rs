@@ -25,6 +25,14 @@ struct Migrated {
 
 impl Migrated {
     async fn by(act: Apply, change: impl Fn(&str) -> String) -> Self {
+        let migrated = Self::about_to(act, change).await;
+        migrated.apply().await.unwrap();
+        assert_eq!(migrated.stage.revision().await, NEW);
+        migrated
+    }
+
+    /// Before the migration itself.
+    async fn about_to(act: Apply, change: impl Fn(&str) -> String) -> Self {
         let stage = Stage::new().await;
         let file = "app/releases/v1.0.0/backend/migrations/versions/0002_extended_fields.py";
         let file = stage.bench.host.path().join(file);
@@ -40,15 +48,13 @@ impl Migrated {
             roles: fence.roles,
             left_by: None,
         };
-        let migrated = Self {
+        Self {
             stage,
             act,
             fenced,
             facts,
             unfence,
-        };
-        migrated.apply().await;
-        migrated
+        }
     }
 
     /// Lowers the fence, lets something be written, and raises the fence again, as a rollback does.
@@ -69,10 +75,33 @@ impl Migrated {
         }
     }
 
-    async fn apply(&self) {
+    async fn apply(&self) -> Result<Done, Failure> {
         let cx = self.place(self.stage.bench.cx(4, self.facts.clone()));
-        self.act.apply(&cx, &NULL).await.unwrap();
-        assert_eq!(self.stage.revision().await, NEW);
+        self.act.apply(&cx, &NULL).await
+    }
+
+    /// Changes a file that the attempts have kept; `None` takes it away.
+    fn kept(&self, name: &str, text: Option<&str>) {
+        for dir in crate::actions::files::attempts(&self.stage.cx(4, vec![])) {
+            let path = dir.join(name);
+            match text.filter(|_| path.exists()) {
+                Some(text) => fs::write(path, text).unwrap(),
+                None => drop(fs::remove_file(path)),
+            }
+        }
+    }
+
+    /// Changes one field of the backup's manifest. Returns what it was.
+    fn manifest(&self, field: &str, value: Value) -> Value {
+        let config = &self.stage.bench.cx(4, vec![]).config;
+        let directory = config.postgres["staff"].backup_dir.clone();
+        let directory = directory.unwrap_or_else(|| config.state_dir.join("backups"));
+        let backup = fs::read_dir(directory).unwrap().next().unwrap().unwrap();
+        let path = backup.path().join("manifest.json");
+        let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let was = std::mem::replace(&mut manifest[field], value);
+        fs::write(&path, manifest.to_string()).unwrap();
+        was
     }
 
     async fn undo(&self) -> Result<Done, Failure> {
@@ -166,9 +195,7 @@ async fn a_way_back_that_works_on_rows_is_held_against_all_of_them() {
         failed.message
     );
     // As if the process had died between the tool's end and its own: the migration's rows count.
-    for dir in crate::actions::files::attempts(&migrated.stage.cx(4, vec![])) {
-        let _ = fs::remove_file(dir.join("migration-through.json"));
-    }
+    migrated.kept("migration-through.json", None);
     let failed = migrated.undo().await.unwrap_err();
     assert!(
         failed.message.ends_with(
@@ -190,7 +217,7 @@ async fn a_schema_that_only_grew_stays_if_the_plan_says_so() {
     let undone = migrated.undo().await.unwrap();
     assert!(!undone.changed);
     assert!(
-        matches!(&undone.facts[..], [Fact::Note { value, .. }] if value.contains("all that was")),
+        matches!(&undone.facts[..], [Fact::Note { value, .. }] if value.contains("no table with fewer rows")),
         "{undone:?}"
     );
     // One that had taken something away could not be lived with.
@@ -204,6 +231,62 @@ async fn a_schema_that_only_grew_stays_if_the_plan_says_so() {
         assert!(failed.message.contains(why), "{}", failed.message);
     }
     assert_eq!(migrated.stage.revision().await, NEW);
+    // Nobody knows any more what there was.
+    for (text, why) in [(Some("{"), "cannot be read"), (None, "was not recorded")] {
+        migrated.kept("migration-began.json", text);
+        let failed = migrated.undo().await.unwrap_err();
+        assert!(failed.message.contains(why), "INV-6: {}", failed.message);
+    }
+}
+
+/// Lets the release's migration begin a way with these lines.
+fn beginning(way: &str, lines: &str) -> impl Fn(&str) -> String {
+    let head = format!("def {way}():\n");
+    let with = format!("{head}    {}\n", lines.replace('\n', "\n    "));
+    move |script| script.replacen(&head, &with, 1)
+}
+
+#[tokio::test]
+async fn a_schema_does_not_stay_if_the_migration_took_rows_or_came_half_way() {
+    let keep = Apply {
+        undo_by: UndoBy::Keep,
+        ..apply()
+    };
+    let delete = "with op.get_context().autocommit_block():\n    \
+                  op.execute('DELETE FROM employees WHERE id <= 3')";
+    let migrated = Migrated::by(keep, beginning("upgrade", delete)).await;
+    let why = "employees has 197 rows, and had 200";
+    let refused = async || {
+        let failed = migrated.undo().await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Refused);
+        assert!(failed.message.contains(why), "INV-6: {}", failed.message);
+        failed.message
+    };
+    refused().await;
+    // As if it had died before it could write the revision, or say that it was through.
+    migrated.kept("migration-through.json", None);
+    let sql = format!("UPDATE public.alembic_version SET version_num = '{OLD}'");
+    migrated.stage.bench.sql(&sql).await;
+    let message = refused().await;
+    for part in [
+        "employee_fields is new",
+        "employees has other columns (hired_on)",
+    ] {
+        assert!(message.contains(part), "INV-6: {message}");
+    }
+}
+
+#[tokio::test]
+async fn a_fence_that_falls_while_the_schema_goes_down_is_told_loudly() {
+    let open = "op.execute(\"DO $$ BEGIN EXECUTE 'GRANT CONNECT ON DATABASE ' || \
+                quote_ident(current_database()) || ' TO PUBLIC'; END $$\")";
+    let migrated = Migrated::by(apply(), beginning("downgrade", open)).await;
+    migrated.bake("SELECT 1").await;
+    let failed = migrated.undo().await.unwrap_err();
+    assert!(failed.changed);
+    let why = "did not hold until then";
+    assert!(failed.message.contains(why), "INV-6: {}", failed.message);
+    assert_eq!(migrated.stage.revision().await, OLD);
 }
 
 fn by_restore() -> Apply {
@@ -251,6 +334,52 @@ async fn a_backup_takes_the_place_of_a_migrated_database_which_is_kept() {
     let open = open.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
     assert!(migrated.fenced.contains(&open.facts[0]), "INV-6: {open:?}");
     bench.session("as_app").await;
+}
+
+#[tokio::test]
+async fn a_backup_that_nobody_can_compare_or_of_another_revision_takes_no_place() {
+    let migrated = Migrated::by(by_restore(), str::to_owned).await;
+    let some = json!(["row_counts", "schema"]);
+    for (field, value, why) in [
+        (
+            "revisions",
+            json!(["0000"]),
+            "is at 0000, and the database was at",
+        ),
+        ("measured", some, "was not measured as a whole"),
+        ("measured", json!([]), "was not measured as a whole"),
+    ] {
+        let was = migrated.manifest(field, value);
+        let failed = migrated.undo().await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
+        assert!(
+            !failed.changed && failed.message.contains(why),
+            "{failed:?}"
+        );
+        assert_eq!(migrated.beside().await, Vec::<String>::new());
+        migrated.manifest(field, was);
+    }
+    assert_eq!(migrated.stage.revision().await, NEW);
+    assert!(migrated.undo().await.unwrap().changed);
+}
+
+#[tokio::test]
+async fn values_that_a_failed_migration_left_are_restored_too() {
+    let halfway = "with op.get_context().autocommit_block():\n    \
+                   op.execute(\"UPDATE departments SET name = name || 'x'\")\n\
+                   op.execute('SELECT 1/0')";
+    let migrated = Migrated::about_to(by_restore(), beginning("upgrade", halfway)).await;
+    migrated.apply().await.unwrap_err();
+    let names = async || {
+        let session = migrated.stage.bench.session("as_owner").await;
+        let sql = "SELECT string_agg(name, ' ' ORDER BY id) FROM public.departments";
+        session.value("", sql).await.unwrap().unwrap()
+    };
+    assert_eq!(names().await, "d1x d2x d3x d4x d5x");
+    assert_eq!(migrated.stage.revision().await, OLD);
+    assert!(migrated.undo().await.unwrap().changed, "INV-6");
+    assert_eq!(names().await, "d1 d2 d3 d4 d5");
+    assert!(!migrated.undo().await.unwrap().changed);
 }
 
 #[tokio::test]

@@ -195,3 +195,41 @@ async fn a_wraparound_hides_no_row() {
     );
     assert_eq!(bench.ask(&sql).await, "4294967286 4294967295 3 9");
 }
+
+#[tokio::test]
+async fn what_is_taken_of_a_parent_is_counted_in_its_children() {
+    let bench = Bench::with_rows().await;
+    bench
+        .sql(
+            "CREATE TABLE public.more () INHERITS (public.users); \
+             CREATE TABLE public.parts (a int) PARTITION BY LIST (a); \
+             CREATE TABLE public.part PARTITION OF public.parts DEFAULT",
+        )
+        .await;
+    let session = bench.session("staff").await;
+    let then = moment(&session).await.unwrap();
+    bench
+        .sql("INSERT INTO public.more VALUES (801, 'x'); INSERT INTO public.parts VALUES (1)")
+        .await;
+    let found = lines(&bench, then, &only("users", &["name"])).await;
+    assert!(
+        found.contains(&"more: 1 row written since".to_owned()),
+        "INV-6: {found:?}"
+    );
+    let found = lines(&bench, then, &only("part", &[])).await;
+    assert_eq!(found, ["part: 1 row written since"]);
+}
+
+#[tokio::test]
+async fn counting_many_tables_leaves_no_savepoint_open() {
+    let bench = Bench::with_rows().await;
+    let session = bench.session("staff").await;
+    session.run("", "BEGIN").await.unwrap();
+    for (sql, is_counted) in [("SELECT 1::int8, 0::int8", true), ("SELECT 1/0", false)] {
+        assert_eq!(count(&session, "t", sql).await.unwrap().is_ok(), is_counted);
+        // The server has forgotten it: there is nothing left to go back to.
+        session.run("", "SAVEPOINT mine").await.unwrap();
+        session.run("", "ROLLBACK TO one").await.unwrap_err();
+        session.run("", "ROLLBACK TO mine").await.unwrap();
+    }
+}

@@ -70,18 +70,23 @@ async fn what_was_not_measured_is_neither_told_nor_compared() {
     let failed = verify(Level::Equal).apply(&cx, &NULL).await.unwrap_err();
     assert_eq!(failed.cause, Cause::Refused);
     assert!(
-        failed.message.contains("without measuring its"),
+        failed.message.contains("without counting its rows"),
         "{}",
         failed.message
     );
-    let done = verify(Level::Restored).apply(&cx, &NULL).await.unwrap();
-    assert!(done.summary.contains("level 3"), "{}", done.summary);
+    let failed = verify(Level::Restored).apply(&cx, &NULL).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused);
+    let done = verify(Level::Read).apply(&cx, &NULL).await.unwrap();
+    assert!(done.summary.contains("level 2"), "{}", done.summary);
 
     let act = Backup {
         measure: vec![Aspect::RowCounts],
         ..backup()
     };
     act.apply(&bench.cx(3, vec![]), &NULL).await.unwrap();
+    let failed = verify(Level::Equal).apply(&cx, &NULL).await.unwrap_err();
+    let why = "without measuring its schema";
+    assert!(failed.message.contains(why), "{}", failed.message);
     let act = VerifyBackup {
         compare: vec![Aspect::RowCounts],
         ..verify(Level::Equal)

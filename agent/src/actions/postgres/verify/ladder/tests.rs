@@ -84,6 +84,12 @@ async fn each_level_finds_what_those_below_it_do_not() {
     let (level, why) = fails_at(&bench).await;
     assert_eq!(level, Level::Equal);
     assert!(why.contains("users has other values"), "{why}");
+    let mut other = made.clone();
+    other.contents.get_mut("users").unwrap().rows += 1;
+    put(&whole, other);
+    let (level, why) = fails_at(&bench).await;
+    assert_eq!(level, Level::Restored);
+    assert!(why.contains("users has 200 rows, and had 201"), "{why}");
     // A role that its owner is to be is gone: it can be read, and not restored.
     put(&whole, made.clone());
     let maintenance = bench.session("maintenance").await;
@@ -129,7 +135,7 @@ async fn the_level_that_was_reached_is_told_and_kept() {
     }
     // Not all was compared.
     let part = VerifyBackup {
-        compare: vec![lockstep_proto::action::postgres::Aspect::RowCounts],
+        compare: vec![Aspect::RowCounts],
         ..verify()
     };
     let done = part.apply(&cx, &Value::Null).await.unwrap();
