@@ -39,7 +39,8 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     if act.backup != RequiredBackup::None {
         // What cannot be rendered may drop anything.
         let rendered = tool.render(Way::Down, &from, to).await.ok();
-        let sql = rendered.as_ref().map(|rendered| rendered.sql.as_str());
+        let all = rendered.as_ref().filter(|all| all.opaque.is_empty());
+        let sql = all.map(|rendered| rendered.sql.as_str());
         behind = Some(returns::may_go_down(cx, &session, &act.database, sql).await?);
     }
     let limits = Limits {

@@ -9,6 +9,8 @@ use crate::actions::migration::source::Source;
 use crate::sql::Database;
 use crate::step::{Context, failure, hinted};
 
+mod opaque;
+
 /// alembic of a release.
 pub(in crate::actions::migration) struct Alembic<'a>(Cli<'a>);
 
@@ -82,6 +84,7 @@ impl<'a> Alembic<'a> {
             return Ok(Rendered {
                 sql: String::new(),
                 whole: true,
+                opaque: vec![],
             });
         }
         let range = if from.is_empty() {
@@ -99,9 +102,15 @@ impl<'a> Alembic<'a> {
             ));
         }
         let sql = normal_sql(&sql);
+        let history = self
+            .0
+            .ask("alembic history", &["history", "--verbose"])
+            .await?;
+        let opaque = opaque::opaque(self.0.directory(), &history, &sql);
         Ok(Rendered {
-            whole: is_transactional(&sql),
+            whole: is_transactional(&sql) && opaque.is_empty(),
             sql,
+            opaque,
         })
     }
 

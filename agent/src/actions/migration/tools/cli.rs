@@ -2,7 +2,7 @@
 //! goes with the value.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lockstep_proto::report::{Cause, Failure};
 
@@ -75,6 +75,11 @@ impl<'a> Cli<'a> {
             password,
             _private: private,
         })
+    }
+
+    /// The tool's directory in the release.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// The database that it works on.

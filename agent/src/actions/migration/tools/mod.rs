@@ -41,6 +41,8 @@ pub(super) struct Rendered {
     pub(super) sql: String,
     /// Whether all of it happens in one transaction, or not at all.
     pub(super) whole: bool,
+    /// What it does beside the SQL, or may do: a sentence for each.
+    pub(super) opaque: Vec<String>,
 }
 
 /// A migration tool with the migrations of one release.
