@@ -277,6 +277,20 @@ async fn a_schema_does_not_stay_if_the_migration_took_rows_or_came_half_way() {
 }
 
 #[tokio::test]
+async fn a_way_back_that_its_sql_does_not_show_is_held_against_all_rows() {
+    let hidden = "from alembic import context\nif not context.is_offline_mode():\n    \
+                  op.execute('DELETE FROM departments WHERE id > 100')";
+    let migrated = Migrated::by(apply(), beginning("downgrade", hidden)).await;
+    migrated
+        .bake("INSERT INTO public.departments (id, name) VALUES (101, 'new')")
+        .await;
+    let failed = migrated.undo().await.unwrap_err();
+    let why = "departments: 1 row written since";
+    assert!(failed.message.ends_with(why), "INV-6: {}", failed.message);
+    assert_eq!(migrated.stage.revision().await, NEW);
+}
+
+#[tokio::test]
 async fn a_fence_that_falls_while_the_schema_goes_down_is_told_loudly() {
     let open = "op.execute(\"DO $$ BEGIN EXECUTE 'GRANT CONNECT ON DATABASE ' || \
                 quote_ident(current_database()) || ' TO PUBLIC'; END $$\")";

@@ -125,8 +125,8 @@ impl<'a> Alembic<'a> {
         }
         rendered.sql = ended.stdout;
         let shown = rendered.shown();
-        rendered.whole = is_transactional(&shown);
         rendered.opaque = scripts.opaque(&shown);
+        rendered.whole = is_transactional(&shown) && rendered.opaque.is_empty();
         rendered.hazards = lint(&[Text {
             file: "",
             sql: &shown,

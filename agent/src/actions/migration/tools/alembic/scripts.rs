@@ -18,6 +18,7 @@ const MAX_SCRIPT: u64 = 1 << 20;
 /// What in a program does something that `--sql` does not show, or shows otherwise.
 const MARKS: &[(&str, &str)] = &[
     ("get_bind", "it talks to the database itself"),
+    ("create_engine", "it talks to the database itself"),
     (
         "get_context().connection",
         "it talks to the database itself",
