@@ -445,6 +445,11 @@ impl Driver {
         candidate: Candidate,
     ) -> Result<Result<SessionNumber, Status>, DriverError> {
         let host = candidate.host.clone();
+        // Whoever was let in a moment before the suspension was known is seen here.
+        if let Some(suspension) = self.coordinator.trust().suspension(&host) {
+            let why = format!("{host} is suspended: {}", suspension.reason);
+            return Ok(Err(Status::permission_denied(why)));
+        }
         if let Err(refused) = self.rates.may_open(self.clock.now(), &host) {
             return Ok(Err(refused));
         }

@@ -33,7 +33,7 @@ pub(crate) fn verify(dir: &Path) -> Result<Verified, JournalError> {
     walk(dir, |_, _| {})
 }
 
-/// The same, with every record that is whole.
+/// The same, with every record that is whole; for that, the agent may be running.
 pub(crate) fn walk(
     dir: &Path,
     mut visit: impl FnMut(Link, Record),
@@ -60,7 +60,9 @@ pub(crate) fn walk(
     let (last, torn, broken) = match scan {
         Ok(scan) => {
             let broken = judge(head, &scan, size).err();
-            ((scan.number, scan.hash), size - scan.length, broken)
+            // An agent that runs may have written more since its size was asked.
+            let torn = size.saturating_sub(scan.length);
+            ((scan.number, scan.hash), torn, broken)
         }
         // The chain holds up to it, but what it says is unknown.
         Err(ScanError::Newer(number, hash, source)) => {

@@ -515,7 +515,8 @@ impl Trust {
         })
     }
 
-    fn suspension(&self, host: &HostId) -> Option<&Suspension> {
+    /// Why a host is suspended, and since when; none if it is not.
+    pub fn suspension(&self, host: &HostId) -> Option<&Suspension> {
         self.suspended.get(&Subject::Host(host.clone()))
     }
 
