@@ -78,7 +78,7 @@ async fn tables(session: &Session, only: &[String]) -> Result<Vec<Table>, Failur
         _ => "",
     };
     let sql = format!(
-        "SELECT {TABLE_NAME}, n.nspname::text, c.relname::text, pg_table_size(c.oid)::int8, \
+        "SELECT {TABLE_NAME}, n.nspname::text, c.relname::text, coalesce(pg_table_size(c.oid), 0)::int8, \
          r.rolsuper OR pg_has_role(c.relowner, 'USAGE') OR pg_has_role(d.datdba, 'USAGE') {maintain}, \
          c.relispartition \
          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, pg_roles r, pg_database d \

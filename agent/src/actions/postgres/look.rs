@@ -320,12 +320,17 @@ pub(super) async fn foreign_keys(session: &Session) -> Result<Vec<ForeignKey>, F
     Ok(keys)
 }
 
-/// Every foreign key, with a statement that counts its orphans.
+/// Every foreign key, with a statement that counts its orphans as the server looks for them: by the
+/// key's own operators, and without tables that inherit.
 const FOREIGN_KEYS: &str = r"
 WITH fk AS (
   SELECT c.conname, n1.nspname ns, t1.relname rel, n2.nspname fns, t2.relname frel,
-    (SELECT string_agg(format('f.%I = c.%I', fa.attname, a.attname), ' AND ' ORDER BY k.ord)
-     FROM unnest(c.conkey, c.confkey) WITH ORDINALITY k(a, f, ord)
+    CASE t1.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END AS only1,
+    CASE t2.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END AS only2,
+    (SELECT string_agg(format('f.%I OPERATOR(%I.%s) c.%I', fa.attname, os.nspname, o.oprname, a.attname),
+                       ' AND ' ORDER BY k.ord)
+     FROM unnest(c.conkey, c.confkey, c.conpfeqop) WITH ORDINALITY k(a, f, op, ord)
+     JOIN pg_operator o ON o.oid = k.op JOIN pg_namespace os ON os.oid = o.oprnamespace
      JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.a
      JOIN pg_attribute fa ON fa.attrelid = c.confrelid AND fa.attnum = k.f) AS j,
     (SELECT string_agg(format('c.%I IS NOT NULL', a.attname),
@@ -338,8 +343,8 @@ WITH fk AS (
   WHERE c.contype = 'f' AND c.conparentid = 0
     AND n1.nspname NOT IN ('pg_catalog', 'information_schema'))
 SELECT conname::text, format('%I.%I', ns, rel), format('%I.%I', fns, frel),
-  format('SELECT count(*) FROM %I.%I c WHERE (%s) AND NOT EXISTS (SELECT 1 FROM %I.%I f WHERE %s)',
-         ns, rel, nn, fns, frel, j)
+  format('SELECT count(*) FROM %s%I.%I c WHERE (%s) AND NOT EXISTS (SELECT 1 FROM %s%I.%I f WHERE %s)',
+         only1, ns, rel, nn, only2, fns, frel, j)
 FROM fk ORDER BY ns, rel, conname";
 
 #[cfg(test)]
@@ -350,6 +355,28 @@ mod tests {
     use crate::sql::cluster::Bench;
 
     const NULL: Value = Value::Null;
+
+    #[tokio::test]
+    async fn orphans_are_looked_for_as_the_server_does() {
+        let bench = Bench::with_rows().await;
+        bench
+            .sql(
+                "CREATE EXTENSION citext SCHEMA public; \
+                 CREATE TABLE public.names (name public.citext PRIMARY KEY); \
+                 CREATE TABLE public.alike (name public.citext REFERENCES public.names); \
+                 INSERT INTO public.names VALUES ('Bob'); INSERT INTO public.alike VALUES ('bob'); \
+                 CREATE TABLE public.elders (id int PRIMARY KEY); \
+                 CREATE TABLE public.heirs () INHERITS (public.elders); \
+                 CREATE TABLE public.lost (id int); \
+                 INSERT INTO public.heirs VALUES (1); INSERT INTO public.lost VALUES (1); \
+                 ALTER TABLE public.lost ADD FOREIGN KEY (id) REFERENCES public.elders NOT VALID",
+            )
+            .await;
+        let session = bench.session("staff").await;
+        let keys = foreign_keys(&session).await.unwrap();
+        let orphans = |child: &str| keys.iter().find(|key| key.child == child).unwrap().orphans;
+        assert_eq!((orphans("public.alike"), orphans("public.lost")), (0, 1));
+    }
 
     #[tokio::test]
     async fn rows_are_counted_by_name() {

@@ -194,7 +194,7 @@ async fn tables(
     before: Option<&Holdings>,
 ) -> Result<BTreeMap<String, Held>, Failure> {
     let sql = format!(
-        "SELECT {TABLE_NAME}, n.nspname::text, c.relname::text, pg_table_size(c.oid)::int8, \
+        "SELECT {TABLE_NAME}, n.nspname::text, c.relname::text, coalesce(pg_table_size(c.oid), 0)::int8, \
          ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 \
                AND NOT attisdropped ORDER BY attname) FROM {TABLES} ORDER BY 1"
     );
