@@ -132,7 +132,7 @@ impl Command<'_> {
     fn values(&self, letter: &str, name: &str) -> Vec<(usize, &str)> {
         let mut values = vec![];
         for (index, word) in self.words.iter().enumerate() {
-            if word == letter || word == name {
+            if word == letter || word == name || ends_bundle(word, letter) {
                 if let Some(value) = self.words.get(index + 1) {
                     values.push((index + 2, value.as_str()));
                 }
@@ -149,6 +149,15 @@ impl Command<'_> {
         }
         values
     }
+}
+
+/// Whether a word is some of psql's flags at once, with an option that takes the next word: `-tAc`.
+fn ends_bundle(word: &str, letter: &str) -> bool {
+    let flags = word.strip_prefix('-').zip(letter.strip_prefix('-'));
+    let flags = flags.and_then(|(word, letter)| word.strip_suffix(letter));
+    flags.is_some_and(|flags| {
+        !flags.is_empty() && flags.chars().all(|c| "aAbeEHlnqsStwWxXz01".contains(c))
+    })
 }
 
 /// The tool behind wrappers, package runners and containers.
@@ -186,7 +195,8 @@ fn find(argv: &[String]) -> Option<Command<'_>> {
                 rest.iter().position(is_tool)
             }
             _ => {
-                let tool = name;
+                // `npx prisma@6`
+                let tool = name.split('@').next().unwrap_or(name);
                 return Some(Command {
                     tool,
                     at,
@@ -228,7 +238,8 @@ fn psql(command: &Command<'_>) -> Vec<Fault> {
     let files = command.values("-f", "--file");
     for (at, sql) in &commands {
         let lower = sql.to_lowercase();
-        let words: Vec<&str> = lower.split_whitespace().collect();
+        let words = lower.split(|c: char| c.is_whitespace() || c == ';');
+        let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
         for (word, what) in [
             ("database", "a database"),
             ("schema", "a schema"),
