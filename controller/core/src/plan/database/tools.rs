@@ -48,6 +48,13 @@ fn faults(argv: &[String]) -> Vec<Fault> {
     let Some(command) = find(argv) else {
         return faults;
     };
+    if command
+        .words
+        .iter()
+        .any(|word| word == "--version" || word == "--help")
+    {
+        return faults;
+    }
     match command.tool {
         "dropdb" => faults.push(command.destroys(
             0,

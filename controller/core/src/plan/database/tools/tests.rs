@@ -141,6 +141,7 @@ fn what_only_looks_like_it_is_left_alone() {
         "echo prisma migrate reset",
         "npm run build",
         "npm ci",
+        "pg~dump --version",
         "python3 -m venv venv",
         "venv/bin/pip install -r requirements.txt",
         "docker compose up -d",
