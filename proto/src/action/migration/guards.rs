@@ -30,7 +30,7 @@ pub struct Guards {
     /// The longest time that a standby may be behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replication_lag: Option<Period>,
-    /// The most sessions that may wait for a lock in this database, without the migration's own.
+    /// The most sessions that may wait for a lock that the migration has, or waits for before them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocked: Option<u32>,
     /// The longest time that one of them may wait. Needs PostgreSQL 14.

@@ -199,7 +199,7 @@ impl Drop for Volume {
 }
 
 #[tokio::test]
-#[ignore = "mounts a volume, and takes a minute: `make database` runs it"]
+#[ignore = "mounts a volume: `make test` runs it as root"]
 async fn twelve_sabotages_of_a_backup_stop_the_migration() {
     let mut yard = Yard::new().await;
     let pg_dump = bin_dir().join("pg_dump");
