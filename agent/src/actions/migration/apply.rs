@@ -285,6 +285,8 @@ mod rollbacks;
 #[cfg(test)]
 mod sabotages;
 #[cfg(test)]
+mod shown;
+#[cfg(test)]
 pub(super) mod stage;
 #[cfg(test)]
 mod tests;

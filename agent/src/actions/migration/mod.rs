@@ -12,6 +12,8 @@
 //! The tool keeps the revision in the database, in the transaction of the migration itself, so
 //! what an interrupted attempt has done can be read there once its sessions are gone (INV-7).
 
+#[cfg(test)]
+mod alike;
 mod apply;
 mod blocked;
 mod dropped;

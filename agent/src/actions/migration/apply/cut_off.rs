@@ -8,7 +8,7 @@ use lockstep_proto::action::migration::RequiredBackup;
 use lockstep_proto::values::Period;
 
 use super::stage::Stage;
-use super::tests::{NEW, OLD, apply};
+use super::stage::{NEW, OLD, apply};
 use super::*;
 use crate::sql::Session;
 

@@ -5,8 +5,8 @@ use std::fs;
 use lockstep_proto::action::migration::Rehearse;
 use lockstep_proto::action::postgres::Level;
 
+use super::stage::{NEW, OLD};
 use super::stage::{Stage, placed};
-use super::tests::{NEW, OLD};
 use super::*;
 
 const NULL: Value = Value::Null;

@@ -5,7 +5,7 @@ use lockstep_proto::action::postgres::Level;
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::stage::Stage;
-use super::tests::apply;
+use super::stage::apply;
 use super::*;
 
 const NULL: Value = Value::Null;

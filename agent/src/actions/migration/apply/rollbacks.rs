@@ -6,8 +6,8 @@ use std::fs;
 use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::postgres::Compare;
 
+use super::stage::{OLD, apply};
 use super::stage::{Stage, placed};
-use super::tests::{OLD, apply};
 use super::*;
 use crate::sql::cluster::as_owner;
 

@@ -14,7 +14,7 @@ use lockstep_proto::action::postgres::{Backup, Level, VerifyBackup};
 use lockstep_proto::values::Period;
 
 use super::stage::Stage;
-use super::tests::apply;
+use super::stage::apply;
 use super::*;
 use crate::sql::cluster::{PASSWORD, bin_dir};
 

@@ -4,18 +4,42 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lockstep_proto::action::migration::{RequiredBackup, Tool};
+use lockstep_proto::action::migration::{By, Guards, OnLongTx, RequiredBackup, Tool, UndoBy};
 use lockstep_proto::action::postgres::{
     Aspect, Backup, Fence, FenceVia, Level, RestoreInto, VerifyBackup,
 };
-use lockstep_proto::values::ByteSize;
+use lockstep_proto::values::{ByteSize, Period};
 
-use super::tests::apply;
 use super::*;
 use crate::config::App;
 use crate::sql::cluster::{Bench, as_owner};
 
 const NULL: Value = Value::Null;
+
+/// The revision of the release of before, and that of the new one.
+pub(super) const OLD: &str = "0001_base";
+pub(super) const NEW: &str = "0002_extended_fields";
+
+/// The migration of the new release.
+pub(super) fn apply() -> Apply {
+    Apply {
+        tool: Tool::Alembic,
+        database: "staff".into(),
+        app: "employees".into(),
+        release: "v1.0.0".into(),
+        dir: "backend".into(),
+        program: "venv/bin/alembic".into(),
+        to: "head".into(),
+        backup: RequiredBackup::Verified,
+        undo_by: UndoBy::Downgrade,
+        max_tx_age: Period::seconds(60),
+        on_long_tx: OnLongTx::Wait,
+        guards: Guards::default(),
+        apply: By::Tool,
+        lock_timeout: Period::seconds(5),
+        statement_timeout: Period::seconds(60),
+    }
+}
 
 /// A virtual environment with the application's requirements: made once, kept beside the build.
 pub(in crate::actions::migration) fn environment(requirements: &Path) -> PathBuf {

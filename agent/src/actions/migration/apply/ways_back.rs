@@ -6,8 +6,8 @@ use std::fs;
 use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::postgres::Unfence;
 
+use super::stage::{NEW, OLD, apply};
 use super::stage::{Stage, placed};
-use super::tests::{NEW, OLD, apply};
 use super::*;
 use crate::sql::cluster::as_owner;
 

@@ -4,13 +4,14 @@ use std::fs;
 use std::path::PathBuf;
 
 use lockstep_proto::action::migration::{
-    Apply, By, Current, Downgrade, Guards, Hazard, OnLongTx, Plan, RequiredBackup, UndoBy, Verify,
+    Apply, By, Guards, Hazard, OnLongTx, Plan, RequiredBackup, UndoBy,
 };
 use lockstep_proto::order::Fact;
 use lockstep_proto::values::Period;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::actions::migration::alike;
 use crate::actions::{Act as _, Done, Probe};
 use crate::config::App;
 use crate::sql::cluster::{Bench, as_owner};
@@ -88,26 +89,8 @@ impl Stage {
     }
 
     fn look(&self, fail_on: Vec<Hazard>) -> Plan {
-        let Apply {
-            tool,
-            database,
-            app,
-            release,
-            dir,
-            program,
-            to,
-            ..
-        } = self.act("head");
-        Plan {
-            tool,
-            database,
-            app,
-            release,
-            dir,
-            program,
-            to,
-            fail_on,
-        }
+        let plan = alike::plan(self.act("head"), "head");
+        Plan { fail_on, ..plan }
     }
 
     /// One value of the database.
@@ -464,57 +447,20 @@ async fn the_tables_of_the_tools_are_read_and_written_as_they_do() {
 async fn looks_and_downgrades_know_the_tools_too() {
     let stage = Stage::new(Tool::Sql, PLAIN).await;
     stage.up("head").await.unwrap();
-    let Apply {
-        tool,
-        database,
-        app,
-        release,
-        dir,
-        program,
-        lock_timeout,
-        statement_timeout,
-        ..
-    } = stage.act("head");
-    let current = Current {
-        tool,
-        database: database.clone(),
-        app: app.clone(),
-        release: release.clone(),
-        dir: dir.clone(),
-        program: program.clone(),
-    };
+    let current = alike::current(stage.act("head"));
     let said = current.apply(&stage.cx(0, vec![]), &NULL).await.unwrap();
     assert_eq!(
         said.summary,
         "`staff` is at 010_double (the release's newest: 010_double)"
     );
-    let verify = |to: &str| Verify {
-        tool,
-        database: database.clone(),
-        app: app.clone(),
-        release: release.clone(),
-        dir: dir.clone(),
-        program: program.clone(),
-        to: to.into(),
-    };
+    let verify = |to: &str| alike::verify(stage.act("head"), to);
     verify("head")
         .apply(&stage.cx(0, vec![]), &NULL)
         .await
         .unwrap();
     let unmet = verify("002_size").apply(&stage.cx(0, vec![]), &NULL).await;
     assert_eq!(unmet.unwrap_err().cause, Cause::CheckUnmet);
-    let downgrade = Downgrade {
-        tool,
-        database: database.clone(),
-        app: app.clone(),
-        release: release.clone(),
-        dir: dir.clone(),
-        program: program.clone(),
-        to: "base".into(),
-        apply: By::Sql,
-        lock_timeout,
-        statement_timeout,
-    };
+    let downgrade = alike::downgrade(stage.act("head"), "base");
     let cx = stage.cx(5, vec![]);
     assert!(matches!(
         downgrade.probe(&cx).await.unwrap(),
