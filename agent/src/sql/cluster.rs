@@ -98,6 +98,11 @@ impl Archive {
 }
 
 impl Cluster {
+    /// A server of the test's own.
+    pub(crate) fn alone() -> Arc<Self> {
+        Arc::new(Self::start(None))
+    }
+
     fn shared() -> Arc<Self> {
         let mut shared = SHARED
             .lock()
@@ -223,6 +228,14 @@ impl Cluster {
         let _ = server.wait();
     }
 
+    /// Kills its first process as it is, and starts it again at once, as systemd does.
+    pub(crate) fn crash(&self) {
+        let mut server = self.server.lock().unwrap();
+        server.kill().unwrap();
+        server.wait().unwrap();
+        *server = launch(self.directory(), self.port, self.archive);
+    }
+
     /// Starts it again, and waits until it has recovered.
     pub(crate) fn start_again(&self) {
         *self.server.lock().unwrap() = launch(self.directory(), self.port, self.archive);
@@ -262,19 +275,28 @@ fn launch(root: &Path, port: u16, archive: Option<Archive>) -> Child {
             std::fs::write(&file, text).unwrap();
         }
     }
-    let server = server
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(root.join("log")).unwrap())
-        .spawn()
-        .unwrap();
-    let ready = data.join("postmaster.pid");
+    server.stdout(Stdio::null());
+    let mut spawn = || {
+        let log = std::fs::File::create(root.join("log")).unwrap();
+        server.stderr(log).spawn().unwrap()
+    };
+    let mut running = spawn();
     let began = Instant::now();
-    while !std::fs::read_to_string(&ready).is_ok_and(|text| text.contains("ready")) {
+    // One that was killed has left its file.
+    let is_ready = |running: &Child| {
+        let text = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+        text.lines().next() == Some(&*running.id().to_string()) && text.contains("ready")
+    };
+    while !is_ready(&running) {
         let log = || std::fs::read_to_string(root.join("log")).unwrap_or_default();
         assert!(began.elapsed() < Duration::from_mins(1), "{}", log());
         std::thread::sleep(Duration::from_millis(20));
+        // It refuses as long as sessions of one that was killed are at work.
+        if running.try_wait().unwrap().is_some() {
+            running = spawn();
+        }
     }
-    server
+    running
 }
 
 /// One of the server's programs, as a user that it accepts.
@@ -407,6 +429,11 @@ impl Bench {
             ))
             .await;
         bench
+    }
+
+    /// Its server.
+    pub(crate) fn cluster(&self) -> &Arc<Cluster> {
+        &self.cluster
     }
 
     /// The server's first process, the parent of all others.

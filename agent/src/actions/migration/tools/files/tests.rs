@@ -27,7 +27,15 @@ pub(in crate::actions::migration) struct Stage {
 
 impl Stage {
     pub(in crate::actions::migration) async fn new(tool: Tool, files: &[(&str, &str)]) -> Self {
-        let mut bench = Bench::new().await;
+        Self::on(Bench::new().await, tool, files)
+    }
+
+    /// The same with a database that is there.
+    pub(in crate::actions::migration) fn on(
+        mut bench: Bench,
+        tool: Tool,
+        files: &[(&str, &str)],
+    ) -> Self {
         let root = bench.host.path().join("app");
         let dir = root.join("releases/v1/db");
         let app = App {
