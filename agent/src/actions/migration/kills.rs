@@ -109,13 +109,7 @@ struct Tally {
 
 impl Tally {
     /// One point: kills after a while, settles by the probe, and tries again where that is safe.
-    async fn point(
-        &mut self,
-        cluster: &Arc<Cluster>,
-        kind: Kind,
-        victim: Victim,
-        after: Duration,
-    ) {
+    async fn point(&mut self, cluster: &Arc<Cluster>, kind: Kind, victim: Victim, after: Duration) {
         let Some(stage) = stage(kind, cluster).await else {
             return;
         };

@@ -88,6 +88,12 @@ impl Base {
             }
             std::os::unix::fs::symlink(&venv, backend.join("venv"))?;
         }
+        let files = self.release_sources().join("v1.0.0/files");
+        for (file, sql) in migrations() {
+            let path = files.join(file);
+            fs::create_dir_all(path.parent().context("a directory")?)?;
+            fs::write(path, sql)?;
+        }
         Ok(())
     }
 
@@ -126,6 +132,55 @@ impl Base {
             .env("DATABASE_URL", url);
         succeed(alembic)
     }
+}
+
+/// The same migration for each tool that has files: a table, an index, and a change of rows that is
+/// counted as the server counts what was done.
+fn migrations() -> Vec<(String, String)> {
+    let steps = [
+        (
+            "table",
+            "CREATE TABLE public.rooms (id int);",
+            "DROP TABLE public.rooms;",
+        ),
+        (
+            "index",
+            "CREATE INDEX rooms_id ON public.rooms (id);",
+            "DROP INDEX public.rooms_id;",
+        ),
+        (
+            "rows",
+            "INSERT INTO public.rooms SELECT generate_series(1, 9); \
+             UPDATE public.employees SET last_name = last_name || '!'; \
+             INSERT INTO chaos.ledger VALUES ('rows');",
+            "DELETE FROM public.rooms; UPDATE public.employees SET last_name = rtrim(last_name, '!'); \
+             INSERT INTO chaos.ledger VALUES ('rows back');",
+        ),
+    ];
+    let mut files = vec![("diesel/diesel.toml".to_owned(), String::new())];
+    for ((name, up, down), at) in steps.into_iter().zip(1..) {
+        let alone = up.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY");
+        let alone = if name == "index" {
+            format!("-- lockstep:no-transaction\n{alone}")
+        } else {
+            alone
+        };
+        for (file, text) in [
+            (format!("sql/{at}_{name}.sql"), up),
+            (format!("sql/{at}_{name}.down.sql"), down),
+            (format!("concurrently/{at}_{name}.sql"), &alone),
+            (format!("concurrently/{at}_{name}.down.sql"), down),
+            (format!("sqlx/migrations/{at}_{name}.up.sql"), up),
+            (format!("sqlx/migrations/{at}_{name}.down.sql"), down),
+            (format!("diesel/migrations/{at}_{name}/up.sql"), up),
+            (format!("diesel/migrations/{at}_{name}/down.sql"), down),
+            (format!("prisma/migrations/{at}_{name}/migration.sql"), up),
+            (format!("prisma/migrations/{at}_{name}/down.sql"), down),
+        ] {
+            files.push((file, text.to_owned()));
+        }
+    }
+    files
 }
 
 /// A virtual environment with the application's requirements: made once, kept beside the build.

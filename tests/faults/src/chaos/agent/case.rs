@@ -252,7 +252,7 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         lost: run.lost.clone(),
         ..Verdict::default()
     };
-    let may = may_be_unknown(&stage.action);
+    let may = stage.kind.may_be_unknown;
     let pairs = [
         (Direction::Do, run.done.as_ref(), recorded.done.as_ref()),
         (
@@ -341,12 +341,6 @@ pub(super) fn judge(stage: &Stage<'_>, case: Case, run: &Run, recorded: &Run) ->
         }
     }
     verdict
-}
-
-/// Whether an attempt without an outcome may be unknown: nothing can prove what a blind action did,
-/// nor what a server created whose answer was not recorded.
-fn may_be_unknown(action: &Action) -> bool {
-    action.info().class == Class::Blind || matches!(action, Action::CheckHttp(_))
 }
 
 /// A restart that was settled by what the host shows proves nothing more.

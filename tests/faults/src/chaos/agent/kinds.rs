@@ -30,6 +30,8 @@ pub(super) struct Kind {
     /// What an attempt after one that was killed may count once more: work that left nothing
     /// behind, or looks.
     pub(super) again: &'static [&'static str],
+    /// Whether an attempt that was killed may be unknown: nothing can prove what it did.
+    pub(super) may_be_unknown: bool,
 }
 
 impl Kind {
@@ -101,6 +103,13 @@ fn migration(release: &str, more: &Value) -> Value {
     args
 }
 
+/// The migration of a tool's files, which [`super::base`] makes.
+fn of_files(tool: &str, dir: &str) -> Value {
+    let dir = format!("files/{dir}");
+    let more = json!({"tool": tool, "dir": dir, "apply": "sql", "backup": "none"});
+    migration("v1.0.0", &more)
+}
+
 const PLAIN: Kind = Kind {
     name: "",
     base: Base::None,
@@ -109,6 +118,7 @@ const PLAIN: Kind = Kind {
     setup: &[],
     args: |_| Value::Null,
     again: &[],
+    may_be_unknown: false,
 };
 
 const DATA: Kind = Kind {
@@ -126,6 +136,33 @@ pub(super) const KINDS: &[Kind] = &[
     Kind {
         name: "migration.apply",
         args: |_| migration("v1.0.0", &json!({"backup": "none"})),
+        ..MIGRATION
+    },
+    Kind {
+        name: "migration.apply:sql",
+        args: |_| of_files("sql", "sql"),
+        ..MIGRATION
+    },
+    // It makes its index outside of a transaction.
+    Kind {
+        name: "migration.apply:concurrently",
+        args: |_| of_files("sql", "concurrently"),
+        may_be_unknown: true,
+        ..MIGRATION
+    },
+    Kind {
+        name: "migration.apply:sqlx",
+        args: |_| of_files("sqlx", "sqlx"),
+        ..MIGRATION
+    },
+    Kind {
+        name: "migration.apply:diesel",
+        args: |_| of_files("diesel", "diesel"),
+        ..MIGRATION
+    },
+    Kind {
+        name: "migration.apply:prisma",
+        args: |_| of_files("prisma", "prisma"),
         ..MIGRATION
     },
     Kind {
@@ -239,6 +276,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind {
         name: "exec.run",
         args: |lab| json!({"name": "note", "argv": note(lab, "run")}),
+        may_be_unknown: true,
         ..PLAIN
     },
     Kind {
@@ -252,6 +290,7 @@ pub(super) const KINDS: &[Kind] = &[
             })
         },
         again: &["requests: "],
+        may_be_unknown: true,
         ..PLAIN
     },
     Kind {
@@ -365,6 +404,7 @@ pub(super) const ASKED_FOR: &[Kind] = &[
             argv[4] = json!(format!("__import__('time').sleep(1.5); {script}"));
             json!({"name": "note", "argv": argv})
         },
+        may_be_unknown: true,
         ..PLAIN
     },
 ];

@@ -285,7 +285,13 @@ impl Lab {
              data_type, ',' ORDER BY table_name, ordinal_position)) FROM \
              information_schema.columns WHERE table_schema = 'public';\n\
              SELECT 'state|revision|' || version_num FROM public.alembic_version;\n\
-             SELECT 'state|employees|' || count(*) || ' ' || sum(id) FROM public.employees;\n\
+             SELECT 'state|employees|' || count(*) || ' ' || sum(id) || ' ' || \
+             md5(string_agg(last_name, ',' ORDER BY id)) FROM public.employees;\n\
+             SELECT 'state|rows ' || relname || '|' || (xpath('//n/text()', query_to_xml(format( \
+             'SELECT count(*) AS n FROM %s', oid::regclass), false, true, '')))[1]::text FROM \
+             pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r';\n\
+             SELECT 'state|index ' || indexrelid::regclass || '|' || indisvalid FROM pg_index \
+             JOIN pg_class ON oid = indexrelid WHERE relnamespace = 'public'::regnamespace;\n\
              SELECT 'count|ddl ' || tag || '|' || count(*) FROM chaos.ledger GROUP BY tag;\n\
              \\endif\n"
         );

@@ -96,7 +96,7 @@ pub struct AgentFigures {
     pub double_effects: u64,
     /// Results that were lost, came twice, or prove less than they should.
     pub lost_results: u64,
-    /// Cases that ended unknown, by kind: only `exec.run` and `check.http` may.
+    /// Cases that ended unknown, by kind: only those may of which nothing can prove what they did.
     pub unknown: BTreeMap<String, u64>,
     /// Cases that did not come to an end.
     pub stuck: u64,
