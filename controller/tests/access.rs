@@ -82,7 +82,15 @@ fn of_role(role: Role) -> &'static [&'static str] {
         Role::Viewer => &[],
         Role::Author => &["Submit"],
         Role::Approver => &["Decide", "BreakGlass", "SignOff"],
-        Role::Operator => &["Pause", "Resume", "Resolve", "Cancel", "RollBack", "Close"],
+        Role::Operator => &[
+            "Pause",
+            "Resume",
+            "Resolve",
+            "AcceptLoss",
+            "Cancel",
+            "RollBack",
+            "Close",
+        ],
         Role::Admin => &[
             "ForgetHost",
             "CreateToken",

@@ -105,6 +105,14 @@ text_id!(
     |text| is_hex_id(text, "in_", 16)
 );
 text_id!(
+    /// What an undo would lose, exactly as it was shown: a row more, and it is another one. People
+    /// accept it by this id.
+    LossId,
+    "id of a loss",
+    "`lo_` and 16 hexadecimal digits, as the refusal shows it",
+    |text| is_hex_id(text, "lo_", 16)
+);
+text_id!(
     /// One boot of a host: the kernel's boot id and a random file in /run together,
     /// because containers share the kernel's.
     BootId,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::action::migration::Tool;
 use crate::action::postgres::Level;
 use crate::approval::Signed;
-use crate::ids::{Digest, Epoch, HostId, PlanDigest, StepKey};
+use crate::ids::{Digest, Epoch, HostId, LossId, PlanDigest, StepKey};
 use crate::values::Timestamp;
 
 /// A pointer to one step that one agent is to do now. It says *when*, never *what*.
@@ -162,6 +162,14 @@ pub enum Fact {
         /// Whether it was done.
         done: bool,
         /// Who said so.
+        by: String,
+    },
+    /// A person has accepted what an undo would lose. The binding's origin is the undo that refused
+    /// because of it.
+    LossAccepted {
+        /// What exactly.
+        loss: LossId,
+        /// Who accepted it.
         by: String,
     },
     /// People approved.

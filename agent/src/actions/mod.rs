@@ -20,6 +20,7 @@ mod check;
 mod env;
 mod exec;
 mod files;
+mod loss;
 mod migration;
 mod net;
 mod places;

@@ -5,8 +5,8 @@ use std::fs::hard_link;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use lockstep_proto::evidence::{self, NAMESPACE, RESOLVE_NAMESPACE};
-use lockstep_proto::ids::{Direction, HostId, PlanDigest};
+use lockstep_proto::evidence::{self, LOSS_NAMESPACE, NAMESPACE, RESOLVE_NAMESPACE};
+use lockstep_proto::ids::{Direction, HostId, LossId, PlanDigest};
 use lockstep_proto::order::{Binding, Fact, Order};
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::sshsig::{self, PublicKey, SigningKey};
@@ -108,6 +108,9 @@ pub(super) fn check(
             Fact::Resolved { done, by } => {
                 check_word(policy, order, binding, (*done, by)).map_err(refused)?;
             }
+            Fact::LossAccepted { loss, by } => {
+                check_loss(policy, order, binding, (loss, by)).map_err(refused)?;
+            }
             fact => {
                 let key = if origin.host == *own.0 {
                     Some(own.1)
@@ -151,10 +154,35 @@ fn check_word(
     binding: &Binding,
     (done, by): (bool, &str),
 ) -> Result<(), String> {
-    let signature = binding.signature.as_deref();
-    let signature = signature.ok_or("not signed; see `lockstep resolve --sign`")?;
     let statement = evidence::resolution(order.plan, &binding.origin, done, by);
-    let key = sshsig::verify(signature.as_bytes(), RESOLVE_NAMESPACE, &statement)
+    let signed = (RESOLVE_NAMESPACE, statement.as_slice());
+    check_person(policy, binding, signed, by, "resolve")
+}
+
+/// A person's word on what an undo would lose.
+fn check_loss(
+    policy: &Policy,
+    order: &Order,
+    binding: &Binding,
+    (loss, by): (&LossId, &str),
+) -> Result<(), String> {
+    let statement = evidence::acceptance(order.plan, &binding.origin, loss, by);
+    let signed = (LOSS_NAMESPACE, statement.as_slice());
+    check_person(policy, binding, signed, by, "accept-loss")
+}
+
+/// Whether an approver of this name has signed a statement.
+fn check_person(
+    policy: &Policy,
+    binding: &Binding,
+    (namespace, statement): (&str, &[u8]),
+    by: &str,
+    command: &str,
+) -> Result<(), String> {
+    let signature = binding.signature.as_deref();
+    let signature =
+        signature.ok_or_else(|| format!("not signed; see `lockstep {command} --sign`"))?;
+    let key = sshsig::verify(signature.as_bytes(), namespace, statement)
         .map_err(|error| format!("a person's word, and of its signature is said: {error}"))?;
     let people = policy.trust().people();
     let known = people.iter().find(|person| person.key == key);
@@ -307,6 +335,27 @@ mod tests {
             by: "ben".into(),
         };
         assert!(taken(of.clone(), ben, said(1, false, "ben")).is_err());
+    }
+
+    #[test]
+    fn a_loss_is_accepted_by_an_approver_and_for_nothing_else() {
+        let of: StepKey = "ro_010101010101.1.0.undo.1@app-1".parse().unwrap();
+        let [loss, other] = ["one", "other"].map(|line| LossId::of(&of, &[line.to_owned()]));
+        let word = |loss: &LossId| Fact::LossAccepted {
+            loss: loss.clone(),
+            by: "ann".into(),
+        };
+        let statement = evidence::acceptance(plan(), &of, &loss, "ann");
+        let said = |seed: u8, namespace| Some(key(seed).sign(namespace, &statement));
+        taken(of.clone(), word(&loss), said(1, LOSS_NAMESPACE)).unwrap();
+        for (loss, signature) in [
+            (&other, said(1, LOSS_NAMESPACE)),
+            (&loss, said(2, LOSS_NAMESPACE)),
+            (&loss, said(1, RESOLVE_NAMESPACE)),
+            (&loss, None),
+        ] {
+            assert!(taken(of.clone(), word(loss), signature).is_err());
+        }
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{
-    Digest, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepKey, StepRef,
+    Digest, Epoch, HostId, InstanceId, LossId, OperatorName, PlanDigest, RolloutId, StepKey,
+    StepRef,
 };
 use lockstep_proto::order::Order;
 use lockstep_proto::report::Report;
@@ -162,6 +163,21 @@ pub enum Call {
         /// How that is known.
         reason: String,
         /// The attempt that a signed word is about, and its armoured SSH signature.
+        signed: Option<(StepKey, String)>,
+    },
+    /// Accept what an undo would lose, as its refusal has shown it.
+    AcceptLoss {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The host.
+        host: HostId,
+        /// The step.
+        at: StepRef,
+        /// What exactly.
+        loss: LossId,
+        /// Why that may be lost.
+        reason: String,
+        /// The undo that a signed word is about, and its armoured SSH signature.
         signed: Option<(StepKey, String)>,
     },
     /// End it where it stands.

@@ -6,7 +6,8 @@ use std::fmt;
 
 use lockstep_proto::approval::Signature;
 use lockstep_proto::ids::{
-    Digest, Direction, Epoch, HostId, InstanceId, OperatorName, PlanDigest, RolloutId, StepRef,
+    Digest, Direction, Epoch, HostId, InstanceId, LossId, OperatorName, PlanDigest, RolloutId,
+    StepRef,
 };
 use lockstep_proto::report::ReportBody;
 use lockstep_proto::values::Timestamp;
@@ -231,6 +232,26 @@ pub enum Record {
         /// Who said so.
         operator: OperatorName,
         /// How that is known.
+        reason: String,
+        /// An armoured SSH signature of that word. The hosts judge it; the controller keeps it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signature: Option<String>,
+    },
+    /// A person has accepted what an undo would lose (INV-6).
+    LossAccepted {
+        /// The rollout.
+        rollout: RolloutId,
+        /// The step.
+        at: StepRef,
+        /// The undo that refused.
+        attempt: u16,
+        /// The host.
+        host: HostId,
+        /// What exactly.
+        loss: LossId,
+        /// Who accepts it.
+        operator: OperatorName,
+        /// Why.
         reason: String,
         /// An armoured SSH signature of that word. The hosts judge it; the controller keeps it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -461,6 +482,7 @@ impl Record {
             | Self::Dispatched { rollout, .. }
             | Self::GivenUp { rollout, .. }
             | Self::Resolved { rollout, .. }
+            | Self::LossAccepted { rollout, .. }
             | Self::Quarantined { rollout, .. }
             | Self::GateOpened { rollout, .. }
             | Self::GateDecided { rollout, .. }
@@ -541,6 +563,7 @@ impl Record {
             Self::RollbackStarted { reason, .. }
             | Self::Ended { reason, .. }
             | Self::Resolved { reason, .. }
+            | Self::LossAccepted { reason, .. }
             | Self::GlassBroken { reason, .. }
             | Self::Closed { reason, .. }
             | Self::Trust(TrustRecord::Suspended { reason, .. }) => reason,

@@ -60,6 +60,10 @@ const TABLE: &[(&str, Who)] = &[
         "/lockstep.control.v1.ControlService/Resolve",
         only(Operator),
     ),
+    (
+        "/lockstep.control.v1.ControlService/AcceptLoss",
+        only(Operator),
+    ),
     ("/lockstep.control.v1.ControlService/Cancel", only(Operator)),
     (
         "/lockstep.control.v1.ControlService/RollBack",

@@ -2,6 +2,7 @@
 
 use lockstep_core::event::{EventKind, Lock};
 use lockstep_core::{Refused, RolloutEvent, Summary};
+use lockstep_proto::ids::StepKey;
 use lockstep_proto::wire::{control_v1 as wire, signatures};
 use tonic::{Code, Status};
 
@@ -13,6 +14,20 @@ pub(super) fn one_signature(
     let read = signatures(given.into_iter().collect());
     let mut read = read.map_err(|error| Status::invalid_argument(error.to_string()))?;
     Ok(read.pop())
+}
+
+/// A person's word, if it is signed: the attempt that it is about, and the armoured signature.
+pub(super) fn signed_word(
+    field: impl Into<Vec<u8>> + AsRef<[u8]>,
+    about: &str,
+) -> Result<Option<(StepKey, String)>, Status> {
+    let Some(signature) = one_signature(field)? else {
+        return Ok(None);
+    };
+    let about = about
+        .parse()
+        .map_err(|error| Status::invalid_argument(format!("`signed_key`: {error}")))?;
+    Ok(Some((about, signature)))
 }
 
 /// An event.

@@ -12,9 +12,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lockstep_core::{Answer, Call, Coordinator, MAX_TEXT, TrustCall};
-use lockstep_proto::ids::{
-    Digest, HostId, InvalidId, OperatorName, PlanDigest, RolloutId, StepKey,
-};
+use lockstep_proto::ids::{Digest, HostId, InvalidId, OperatorName, PlanDigest, RolloutId};
 use lockstep_proto::seal;
 use lockstep_proto::values::Timestamp;
 use lockstep_proto::wire::control_v1::control_service_server::ControlService;
@@ -326,14 +324,7 @@ impl ControlService for Control {
         let at = request
             .place()
             .map_err(|error| invalid(error.to_string()))?;
-        let signed = match convert::one_signature(request.signature)? {
-            Some(signature) => {
-                let key: Result<StepKey, _> = request.signed_key.parse();
-                let key = key.map_err(|error| invalid(format!("`signed_key`: {error}")))?;
-                Some((key, signature))
-            }
-            None => None,
-        };
+        let signed = convert::signed_word(request.signature, &request.signed_key)?;
         let host = request.host.parse();
         let call = Call::Resolve {
             rollout: rollout_id(&request.rollout)?,
@@ -345,6 +336,30 @@ impl ControlService for Control {
         };
         self.call(&peer, call).await?;
         Ok(Response::new(wire::ResolveResponse {}))
+    }
+
+    async fn accept_loss(
+        &self,
+        request: Request<wire::AcceptLossRequest>,
+    ) -> Result<Response<wire::AcceptLossResponse>, Status> {
+        let peer = peer(&request)?;
+        let request = request.into_inner();
+        let invalid = |error: String| Status::invalid_argument(error);
+        let at = request
+            .place()
+            .map_err(|error| invalid(error.to_string()))?;
+        let host = request.host.parse();
+        let loss = request.loss.parse();
+        let call = Call::AcceptLoss {
+            rollout: rollout_id(&request.rollout)?,
+            host: host.map_err(|error| invalid(format!("`host`: {error}")))?,
+            at,
+            loss: loss.map_err(|error| invalid(format!("`loss`: {error}")))?,
+            reason: text("reason", request.reason)?,
+            signed: convert::signed_word(request.signature, &request.signed_key)?,
+        };
+        self.call(&peer, call).await?;
+        Ok(Response::new(wire::AcceptLossResponse {}))
     }
 
     async fn cancel(

@@ -322,7 +322,7 @@ fn watch_hint(rollout: &RolloutId) -> String {
     format!("follow it with: lockstep watch {rollout}")
 }
 
-fn done(
+pub(super) fn done(
     session: &Session,
     rollout: &RolloutId,
     command: &str,

@@ -170,9 +170,20 @@ pub(crate) struct Attempt {
     pub(crate) message: String,
     pub(crate) hint: Option<String>,
     pub(crate) last_lines: Vec<String>,
+    /// A person has accepted what this undo would lose.
+    pub(crate) accepted_loss: Option<AcceptedLoss>,
     /// The hosts were free since, and it was made again: what it has seen counts no more.
     pub(crate) stale: bool,
     facts: Vec<Value>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct AcceptedLoss {
+    pub(crate) loss: String,
+    pub(crate) by: String,
+    pub(crate) reason: String,
+    pub(crate) at: u64,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -25,6 +25,7 @@ mod glass;
 mod journal;
 mod live;
 mod logs;
+mod loss;
 mod passphrase;
 mod pki;
 mod plan;
@@ -120,6 +121,8 @@ enum Command {
     Resume(control::Resume),
     /// Say what a step did whose outcome is unknown
     Resolve(control::Resolve),
+    /// Accept what an undo would lose, exactly as its refusal shows it
+    AcceptLoss(loss::AcceptLoss),
     /// End a rollout where it stands
     Cancel(control::Reasoned),
     /// Undo a rollout
@@ -255,6 +258,7 @@ async fn run_client(command: Command, session: &Session) -> Result<Exit, CliErro
         Command::Cancel(cancel) => control::cancel(cancel, session).await,
         Command::Rollback(rollback) => control::roll_back(rollback, session).await,
         Command::Resolve(resolve) => control::resolve(resolve, session).await,
+        Command::AcceptLoss(accept) => loss::run(accept, session).await,
         Command::Close(close) => control::close(close, session).await,
         Command::Signoff(signoff) => control::sign_off(signoff, session).await,
         Command::Logs(logs) => logs::logs(logs, session).await,

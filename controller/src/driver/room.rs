@@ -53,6 +53,7 @@ impl Driver {
             | Call::BreakGlass { .. }
             | Call::Pause { .. }
             | Call::Resolve { .. }
+            | Call::AcceptLoss { .. }
             | Call::Cancel { .. }
             | Call::Close { .. }
             | Call::Forget { .. }

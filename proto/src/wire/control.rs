@@ -30,6 +30,13 @@ impl wire::ResolveRequest {
     }
 }
 
+impl wire::AcceptLossRequest {
+    /// The step's place.
+    pub fn place(&self) -> Result<StepRef, super::InvalidMessage> {
+        place(&self.step, "step")
+    }
+}
+
 fn place(text: &str, field: &'static str) -> Result<StepRef, super::InvalidMessage> {
     let invalid = || super::InvalidMessage::Field(field);
     let (phase, step) = text.split_once('.').ok_or_else(invalid)?;

@@ -161,6 +161,10 @@ fn facts() -> Vec<Fact> {
             done: true,
             by: "dora".to_owned(),
         },
+        Fact::LossAccepted {
+            loss: "lo_0123456789abcdef".parse().expect("it is one"),
+            by: "dora".to_owned(),
+        },
         Fact::Approved {
             by: vec!["ann (dba)".to_owned()],
             evidence: digest,

@@ -7,6 +7,7 @@
 //! downgrade   the fence has held since the backup; or a fence is up again, and nothing of what
 //!             goes was written since the migration was through; and it holds until all is down
 //! restore     the fence has held since the backup (`postgres::restore`)
+//! otherwise   a person has accepted what is lost, as it was shown (`actions::loss`)
 //! ```
 
 use lockstep_proto::order::Fact;
@@ -15,6 +16,7 @@ use lockstep_proto::report::{Cause, Failure};
 use super::dropped::{differs, dropped, fewer, in_the_way};
 use super::kept::Kept;
 use super::{guard, run};
+use crate::actions::loss;
 use crate::actions::postgres::written::Which;
 use crate::actions::postgres::{fence, look, written};
 use crate::sql::Session;
@@ -34,61 +36,69 @@ pub(super) async fn open_since_backup(
     }
 }
 
-/// Refuses to take a schema down if that may lose what was written; names the rows. Returns the
-/// fence behind which it may.
+/// Behind what a schema goes down.
+#[derive(Debug, Default)]
+pub(super) struct Behind {
+    /// The fence that is up. Without one a person has accepted that.
+    fence: Option<String>,
+    /// What a person has accepted to lose.
+    pub(super) accepted: Option<Fact>,
+}
+
+/// Refuses to take a schema down if that may lose what was written, and nobody has accepted that;
+/// names the rows.
 pub(super) async fn may_go_down(
     cx: &Context,
     session: &Session,
     database: &str,
     sql: Option<&str>,
-) -> Result<String, Failure> {
+) -> Result<Behind, Failure> {
     let behind = fence::holding(cx, session).await?;
     let Some(why) = open_since_backup(cx, session, database).await? else {
         let fence = guard::verified(cx, database).and_then(|(_, fence)| fence);
-        return Ok(fence.expect("it has held").to_owned());
+        return Ok(Behind {
+            fence: Some(fence.expect("it has held").to_owned()),
+            accepted: None,
+        });
     };
-    let lost = lost(cx, session, database, sql).await?;
+    let mut lost = lost(cx, session, database, sql).await?;
     // One that fell while the rows were counted has let more in.
     let still = fence::holding(cx, session).await?;
-    if lost.is_empty()
-        && still == behind
-        && let Some(token) = still
-    {
+    let fence = still.filter(|still| behind.as_ref() == Some(still));
+    if lost.is_empty() && fence.is_some() {
         cx.log.line(&format!(
             "{why}; but nothing was written since to what the way down drops"
         ));
-        return Ok(token);
+        return Ok(Behind {
+            fence,
+            accepted: None,
+        });
     }
-    for line in &lost {
-        cx.log.line(line);
+    if fence.is_none() {
+        lost.push("what is still written until it is back: no fence is up".to_owned());
     }
-    if lost.is_empty() {
-        return Err(hinted(
-            Cause::Refused,
-            format!(
-                "taking the schema of `{database}` back may lose data: {why}. Nothing that it \
-                 drops was written until now, but no fence keeps it so"
-            ),
-            "put the migration behind a `fence` whose end the plan names: a rollback raises it \
-             again; or go on with the new schema",
-        ));
-    }
-    Err(hinted(
-        Cause::Refused,
-        format!(
-            "taking the schema of `{database}` back would lose data: {why}. {}",
-            written::few(&lost)
-        ),
-        "look at these rows; then either go on with the new schema, or downgrade by hand",
-    ))
+    let accepted = loss::accepted(
+        cx,
+        &format!("taking the schema of `{database}` back would lose data: {why}"),
+        &lost,
+        "then go on with the new schema, or put the migration behind a `fence` whose end the plan \
+         names: a rollback raises it again",
+    )?;
+    Ok(Behind {
+        fence,
+        accepted: Some(accepted),
+    })
 }
 
 /// Fails if the fence behind which a schema went down has fallen meanwhile.
 pub(super) async fn was_shut(
     session: &Session,
     database: &str,
-    token: &str,
+    behind: &Behind,
 ) -> Result<(), Failure> {
+    let Some(token) = &behind.fence else {
+        return Ok(());
+    };
     let Some(why) = fence::broken(session, token).await.map_err(changed)? else {
         return Ok(());
     };

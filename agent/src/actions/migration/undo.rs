@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::apply::done;
 use super::guard::{self, shown};
 use super::kept::Kept;
+use super::returns::Behind;
 use super::tools::{self, Limits, Migrator, Way, revision};
 use super::{returns, run};
 use crate::actions::Done;
@@ -37,23 +38,23 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     // Only this release knows the revision that it brought.
     let tool = Migrator::of(cx, act.into()).await?;
     tool.check(&session).await?;
-    let mut behind = None;
+    let mut behind = Behind::default();
     if act.backup != RequiredBackup::None {
         // What cannot be rendered may drop anything.
         let rendered = tool.render(Way::Down, &from, to).await.ok();
         let all = rendered.as_ref().filter(|all| all.opaque.is_empty());
         let sql = all.map(|rendered| rendered.sql.as_str());
-        behind = Some(returns::may_go_down(cx, &session, &act.database, sql).await?);
+        behind = returns::may_go_down(cx, &session, &act.database, sql).await?;
     }
     let limits = Limits {
         lock: act.lock_timeout,
         statement: act.statement_timeout,
     };
     run::go(cx, &tool, &session, Way::Down, (&from, to), limits).await?;
-    if let Some(fence) = behind {
-        returns::was_shut(&session, &act.database, &fence).await?;
-    }
-    Ok(done(&act.database, &from, to, true))
+    returns::was_shut(&session, &act.database, &behind).await?;
+    let mut done = done(&act.database, &from, to, true);
+    done.facts.extend(behind.accepted);
+    Ok(done)
 }
 
 /// Leaves an additive schema to the release of before.
@@ -105,7 +106,7 @@ async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure
     }
     let since = Kept::of(cx)?.baseline();
     // The swap ends the session that holds the right to migrate.
-    let old = restore::return_to_backup(cx, name, since.as_ref()).await?;
+    let (old, accepted) = restore::return_to_backup(cx, name, since.as_ref()).await?;
     let session = database.connect(cx).await.map_err(changed)?;
     let now = revision(&session, act.tool).await.map_err(changed)?;
     if now != to {
@@ -119,6 +120,7 @@ async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure
     let mut done = done(name, &from, to, true);
     done.summary = format!("`{name}` is restored from its backup; the old one is kept as {old}");
     done.facts.push(kept(old));
+    done.facts.extend(accepted);
     Ok(done)
 }
 

@@ -21,7 +21,7 @@ use super::scratch::Rights;
 use super::tools::Tools;
 use super::written::{self, Moment, Which};
 use super::{fence, look::Tally, scratch};
-use crate::actions::{Act, Done, Probe, bound};
+use crate::actions::{Act, Done, Probe, bound, loss};
 use crate::sql::{Database, Session, ident, literal};
 use crate::step::{Context, changed, hinted};
 
@@ -89,7 +89,7 @@ impl Act for Restore {
             ));
         }
         allow(&aside, &names.live, true).await?;
-        let made = bring(cx, &database, &names, &aside, None).await?;
+        let (made, _) = bring(cx, &database, &names, &aside, None).await?;
         Ok(done(self, &names, Some(&made)))
     }
 
@@ -201,17 +201,17 @@ pub(crate) async fn is_as_backup(
 }
 
 /// A migration's way back by the backup: it takes the database's place, and the migrated one is
-/// kept. Returns its name.
+/// kept. Returns its name, and what a person has accepted to lose.
 pub(crate) async fn return_to_backup(
     cx: &Context,
     name: &str,
     since: Option<&Baseline>,
-) -> Result<String, Failure> {
+) -> Result<(String, Option<Fact>), Failure> {
     let database = Database::find(cx, name)?;
     let aside = aside(cx, &database).await?;
     let names = Names::of_undo(cx, &database, cx.key.attempt);
-    bring(cx, &database, &names, &aside, since).await?;
-    Ok(names.failed)
+    let (_, accepted) = bring(cx, &database, &names, &aside, since).await?;
+    Ok((names.failed, accepted))
 }
 
 /// Fills a new database with the verified backup and puts it in the place of the live one.
@@ -221,7 +221,7 @@ async fn bring(
     names: &Names,
     aside: &Session,
     since: Option<&Baseline>,
-) -> Result<Manifest, Failure> {
+) -> Result<(Manifest, Option<Fact>), Failure> {
     let store = Store::of(cx, database);
     let (made, digest) = verified(cx, &store, &database.name)?;
     let session = database.connect(cx).await?;
@@ -237,18 +237,21 @@ async fn bring(
         Err(failure) => Err(failure),
     };
     drop(session);
-    if let Err(failure) = filled {
-        let dropped = scratch::drop(aside, &names.new).await;
-        // Only the new database was touched. One that could not be dropped is left to the undo.
-        return Err(Failure {
-            changed: dropped.is_err(),
-            ..failure
-        });
-    }
+    let accepted = match filled {
+        Ok(accepted) => accepted,
+        Err(failure) => {
+            let dropped = scratch::drop(aside, &names.new).await;
+            // Only the new database was touched. One that could not be dropped is left to the undo.
+            return Err(Failure {
+                changed: dropped.is_err(),
+                ..failure
+            });
+        }
+    };
     swap(aside, &names.live, &names.new, &names.failed)
         .await
         .map_err(changed)?;
-    Ok(made)
+    Ok((made, accepted))
 }
 
 fn done(act: &Restore, names: &Names, made: Option<&Manifest>) -> Done {
@@ -315,18 +318,19 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
     ))
 }
 
-/// Refuses unless nobody could write since the backup; names what would be lost (INV-6).
+/// Refuses unless nobody could write since the backup, or a person has accepted what would be lost
+/// (INV-6).
 async fn held(
     cx: &Context,
     session: &Session,
     made: &Manifest,
     since: Option<&Baseline>,
-) -> Result<(), Failure> {
+) -> Result<Option<Fact>, Failure> {
     let why = match &made.fence {
         None => Some("no fence was up when the backup was taken".to_owned()),
         Some(token) => fence::broken(session, token).await?,
     };
-    let Some(why) = why else { return Ok(()) };
+    let Some(why) = why else { return Ok(None) };
     // What a migration itself has written is not lost: it was to go.
     let of_backup = || {
         let tables = made.contents.iter();
@@ -335,28 +339,30 @@ async fn held(
     };
     let (moment, was) = since.map_or_else(of_backup, |since| (since.moment, since.rows.clone()));
     let found = written::since(session, moment, &Which::All).await?;
-    let lost = found.lines_and_gone(&was);
-    for line in &lost {
-        cx.log.line(line);
+    let mut lost = found.lines_and_gone(&was);
+    if since.is_none() && !made.is_counted() {
+        lost.push("rows that were deleted: the backup has not counted them".to_owned());
     }
-    let lost = match lost.as_slice() {
-        [] if since.is_none() && !made.is_counted() => {
-            "Whether rows were deleted is not known: the backup has not counted them".to_owned()
-        }
-        [] => "Nothing was written until now".to_owned(),
-        lost => written::few(lost),
-    };
-    Err(hinted(
-        Cause::Refused,
-        format!(
-            "restoring `{}` may lose what was written since the backup: {why}. {lost}",
+    if fence::holding(cx, session).await?.is_none() {
+        lost.push("what is still written until the swap: no fence is up".to_owned());
+    }
+    // One that was put back up has kept others out since; but they could write until then.
+    if lost.is_empty() {
+        lost.push("what else was written, if anything was".to_owned());
+    }
+    let accepted = loss::accepted(
+        cx,
+        &format!(
+            "restoring `{}` may lose what was written since the backup: {why}",
             made.database
         ),
-        format!(
-            "look at these tables; to give them up, restore the backup {} by hand",
+        &lost,
+        &format!(
+            "then go on with what there is; the old database would be kept, and the backup is {}",
             made.id
         ),
-    ))
+    )?;
+    Ok(Some(accepted))
 }
 
 /// Fills the new database, holds it against the manifest, and gives it what a dump leaves out.

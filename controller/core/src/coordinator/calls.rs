@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use lockstep_proto::ids::{Direction, HostId, OperatorName, RolloutId, StepKey, StepRef};
+use lockstep_proto::ids::{Direction, HostId, LossId, OperatorName, RolloutId, StepKey, StepRef};
 use lockstep_proto::plan::CLOCK_TOLERANCE;
 use lockstep_proto::seal::{SealedPlan, check_size};
 use lockstep_proto::values::Timestamp;
@@ -11,7 +11,7 @@ use lockstep_proto::values::Timestamp;
 use super::Coordinator;
 use crate::event::{Answer, Call, Effects, Lock, Refused};
 use crate::record::{End, Entry, MAX_HOSTS_PER_RECORD, Record};
-use crate::rollout::{Mode, Rollout};
+use crate::rollout::{Attempt, Mode, Rollout};
 
 /// What is submitted, and by whom.
 struct Submission {
@@ -148,15 +148,7 @@ impl Coordinator {
                     direction,
                     attempt,
                 };
-                if let Some((other, signature)) = &signed {
-                    check_size(&[signature]).map_err(Refused::Invalid)?;
-                    if *other != of {
-                        return Err(Refused::NotNow(format!(
-                            "what was signed is about {other}, and it is {of} that nobody knows \
-                             of; look again"
-                        )));
-                    }
-                }
+                check_word(signed.as_ref(), &of)?;
                 Record::Resolved {
                     rollout,
                     at,
@@ -164,6 +156,34 @@ impl Coordinator {
                     attempt,
                     host,
                     done,
+                    operator,
+                    reason,
+                    signature: signed.map(|(_, signature)| signature),
+                }
+            }
+            Call::AcceptLoss {
+                rollout,
+                host,
+                at,
+                loss,
+                reason,
+                signed,
+            } => {
+                let attempt = self.rollout(&rollout)?.refused_to_lose(&host, at, &loss)?;
+                let of = StepKey {
+                    rollout: rollout.clone(),
+                    host: host.clone(),
+                    at,
+                    direction: Direction::Undo,
+                    attempt,
+                };
+                check_word(signed.as_ref(), &of)?;
+                Record::LossAccepted {
+                    rollout,
+                    at,
+                    attempt,
+                    host,
+                    loss,
                     operator,
                     reason,
                     signature: signed.map(|(_, signature)| signature),
@@ -429,6 +449,20 @@ impl Coordinator {
     }
 }
 
+/// A word that a person has signed is about the attempt that it is taken for.
+fn check_word(signed: Option<&(StepKey, String)>, of: &StepKey) -> Result<(), Refused> {
+    let Some((other, signature)) = signed else {
+        return Ok(());
+    };
+    check_size(&[signature]).map_err(Refused::Invalid)?;
+    if other == of {
+        return Ok(());
+    }
+    Err(Refused::NotNow(format!(
+        "what was signed is about {other}, and it is {of} that waits for a word; look again"
+    )))
+}
+
 impl Rollout {
     /// Whether a person may let it go on.
     fn may_resume(&self) -> Result<(), Refused> {
@@ -475,6 +509,30 @@ impl Rollout {
     }
 
     /// The attempt that a person may resolve: the last one, if nothing is known of it.
+    /// The number of the undo that refused because it would lose this.
+    fn refused_to_lose(&self, host: &HostId, at: StepRef, loss: &LossId) -> Result<u16, Refused> {
+        if !self.is_locking() {
+            return Err(Refused::NotNow(format!("{} is {}", self.id, self.state())));
+        }
+        let would = |undo: &Attempt| Some((undo.number, undo.would_lose()?));
+        let last = self.last_attempt(at, Direction::Undo, host).and_then(would);
+        let Some((number, would_lose)) = last else {
+            return Err(Refused::NotNow(format!(
+                "no undo of step {at} on {host} has refused to lose anything; see `lockstep status \
+                 {}`",
+                self.id
+            )));
+        };
+        if would_lose != *loss {
+            return Err(Refused::NotNow(format!(
+                "the undo of step {at} on {host} would lose {would_lose}, not {loss}; look again: \
+                 `lockstep status {}`",
+                self.id
+            )));
+        }
+        Ok(number)
+    }
+
     fn unsettled(&self, host: &HostId, at: StepRef) -> Result<(Direction, u16), Refused> {
         if !self.is_locking() {
             return Err(Refused::NotNow(format!("{} is {}", self.id, self.state())));

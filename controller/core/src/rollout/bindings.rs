@@ -63,6 +63,7 @@ impl Rollout {
             not_after: attempt.not_after,
             bindings: self
                 .resolutions(at, direction, host)
+                .chain(self.accepted_losses(at, direction, host))
                 .chain(self.bindings(&self.placed(at).step.action))
                 .chain(self.approvals(&self.placed(at).step.action, at))
                 .collect(),
@@ -97,6 +98,27 @@ impl Rollout {
                     fact: Fact::Resolved { done, by },
                     signature,
                 })
+            })
+        })
+    }
+
+    /// What people have accepted to lose by undoing a step.
+    fn accepted_losses(
+        &self,
+        at: StepRef,
+        direction: Direction,
+        host: &HostId,
+    ) -> impl Iterator<Item = Binding> {
+        let attempts = self.attempts_at(at, direction, host).iter();
+        attempts.filter_map(move |attempt| {
+            let accepted = attempt.accepted.as_ref()?;
+            Some(Binding {
+                origin: self.key(at, direction, host, attempt.number),
+                fact: Fact::LossAccepted {
+                    loss: accepted.loss.clone(),
+                    by: accepted.by.clone(),
+                },
+                signature: accepted.signature.clone(),
             })
         })
     }

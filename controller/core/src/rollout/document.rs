@@ -441,6 +441,14 @@ impl Rollout {
             "last_lines": last_lines,
             "facts": result.map_or(&[][..], |result| &result.facts),
         });
+        if let Some(word) = &attempt.accepted {
+            document["accepted_loss"] = json!({
+                "loss": word.loss,
+                "by": word.by,
+                "at": word.at,
+                "reason": word.reason,
+            });
+        }
         if attempt.stale {
             // The hosts were free since: what it has seen counts no more.
             document["stale"] = json!(true);

@@ -8,8 +8,8 @@ use lockstep_proto::values::Timestamp;
 
 use super::retry::Retry;
 use super::state::{
-    Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Glass, Mode, NoticeState,
-    Outcome, Resolved, SignOff, States, Survey,
+    Accepted, Attempt, AttemptResult, Backward, Cursor, Decision, Ending, Gate, Glass, Mode,
+    NoticeState, Outcome, Resolved, SignOff, States, Survey,
 };
 use super::{IllegalTransition, Rollout};
 use crate::record::Record;
@@ -173,6 +173,7 @@ impl Rollout {
                             asked_again: None,
                             after_undo,
                             resolved: None,
+                            accepted: None,
                             stale: false,
                         }),
                     }
@@ -237,6 +238,29 @@ impl Rollout {
                     by: operator.clone(),
                     signature: signature.clone(),
                     answered: false,
+                });
+            }
+            Record::LossAccepted {
+                at,
+                attempt,
+                host,
+                loss,
+                operator,
+                reason,
+                signature,
+                ..
+            } => {
+                let attempt = self.attempt_mut(*at, Direction::Undo, host, *attempt);
+                let Some(attempt) = attempt.filter(|undo| undo.would_lose().as_ref() == Some(loss))
+                else {
+                    return illegal("accepted");
+                };
+                attempt.accepted = Some(Accepted {
+                    at: now,
+                    loss: loss.clone(),
+                    by: operator.clone(),
+                    reason: reason.clone(),
+                    signature: signature.clone(),
                 });
             }
             Record::Quarantined { host, why, .. } => {

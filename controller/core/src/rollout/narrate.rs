@@ -118,6 +118,19 @@ impl Rollout {
             } => {
                 return vec![self.result_event(*at, *direction, *attempt, host)];
             }
+            Record::LossAccepted {
+                at,
+                attempt,
+                host,
+                loss,
+                operator,
+                reason,
+                ..
+            } => RolloutEvent {
+                host: Some(host.clone()),
+                message: format!("{operator} accepts what would be lost ({loss}): {reason}"),
+                ..self.step_event(EventKind::Note, *at, Direction::Undo, *attempt)
+            },
             Record::Quarantined { host, why, .. } => RolloutEvent {
                 host: Some(host.clone()),
                 ..plain(

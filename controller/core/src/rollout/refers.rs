@@ -36,6 +36,7 @@ impl Rollout {
                 NoticeRef::Step(at) => runs(at, Site::Controller),
                 NoticeRef::Plan { index, .. } => plan.notices.len() > usize::from(*index),
             },
+            Record::LossAccepted { at, host, .. } => runs(at, Site::Host) && member(host),
             _ => true,
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lockstep_proto::approval::Signature;
-use lockstep_proto::ids::{Digest, Direction, HostId, OperatorName, RolloutId, StepRef};
+use lockstep_proto::ids::{Digest, Direction, HostId, LossId, OperatorName, RolloutId, StepRef};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure, Refusal};
 use lockstep_proto::seal::SealedPlan;
@@ -163,6 +163,8 @@ pub(crate) struct Attempt {
     pub(crate) after_undo: u16,
     /// A person's word on what it did, and whose.
     pub(crate) resolved: Option<Resolved>,
+    /// A person's word that what it would lose may be lost: it is an undo that refused.
+    pub(crate) accepted: Option<Accepted>,
     /// The lock was free since: what it has seen counts no more, and it is made again.
     pub(crate) stale: bool,
 }
@@ -176,6 +178,17 @@ pub(crate) struct Resolved {
     pub(crate) signature: Option<String>,
     /// The host has said since what it knows of it.
     pub(crate) answered: bool,
+}
+
+/// A person's word that what an undo would lose may be lost.
+#[derive(Debug, Clone)]
+pub(crate) struct Accepted {
+    pub(crate) at: Timestamp,
+    pub(crate) loss: LossId,
+    pub(crate) by: OperatorName,
+    pub(crate) reason: String,
+    /// Armoured.
+    pub(crate) signature: Option<String>,
 }
 
 /// How an attempt ended, as far as the controller knows.
@@ -315,6 +328,14 @@ impl Attempt {
         self.result.as_ref().is_some_and(|result| {
             matches!(result.outcome, Outcome::Unknown { .. } | Outcome::Lost(_))
         })
+    }
+
+    /// What it would lose, if it is an undo that refused because of that.
+    pub(crate) fn would_lose(&self) -> Option<LossId> {
+        match &self.result.as_ref()?.outcome {
+            Outcome::Failed(failure) => LossId::in_message(&failure.message),
+            _ => None,
+        }
     }
 
     pub(crate) fn is_ok(&self) -> bool {

@@ -1,5 +1,8 @@
 //! The way back.
 
+use lockstep_proto::ids::LossId;
+
+use super::levers::failed_because;
 use super::*;
 
 #[test]
@@ -203,6 +206,64 @@ fn nothing_goes_back_past_data_that_stays() {
     let left = "what stays: a: service.start (2.0), migration.apply (1.0), service.stop (0.0); \
                 b: service.stop (0.0)";
     assert!(fleet.reason(1).contains(left), "{}", fleet.reason(1));
+}
+
+#[test]
+fn an_undo_that_would_lose_rows_goes_on_once_a_person_has_accepted_just_that() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(migration_plan()[1..2].to_vec());
+    let newest = fleet.newest("a");
+    fleet.finish("a", failed(), vec![]);
+    let undo = fleet.newest("a");
+    assert_eq!((undo.at, undo.direction), (newest.at, Direction::Undo));
+    let loss = |line: &str| LossId::of(&undo, &[line.to_owned()]);
+    let one = loss("1 row");
+    let accept = |loss: &LossId, signed| Call::AcceptLoss {
+        rollout: rollout(1),
+        host: host("a"),
+        at: undo.at,
+        loss: loss.clone(),
+        reason: "they are tests".into(),
+        signed,
+    };
+    let not_now = |fleet: &mut Fleet, loss: &LossId, signed, why: &str| {
+        let refused = fleet.call("olga", &[], accept(loss, signed)).unwrap_err();
+        assert!(matches!(refused, Refused::NotNow(_)), "{refused}");
+        assert!(refused.to_string().contains(why), "{refused}");
+    };
+    not_now(&mut fleet, &one, None, "has refused to lose anything");
+    let mut refuses = failed_because(Cause::Refused, false);
+    if let StepOutcome::Failed(failure) = &mut refuses {
+        failure.message = format!("rows. Lost would be {} 1 row", one.shown());
+    }
+    fleet.finish("a", refuses, vec![]);
+    assert_eq!(fleet.state(1), "halted");
+    not_now(&mut fleet, &loss("2 rows"), None, "look again");
+    let signed = Some((newest, "armour".to_owned()));
+    not_now(&mut fleet, &one, signed, "what was signed is about");
+    let signed = Some((undo.clone(), "armour".to_owned()));
+    fleet.call("olga", &[], accept(&one, signed)).unwrap();
+    assert_eq!(fleet.state(1), "halted", "nothing goes on by itself");
+    fleet.restart();
+    fleet.up("a");
+    fleet.resume();
+    let order = fleet.orders.last().unwrap();
+    assert_eq!((order.key.at, order.key.attempt), (undo.at, 2));
+    let given = &order.bindings[0];
+    assert_eq!(
+        (&given.origin, &given.signature),
+        (&undo, &Some("armour".to_owned()))
+    );
+    let by = "olga".to_owned();
+    assert_eq!(given.fact, Fact::LossAccepted { loss: one, by });
+    fleet.finish("a", ok(), vec![]);
+    fleet.surveyed("a", vec![]);
+    assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
+    let document = fleet.coordinator.document(&rollout(1)).unwrap().to_string();
+    assert!(
+        document.contains(r#""reason":"they are tests""#),
+        "{document}"
+    );
 }
 
 #[test]

@@ -171,7 +171,7 @@ fn fact_words(fact: &Fact) -> Option<(String, String)> {
         Fact::Healthy { url } => ("health".to_owned(), format!("{url} is healthy")),
         Fact::Note { name, value } => (name.clone(), value.clone()),
         // The one stands at the attempt itself; before and after are compared under `Rollback`.
-        Fact::Resolved { .. } | Fact::State { .. } => return None,
+        Fact::Resolved { .. } | Fact::LossAccepted { .. } | Fact::State { .. } => return None,
     };
     Some((clean::line(&what), value))
 }

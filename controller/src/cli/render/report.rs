@@ -221,6 +221,18 @@ fn failed(document: &Document) -> Vec<Block> {
             if let Some(hint) = &attempt.hint {
                 fields.push(("Hint".to_owned(), clean::line(hint)));
             }
+            if let Some(word) = &attempt.accepted_loss {
+                fields.push((
+                    "Loss accepted".to_owned(),
+                    format!(
+                        "{} by {}, {}: {}",
+                        clean::line(&word.loss),
+                        clean::line(&word.by),
+                        words::moment(word.at),
+                        clean::line(&word.reason)
+                    ),
+                ));
+            }
             blocks.push(Block::Fields(fields));
             if !attempt.last_lines.is_empty() {
                 blocks.push(Block::Lines(attempt.last_lines.join("\n")));

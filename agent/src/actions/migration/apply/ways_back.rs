@@ -5,6 +5,7 @@ use std::fs;
 
 use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::postgres::Unfence;
+use lockstep_proto::ids::LossId;
 
 use super::stage::{NEW, OLD, apply};
 use super::stage::{Stage, placed};
@@ -105,9 +106,24 @@ impl Migrated {
     }
 
     async fn undo(&self) -> Result<Done, Failure> {
+        self.undo_accepting(None).await
+    }
+
+    /// The same with a person's word on what it would lose.
+    async fn undo_accepting(&self, loss: Option<LossId>) -> Result<Done, Failure> {
         let before = json!({"revision": OLD});
-        let cx = self.place(self.stage.bench.undo(4, self.facts.clone()));
+        let mut facts = self.facts.clone();
+        let by = || "olga".to_owned();
+        facts.extend(loss.map(|loss| Fact::LossAccepted { loss, by: by() }));
+        let cx = self.place(self.stage.bench.undo(4, facts));
         self.act.undo(&cx, &before).await
+    }
+
+    /// What an undo refuses to lose.
+    async fn loss(&self) -> LossId {
+        let failed = self.undo().await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
+        LossId::in_message(&failed.message).expect("it is shown")
     }
 
     /// The databases beside the live one.
@@ -136,10 +152,9 @@ async fn a_schema_goes_back_only_if_no_row_is_lost() {
     let failed = migrated.undo().await.unwrap_err();
     assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
     assert!(
-        failed.message.ends_with(
-            "the fence was lowered and raised again in between. employee_fields: 3 rows written \
-             since; employees: 1 row written since"
-        ),
+        failed
+            .message
+            .ends_with(" employee_fields: 3 rows written since; employees: 1 row written since"),
         "{}",
         failed.message
     );
@@ -158,7 +173,9 @@ async fn a_schema_goes_back_only_if_no_row_is_lost() {
         .await;
     let failed = migrated.undo().await.unwrap_err();
     assert!(
-        failed.message.contains("but no fence keeps it so"),
+        failed
+            .message
+            .ends_with("what is still written until it is back: no fence is up"),
         "{}",
         failed.message
     );
@@ -190,7 +207,7 @@ async fn a_way_back_that_works_on_rows_is_held_against_all_of_them() {
     assert!(
         failed
             .message
-            .ends_with("in between. departments: 1 row written since"),
+            .ends_with(") departments: 1 row written since"),
         "INV-6: {}",
         failed.message
     );
@@ -198,9 +215,9 @@ async fn a_way_back_that_works_on_rows_is_held_against_all_of_them() {
     migrated.kept("migration-through.json", None);
     let failed = migrated.undo().await.unwrap_err();
     assert!(
-        failed.message.ends_with(
-            "in between. departments: 1 row written since; employees: 200 rows written since"
-        ),
+        failed
+            .message
+            .ends_with(") departments: 1 row written since; employees: 200 rows written since"),
         "INV-6: {}",
         failed.message
     );
@@ -425,4 +442,58 @@ async fn a_restore_that_would_lose_rows_names_them_without_the_migrations_own() 
     config.postgres.get_mut("staff").unwrap().backup_dir = Some(elsewhere);
     let refused = restore::is_at_hand(&cx, "staff").unwrap_err();
     assert_eq!(refused.cause, Cause::Refused);
+}
+
+fn has_accepted(done: &Done, loss: &LossId) -> bool {
+    let begins = format!("olga has accepted {loss}: ");
+    let mut facts = done.facts.iter();
+    facts.any(|fact| matches!(fact, Fact::Note { value, .. } if value.starts_with(&begins)))
+}
+
+#[tokio::test]
+async fn what_a_person_has_accepted_goes_and_not_a_row_more() {
+    let migrated = Migrated::by(apply(), str::to_owned).await;
+    let insert = "INSERT INTO public.employee_fields VALUES";
+    migrated.bake(&format!("{insert} (1, 'a', 'b')")).await;
+    let one = migrated.loss().await;
+    assert_eq!(migrated.loss().await, one, "the same loss");
+    migrated.bake(&format!("{insert} (2, 'a', 'b')")).await;
+    let failed = migrated.undo_accepting(Some(one.clone())).await;
+    let failed = failed.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
+    let two = LossId::in_message(&failed.message).unwrap();
+    assert_ne!(two, one);
+    assert_eq!(migrated.stage.revision().await, NEW);
+    // Nobody keeps others out: that is another loss.
+    let cx = migrated.stage.bench.cx(6, vec![]);
+    let before = migrated.unfence.before(&cx).await.unwrap();
+    migrated.unfence.apply(&cx, &before).await.unwrap();
+    let failed = migrated.undo_accepting(Some(two)).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
+    let open = LossId::in_message(&failed.message).unwrap();
+    let hint = failed.hint.unwrap();
+    assert!(
+        hint.contains(&format!("0.4 {open} --reason TEXT`")),
+        "{hint}"
+    );
+    let undone = migrated.undo_accepting(Some(open.clone())).await.unwrap();
+    assert!(undone.changed && has_accepted(&undone, &open), "{undone:?}");
+    assert_eq!(migrated.stage.revision().await, OLD);
+}
+
+#[tokio::test]
+async fn a_restore_loses_what_a_person_has_accepted() {
+    let migrated = Migrated::by(by_restore(), str::to_owned).await;
+    let insert = "INSERT INTO public.departments (name) VALUES";
+    migrated.bake(&format!("{insert} ('new')")).await;
+    let one = migrated.loss().await;
+    migrated.bake(&format!("{insert} ('newer')")).await;
+    let failed = migrated.undo_accepting(Some(one)).await.unwrap_err();
+    assert!(!failed.changed, "INV-6: {failed:?}");
+    let two = LossId::in_message(&failed.message).unwrap();
+    assert_eq!(migrated.beside().await, Vec::<String>::new());
+    let undone = migrated.undo_accepting(Some(two.clone())).await.unwrap();
+    assert!(undone.changed && has_accepted(&undone, &two), "{undone:?}");
+    assert_eq!(migrated.stage.revision().await, OLD);
+    assert_eq!(migrated.beside().await.len(), 1, "the old one is kept");
 }
