@@ -33,7 +33,8 @@ need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 
 # Tests of these say NOT TESTED without them, or fail with LOCKSTEP_REQUIRE_TOOLS=1. They take minutes to
 # build, so nothing installs them unasked.
-for tool in "sqlx sqlx-cli@0.9.0 postgres,rustls" "diesel diesel_cli@2.3.14 postgres"; do
+for tool in "sqlx sqlx-cli@0.9.0 postgres,rustls" "diesel diesel_cli@2.3.14 postgres" \
+  "s3s-fs s3s-fs@0.14.1 binary"; do
   read -r program crate features <<<"$tool"
   have "$program" >/dev/null ||
     say "not here: $program; cargo install --locked --no-default-features --features $features $crate (diesel: with libpq-dev)"

@@ -14,6 +14,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, StepRunner, Tls};
 use crate::step::{Context, StepLog};
 
+mod tools;
+
+pub(crate) use tools::{environment, program};
+
 /// A host in a temporary directory.
 pub(crate) struct Host {
     /// Removed with the value.

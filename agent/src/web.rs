@@ -1,11 +1,13 @@
 //! One HTTP request over a connection of its own: HTTP/1.1, no redirects, no proxies, no cookies.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, Uri};
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
 use lockstep_proto::report::{Cause, Failure};
@@ -17,6 +19,8 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::step::failure;
+
+pub(crate) mod bulk;
 
 /// The largest answer that is read, in bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -40,6 +44,9 @@ pub(crate) struct Answer {
 
 /// A connection, with TLS if the URL says so.
 pub(crate) type Connection = Box<dyn Stream>;
+
+/// Any body: one type for all of them keeps one client in the program.
+type Outgoing = UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// What a request is sent through.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin {}
@@ -105,38 +112,67 @@ pub(crate) async fn connect(uri: &Uri, ca_file: Option<&Path>) -> Result<Connect
     Ok(Box::new(stream))
 }
 
+/// Whether a URL stays on this host, so that nobody on the way reads what is sent without TLS.
+pub(crate) fn is_own(uri: &Uri) -> bool {
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    host.parse::<IpAddr>()
+        .map_or(host == "localhost", |ip| ip.is_loopback())
+}
+
 /// Sends a request and reads the answer. The error says in words what went wrong.
 pub(crate) async fn send(request: Request, connection: Connection) -> Result<Answer, String> {
     let began = Instant::now();
-    let (status, body) = exchange(connection, request).await?;
-    Ok(Answer {
-        status,
-        body,
-        took: began.elapsed(),
-    })
-}
-
-async fn exchange(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
-    request: Request,
-) -> Result<(u16, Vec<u8>), String> {
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| format!("no HTTP connection: {error}"))?;
     let Request {
         uri,
         method,
         headers,
         body,
     } = request;
-    // In HTTP/1.1 the request line has the path only; the host stands in its header.
+    let body = Full::new(body).map_err(|never| match never {});
+    let request = addressed(&uri, method, headers, body.boxed_unsync())?;
+    let mut bytes = vec![];
+    let status = exchange(connection, request, |_, data| {
+        if bytes.len() + data.len() > MAX_BODY {
+            return Err("the answer is larger than 1 MiB".to_owned());
+        }
+        bytes.extend_from_slice(data);
+        Ok(true)
+    });
+    let status = status.await?;
+    Ok(Answer {
+        status,
+        body: bytes,
+        took: began.elapsed(),
+    })
+}
+
+/// In HTTP/1.1 the request line has the path only; the host stands in its header.
+fn addressed(
+    uri: &Uri,
+    method: Method,
+    headers: HeaderMap,
+    body: Outgoing,
+) -> Result<http::Request<Outgoing>, String> {
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    let mut request = http::Request::new(Full::new(body));
+    let mut request = http::Request::new(body);
     *request.method_mut() = method;
     *request.uri_mut() = path
         .parse()
         .map_err(|_| "its path cannot be sent".to_owned())?;
     *request.headers_mut() = headers;
+    Ok(request)
+}
+
+/// Sends a request; `taken` gets the answer's status with each piece of its body, and says whether
+/// it wants more.
+async fn exchange(
+    stream: Connection,
+    request: http::Request<Outgoing>,
+    mut taken: impl FnMut(u16, &[u8]) -> Result<bool, String>,
+) -> Result<u16, String> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| format!("no HTTP connection: {error}"))?;
     let answer = async {
         let response = sender
             .send_request(request)
@@ -144,29 +180,46 @@ async fn exchange(
             .map_err(|error| chain(&error))?;
         let status = response.status().as_u16();
         let mut body = response.into_body();
-        let mut bytes = vec![];
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| chain(&error))?;
-            if let Some(data) = frame.data_ref() {
-                if bytes.len() + data.len() > MAX_BODY {
-                    return Err("the answer is larger than 1 MiB".to_owned());
-                }
-                bytes.extend_from_slice(data);
+            if let Some(data) = frame.data_ref()
+                && !taken(status, data)?
+            {
+                break;
             }
         }
-        Ok((status, bytes))
+        Ok(status)
     };
     let (mut answer, mut connection) = (std::pin::pin!(answer), std::pin::pin!(connection));
-    let mut open = true;
+    let mut ended: Option<Result<(), String>> = None;
     loop {
         tokio::select! {
-            answer = &mut answer => return answer,
-            ended = &mut connection, if open => {
-                ended.map_err(|error| chain(&error))?;
-                open = false;
+            // A server that refuses a body answers, and closes while that is still being sent: what
+            // it said comes before what became of the connection.
+            biased;
+            answer = &mut answer => return match (answer, ended) {
+                (Err(_), Some(Err(error))) => Err(error),
+                (answer, _) => answer,
+            },
+            end = &mut connection, if ended.is_none() => {
+                ended = Some(end.map_err(|error| chain(&error)));
             }
         }
     }
+}
+
+/// What `%2e` and the like stand for.
+pub(crate) fn unescaped(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let escaped = after.get(..2).filter(|_| *first == b'%');
+        let byte = escaped
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        bytes.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// An error with its causes: hyper's own words alone say little.

@@ -7,7 +7,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -66,11 +65,7 @@ impl Vault {
             ));
         }
         let uri = self.uri("kv/x")?;
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-        let own = host
-            .parse::<IpAddr>()
-            .map_or(host == "localhost", |ip| ip.is_loopback());
-        if uri.scheme_str() == Some("http") && !own {
+        if uri.scheme_str() == Some("http") && !web::is_own(&uri) {
             return Err(format!(
                 "`address` of [vault] is `{}`: without TLS everybody on the way reads the secrets; \
                  write https://, or let an agent of the vault listen on this host",

@@ -11,7 +11,7 @@ mod copy;
 mod level;
 
 pub use backup::{Aspect, Backup, Compress, Compression, Format};
-pub use copy::{CopyCommand, CopyTo};
+pub use copy::{CopyCommand, CopyStore, CopyTo, Presigned};
 pub use level::Level;
 
 /// Where a backup is proven.

@@ -15,11 +15,11 @@ use lockstep_proto::report::Failure;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::apply::stage::environment;
-use super::tools::files::{Stage, program};
+use super::tools::files::Stage;
 use crate::actions::{Act as _, Done, Probe};
 use crate::sql::application_name;
 use crate::sql::cluster::{Bench, Cluster, as_owner};
+use crate::testing::{environment, program};
 
 mod attempt;
 mod kind;

@@ -28,6 +28,7 @@ pub(super) mod copies;
 mod dump;
 mod room;
 mod sent;
+mod stored;
 
 pub(super) use room::free;
 
@@ -67,6 +68,9 @@ impl Act for Backup {
             match to {
                 CopyTo::Directory(to) => copy(cx, &store, &made, Path::new(to)).await?,
                 CopyTo::Command(to) => sent::send(cx, &store.path(&made.id), &made, to).await?,
+                CopyTo::Store(to) => {
+                    Box::pin(stored::send(cx, &store.path(&made.id), &made, to)).await?;
+                }
             }
         }
         let directories: Vec<&str> = self.copy_directories().collect();
@@ -79,7 +83,8 @@ impl Act for Backup {
         let in_directories = self.copy_directories().map(|to| format!("in {to}"));
         let by_commands = self.copy_commands();
         let by_commands = by_commands.map(|to| format!("by `{}`", to.command.join(" ")));
-        let copies: Vec<String> = in_directories.chain(by_commands).collect();
+        let in_stores = self.copy_stores().map(|to| format!("at {}", to.store));
+        let copies: Vec<String> = in_directories.chain(by_commands).chain(in_stores).collect();
         let copies = match copies.as_slice() {
             [] => String::new(),
             copies => format!(", with copies {}", copies.join(" and ")),
@@ -182,20 +187,24 @@ async fn take(
 }
 
 /// Refuses copies that cannot be made: a directory that is not there, a command that cannot be
-/// started.
+/// started, a store that cannot be reached.
 async fn find_copies(act: &Backup, cx: &Context) -> Result<(), Failure> {
     for directory in act.copy_directories() {
         find_copy_directory(cx, Path::new(directory))?;
     }
+    let is_one_file = |to: &CopyTo| !matches!(to, CopyTo::Directory(_));
+    if act.format == Format::Directory && act.copies.iter().any(is_one_file) {
+        return Err(hinted(
+            Cause::Refused,
+            "a command or a store takes one file, and an archive of `format: directory` has many",
+            "say `format: custom`, or name a directory",
+        ));
+    }
     for command in act.copy_commands() {
-        if act.format == Format::Directory {
-            return Err(hinted(
-                Cause::Refused,
-                "a command copies one file, and an archive of `format: directory` has many",
-                "say `format: custom`, or name a directory",
-            ));
-        }
         sent::check_program(cx, command).await?;
+    }
+    for store in act.copy_stores() {
+        Box::pin(stored::find(cx, store)).await?;
     }
     Ok(())
 }

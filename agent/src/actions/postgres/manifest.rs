@@ -2,8 +2,9 @@
 //! backup was proven, `verified.json`. The directory gets its name last, so one
 //! that has it is complete.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::postgres::{Aspect, Compress, CopyTo, Format, Level};
@@ -72,6 +73,9 @@ pub(super) struct Manifest {
     /// Where the copies are.
     #[serde(default)]
     pub(super) copies: Vec<CopyTo>,
+    /// Whether it is the agent's own file; `os_user` can put others into its directory.
+    #[serde(skip)]
+    pub(super) is_own: bool,
 }
 
 /// A file beside the archive.
@@ -183,7 +187,7 @@ impl Store {
             .flatten()
             .flatten();
         let manifests = entries.filter_map(|entry| {
-            let manifest: Manifest = read_json(&entry.path(), MANIFEST)?;
+            let manifest = read_manifest(&entry.path())?;
             let named = entry.file_name().to_str() == Some(&manifest.id);
             (named && manifest.is_named_well() && manifest.database == self.database)
                 .then_some(manifest)
@@ -317,8 +321,19 @@ pub(super) fn write_manifest(directory: &Path, manifest: &Manifest) -> Result<()
     write_json(directory, MANIFEST, manifest)
 }
 
+fn read_manifest(directory: &Path) -> Option<Manifest> {
+    let file = Dir::open(directory).ok()?.file(MANIFEST).ok()?;
+    let owner = file.metadata().ok()?.uid();
+    let is_own = owner == rustix::process::geteuid().as_raw();
+    let manifest = read(file)?;
+    Some(Manifest { is_own, ..manifest })
+}
+
 fn read_json<T: serde::de::DeserializeOwned>(directory: &Path, name: &str) -> Option<T> {
-    let file = Dir::open(directory).ok()?.file(name).ok()?;
+    read(Dir::open(directory).ok()?.file(name).ok()?)
+}
+
+fn read<T: serde::de::DeserializeOwned>(file: File) -> Option<T> {
     let mut text = vec![];
     file.take(LONGEST).read_to_end(&mut text).ok()?;
     serde_json::from_slice(&text).ok()

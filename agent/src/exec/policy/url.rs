@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 
 use super::matching::{Way, plain, stands_for};
+use crate::web::unescaped;
 
 /// A URL or a pattern for URLs, by its parts.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,20 +86,6 @@ fn fits_rest(pattern: &str, rest: &str, way: Way<'_>) -> bool {
                 || stands_for(pattern, &format!("{}{query}", plain(path)), way)
         }
     }
-}
-
-/// What `%2e` and the like stand for.
-fn unescaped(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let escaped = after.get(..2).filter(|_| *first == b'%');
-        let byte = escaped
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
-        bytes.push(byte.unwrap_or(*first));
-        rest = if byte.is_some() { &after[2..] } else { after };
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Scheme, host and port of a URL, as they are held against patterns.

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use lockstep_proto::action::postgres::{
-    Aspect, Backup, Compress, Compression, CopyTo, Format, Level, VerifyBackup,
+    Aspect, Backup, Compress, Compression, CopyStore, CopyTo, Format, Level, VerifyBackup,
 };
 
-use super::args::Args;
+use super::args::{Args, is_known};
 use super::draft::DraftStep;
 use super::finding::Code;
 use super::reader::Reader;
@@ -22,10 +22,12 @@ impl Args<'_> {
                         self.argv(argv, &["copies".into(), index.into(), key.into()]);
                     }
                 }
+                CopyTo::Store(to) => self.copy_store(to, index, args.globals),
             }
         }
-        if args.format == Format::Directory && args.copy_commands().next().is_some() {
-            let message = "a command copies one file, and this archive has many";
+        let is_one_file = |to: &CopyTo| !matches!(to, CopyTo::Directory(_));
+        if args.format == Format::Directory && args.copies.iter().any(is_one_file) {
+            let message = "a command or a store takes one file, and this archive has many";
             let hint = "say `format: custom`, or name a directory";
             self.report(Code::WrongValue, &["copies".into()], message, hint);
         }
@@ -63,6 +65,48 @@ impl Args<'_> {
         if args.keep == 0 {
             let message = "this would keep no backup, not even this rollout's";
             self.report(Code::WrongValue, &["keep".into()], message, "at least 1");
+        }
+    }
+
+    /// A store: the place stands in the plan, and whoever may write there does not.
+    fn copy_store(&self, to: &CopyStore, index: usize, globals: bool) {
+        let at = |key: &'static str| ["copies".into(), index.into(), key.into()];
+        self.url(&to.store, &at("store"));
+        if is_known(&to.store) && (!to.store.ends_with('/') || to.store.contains(['?', '#'])) {
+            let message = format!("`{}` is no place with files below it", to.store);
+            let hint = "it ends with `/`, and what signs a request is a secret";
+            self.report(Code::BadUrl, &at("store"), message, hint);
+        }
+        for (key, request) in to.requests() {
+            for (verb, url) in [("put", &request.put), ("get", &request.get)] {
+                if is_known(url) && !url.starts_with("secret://") {
+                    let message = "whoever has a presigned URL may do what it says";
+                    let hint = "name a secret of the host that holds it: `secret://NAME`";
+                    let path = ["copies".into(), index.into(), key.into(), verb.into()];
+                    self.report(Code::WrongValue, &path, message, hint);
+                }
+            }
+        }
+        match (&to.globals, globals) {
+            (None, true) => {
+                let message = "`globals.sql` has no requests, and goes with the backup";
+                let hint = "add `globals: {put: secret://NAME, get: secret://NAME}`";
+                let at = ["copies".into(), index.into()];
+                self.report(Code::WrongValue, &at, message, hint);
+            }
+            (Some(_), false) => {
+                let message = "no roles are kept, so there is nothing to send";
+                self.report(
+                    Code::WrongValue,
+                    &at("globals"),
+                    message,
+                    "add `globals: true`",
+                );
+            }
+            _ => {}
+        }
+        if let Some(file) = &to.ca_file {
+            self.absolute(file, &at("ca_file"));
         }
     }
 

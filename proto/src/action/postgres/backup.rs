@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::copy::{CopyCommand, CopyTo};
+use super::copy::{CopyCommand, CopyStore, CopyTo};
 use crate::values::{Percent, Period};
 
 /// The archive format of pg_dump.
@@ -88,7 +88,7 @@ pub struct Backup {
     /// Fails if the archive is smaller than this share of the one before it. Default: 0%.
     #[serde(default, skip_serializing_if = "super::super::is_default")]
     pub min_ratio_prev: Percent,
-    /// Directories that get a copy, and commands that take one elsewhere; each is read back and hashed.
+    /// Directories and object stores that get a copy, and commands that take one elsewhere; each is read back and hashed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub copies: Vec<CopyTo>,
     /// How long to wait for a table's lock. Default: 5s.
@@ -104,15 +104,23 @@ impl Backup {
     pub fn copy_directories(&self) -> impl Iterator<Item = &str> {
         self.copies.iter().filter_map(|copy| match copy {
             CopyTo::Directory(directory) => Some(directory.as_str()),
-            CopyTo::Command(_) => None,
+            CopyTo::Command(_) | CopyTo::Store(_) => None,
         })
     }
 
     /// The commands that take a copy elsewhere.
     pub fn copy_commands(&self) -> impl Iterator<Item = &CopyCommand> {
         self.copies.iter().filter_map(|copy| match copy {
-            CopyTo::Directory(_) => None,
             CopyTo::Command(command) => Some(command),
+            CopyTo::Directory(_) | CopyTo::Store(_) => None,
+        })
+    }
+
+    /// The object stores that get a copy.
+    pub fn copy_stores(&self) -> impl Iterator<Item = &CopyStore> {
+        self.copies.iter().filter_map(|copy| match copy {
+            CopyTo::Store(store) => Some(store),
+            CopyTo::Directory(_) | CopyTo::Command(_) => None,
         })
     }
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use lockstep_proto::action::migration::{By, Guards, OnLongTx, RequiredBackup, Tool, UndoBy};
 use lockstep_proto::action::postgres::{
@@ -13,6 +12,7 @@ use lockstep_proto::values::{ByteSize, Period};
 use super::*;
 use crate::config::App;
 use crate::sql::cluster::{Bench, as_owner};
+use crate::testing::environment;
 
 const NULL: Value = Value::Null;
 
@@ -39,43 +39,6 @@ pub(super) fn apply() -> Apply {
         lock_timeout: Period::seconds(5),
         statement_timeout: Period::seconds(60),
     }
-}
-
-/// A virtual environment with the application's requirements: made once, kept beside the build.
-pub(in crate::actions::migration) fn environment(requirements: &Path) -> PathBuf {
-    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _one = ONE
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    let wanted = fs::read(requirements).unwrap();
-    let exe = std::env::current_exe().unwrap();
-    let target = exe
-        .parent()
-        .and_then(Path::parent)
-        .expect("target/debug/deps");
-    let venv = target.join(format!("test-venv-{}", Digest::of(&wanted).short()));
-    // Test processes may run at the same time, too.
-    let lock = fs::File::create(target.join("test-venv.lock")).unwrap();
-    lock.lock().unwrap();
-    let ready = venv.join("ready");
-    if !ready.exists() {
-        let run = |program: &mut Command| {
-            let output = program.output().unwrap();
-            assert!(
-                output.status.success(),
-                "{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        };
-        run(Command::new("python3")
-            .args(["-m", "venv", "--clear"])
-            .arg(&venv));
-        run(Command::new(venv.join("bin/pip"))
-            .args(["install", "-q", "-r"])
-            .arg(requirements));
-        fs::write(ready, "").unwrap();
-    }
-    venv
 }
 
 fn copy(from: &Path, to: &Path) {

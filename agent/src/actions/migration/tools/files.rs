@@ -604,4 +604,4 @@ mod real;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-pub(in crate::actions::migration) use {real::program, tests::Stage};
+pub(in crate::actions::migration) use tests::Stage;

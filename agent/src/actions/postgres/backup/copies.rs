@@ -4,11 +4,13 @@ use std::fs;
 use std::path::Path;
 
 use lockstep_proto::action::postgres::CopyTo;
+use lockstep_proto::ids::Digest;
 use lockstep_proto::report::{Cause, Failure};
 
-use super::super::archive::{self, Dir, archive_in};
-use super::super::manifest::{self, Manifest, Store, blocking};
-use super::sent;
+use super::super::archive::{self, ARCHIVE, Dir, archive_in};
+use super::super::human;
+use super::super::manifest::{self, MANIFEST, Manifest, Store, blocking};
+use super::{sent, stored};
 use crate::actions::places::Place;
 use crate::faults::reached;
 use crate::step::{Context, hinted};
@@ -94,7 +96,13 @@ pub(in crate::actions::postgres) async fn check(
         let directory = match to {
             CopyTo::Directory(directory) => directory,
             CopyTo::Command(command) => {
+                check_owned(made)?;
                 sent::check(cx, at, made, command).await?;
+                continue;
+            }
+            CopyTo::Store(store) => {
+                check_owned(made)?;
+                Box::pin(stored::check(cx, at, made, store)).await?;
                 continue;
             }
         };
@@ -121,4 +129,55 @@ pub(in crate::actions::postgres) async fn check(
         ));
     }
     Ok(())
+}
+
+/// What runs as the agent, or with its secrets, is taken from a manifest that the agent has written:
+/// the backup's directory is `os_user`'s, who could put another one there.
+fn check_owned(made: &Manifest) -> Result<(), Failure> {
+    if made.is_own {
+        return Ok(());
+    }
+    Err(hinted(
+        Cause::Host,
+        format!(
+            "the {MANIFEST} of {} belongs to another user than the agent, so the commands and \
+             requests for its copies are not believed",
+            made.id
+        ),
+        "see who has changed it; take a new backup, or give it back to the agent with chown",
+    ))
+}
+
+/// The files of a backup, in the order in which they are sent.
+pub(super) fn files(made: &Manifest) -> Vec<&'static str> {
+    let mut beside = made.beside();
+    beside.reverse();
+    std::iter::once(ARCHIVE).chain(beside).collect()
+}
+
+/// The digest and size that a file of a backup has.
+pub(super) async fn expected(
+    directory: &Path,
+    made: &Manifest,
+    name: &'static str,
+) -> Result<(Digest, u64), Failure> {
+    if name == ARCHIVE {
+        return Ok((made.digest, made.size));
+    }
+    let directory = directory.to_owned();
+    blocking("cannot read the backup", move || {
+        archive::digest_beside(&directory, name)
+    })
+    .await
+}
+
+/// How what came back differs from what was sent, in words.
+pub(super) fn differs(found: (Digest, u64), sent: (Digest, u64)) -> Option<String> {
+    let words = || {
+        let ((found, of), (sent, size)) = (found, sent);
+        let (of, size) = (human(of), human(size));
+        let (found, sent) = (found.short(), sent.short());
+        format!("comes back as {found} ({of}), and is {sent} ({size})")
+    };
+    (found != sent).then(words)
 }

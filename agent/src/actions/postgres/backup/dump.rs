@@ -91,6 +91,7 @@ pub(super) async fn dump(
         lsn,
         globals,
         copies: act.copies.clone(),
+        is_own: true,
     })
 }
 

@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use lockstep_proto::action::postgres::CopyCommand;
-use lockstep_proto::ids::Digest;
 use lockstep_proto::report::{Cause, Failure};
 
-use super::super::archive::{self, ARCHIVE, Dir};
-use super::super::human;
+use super::super::archive::{self, Dir};
 use super::super::manifest::{Manifest, blocking};
+use super::copies::{differs, expected, files};
 use crate::actions::exec;
 use crate::process::Program;
 use crate::step::{Context, hinted};
@@ -55,14 +54,10 @@ pub(super) async fn check(
         let expected = expected(directory, made, name).await?;
         let program = filled(cx, &to.read_back, directory, made, name).await?;
         let why = match program.pour(cx, archive::drain).await {
-            Ok(found) if found == expected => continue,
-            Ok((digest, size)) => format!(
-                "comes back as {} ({}), and is {} ({})",
-                digest.short(),
-                human(size),
-                expected.0.short(),
-                human(expected.1)
-            ),
+            Ok(found) => match differs(found, expected) {
+                None => continue,
+                Some(why) => why,
+            },
             Err(failed) if failed.cause == Cause::TimedOut => return Err(failed),
             Err(failed) => format!("does not come back: {}", failed.message),
         };
@@ -77,28 +72,6 @@ pub(super) async fn check(
         ));
     }
     Ok(())
-}
-
-/// The files of a backup, in the order in which they are sent.
-fn files(made: &Manifest) -> Vec<&'static str> {
-    let mut beside = made.beside();
-    beside.reverse();
-    std::iter::once(ARCHIVE).chain(beside).collect()
-}
-
-async fn expected(
-    directory: &Path,
-    made: &Manifest,
-    name: &'static str,
-) -> Result<(Digest, u64), Failure> {
-    if name == ARCHIVE {
-        return Ok((made.digest, made.size));
-    }
-    let directory = directory.to_owned();
-    blocking("cannot read the backup", move || {
-        archive::digest_beside(&directory, name)
-    })
-    .await
 }
 
 /// A command for one file. What is put in begins with a letter or `/`, so that no argument becomes

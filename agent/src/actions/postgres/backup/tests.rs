@@ -13,6 +13,7 @@ use crate::sql::cluster::{Bench, PASSWORD};
 mod bench;
 mod options;
 mod sent;
+mod stored;
 
 const NULL: Value = Value::Null;
 

@@ -42,3 +42,45 @@ fn no_command_copies_a_backup_where_no_rule_lists_it() {
     );
     assert!(policy(rule).check(&backup(&sent("elsewhere"))).is_err());
 }
+
+#[test]
+fn no_store_gets_a_backup_where_no_rule_lists_it() {
+    let request =
+        |secret: &str| json!({"put": format!("secret://put_{secret}"), "get": "secret://get"});
+    let sent = |store: &str, secret: &str| json!([{"store": store, "archive": request(secret), "manifest": request("manifest")}]);
+    let own = sent("https://backups.test/shop/v1/", "archive");
+    for open in [
+        "[[allow]]\naction = '*'",
+        "[[allow]]\naction = 'postgres.*'\nwhere = { database = ['shop'] }",
+        "[[allow]]\naction = 'postgres.backup'\nwhere = { copies = ['/backups', '*', 'https://*'] }",
+    ] {
+        let refusal = policy(open).check(&backup(&own)).unwrap_err();
+        assert!(refusal.contains("secret://put_archive"), "{refusal}");
+    }
+    let listed = policy(
+        "[[allow]]\naction = 'postgres.backup'\n[allow.where]\ncopies = ['/backups', \
+         { store = 'https://backups.test/shop/*', \
+           archive = { put = 'secret://put_archive', get = 'secret://get' }, \
+           manifest = { put = 'secret://put_manifest', get = 'secret://get' } }]",
+    );
+    assert_eq!(listed.check(&backup(&own)), Ok(()));
+    // Another place, another secret of the host, and more than is listed.
+    let mut more = own.clone();
+    more[0]["headers"] = json!({"x-amz-acl": "public-read"});
+    for other in [
+        sent("https://evil.test/shop/v1/", "archive"),
+        sent("https://backups.test/shop/../evil/", "archive"),
+        sent("https://backups.test/evil/", "archive"),
+        sent("http://backups.test/shop/v1/", "archive"),
+        sent("https://backups.test/shop/v1/", "other"),
+        more,
+    ] {
+        assert!(listed.check(&backup(&other)).is_err(), "{other}");
+    }
+    // What a refusal proposes allows the step, and no other.
+    let none = policy("").check(&backup(&own)).unwrap_err();
+    let (_, rule) = none.split_once('\n').unwrap();
+    assert_eq!(policy(rule).check(&backup(&own)), Ok(()), "{none}");
+    let other = sent("https://evil.test/shop/v1/", "archive");
+    assert!(policy(rule).check(&backup(&other)).is_err());
+}

@@ -1,7 +1,7 @@
 //! The tools' own programs beside Lockstep: what the one wrote, the other must know.
 
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use lockstep_proto::action::migration::{Apply, By};
 use serde_json::{Value, json};
@@ -10,25 +10,7 @@ use super::tests::Stage;
 use super::*;
 use crate::actions::Act as _;
 use crate::sql::cluster::as_owner;
-
-/// A tool's program from `PATH`. Without it the test says so, and shows nothing; with
-/// `LOCKSTEP_REQUIRE_TOOLS` it fails.
-#[expect(clippy::print_stderr, reason = "a test that shows nothing must say so")]
-pub(in crate::actions::migration) fn program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
-        .map(|directory| directory.join(name))
-        .find(|program| program.exists());
-    if found.is_none() {
-        let message = format!("NOT TESTED: {name} is not installed; tests/prepare.sh says how");
-        assert!(
-            std::env::var_os("LOCKSTEP_REQUIRE_TOOLS").is_none(),
-            "{message}"
-        );
-        eprintln!("{message}");
-    }
-    found
-}
+use crate::testing::program;
 
 const SQLX: &[(&str, &str)] = &[
     (
