@@ -49,7 +49,7 @@ mod tls;
 mod watchdog;
 mod web;
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -410,10 +410,9 @@ fn log() {
     let asked = std::env::var("LOCKSTEP_LOG").ok();
     let filter = asked.and_then(|asked| asked.parse::<Targets>().ok());
     let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
-    let colours = std::io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(move || OneLine::new(std::io::stderr(), colours))
-        .with_ansi(colours);
+        .with_writer(|| OneLine::new(std::io::stderr(), false))
+        .with_ansi(false);
     let log = tracing_subscriber::registry().with(filter);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         log.with(lines.without_time()).init();

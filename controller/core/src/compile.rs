@@ -310,3 +310,29 @@ fn chain(http: &check::Http) -> Period {
     let each = http.timeout.0.saturating_mul(following as u64 + 1);
     Period(each.saturating_add(http.within.unwrap_or_default().0))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_migration_that_a_restore_brings_back_has_the_time_of_one() {
+        let timeout = |more: serde_json::Value| {
+            let mut action = json!({
+                "tool": "alembic", "app": "a", "release": "r", "database": "d", "dir": "b",
+                "statement_timeout": "1m",
+            });
+            let more = more.as_object().unwrap().clone();
+            action.as_object_mut().unwrap().extend(more);
+            let action = Action::deserialize_args("migration.apply", action);
+            default_timeout(&action.unwrap().unwrap())
+        };
+        assert_eq!(timeout(json!({})), Period::seconds(60 + 300));
+        let restore = json!({"undo_by": "restore"});
+        assert_eq!(timeout(restore), HOUR);
+        let long = json!({"undo_by": "restore", "statement_timeout": "2h"});
+        assert_eq!(timeout(long), Period::seconds(7200 + 300));
+    }
+}

@@ -122,6 +122,23 @@ async fn nothing_is_sent_of_a_batch_that_is_not_durable() {
 }
 
 #[tokio::test]
+async fn whoever_was_let_in_just_before_the_suspension_gets_no_session() {
+    let memory = Memory::default();
+    let suspended = Parts {
+        suspend: vec![Subject::Host("app-1".parse().unwrap())],
+        ..parts(&memory, &Arc::default())
+    };
+    // Nobody has asked the list of the suspended here, as it is when that was asked too early.
+    let (handle, _end) = Driver::recover(suspended, |_| None).unwrap().spawn();
+    let (candidate, mut messages) = candidate("app-1");
+    let refused = handle.open(hello("app-1"), 1, candidate).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    assert!(messages.recv().await.is_none(), "a welcome was sent");
+    let (candidate, _messages) = self::candidate("app-2");
+    handle.open(hello("app-2"), 1, candidate).await.unwrap();
+}
+
+#[tokio::test]
 async fn what_was_handed_over_before_a_stop_is_still_done() {
     let memory = Memory::default();
     let (handle, end) = driver(&memory).spawn();

@@ -1,11 +1,11 @@
-//! The last part of `make database`: a database of a gigabyte through backup, proof, migration and
-//! a forced rollback, by the real controller and agents; and the sum of all parts. The parts before
+//! The last part of `make database`: a database of a gigabyte through backup, proof, rehearsal,
+//! migration and a forced rollback, by the real controller and agents; and the sum of all parts. The parts before
 //! it are tests of the agent, each of which leaves its figures in `target/reports/database/`. The
 //! sum goes to `target/reports/database.json`. `database large` plays the last part alone.
 #![allow(clippy::print_stdout, reason = "it says what it is at")]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -107,7 +107,7 @@ fn judge(sum: &Value) -> Result<()> {
 /// A large database goes forward with one release, and back from the next.
 fn large() -> Result<Value> {
     println!("database: {} MiB, forward and back", LARGE >> 20);
-    let mut cluster = Cluster::builder().start()?;
+    let mut cluster = Cluster::builder().rehearsing().start()?;
     let played = play(&cluster);
     if played.is_err() {
         println!("{}", cluster.last_words());
@@ -123,9 +123,10 @@ fn play(cluster: &Cluster) -> Result<Value> {
     let generated = begun.elapsed().as_secs();
     println!("  {} MiB generated in {generated} s", bytes >> 20);
 
-    let forward = deploy(cluster, "v1.0.0", "succeeded")?;
+    let plan = plan(cluster)?;
+    let forward = deploy(cluster, &plan, "v1.0.0", "succeeded")?;
     let (new, rows) = (Snapshot::take(cluster)?, bulk(cluster)?);
-    let back = deploy(cluster, "v1.1.0", "rolled_back")?;
+    let back = deploy(cluster, &plan, "v1.1.0", "rolled_back")?;
     let differences = new.differences(&Snapshot::take(cluster)?);
     ensure!(
         differences.is_empty(),
@@ -178,8 +179,26 @@ fn bulk(cluster: &Cluster) -> Result<String> {
     )
 }
 
-fn deploy(cluster: &Cluster, release: &str, state: &str) -> Result<Value> {
-    let rollout = cluster.submit(&example::plan(), release)?;
+/// The example's plan with a rehearsal: the database's host builds the release, too.
+fn plan(cluster: &Cluster) -> Result<PathBuf> {
+    let example = fs::read_to_string(example::plan())?;
+    let [build, review] = ["  - name: build\n    on: app\n", "  - name: review\n"];
+    for part in [build, review] {
+        ensure!(example.contains(part), "the example's plan has no `{part}`");
+    }
+    let rehearse = "  - name: rehearse\n    on: db\n    steps:\n      - postgres.rehearse:\n          \
+                    {database: employee_system, app: employee-system, release: \"${release}\", \
+                    dir: backend, rows: same_count}\n\n";
+    let text = example
+        .replace(build, &build.replace("app", "[app, db]"))
+        .replace(review, &format!("{rehearse}{review}"));
+    let path = cluster.root().join("plan.yaml");
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn deploy(cluster: &Cluster, plan: &Path, release: &str, state: &str) -> Result<Value> {
+    let rollout = cluster.submit(plan, release)?;
     let people = cluster.approvers();
     let people: Vec<&Operator> = people.iter().collect();
     let document = answer_gates(&people, &rollout, BOUND, |_, _| {})?;

@@ -63,6 +63,7 @@ pub struct Builder {
     agent_env: BTreeMap<String, Vec<(String, String)>>,
     binaries: Option<Binaries>,
     enrol: Option<String>,
+    rehearsing: bool,
 }
 
 /// A running installation.
@@ -126,6 +127,13 @@ impl Builder {
     #[must_use]
     pub fn tools_at(mut self, path: &str) -> Self {
         self.agent_path = Some(path.to_owned());
+        self
+    }
+
+    /// The database's host may build releases of the application, and rehearse their migrations.
+    #[must_use]
+    pub fn rehearsing(mut self) -> Self {
+        self.rehearsing = true;
         self
     }
 
@@ -211,6 +219,7 @@ impl Cluster {
             agent_env: BTreeMap::new(),
             binaries: None,
             enrol: None,
+            rehearsing: false,
         }
     }
 
@@ -314,7 +323,7 @@ impl Cluster {
             ("driver", "process"),
             ("repository", &repository),
         ];
-        if plan == example::plan() {
+        if plan != example::install_plan() {
             inputs.extend([("watch", "3s"), ("list_ms", "2000")]);
             inputs.extend([("search_ms", "2000"), ("write_ms", "2000")]);
         }

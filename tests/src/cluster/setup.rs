@@ -12,6 +12,18 @@ use crate::hosts::{Host, Settings, quote, quote_path};
 use crate::postgres::{Postgres, SUPERUSER};
 use crate::{example, wait};
 
+/// What the policy of a database's host says beside the example's, so that it may rehearse.
+const REHEARSES: &str = r#"
+[[allow]]
+action = "release.*"
+
+[[allow]]
+action = "check.command"
+
+[[allow]]
+action = "postgres.rehearse"
+"#;
+
 impl Cluster {
     pub(super) fn make_secrets(&mut self) -> Result<()> {
         let names = [
@@ -141,6 +153,8 @@ impl Cluster {
                 Some(policy) => policy.clone(),
                 None => Some(self.example_policy(&host, role)?),
             };
+            let more = builder.rehearsing && *role == "db";
+            let policy = policy.map(|policy| if more { policy + REHEARSES } else { policy });
             let mut settings = self.settings(&host, role, policy, builder);
             if let Some(tables) = builder.tables.get(*name) {
                 let root = host.root.display().to_string();
@@ -227,6 +241,9 @@ impl Cluster {
         ];
         let tables = match (role, &self.postgres) {
             (_, None) => String::new(),
+            ("db", Some(postgres)) if builder.rehearsing => {
+                Self::database_table(host, postgres, builder) + &app_table(host, builder)
+            }
             ("db", Some(postgres)) => Self::database_table(host, postgres, builder),
             (_, Some(postgres)) => app_tables(host, postgres, builder),
         };
@@ -263,8 +280,8 @@ impl Cluster {
     }
 }
 
-fn app_tables(host: &Host, postgres: &Postgres, builder: &Builder) -> String {
-    let app = host.app();
+/// The application, and what its builds find.
+fn app_table(host: &Host, builder: &Builder) -> String {
     let mut env = example::package_indexes();
     env.insert(
         "MIGRATION_LEDGER".to_owned(),
@@ -291,13 +308,20 @@ fn app_tables(host: &Host, postgres: &Postgres, builder: &Builder) -> String {
 ",
     );
     format!(
-        "[apps.{app_name}]\nroot = {root}\n\n[apps.{app_name}.env]\n{env}\n\
-         [services.{service}]\nargv = [\"venv/bin/python\", \"-m\", \"app\"]\ndir = {dir}\n\
+        "[apps.{name}]\nroot = {root}\n\n[apps.{name}.env]\n{env}\n",
+        name = example::APP,
+        root = quote_path(&host.app()),
+    )
+}
+
+fn app_tables(host: &Host, postgres: &Postgres, builder: &Builder) -> String {
+    let app = host.app();
+    format!(
+        "{table}[services.{service}]\nargv = [\"venv/bin/python\", \"-m\", \"app\"]\ndir = {dir}\n\
          env_file = {env_file}\noutput = {output}\n\n\
          [postgres.{database}]\nhost = \"127.0.0.1\"\nport = {port}\nuser = \"employee_migrator\"\n\
          password = \"migrator_password\"\n",
-        app_name = example::APP,
-        root = quote_path(&app),
+        table = app_table(host, builder),
         service = example::SERVICE,
         dir = quote_path(&app.join("current/backend")),
         env_file = quote_path(&app.join("shared/.env")),

@@ -113,7 +113,7 @@ pub(super) fn shorten(value: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sql::cluster::Bench;
+    use crate::sql::cluster::{Bench, as_owner};
 
     fn check(sql: &str, equals: Option<&str>, bounds: (Option<i64>, Option<i64>)) -> Sql {
         let (at_least, at_most) = bounds;
@@ -125,6 +125,25 @@ mod tests {
             at_least,
             at_most,
         }
+    }
+
+    #[tokio::test]
+    async fn rows_that_a_policy_hides_are_no_answer() {
+        let bench = Bench::with_rows().await;
+        bench
+            .sql(
+                "CREATE TABLE public.hidden AS SELECT 1 AS n; \
+                 ALTER TABLE public.hidden ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+            )
+            .await;
+        let none = check("SELECT count(*) FROM hidden", Some("0"), (None, None));
+        let cx = as_owner(bench.cx(0, vec![]));
+        let failed = none.apply(&cx, &Value::Null).await.unwrap_err();
+        assert!(
+            failed.message.contains("row-level security"),
+            "{}",
+            failed.message
+        );
     }
 
     #[tokio::test]

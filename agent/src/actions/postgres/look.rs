@@ -120,7 +120,6 @@ pub(super) async fn probe(act: &impl Act, cx: &Context) -> Result<Probe, Failure
     }
 }
 
-/// A step that needs a backup which the rollout has not made.
 /// Refuses to compare with rows that are not known here.
 pub(super) fn no_rows(cx: &Context, database: &str) -> Failure {
     let is_backup = |binding: &Binding| matches!(&binding.fact, Fact::Backup { database: of, .. } if of == database);
@@ -135,6 +134,7 @@ pub(super) fn no_rows(cx: &Context, database: &str) -> Failure {
     )
 }
 
+/// A step that needs a backup which the rollout has not made.
 pub(super) fn no_backup(database: &str) -> Failure {
     hinted(
         Cause::Refused,

@@ -64,7 +64,7 @@ impl Rollout {
             bindings: self
                 .resolutions(at, direction, host)
                 .chain(self.accepted_losses(at, direction, host))
-                .chain(self.bindings(&self.placed(at).step.action))
+                .chain(self.bindings(&self.placed(at).step.action, host))
                 .chain(self.approvals(&self.placed(at).step.action, at))
                 .collect(),
         }
@@ -123,8 +123,9 @@ impl Rollout {
         })
     }
 
-    /// What an action gets to know at run time: the newest fact of each kind about its database.
-    fn bindings(&self, action: &Action) -> Vec<Binding> {
+    /// What an action gets to know at run time: the newest fact of each kind about its database. Of
+    /// what lies on a host its own comes first: databases of one name may be several.
+    fn bindings(&self, action: &Action, host: &HostId) -> Vec<Binding> {
         let Some(database) = database(action) else {
             return vec![];
         };
@@ -147,7 +148,11 @@ impl Rollout {
                     fact: fact.as_bound(),
                     signature: signature.filter(|it| !it.is_empty()).cloned(),
                 };
-                newest.insert(kind, binding);
+                let lies_there = !matches!(kind, "revision" | "sql");
+                let own = newest.get(kind).is_some_and(|it| it.origin.host == *host);
+                if !(lies_there && own) || binding.origin.host == *host {
+                    newest.insert(kind, binding);
+                }
             }
         }
         newest.into_values().collect()

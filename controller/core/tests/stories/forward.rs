@@ -272,3 +272,34 @@ fn downtime_ends_with_the_last_host_and_what_is_taken_back_does_not_count() {
     }
     assert_eq!(downtime(&fleet), json!(12000));
 }
+
+#[test]
+fn what_lies_on_a_host_is_bound_to_its_own_orders_first() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let database = json!({"database": "d"});
+    let [backup, verify] = ["postgres.backup", "postgres.verify_backup"];
+    fleet.start(vec![
+        on("app", vec![step(backup, database.clone())]),
+        on("app", vec![step(verify, database)]),
+    ]);
+    for (name, number) in [("a", 1), ("b", 2)] {
+        let made = Fact::Backup {
+            database: "d".into(),
+            id: format!("of-{name}"),
+            digest: Digest::of(name.as_bytes()),
+            size: number,
+            taken_at: Timestamp(number),
+            fence: None,
+        };
+        fleet.finish(name, ok(), vec![made]);
+    }
+    for name in ["a", "b"] {
+        let mut orders = fleet.orders.iter().rev();
+        let order = orders.find(|order| order.key.host == host(name)).unwrap();
+        let [binding] = order.bindings.as_slice() else {
+            panic!("{:?}", order.bindings)
+        };
+        let own = format!("of-{name}");
+        assert!(matches!(&binding.fact, Fact::Backup { id, .. } if *id == own));
+    }
+}

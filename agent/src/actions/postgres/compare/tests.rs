@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
+use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
-use lockstep_proto::values::Percent;
+use lockstep_proto::values::{Percent, Timestamp};
 
 use super::*;
 use crate::sql::cluster::Bench;
@@ -16,6 +17,29 @@ fn compare(with: Baseline, rows: Rows) -> Compare {
         rows,
         except: BTreeMap::new(),
     }
+}
+
+#[tokio::test]
+async fn rows_that_nobody_knows_are_not_equal() {
+    let bench = Bench::with_rows().await;
+    let act = compare(Baseline::Backup, Rows::Unchanged);
+    let refused = async |facts| {
+        let failed = act.apply(&bench.cx(0, facts), &NULL).await.unwrap_err();
+        assert_eq!(failed.cause, Cause::Refused, "{failed:?}");
+        failed.message
+    };
+    assert!(refused(vec![]).await.contains("has no backup"));
+    // It was made elsewhere, and its rows were not counted, or are too many for a fact.
+    let backup = Fact::Backup {
+        database: "staff".into(),
+        id: "bk_1".into(),
+        digest: Digest::of(b"x"),
+        size: 1,
+        taken_at: Timestamp(1),
+        fence: None,
+    };
+    let unknown = refused(vec![backup]).await;
+    assert!(unknown.contains("is not known here"), "{unknown}");
 }
 
 #[tokio::test]

@@ -184,6 +184,11 @@ fn a_backup_is_looked_for_where_it_was_made() {
     assert_eq!(verify("db"), []);
     assert_eq!(verify("[app, db]"), []);
     assert_eq!(verify("app"), [(Code::ElsewhereLookedFor, 11)]);
+    // A migration whose undo restores it, too.
+    let fenced = |apply: &str| steps(FENCE, &format!("{BACKUP}{apply}"));
+    let restores = APPLY.replace("on: app", "undo_by: restore, on: app");
+    assert_eq!(fenced(&restores), [(Code::ElsewhereLookedFor, 12)]);
+    assert_eq!(fenced(&restores.replace("on: app", "on: db")), []);
 }
 
 #[test]
