@@ -26,12 +26,13 @@ const PLAIN: &[&str] = &[
     "DROP VIEW ",
 ];
 
-/// What the tools write into tables of their own.
+/// Tables in which the tools write what they have applied.
 const LEDGERS: &[&str] = &[
-    "UPDATE ALEMBIC_VERSION ",
-    "DELETE FROM ALEMBIC_VERSION ",
-    "INSERT INTO ALEMBIC_VERSION ",
-    "DROP TABLE ALEMBIC_VERSION",
+    "ALEMBIC_VERSION",
+    "_SQLX_MIGRATIONS",
+    "__DIESEL_SCHEMA_MIGRATIONS",
+    "_PRISMA_MIGRATIONS",
+    "LOCKSTEP_SCHEMA_MIGRATIONS",
 ];
 
 /// The rows that a way down takes values of: those of tables and columns that are not as they were
@@ -44,7 +45,7 @@ pub(super) fn dropped(was: &Columns, is: &Columns, sql: Option<&str>) -> Which {
     for statement in statements(sql) {
         let upper = statement.to_uppercase();
         let is_one_of = |starts: &[&str]| starts.iter().any(|start| upper.starts_with(start));
-        if is_one_of(LEDGERS) || is_limit(&upper) {
+        if is_of_ledger(&upper) || is_limit(&upper) {
             continue;
         }
         let unread = ["CASCADE", "/*", "--"]
@@ -73,6 +74,21 @@ pub(super) fn dropped(was: &Columns, is: &Columns, sql: Option<&str>) -> Which {
         renamed |= words(&upper).any(|word| ["RENAME", "SCHEMA"].contains(&word));
     }
     Which::Of(of)
+}
+
+/// Whether a statement only changes, or drops, what a tool writes down.
+fn is_of_ledger(upper: &str) -> bool {
+    let is_ledger = |name: &str| {
+        let name = name.strip_prefix("PUBLIC.").unwrap_or(name);
+        LEDGERS.contains(&name)
+    };
+    if let Some(name) = upper.strip_prefix("DROP TABLE ") {
+        return is_ledger(name.trim());
+    }
+    let written = ["UPDATE ", "DELETE FROM ", "INSERT INTO "];
+    let rest = written.iter().find_map(|verb| upper.strip_prefix(verb));
+    let name = rest.and_then(|rest| rest.split_whitespace().next());
+    name.is_some_and(is_ledger)
 }
 
 /// Whether a statement only limits how long others may take. One that sets the search path, or the
@@ -392,6 +408,30 @@ mod tests {
             "ALTER TABLE notes DROP /* x */ COLUMN id;",
         ] {
             assert_eq!(drops(sql), Which::All, "INV-6: {sql}");
+        }
+    }
+
+    #[test]
+    fn what_the_tools_write_down_is_nobodys_row() {
+        let (was, is) = (schema(WAS), schema(IS));
+        let new = dropped(&was, &is, Some(""));
+        for sql in [
+            "UPDATE alembic_version SET version_num = 'a';",
+            "DROP TABLE alembic_version;",
+            "-- migrations/1_a.down.sql\nDELETE FROM public._sqlx_migrations WHERE version = 1;",
+            "DELETE FROM public.__diesel_schema_migrations WHERE version = '1';",
+            "DELETE FROM public.lockstep_schema_migrations WHERE name = '1';\n\
+             DROP TABLE public.lockstep_schema_migrations;",
+        ] {
+            assert_eq!(dropped(&was, &is, Some(sql)), new, "{sql}");
+        }
+        assert_ne!(new, Which::All);
+        for sql in [
+            "DROP TABLE alembic_version, notes;",
+            "DELETE FROM other._sqlx_migrations;",
+            "DELETE FROM _sqlx_migrations_of_mine;",
+        ] {
+            assert_eq!(dropped(&was, &is, Some(sql)), Which::All, "INV-6: {sql}");
         }
     }
 
