@@ -293,7 +293,8 @@ fn missing_programs(config: &Config, name: &str, service: &Service) -> Vec<Strin
 fn secrets(config: &Config) -> BTreeMap<&str, String> {
     let mut found = BTreeMap::new();
     for (name, database) in &config.postgres {
-        if let Some(text) = &database.password {
+        let passwords = [&database.password, &database.migrate_password];
+        for text in passwords.into_iter().flatten() {
             let secret = named(text).unwrap_or(text);
             found
                 .entry(secret)

@@ -153,6 +153,12 @@ pub(crate) struct Postgres {
     /// The name of the secret with its password. Default: none is sent.
     #[serde(default)]
     pub(crate) password: Option<String>,
+    /// The role that migrations log in as. Default: `user`.
+    #[serde(default)]
+    pub(crate) migrate_as: Option<String>,
+    /// The name of the secret with its password. Default: none is sent.
+    #[serde(default)]
+    pub(crate) migrate_password: Option<String>,
     /// The operating system's user that the tools run as, for peer authentication. Default:
     /// whoever the agent runs as.
     #[serde(default)]
@@ -274,6 +280,7 @@ impl Config {
         config
             .check_controller()
             .and_then(|()| config.check_secrets())
+            .and_then(|()| config.check_databases())
             .map_err(|why| ConfigError::Value {
                 path: path.into(),
                 why,
@@ -312,6 +319,19 @@ impl Config {
             ),
         );
         Ok(config)
+    }
+
+    /// A password of nobody is a mistake that shows only when somebody migrates.
+    fn check_databases(&self) -> Result<(), String> {
+        let of_nobody = |database: &Postgres| {
+            database.migrate_password.is_some() && database.migrate_as.is_none()
+        };
+        match self.postgres.iter().find(|(_, it)| of_nobody(it)) {
+            Some((name, _)) => Err(format!(
+                "[postgres.{name}] has a `migrate_password`; say in `migrate_as` whose it is"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Names of secrets, and how the vault is reached.

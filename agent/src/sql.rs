@@ -48,6 +48,12 @@ const LOCK: Duration = Duration::from_secs(5);
 const AUTHORS: &str =
     "BEGIN READ ONLY; SET LOCAL search_path TO DEFAULT; SET LOCAL row_security = off";
 
+/// Sessions that carry the name of any attempt at a step, which begins with `$1`.
+const NAMED: &str = "left(application_name, length($1)) = $1";
+
+/// What a session is that somebody has opened.
+const CLIENTS: &str = "('client backend', 'walsender')";
+
 /// How long ended sessions may take to be gone: a backend that writes a large file looks up only
 /// now and then.
 pub(crate) const GONE: Duration = Duration::from_mins(1);
@@ -70,6 +76,11 @@ pub(crate) struct Database {
     pub(crate) name: String,
     /// How it is reached.
     pub(crate) config: Postgres,
+    /// The roles whose sessions are this one's to end: its own, and where that is the section's
+    /// `user`, that of migrations.
+    roles: Vec<String>,
+    /// Whether it is reached as the role of migrations.
+    migrates: bool,
 }
 
 impl Database {
@@ -84,10 +95,30 @@ impl Database {
                 hint: Some(format!("add a section [postgres.{name}] to its agent.toml")),
                 ..failure(Cause::Host, format!("this host knows no database `{name}`"))
             })?;
-        Ok(Self {
+        Ok(Self::of(name, config))
+    }
+
+    /// That of a section.
+    pub(crate) fn of(name: &str, config: Postgres) -> Self {
+        let roles = std::iter::once(&config.user).chain(&config.migrate_as);
+        Self {
             name: name.to_owned(),
+            roles: roles.cloned().collect(),
             config,
-        })
+            migrates: false,
+        }
+    }
+
+    /// The same, reached by migrations: as a role of their own where the host's section has one.
+    pub(crate) fn migrating(cx: &Context, name: &str) -> Result<Self, Failure> {
+        let mut database = Self::find(cx, name)?;
+        if let Some(role) = database.config.migrate_as.clone() {
+            database.roles = vec![role.clone()];
+            database.migrates = true;
+            database.config.user = role;
+            database.config.password = database.config.migrate_password.clone();
+        }
+        Ok(database)
     }
 
     /// Its name on the server.
@@ -153,8 +184,12 @@ impl Database {
             client,
             version: 0,
             place,
+            roles: self.roles.clone(),
         };
         session.prepare(cx).await?;
+        if self.migrates {
+            session.is_no_superuser().await?;
+        }
         Ok(session)
     }
 }
@@ -166,6 +201,8 @@ pub(crate) struct Session {
     /// The server's version: 150018 for 15.18.
     pub(crate) version: u32,
     place: Place,
+    /// The roles whose sessions it ends where an attempt has left them.
+    roles: Vec<String>,
 }
 
 impl Session {
@@ -192,6 +229,30 @@ impl Session {
             .await?;
         }
         Ok(())
+    }
+
+    /// The role of migrations is there to have less power: one with all of it bypasses owners,
+    /// rights and fences, and only a superuser could end what it has left.
+    async fn is_no_superuser(&self) -> Result<(), Failure> {
+        let sql = "SELECT rolsuper FROM pg_roles WHERE rolname = session_user";
+        if !self
+            .one("asking for the role", sql, &[])
+            .await?
+            .get::<_, bool>(0)
+        {
+            return Ok(());
+        }
+        let Place { role, database, .. } = &self.place;
+        Err(Failure {
+            hint: Some(format!(
+                "name a role that owns the database; if its migrations need a superuser, leave \
+                 `migrate_as` out of [postgres.{database}]"
+            )),
+            ..failure(
+                Cause::Refused,
+                format!("{role}, as whom `{database}` is migrated, is a superuser"),
+            )
+        })
     }
 
     /// The server's major version.
@@ -335,17 +396,49 @@ impl Session {
     }
 
     /// Ends what sessions attempts at this step have left, on the whole server, and waits until
-    /// they are gone. Returns how many there were.
+    /// they are gone. Returns how many there were. An attempt's are those of our roles that carry
+    /// its name; a name alone anybody can give himself.
     pub(crate) async fn end_left_over(&self, cx: &Context) -> Result<usize, Failure> {
         let prefix = step_prefix(&cx.key);
-        let condition = "left(application_name, length($1)) = $1";
-        let ended = self.end_sessions(condition, &[&prefix]).await?;
+        let params: [&(dyn ToSql + Sync); 2] = [&prefix, &self.roles];
+        // Of sessions of roles that ours is no member of, the server does not say what they are.
+        let ours = format!(
+            "{NAMED} AND usename::text = ANY ($2) \
+             AND coalesce(backend_type, 'client backend') IN {CLIENTS}"
+        );
+        let ended = self.end(&ours, &params).await;
+        let ended = ended.map_err(|failure| self.may_end(failure))?;
         if ended > 0 {
             cx.log.line(&format!(
                 "ended {ended} sessions that an earlier attempt had left"
             ));
         }
+        let sql = format!(
+            "SELECT string_agg(format('%s (%s)', pid, usename), ', ') FROM pg_stat_activity \
+             WHERE {NAMED} AND usename::text <> ALL ($2)"
+        );
+        let others = self.one("looking for sessions", &sql, &params).await?;
+        if let Some(others) = others.get::<_, Option<&str>>(0) {
+            cx.log.line(&format!(
+                "left alone, though they carry the step's name: processes {others}"
+            ));
+        }
         Ok(ended)
+    }
+
+    fn may_end(&self, failure: Failure) -> Failure {
+        let [own, others @ ..] = self.roles.as_slice() else {
+            return failure;
+        };
+        if others.is_empty() || !failure.message.contains("[42501]") {
+            return failure;
+        }
+        let others = others.iter().map(|role| ident(role));
+        let others = others.collect::<Vec<_>>().join(", ");
+        Failure {
+            hint: Some(format!("GRANT {others} TO {}", ident(own))),
+            ..failure
+        }
     }
 
     /// Ends the sessions that a condition over `pg_stat_activity` selects, but never this one, and
@@ -355,10 +448,14 @@ impl Session {
         condition: &str,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<usize, Failure> {
+        let condition = format!("{condition} AND backend_type IN {CLIENTS}");
+        self.end(&condition, params).await
+    }
+
+    async fn end(&self, condition: &str, params: &[&(dyn ToSql + Sync)]) -> Result<usize, Failure> {
         let sql = format!(
             "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity \
-             WHERE {condition} AND pid <> pg_backend_pid() \
-             AND backend_type IN ('client backend', 'walsender')"
+             WHERE {condition} AND pid <> pg_backend_pid()"
         );
         let what = "ending sessions";
         let mut ended = std::collections::BTreeSet::new();

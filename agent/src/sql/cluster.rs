@@ -361,6 +361,8 @@ impl Bench {
             dbname: Some(dbname.to_owned()),
             user: user.to_owned(),
             password: Some("db".into()),
+            migrate_as: None,
+            migrate_password: None,
             os_user: None,
             bin_dir: None,
             backup_dir: None,

@@ -115,6 +115,58 @@ async fn sessions_of_earlier_attempts_are_ended_and_no_others() {
     neighbour.run("test", "SELECT 1").await.unwrap();
 }
 
+/// What a host sees whose migrations have a role of their own: the database's owner.
+fn migrating(bench: &Bench, mut cx: Context, user: &str) -> Context {
+    let config = std::sync::Arc::make_mut(&mut cx.config);
+    let section = config.postgres.get_mut("staff").unwrap();
+    section.user = user.to_owned();
+    section.migrate_as = Some(format!("{}_owner", bench.name));
+    section.migrate_password = Some("db".to_owned());
+    cx
+}
+
+#[tokio::test]
+async fn whoever_takes_an_attempts_name_keeps_his_session() {
+    let bench = Bench::new().await;
+    let log = bench.host.path().join("log");
+    let mut cx = migrating(&bench, bench.cx(1, vec![]), "postgres");
+    cx.log = crate::step::StepLog::to_file(&log).unwrap();
+    let faked = format!("SET application_name = '{}'", application_name(&cx.key));
+    let app = bench.session("as_app").await;
+    app.run("test", &faked).await.unwrap();
+    let earlier = migrating(&bench, bench.cx(1, vec![]), "postgres");
+    let migrates = Database::migrating(&earlier, "staff").unwrap();
+    let _left = migrates.connect(&earlier).await.unwrap();
+    let other = Database::find(&earlier, "staff").unwrap();
+    let other = other.connect(&earlier).await.unwrap();
+    // The role of migrations ends its own, and whoever makes backups those of both.
+    let session = migrates.connect(&cx).await.unwrap();
+    assert_eq!(session.end_left_over(&cx).await.unwrap(), 1);
+    other.run("test", "SELECT 1").await.unwrap();
+    drop(session);
+    let session = Database::find(&cx, "staff").unwrap();
+    let session = session.connect(&cx).await.unwrap();
+    let _left = migrates.connect(&earlier).await.unwrap();
+    assert_eq!(session.end_left_over(&cx).await.unwrap(), 2);
+    app.run("test", "SELECT 1").await.unwrap();
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("left alone, though they carry"), "{log}");
+    assert!(log.contains(&format!("({})", bench.app())), "{log}");
+}
+
+#[tokio::test]
+async fn a_left_over_that_the_role_cannot_end_is_an_error_with_the_grant() {
+    let bench = Bench::new().await;
+    let cx = migrating(&bench, bench.cx(1, vec![]), &bench.app());
+    let migrates = Database::migrating(&cx, "staff").unwrap();
+    let _left = migrates.connect(&cx).await.unwrap();
+    let session = Database::find(&cx, "staff").unwrap();
+    let session = session.connect(&cx).await.unwrap();
+    let failed = session.end_left_over(&cx).await.unwrap_err();
+    let grant = format!("GRANT \"{0}_owner\" TO \"{0}_app\"", bench.name);
+    assert_eq!(failed.hint.as_deref(), Some(&*grant), "{failed:?}");
+}
+
 #[tokio::test]
 async fn a_plans_statement_cannot_write_nor_leave_its_transaction() {
     let bench = Bench::with_rows().await;

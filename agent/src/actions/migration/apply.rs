@@ -22,7 +22,9 @@ async fn where_it_is(
     to: &str,
     what: String,
 ) -> Result<Probe, Failure> {
-    let session = Database::find(cx, source.database)?.connect(cx).await?;
+    let session = Database::migrating(cx, source.database)?
+        .connect(cx)
+        .await?;
     if !cx.dry_run {
         session.end_left_over(cx).await?;
     } else if !source.is_there(cx)? {
@@ -51,7 +53,9 @@ async fn where_it_is(
 }
 
 async fn before(cx: &Context, source: Source<'_>) -> Result<Value, Failure> {
-    let session = Database::find(cx, source.database)?.connect(cx).await?;
+    let session = Database::migrating(cx, source.database)?
+        .connect(cx)
+        .await?;
     Ok(json!({"revision": revision(&session, source.tool).await?}))
 }
 
@@ -280,6 +284,8 @@ mod cut_off;
 mod rehearsals;
 #[cfg(test)]
 mod required;
+#[cfg(test)]
+mod roles;
 #[cfg(test)]
 mod rollbacks;
 #[cfg(test)]

@@ -22,7 +22,7 @@ const WAITING: &str = "
     JOIN pg_stat_activity b ON b.pid = blocker.pid
     LEFT JOIN LATERAL (SELECT mode, relation FROM pg_locks
         WHERE pid = w.pid AND NOT granted LIMIT 1) l ON true
-    WHERE w.application_name = $1 AND w.pid <> pg_backend_pid() ORDER BY 1 LIMIT 5";
+    WHERE w.application_name = $1 AND w.usename = session_user AND w.pid <> pg_backend_pid() ORDER BY 1 LIMIT 5";
 
 /// Writes into the step's log who keeps the attempt's sessions waiting, until it is dropped.
 pub(super) async fn watch(cx: &Context, session: &Session) -> Infallible {

@@ -27,6 +27,7 @@ use crate::actions::files::OrFailed as _;
 use crate::actions::postgres::integrity::{Holdings, differences};
 use crate::actions::postgres::{verify, written};
 use crate::actions::{Act, Done, Probe};
+use crate::config::Postgres;
 use crate::sql::{Database, Session};
 use crate::step::{Context, hinted};
 
@@ -123,12 +124,30 @@ impl Found {
     }
 }
 
+/// The role of migrations if it may not enter the copy: one that was restored by nobody with power
+/// over all roles belongs to whoever restored it.
+async fn shut_out<'a>(
+    session: &Session,
+    database: &'a Database,
+) -> Result<Option<&'a str>, Failure> {
+    let Some(role) = database.config.migrate_as.as_deref() else {
+        return Ok(None);
+    };
+    let sql = "SELECT has_database_privilege($1, current_database(), 'CONNECT')";
+    let enters = session.one("asking for rights", sql, &[&role]).await?;
+    Ok((!enters.get::<_, bool>(0)).then_some(role))
+}
+
+/// The host's section of a database, to be changed for this context alone.
+fn section<'a>(cx: &'a mut Context, name: &str) -> Option<&'a mut Postgres> {
+    Arc::make_mut(&mut cx.config).postgres.get_mut(name)
+}
+
 /// The same host, on which the scratch database is the database.
 fn instead(cx: &Context, name: &str, scratch: &str) -> Result<Context, Failure> {
     let mut cx = cx.clone();
-    let config = Arc::make_mut(&mut cx.config);
-    if let Some(database) = config.postgres.get_mut(name) {
-        database.dbname = Some(scratch.to_owned());
+    if let Some(section) = section(&mut cx, name) {
+        section.dbname = Some(scratch.to_owned());
     }
     // What an attempt keeps there of its way is not of this step.
     cx.dir = cx.dir.join("rehearsal");
@@ -137,11 +156,21 @@ fn instead(cx: &Context, name: &str, scratch: &str) -> Result<Context, Failure> 
 }
 
 async fn on_scratch(act: &Rehearse, cx: &Context, scratch: &str) -> Result<Found, Failure> {
-    let cx = instead(cx, &act.database, scratch)?;
+    let mut cx = instead(cx, &act.database, scratch)?;
     let database = Database::find(&cx, &act.database)?;
+    let session = database.connect(&cx).await?;
+    if let Some(role) = shut_out(&session, &database).await? {
+        cx.log.line(&format!(
+            "{role} may not enter the copy, which belongs to {}: that one rehearses",
+            database.config.user
+        ));
+        if let Some(section) = section(&mut cx, &act.database) {
+            section.migrate_as = None;
+        }
+    }
     let before = Holdings::take(&cx, &database, None, None).await?;
     let tool = Migrator::of(&cx, act.into()).await?;
-    let session = database.connect(&cx).await?;
+    let session = tool.database().connect(&cx).await?;
     tool.check(&session).await?;
     let from = tool.revision(&session).await?;
     let to = tool.resolve(&act.to).await?;
@@ -185,7 +214,7 @@ async fn on_scratch(act: &Rehearse, cx: &Context, scratch: &str) -> Result<Found
         ));
     }
     found.differs = differ.said;
-    let session = database.connect(&cx).await?;
+    let session = tool.database().connect(&cx).await?;
     let began = Instant::now();
     let back = run::go(&cx, &tool, &session, Way::Down, (&to, &from), limits).await;
     let took = began.elapsed();

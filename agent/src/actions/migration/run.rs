@@ -72,6 +72,7 @@ pub(super) async fn go(
     (from, to): (&str, &str),
     limits: Limits,
 ) -> Result<(), Failure> {
+    tool.may_record(session).await?;
     let whole = tool.render(way, from, to).await?.whole;
     if !whole {
         let schema = schema::lines(session).await?;

@@ -22,7 +22,7 @@ pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<D
     if act.undo_by == UndoBy::Restore {
         return Box::pin(bring_back(act, cx, to)).await;
     }
-    let database = Database::find(cx, &act.database)?;
+    let database = Database::migrating(cx, &act.database)?;
     let session = guard::lock(cx, &database).await?;
     let from = revision(&session, act.tool).await?;
     tools::refuse_begun(&session, act.tool).await?;
@@ -73,7 +73,8 @@ async fn keep(act: &Apply, cx: &Context, session: &Session, now: &str) -> Result
 }
 
 /// Puts the backup in the database's place. The revision alone does not say that nothing is left of
-/// a migration: one that works outside of a transaction writes it at the end.
+/// a migration: one that works outside of a transaction writes it at the end. As the role that made
+/// the backup, not as the one of migrations: all owners and rights come back with it.
 async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure> {
     let name = &act.database;
     let old = restore::tidy(cx, name).await?;

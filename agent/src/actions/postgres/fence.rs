@@ -313,6 +313,26 @@ async fn revoke(
             ),
         ));
     }
+    let Some(migrates) = &database.config.migrate_as else {
+        return Ok(());
+    };
+    if open_to(session, std::slice::from_ref(migrates))
+        .await?
+        .is_empty()
+    {
+        return Err(hinted(
+            Cause::Host,
+            format!(
+                "the fence would keep {migrates}, as whom `{}` is migrated, out of it",
+                database.name
+            ),
+            format!(
+                "ALTER DATABASE {} OWNER TO {}, or GRANT its owner to it",
+                ident(name),
+                ident(migrates)
+            ),
+        ));
+    }
     Ok(())
 }
 

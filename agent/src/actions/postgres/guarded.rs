@@ -192,8 +192,9 @@ async fn look(cx: &Context, session: &Session, guards: &Guards) -> Result<Option
          coalesce(max(extract(epoch FROM clock_timestamp() - {since}) * 1000), 0)::int8 \
          FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted \
          AND a.datid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-         AND a.application_name <> $1 AND EXISTS (SELECT 1 FROM pg_stat_activity own \
-         WHERE own.application_name = $1 AND own.pid <> pg_backend_pid() \
+         AND (a.application_name, a.usename) <> ($1, session_user) \
+         AND EXISTS (SELECT 1 FROM pg_stat_activity own \
+         WHERE (own.application_name, own.usename) = ($1, session_user) AND own.pid <> pg_backend_pid() \
          AND own.pid = ANY (pg_blocking_pids(l.pid)))"
     );
     let own = application_name(&cx.key);
@@ -273,22 +274,21 @@ mod tests {
         let crowd = seen(&crowded).await.unwrap();
         assert!(crowd.contains("of 60 connections are in use"), "{crowd}");
         // One holds a lock, another waits for it.
-        let (holder, waiter) = (
-            bench.session("as_owner").await,
-            bench.session("as_app").await,
-        );
+        let (holder, waiter) = (bench.session("staff").await, bench.session("as_app").await);
         holder
             .run("", "BEGIN; LOCK public.users IN ACCESS EXCLUSIVE MODE")
             .await
             .unwrap();
-        let beyond = async {
+        let named = format!("SET application_name = '{}'", application_name(&cx.key));
+        let waiting = async || {
             let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
             while bench.ask(waits).await == "0" {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
+        };
+        let beyond = async {
+            waiting().await;
             assert_eq!(seen(&guards).await, None, "the holder is somebody else");
-            let own = application_name(&cx.key);
-            let named = format!("SET application_name = '{own}'");
             holder.run("", &named).await.unwrap();
             let blocked = watch(&cx, &session, &guards).await;
             assert!(
@@ -312,6 +312,17 @@ mod tests {
             holder.run("", "ROLLBACK").await.unwrap();
         };
         let (waited, ()) = tokio::join!(waiter.run("", "SELECT 1 FROM public.users"), beyond);
+        waited.unwrap();
+        // Another role under the migration's name is not the migration.
+        let faker = bench.session("as_owner").await;
+        let hold = format!("{named}; BEGIN; LOCK public.users IN ACCESS EXCLUSIVE MODE");
+        faker.run("", &hold).await.unwrap();
+        let faked = async {
+            waiting().await;
+            assert_eq!(seen(&guards).await, None);
+            faker.run("", "ROLLBACK").await.unwrap();
+        };
+        let (waited, ()) = tokio::join!(waiter.run("", "SELECT 1 FROM public.users"), faked);
         waited.unwrap();
         // The owner sees no standby.
         let owner = bench.session("as_owner").await;

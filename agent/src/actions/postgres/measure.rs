@@ -159,17 +159,23 @@ fn schema_lines(text: &[u8]) -> Vec<u8> {
 
 /// The revisions that migration tools have written down: alembic's, if it was here.
 pub(crate) async fn revisions(session: &Session) -> Result<Vec<String>, Failure> {
-    let what = "asking for the revision";
-    // The tool's default is the first schema of the search path, which is `public` nearly always.
-    let sql = "SELECT format('SELECT version_num::text FROM %I.%I ORDER BY 1', n.nspname, \
-               c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-               WHERE c.relname = 'alembic_version' AND c.relkind = 'r' \
-               ORDER BY n.nspname <> 'public', n.nspname LIMIT 1";
-    let Some(table) = session.query(what, sql, &[]).await?.pop() else {
+    let Some(table) = revisions_table(session).await? else {
         return Ok(vec![]);
     };
-    let rows = session.query(what, table.get(0), &[]).await?;
+    let sql = format!("SELECT version_num::text FROM {table} ORDER BY 1");
+    let rows = session.query("asking for the revision", &sql, &[]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// The table in which alembic writes them down, with its schema. The tool's default is the first
+/// schema of the search path, which is `public` nearly always.
+pub(crate) async fn revisions_table(session: &Session) -> Result<Option<String>, Failure> {
+    let sql = "SELECT format('%I.%I', n.nspname, c.relname) \
+               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+               WHERE c.relname = 'alembic_version' AND c.relkind = 'r' \
+               ORDER BY n.nspname <> 'public', n.nspname LIMIT 1";
+    let found = session.query("asking for the revision", sql, &[]).await?;
+    Ok(found.first().map(|row| row.get(0)))
 }
 
 /// The database's part of the host's state ([`Fact::State`]).

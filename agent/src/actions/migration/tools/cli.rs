@@ -40,7 +40,7 @@ impl<'a> Cli<'a> {
     ) -> Result<Self, Failure> {
         let (directory, program) = source.find(cx)?;
         let program = program.expect("only a tool with a program is called");
-        let database = Database::find(cx, source.database)?;
+        let database = Database::migrating(cx, source.database)?;
         let config = &cx.config.apps[source.app];
         let private = PrivateDir::new(cx, config.user.as_deref())?;
         let password = database.password(cx).await?;

@@ -202,7 +202,7 @@ async fn table(session: &Session, layout: &dyn Layout) -> Result<Option<String>,
 impl<'a> Files<'a> {
     /// Those of a source. Fails if the release is not on this host.
     pub(super) async fn of(cx: &'a Context, source: Source<'_>) -> Result<Self, Failure> {
-        let database = Database::find(cx, source.database)?;
+        let database = Database::migrating(cx, source.database)?;
         let layout = layout(source.tool);
         let (directory, program) = source.find(cx)?;
         let migrations = layout.read(&directory)?;
@@ -237,6 +237,11 @@ impl<'a> Files<'a> {
     /// The database that they are for.
     pub(super) fn database(&self) -> &Database {
         &self.database
+    }
+
+    /// The tool's table, if it is there.
+    pub(super) async fn table(&self, session: &Session) -> Result<Option<String>, Failure> {
+        table(session, self.layout).await
     }
 
     /// The newest version that the database has; empty if it has none.

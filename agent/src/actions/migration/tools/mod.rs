@@ -170,6 +170,34 @@ impl<'a> Migrator<'a> {
         }
     }
 
+    /// Fails if the role may not write down what it applies: of a migration outside of a
+    /// transaction, that would show only when it is done.
+    pub(super) async fn may_record(&self, session: &Session) -> Result<(), Failure> {
+        let what = "looking for the table of migrations";
+        let table = match self {
+            Self::Alembic(_) => measure::revisions_table(session).await?,
+            Self::Files(files) => files.table(session).await?,
+        };
+        let Some(table) = table else { return Ok(()) };
+        let sql = "SELECT pg_get_userbyid(relowner)::text FROM pg_class \
+                   WHERE oid = $1::text::regclass AND NOT \
+                   (has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE') \
+                   AND has_table_privilege(oid, 'DELETE'))";
+        let refused = session.query(what, sql, &[&table]).await?;
+        let Some(owner) = refused.first().map(|row| row.get::<_, String>(0)) else {
+            return Ok(());
+        };
+        let role = &session.place().role;
+        Err(hinted(
+            Cause::Host,
+            format!("{role} may not write to {table}, where {owner} has kept what was applied"),
+            format!(
+                "whoever migrates owns the tables: as a superuser, ALTER TABLE .. OWNER TO {role} \
+                 for this one and the application's"
+            ),
+        ))
+    }
+
     /// What leads from one revision to another. It is rendered without limits for locks and
     /// statements, so that it is the same whoever asks.
     pub(super) async fn render(&self, way: Way, from: &str, to: &str) -> Result<Rendered, Failure> {

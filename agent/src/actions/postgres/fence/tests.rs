@@ -417,3 +417,33 @@ async fn a_replication_connection_to_the_database_ends_too() {
     act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
     psql.kill().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_fence_that_would_keep_the_role_of_migrations_out_is_not_raised() {
+    let bench = Bench::new().await;
+    let name = &bench.name;
+    let role = format!("{name}_migrator");
+    let admin = bench.session("staff").await;
+    let create = format!("CREATE ROLE {role} LOGIN; GRANT CONNECT ON DATABASE {name} TO PUBLIC");
+    admin.run("", &create).await.unwrap();
+    let was = rights(&bench).await;
+    let act = fence(&bench);
+    let migrated = || {
+        let mut cx = bench.cx(1, vec![]);
+        let config = std::sync::Arc::make_mut(&mut cx.config);
+        let section = config.postgres.get_mut("staff").unwrap();
+        section.migrate_as = Some(role.clone());
+        cx
+    };
+    let refused = act.apply(&migrated(), &NULL).await.unwrap_err();
+    let why = format!("the fence would keep {role}, as whom `staff` is migrated, out of it");
+    assert_eq!(refused.message, why);
+    let hint = refused.hint.unwrap();
+    assert!(hint.contains(&format!("OWNER TO \"{role}\"")), "{hint}");
+    assert_eq!(rights(&bench).await, was);
+    let member = format!("GRANT {name}_owner TO {role}");
+    admin.run("", &member).await.unwrap();
+    act.apply(&migrated(), &NULL).await.unwrap();
+    act.undo(&bench.undo(1, vec![]), &NULL).await.unwrap();
+    assert_eq!(rights(&bench).await, was);
+}

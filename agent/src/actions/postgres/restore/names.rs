@@ -87,10 +87,7 @@ mod tests {
     fn long_names_keep_their_tails_and_stay_apart() {
         let config = |dbname: String| {
             let text = format!("host = '/x'\nuser = 'u'\ndbname = '{dbname}'");
-            Database {
-                name: "db".into(),
-                config: toml::from_str(&text).unwrap(),
-            }
+            Database::of("db", toml::from_str(&text).unwrap())
         };
         let cx = crate::testing::Host::new().context();
         let short = Names::of(&cx, &config("staff".into()));
