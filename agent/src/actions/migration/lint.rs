@@ -246,17 +246,23 @@ impl<'a> Linter<'a> {
         }
     }
 
-    /// `WITH ... DELETE`: the verb stands outside of parentheses.
+    /// `WITH a AS (DELETE ...) UPDATE ...`: a verb begins what is in parentheses, or stands behind
+    /// the last of them.
     fn rows_behind_with(&mut self, tokens: &[Token<'a>]) {
         let mut depth = 0_usize;
         for (at, token) in tokens.iter().enumerate() {
+            if (token.is("DELETE") || token.is("UPDATE")) && at > 0 {
+                let (before, behind) = (&tokens[at - 1], &tokens[at + 1..]);
+                if before.is_sign("(") {
+                    self.rows(*token, &mut Words::of(behind).inside());
+                } else if before.is_sign(")") && depth == 0 {
+                    self.rows(*token, &mut Words::of(behind));
+                }
+            }
             if token.is_sign("(") {
                 depth += 1;
             } else if token.is_sign(")") {
                 depth = depth.saturating_sub(1);
-            } else if depth == 0 && (token.is("DELETE") || token.is("UPDATE")) {
-                self.rows(*token, &mut Words::of(&tokens[at + 1..]));
-                return;
             }
         }
     }

@@ -127,6 +127,27 @@ fn each_hazard_is_found_and_its_safe_way_is_not() {
         ("UPDATE t SET a = 1 WHERE b = 2", &[]),
         ("WITH x AS (SELECT 1 WHERE true) DELETE FROM t", &[DataLoss]),
         (
+            "WITH x AS (DELETE FROM t RETURNING a) INSERT INTO u SELECT a FROM x WHERE a > 1",
+            &[DataLoss],
+        ),
+        (
+            "WITH x AS (DELETE FROM t WHERE a IN (1, 2) RETURNING a) UPDATE u SET a = 1",
+            &[DataLoss],
+        ),
+        (
+            "WITH x AS (DELETE FROM t WHERE a RETURNING a) INSERT INTO u SELECT a FROM x",
+            &[],
+        ),
+        (
+            "WITH x AS (SELECT 1 FROM t FOR UPDATE) INSERT INTO u SELECT * FROM x \
+             ON CONFLICT (a) DO UPDATE SET b = 1",
+            &[],
+        ),
+        (
+            "ALTER TABLE t ADD CONSTRAINT k CHECK (a IN (1, 2)) NOT VALID",
+            &[],
+        ),
+        (
             "WITH x AS (SELECT 1) UPDATE t SET a = 1 FROM x WHERE t.id = x.id",
             &[],
         ),

@@ -73,6 +73,20 @@ impl<'t, 'a> Words<'t, 'a> {
         })
     }
 
+    /// What comes before the end of the parentheses that it stands in.
+    pub(super) fn inside(&self) -> Self {
+        let mut depth = 1_usize;
+        let end = self.tokens.iter().position(|token| {
+            if token.is_sign("(") {
+                depth += 1;
+            } else if token.is_sign(")") {
+                depth -= 1;
+            }
+            depth == 0
+        });
+        Self::of(&self.tokens[..end.unwrap_or(self.tokens.len())])
+    }
+
     /// Names of functions that are called.
     pub(super) fn calls(&self) -> impl Iterator<Item = &'a str> {
         self.tokens.windows(2).filter_map(|two| {
