@@ -266,7 +266,11 @@ async fn who_is_in_the_way_is_told_while_a_migration_waits() {
         ..stage.act("head")
     };
     let holder = stage.bench.session("as_owner").await;
+    let pid = "SELECT pg_backend_pid()";
+    let pid = holder.value("", pid).await.unwrap().unwrap();
     holder.run("", "BEGIN; LOCK public.witness").await.unwrap();
+    // Longer than the migration will have waited when it is first told.
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let release = async {
         tokio::time::sleep(Duration::from_secs(5)).await;
         holder.run("", "ROLLBACK").await.unwrap();
@@ -274,11 +278,12 @@ async fn who_is_in_the_way_is_told_while_a_migration_waits() {
     let (done, ()) = tokio::join!(act.apply(&cx, &NULL), release);
     assert!(done.unwrap().changed);
     let log = std::fs::read_to_string(log).unwrap();
-    for word in [
-        "waits for RowExclusiveLock on ",
-        "witness; process ",
-        "(test, idle in transaction",
-    ] {
-        assert!(log.contains(word), "{log}");
-    }
+    let told = log.lines().find(|line| line.contains("is in the way"));
+    let told = told.unwrap_or_else(|| panic!("{log}"));
+    let who =
+        format!("witness; process {pid} (test, idle in transaction, its transaction open for ");
+    assert!(told.contains("waits for RowExclusiveLock on "), "{told}");
+    let (_, since) = told.split_once(&who).unwrap_or_else(|| panic!("{told}"));
+    let since: u64 = since.split(' ').next().unwrap().parse().unwrap();
+    assert!(since > 4, "{told}");
 }

@@ -134,6 +134,45 @@ mod tests {
             ("CREATE TYPE hr.e AS ENUM ('x')", "+ enum hr.e 'x'"),
             ("CREATE SEQUENCE hr.s", "+ sequence hr.s"),
             ("CREATE POLICY p ON hr.t USING (true)", "+ policy hr.t.p"),
+            (
+                "ALTER TABLE hr.t ALTER a SET NOT NULL",
+                "+ column hr.t.a integer NOT NULL DEFAULT 1",
+            ),
+            (
+                "ALTER TABLE hr.t VALIDATE CONSTRAINT k",
+                "- constraint hr.t.k CHECK ((a > 0)) NOT VALID",
+            ),
+            (
+                "CREATE OR REPLACE VIEW hr.v AS SELECT a FROM hr.t WHERE a > 1",
+                "+ view hr.v ",
+            ),
+            (
+                "CREATE MATERIALIZED VIEW hr.m AS SELECT 1 AS a",
+                "+ view hr.m ",
+            ),
+            (
+                "CREATE FUNCTION hr.g() RETURNS int LANGUAGE sql RETURN 1",
+                "+ function hr.g() ",
+            ),
+            (
+                "CREATE OR REPLACE FUNCTION hr.g() RETURNS int LANGUAGE sql RETURN 2",
+                "+ function hr.g() ",
+            ),
+            (
+                "CREATE FUNCTION hr.w() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END'; \
+                 CREATE TRIGGER w BEFORE INSERT ON hr.t FOR EACH ROW EXECUTE FUNCTION hr.w()",
+                "+ CREATE TRIGGER w BEFORE INSERT ON hr.t ",
+            ),
+            (
+                "CREATE TABLE hr.p (a int) PARTITION BY LIST (a)",
+                "+ table hr.p",
+            ),
+            ("CREATE TYPE hr.c AS (a int)", "+ column hr.c.a integer"),
+            (
+                "CREATE EXTENSION citext VERSION '1.5'",
+                "+ extension citext 1.5",
+            ),
+            ("ALTER EXTENSION citext UPDATE", "- extension citext 1.5"),
             ("DROP TABLE hr.t CASCADE", "- table hr.t"),
         ] {
             let was = lines(&session).await.unwrap();
@@ -145,6 +184,15 @@ mod tests {
                 "{sql}: {found:?}"
             );
         }
+        // An index whose building failed is there, and nobody uses it.
+        bench
+            .sql("CREATE TABLE hr.d AS SELECT 1 AS a FROM generate_series(1, 2)")
+            .await;
+        let build = "CREATE UNIQUE INDEX CONCURRENTLY u ON hr.d (a)";
+        session.run("", build).await.unwrap_err();
+        let invalid = "CREATE UNIQUE INDEX u ON hr.d USING btree (a) INVALID";
+        let now = lines(&session).await.unwrap();
+        assert!(now.iter().any(|it| it == invalid), "{now:?}");
         let before = lines(&session).await.unwrap();
         bench
             .sql("INSERT INTO public.users VALUES (999, 'x')")

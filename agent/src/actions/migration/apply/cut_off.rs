@@ -160,7 +160,7 @@ async fn a_way_back_in_parts_that_is_cut_off_is_left_to_people() {
     let before = json!({"revision": OLD});
     let cx = stage.undo(4, vec![]);
     let holder = hold(&stage).await;
-    cut_off(&stage, act().undo(&cx, &before)).await;
+    Box::pin(cut_off(&stage, act().undo(&cx, &before))).await;
     assert_eq!(
         (balance(&stage).await, stage.revision().await),
         ("200".into(), NEW.into())

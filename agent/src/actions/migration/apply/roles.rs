@@ -76,10 +76,9 @@ async fn files_are_run_by_the_role_of_migrations_and_what_they_make_is_its_own()
     // It is a member of the owner, and not the other way round.
     let admin = stage.bench.session("staff").await;
     let ask = async |sql: &str| admin.value("", sql).await.unwrap();
-    let role = Some(role);
-    assert_eq!(ask("SELECT role FROM public.who").await, role);
-    assert_eq!(ask(owners).await, role, "the ledger, too");
-    let role = role.unwrap();
+    let own = Some(role.clone());
+    assert_eq!(ask("SELECT role FROM public.who").await, own);
+    assert_eq!(ask(owners).await, own, "the ledger, too");
     let undo = section(stage.bench.undo(4, vec![]), &app, &role);
     let undone = act.undo(&undo, &json!({"revision": ""})).await.unwrap();
     assert!(undone.changed);
