@@ -75,6 +75,9 @@ pub struct VerifyBackup {
     /// Where it is restored. Default: scratch.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub restore_into: RestoreInto,
+    /// A directory of this host with a copy of the backup, which another host has made. Default: the host's own backups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
     /// How far it is proven. Default: 4.
     #[serde(default, skip_serializing_if = "super::is_default")]
     pub level: Level,

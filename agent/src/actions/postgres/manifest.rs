@@ -114,6 +114,18 @@ impl Manifest {
         std::iter::once(MANIFEST).chain(globals).collect()
     }
 
+    /// Reads that of a backup of a database in the backup's directory, if there is one.
+    pub(super) fn read(directory: &Path, database: &str) -> Option<Self> {
+        let file = Dir::open(directory).ok()?.file(MANIFEST).ok()?;
+        let owner = file.metadata().ok()?.uid();
+        let is_own = owner == rustix::process::geteuid().as_raw();
+        let manifest = Self {
+            is_own,
+            ..read(file)?
+        };
+        (manifest.is_named_well() && manifest.database == database).then_some(manifest)
+    }
+
     /// Whether its id is one that this program gives: what it names is removed one day, and the
     /// manifest is a file that `os_user` can write.
     fn is_named_well(&self) -> bool {
@@ -187,10 +199,8 @@ impl Store {
             .flatten()
             .flatten();
         let manifests = entries.filter_map(|entry| {
-            let manifest = read_manifest(&entry.path())?;
-            let named = entry.file_name().to_str() == Some(&manifest.id);
-            (named && manifest.is_named_well() && manifest.database == self.database)
-                .then_some(manifest)
+            let manifest = Manifest::read(&entry.path(), &self.database)?;
+            (entry.file_name().to_str() == Some(&manifest.id)).then_some(manifest)
         });
         let mut manifests: Vec<Manifest> = manifests.collect();
         manifests.sort_by_key(|manifest| std::cmp::Reverse(manifest.taken_at));
@@ -319,14 +329,6 @@ pub(super) fn file_name(name: &str) -> String {
 /// Writes a backup's manifest into its directory, durably.
 pub(super) fn write_manifest(directory: &Path, manifest: &Manifest) -> Result<(), Failure> {
     write_json(directory, MANIFEST, manifest)
-}
-
-fn read_manifest(directory: &Path) -> Option<Manifest> {
-    let file = Dir::open(directory).ok()?.file(MANIFEST).ok()?;
-    let owner = file.metadata().ok()?.uid();
-    let is_own = owner == rustix::process::geteuid().as_raw();
-    let manifest = read(file)?;
-    Some(Manifest { is_own, ..manifest })
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(directory: &Path, name: &str) -> Option<T> {

@@ -241,6 +241,8 @@ pub(super) enum Rights {
     All,
     /// Those that the role can give: the database is only looked at.
     IfPossible,
+    /// None: the server has roles of its own.
+    None,
 }
 
 /// Restores a backup into an empty database; any error ends it.
@@ -259,8 +261,8 @@ pub(super) async fn restore(
     let path = archive.display().to_string();
     let jobs = format!("-j{}", if made.size < SMALL { 1 } else { jobs() });
     let mut args = vec!["--exit-on-error", jobs.as_str()];
-    if !superuser && rights == Rights::IfPossible {
-        // Only a superuser may give things to others.
+    if rights == Rights::None || (!superuser && rights == Rights::IfPossible) {
+        // Only a superuser may give things to others, and only to roles that are there.
         args.extend(["--no-owner", "--no-privileges"]);
     }
     args.push(&path);

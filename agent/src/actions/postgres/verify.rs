@@ -1,5 +1,7 @@
 //! `postgres.verify_backup`: a backup counts only as far as it was proven.
 
+use std::path::Path;
+
 use lockstep_proto::action::postgres::{Aspect, Level, VerifyBackup};
 use lockstep_proto::ids::Digest;
 use lockstep_proto::order::Fact;
@@ -8,6 +10,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use self::ladder::Ladder;
+use super::backup::copies::find_copy_directory;
 use super::look::no_backup;
 use super::manifest::{Manifest, Store, Verified};
 use super::{human, scratch};
@@ -21,6 +24,11 @@ impl Act for VerifyBackup {
         let store = Store::of(cx, &database);
         if cx.dry_run {
             database.connect(cx).await?;
+            if let Some(from) = &self.from
+                && let Err(unmet) = find_copy_directory(cx, Path::new(from))
+            {
+                return Ok(Probe::Unmet(unmet));
+            }
             return Ok(Probe::Unmet(no_backup(&self.database)));
         }
         let session = database.connect(cx).await?;
@@ -43,12 +51,16 @@ impl Act for VerifyBackup {
     }
 
     fn describe(&self) -> String {
-        let (database, equal) = (&self.database, words(self.compared()));
+        let equal = words(self.compared());
+        let backup = match &self.from {
+            None => format!("the backup of `{}`", self.database),
+            Some(from) => format!("the copy in {from} of the backup of `{}`", self.database),
+        };
         match self.level {
-            Level::Digest => format!("holds the backup of `{database}` against its digest"),
-            Level::Listed => format!("reads what the backup of `{database}` contains"),
-            Level::Read => format!("reads all of the backup of `{database}`"),
-            _ => format!("restores the backup of `{database}` into a scratch database{equal}"),
+            Level::Digest => format!("holds {backup} against its digest"),
+            Level::Listed => format!("reads what {backup} contains"),
+            Level::Read => format!("reads all of {backup}"),
+            _ => format!("restores {backup} into a scratch database{equal}"),
         }
     }
 }
@@ -66,7 +78,15 @@ pub(crate) async fn prove<T>(
     session.end_left_over(cx).await?;
     drop_left_over(&session, cx).await?;
     let store = Store::of(cx, &database);
-    let (made, digest) = newest(cx, &store, &act.database)?;
+    let (made, digest, directory) = if let Some(from) = &act.from {
+        let (made, digest, directory) = elsewhere::find(cx, &database, Path::new(from))?;
+        elsewhere::check_version(act, &session, &made)?;
+        (made, digest, directory)
+    } else {
+        let (made, digest) = newest(cx, &store, &act.database)?;
+        let directory = store.path(&made.id);
+        (made, digest, directory)
+    };
     if made.size < act.min_size.0 {
         return Err(hinted(
             Cause::CheckUnmet,
@@ -84,13 +104,15 @@ pub(crate) async fn prove<T>(
         cx,
         database: &database,
         session: &session,
-        directory: &store.path(&made.id),
+        directory: &directory,
         made: &made,
         digest,
     };
     let found = Box::pin(ladder.climb(act, then)).await?;
     let reached = act.reaches();
-    let (level, compared) = match store.verified(&made) {
+    // A copy is another host's to mark.
+    let before = store.verified(&made).filter(|_| act.from.is_none());
+    let (level, compared) = match before {
         // The same bytes were proven further before, and still are.
         Some(before) if before.level > reached => (before.level, before.compared),
         _ => (reached, act.compared().to_vec()),
@@ -102,9 +124,14 @@ pub(crate) async fn prove<T>(
         taken_at: Some(made.taken_at),
         compared,
     };
-    store.mark_verified(&made.id, &verified)?;
+    let place = if let Some(from) = &act.from {
+        format!(" by its copy in {from}")
+    } else {
+        store.mark_verified(&made.id, &verified)?;
+        String::new()
+    };
     let summary = format!(
-        "{} is proven to {} in {:.1} s{}: {}",
+        "{} is proven to {} in {:.1} s{place}{}: {}",
         made.id,
         reached,
         began.elapsed().as_secs_f64(),
@@ -190,7 +217,7 @@ fn newest(cx: &Context, store: &Store, database: &str) -> Result<(Manifest, Dige
             None => Err(hinted(
                 Cause::Host,
                 format!("the backup {id} is not in {directory} on this host"),
-                "run this step on the host that made the backup",
+                "run this step on the host that made the backup, or say where it has a copy: `from`",
             )),
         },
         None => all
@@ -239,6 +266,7 @@ async fn drop_left_over(session: &Session, cx: &Context) -> Result<(), Failure> 
     Ok(())
 }
 
+mod elsewhere;
 mod ladder;
 #[cfg(test)]
 mod tests;

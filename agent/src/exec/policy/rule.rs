@@ -266,6 +266,10 @@ const REQUESTS: [&str; 2] = ["then", "cleanup"];
 /// Arguments that each request of a chain has.
 const OF_REQUESTS: [&str; 5] = ["url", "method", "headers", "form", "json"];
 
+/// Arguments that point at what the server is to run, where the plan has them: an archive holds
+/// statements.
+const POINTING: [(&str, &str); 1] = [("postgres.verify_backup", "from")];
+
 /// Values with which an action does what another one is for: a rule that says nothing of them does
 /// not mean them.
 const REACHING: [(&str, &str, &str); 2] = [
@@ -280,11 +284,12 @@ fn reaching<'a>(name: &str, args: &Value) -> impl Iterator<Item = &'a str> {
     let has = |(action, argument, value): &(&str, &'static str, &str)| {
         (*action == name && args[*argument] == *value).then_some(*argument)
     };
-    REACHING
-        .iter()
-        .filter_map(has)
-        .collect::<Vec<_>>()
-        .into_iter()
+    let is_there = |(action, argument): &(&str, &'static str)| {
+        (*action == name && !args[*argument].is_null()).then_some(*argument)
+    };
+    let reaching = REACHING.iter().filter_map(has);
+    let pointing = POINTING.iter().filter_map(is_there);
+    reaching.chain(pointing).collect::<Vec<_>>().into_iter()
 }
 
 /// The arguments that hold a secret, each once. Those of a chain's requests are the requests' own.

@@ -137,6 +137,9 @@ impl Args<'_> {
     pub(super) fn verify_backup(&self, args: &VerifyBackup) {
         self.database(&args.database);
         self.not_empty(&args.compare, &["compare".into()], "aspects to compare");
+        if let Some(from) = &args.from {
+            self.absolute(from, &["from".into()]);
+        }
         // A level that stands in the plan is reached, or it would promise what nothing proves.
         let is_named = self.reader.tree.get(self.args, "level").is_some();
         if is_named && args.reaches() < args.level {

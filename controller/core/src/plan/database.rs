@@ -76,6 +76,7 @@ struct Database<'a> {
 
 struct Backup<'a> {
     line: usize,
+    is_copied: bool,
     hosts: Option<&'a On>,
     /// The fence that was up, and has been since.
     fence: Option<usize>,
@@ -117,6 +118,7 @@ impl<'a> SoFar<'a> {
                 database.unproven = Some(step.node);
                 database.backup = Some(Backup {
                     line,
+                    is_copied: self.reader.tree.get(step.args, "copies").is_some(),
                     hosts,
                     fence: database.fence,
                     slow: None,
@@ -299,11 +301,23 @@ impl<'a> SoFar<'a> {
             let groups = on.groups.iter().map(|group| group.value.clone());
             groups.filter(|group| is_known(group)).collect()
         };
-        // One that names a directory finds a copy there.
+        let Some(backup) = self.backup(name) else {
+            return;
+        };
+        // One that names a directory finds a copy there, if there is one.
         if self.reader.tree.get(step.args, "from").is_some() {
+            if !backup.is_copied {
+                let line = backup.line;
+                let message = format!(
+                    "this looks for a copy, and the backup of `{name}` on line {line} has none"
+                );
+                let hint = "let its `copies` name the volume that these hosts have, too";
+                self.reader
+                    .warn(Code::ElsewhereLookedFor, step.node, message, hint);
+            }
             return;
         }
-        let (Some(backup), Some(hosts)) = (self.backup(name), hosts) else {
+        let Some(hosts) = hosts else {
             return;
         };
         let (made, asked) = (backup.hosts.map(groups).unwrap_or_default(), groups(hosts));
@@ -317,7 +331,13 @@ impl<'a> SoFar<'a> {
             made.join("`, `"),
             asked.join("`, `")
         );
-        let hint = format!("add `on: {}`", made[0]);
+        let hint = match step.action {
+            Some(Action::PostgresVerifyBackup(_)) => format!(
+                "add `on: {}`, or `from: DIRECTORY` with a copy that these hosts have",
+                made[0]
+            ),
+            _ => format!("add `on: {}`", made[0]),
+        };
         self.reader
             .warn(Code::ElsewhereLookedFor, step.node, message, &hint);
     }

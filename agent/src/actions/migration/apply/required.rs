@@ -1,12 +1,13 @@
 //! What a migration asks of its backup.
 
 use lockstep_proto::action::migration::RequiredBackup;
-use lockstep_proto::action::postgres::Level;
+use lockstep_proto::action::postgres::{Backup, Level, VerifyBackup};
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::stage::Stage;
-use super::stage::apply;
+use super::stage::{NEW, apply};
 use super::*;
+use crate::sql::cluster::{Bench, Cluster};
 
 const NULL: Value = Value::Null;
 
@@ -83,4 +84,34 @@ async fn a_migration_waits_for_no_less_than_the_level_and_age_it_asks_for() {
     let act = asking(Level::Read, minute);
     act.apply(&stage.cx(4, facts), &NULL).await.unwrap();
     assert_ne!(stage.revision().await, was);
+}
+
+#[tokio::test]
+async fn a_proof_by_a_copy_on_another_host_counts_as_one_of_the_hosts_own() {
+    let stage = Stage::new().await;
+    let volume = tempfile::tempdir().unwrap();
+    let from = volume.path().display().to_string();
+    let cx = stage.bench.cx(2, vec![]);
+    let rollout = cx.key.rollout.clone();
+    let args = json!({"database": "staff", "copies": [&from]});
+    let backup: Backup = serde_json::from_value(args).unwrap();
+    let mut facts = backup.apply(&cx, &NULL).await.unwrap().facts;
+    // On a host with a server of its own.
+    let other = Bench::on(Cluster::own()).await;
+    let mut cx = other.cx(3, facts.clone());
+    cx.key.rollout = rollout;
+    cx.key.host = "host-2".parse().unwrap();
+    let args = json!({"database": "staff", "from": &from});
+    let verify: VerifyBackup = serde_json::from_value(args).unwrap();
+    let asked = asking(Level::Equal, Some(Period::seconds(600)));
+    let without = asked.apply(&stage.cx(4, facts.clone()), &NULL).await;
+    assert_eq!(without.unwrap_err().cause, Cause::Refused);
+    facts.extend(verify.apply(&cx, &NULL).await.unwrap().facts);
+    let low = proven(&facts, Level::Read, None);
+    let low = asked.apply(&stage.cx(4, low), &NULL).await.unwrap_err();
+    assert!(low.message.contains("proven to level 2"), "{}", low.message);
+    let cx = stage.cx(4, facts.clone());
+    let before = asked.before(&cx).await.unwrap();
+    asked.apply(&cx, &before).await.unwrap();
+    assert_eq!(stage.revision().await, NEW);
 }

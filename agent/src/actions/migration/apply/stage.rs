@@ -147,6 +147,7 @@ impl Stage {
         let verify = VerifyBackup {
             database: "staff".into(),
             restore_into: RestoreInto::Scratch,
+            from: None,
             level: Level::Equal,
             compare: vec![Aspect::RowCounts],
             min_size: ByteSize(0),

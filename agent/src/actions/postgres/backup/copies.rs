@@ -17,7 +17,10 @@ use crate::step::{Context, hinted};
 
 /// A directory for copies is made by people: one that is missing may be a volume that is not
 /// mounted.
-pub(super) fn find_copy_directory(cx: &Context, directory: &Path) -> Result<Place, Failure> {
+pub(in crate::actions::postgres) fn find_copy_directory(
+    cx: &Context,
+    directory: &Path,
+) -> Result<Place, Failure> {
     let what = || format!("keep copies in {}", directory.display());
     match Place::find(&cx.config, directory) {
         Ok(place) if place.path().is_dir() => Ok(place),

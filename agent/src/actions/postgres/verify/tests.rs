@@ -15,6 +15,7 @@ pub(super) fn verify() -> VerifyBackup {
     VerifyBackup {
         database: "staff".into(),
         restore_into: RestoreInto::Scratch,
+        from: None,
         level: Level::Equal,
         compare: vec![Aspect::Schema, Aspect::RowCounts, Aspect::Checksums],
         min_size: ByteSize(0),

@@ -84,3 +84,20 @@ fn no_store_gets_a_backup_where_no_rule_lists_it() {
     let other = sent("https://evil.test/shop/v1/", "archive");
     assert!(policy(rule).check(&backup(&other)).is_err());
 }
+
+#[test]
+fn a_copy_is_restored_from_no_directory_that_no_rule_lists() {
+    let verify = |args: Value| action("postgres.verify_backup", args);
+    let own = verify(json!({"database": "shop"}));
+    let from = |path: &str| verify(json!({"database": "shop", "from": path}));
+    let open = policy("[[allow]]\naction = 'postgres.*'\nwhere = { database = ['shop'] }");
+    assert_eq!(open.check(&own), Ok(()));
+    let refusal = open.check(&from("/mnt/backups")).unwrap_err();
+    assert!(refusal.contains("from = [\"/mnt/backups\"]"), "{refusal}");
+    let listed = policy(
+        "[[allow]]\naction = 'postgres.verify_backup'\nwhere = { from = ['(default)', '/mnt/backups'] }",
+    );
+    assert_eq!(listed.check(&own), Ok(()));
+    assert_eq!(listed.check(&from("/mnt/backups")), Ok(()));
+    assert!(listed.check(&from("/tmp")).is_err());
+}

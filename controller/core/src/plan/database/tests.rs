@@ -189,6 +189,14 @@ fn a_backup_is_looked_for_where_it_was_made() {
     let restores = APPLY.replace("on: app", "undo_by: restore, on: app");
     assert_eq!(fenced(&restores), [(Code::ElsewhereLookedFor, 12)]);
     assert_eq!(fenced(&restores.replace("on: app", "on: db")), []);
+    // By a copy anywhere, if there is one.
+    let copied = |copies: &str| {
+        let backup = format!("      - postgres.backup: {{database: shop, on: db{copies}}}\n");
+        let verify = "      - postgres.verify_backup: {database: shop, from: /mnt, on: app}\n";
+        steps("", &format!("{backup}{verify}"))
+    };
+    assert_eq!(copied(", copies: [/backups]"), []);
+    assert_eq!(copied(""), [(Code::ElsewhereLookedFor, 10)]);
 }
 
 #[test]
