@@ -176,6 +176,25 @@ pub(crate) struct Postgres {
     /// Barman, if it keeps them.
     #[serde(default)]
     pub(crate) barman: Option<Barman>,
+    /// How the server is stopped and started, if a rollback may bring it back to a restore point.
+    #[serde(default)]
+    pub(crate) recover: Option<Recover>,
+}
+
+/// What a recovery of the whole server may do.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Recover {
+    /// The server's unit of systemd.
+    #[serde(default)]
+    pub(crate) unit: Option<String>,
+    /// Or its name among `[services]`, with the commands that start, stop and ask it.
+    #[serde(default)]
+    pub(crate) service: Option<String>,
+    /// Roles whose sessions may end with the server, such as that of the monitoring. Sessions of
+    /// others keep it from being stopped.
+    #[serde(default)]
+    pub(crate) sessions: Vec<String>,
 }
 
 /// pgBackRest, as it is set up on the host.

@@ -22,9 +22,11 @@ use crate::step::{Context, changed, failure};
 mod command;
 mod process;
 mod restart;
+mod switch;
 mod systemd;
 
 pub(crate) use process::supervise;
+pub(crate) use switch::Switch;
 
 /// What a service is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

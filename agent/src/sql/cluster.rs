@@ -18,6 +18,10 @@ use crate::process::User;
 use crate::step::Context;
 use crate::testing::Host;
 
+pub(crate) use archive::Archive;
+
+mod archive;
+
 static SHARED: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -31,70 +35,6 @@ pub(crate) struct Cluster {
     directory: tempfile::TempDir,
     /// Who keeps its log of changes, if anybody does.
     archive: Option<Archive>,
-}
-
-/// A backup system, really installed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Archive {
-    /// pgBackRest.
-    Pgbackrest,
-    /// Barman.
-    Barman,
-}
-
-impl Archive {
-    /// Where Debian's package puts it.
-    fn program(self) -> &'static str {
-        match self {
-            Self::Pgbackrest => "/usr/bin/pgbackrest",
-            Self::Barman => "/usr/bin/barman",
-        }
-    }
-
-    /// Its configuration for a server.
-    fn configuration(self, root: &str, port: u16) -> String {
-        match self {
-            Self::Pgbackrest => format!(
-                "[global]\nrepo1-path={root}/repository\nlog-path={root}\n\
-                 lock-path={root}/lock\nspool-path={root}/spool\nrepo1-retention-full=9\n\
-                 start-fast=y\n\
-                 [main]\npg1-path={root}/data\npg1-port={port}\npg1-socket-path={root}\n"
-            ),
-            Self::Barman => format!(
-                "[barman]\nbarman_user = {user}\nbarman_home = {root}/repository\n\
-                 log_file = {root}/barman.log\nconfiguration_files_directory = {root}/none\n\
-                 [main]\ndescription = main\nbackup_method = postgres\narchiver = on\n\
-                 immediate_checkpoint = true\npath_prefix = {bin}\n\
-                 conninfo = host={root} port={port} user=postgres dbname=postgres\n",
-                user = if rustix::process::geteuid().is_root() {
-                    "postgres".to_owned()
-                } else {
-                    User::current().unwrap().name
-                },
-                bin = bin_dir().display()
-            ),
-        }
-    }
-
-    /// What the server runs for each file of its log.
-    fn command(self, root: &str) -> String {
-        match self {
-            Self::Pgbackrest => format!(
-                "{} --config={root}/archive.conf --stanza=main archive-push %p",
-                self.program()
-            ),
-            Self::Barman => format!("/bin/cp %p {root}/repository/main/incoming/%f"),
-        }
-    }
-
-    /// What is done once when the server runs.
-    fn setup(self, conf: &str) -> Vec<String> {
-        let words = match self {
-            Self::Pgbackrest => format!("--config={conf} --stanza=main stanza-create"),
-            Self::Barman => format!("-c {conf} switch-wal --force --archive main"),
-        };
-        words.split(' ').map(str::to_owned).collect()
-    }
 }
 
 impl Cluster {
@@ -219,6 +159,46 @@ impl Cluster {
         })
     }
 
+    /// The server's service, where it may be recovered.
+    fn recover(&self) -> Option<config::Recover> {
+        (self.archive == Some(Archive::Pgbackrest)).then(|| config::Recover {
+            service: Some("server".into()),
+            ..config::Recover::default()
+        })
+    }
+
+    /// The commands that stop, start and ask it.
+    fn service(&self) -> config::Service {
+        let (root, data) = (self.directory(), self.data());
+        let options = settings(root, self.port).join(" -c ");
+        let argv = |args: &[&str]| {
+            let program = bin_dir().join("pg_ctl");
+            let words = [
+                &program.display().to_string(),
+                "-D",
+                &data.display().to_string(),
+                "-w",
+            ];
+            let words = words.iter().chain(args);
+            words.map(|&word| word.to_owned()).collect()
+        };
+        // The other one is whoever's the test runs as.
+        let log = root.join("log.of-service").display().to_string();
+        config::Service {
+            dir: Some("/".into()),
+            user: server_user(),
+            start: argv(&["-l", &log, "-o", &format!("-c {options}"), "start"]),
+            stop: argv(&["-m", "fast", "stop"]),
+            status: argv(&["status"]),
+            ..config::Service::default()
+        }
+    }
+
+    /// The server's files.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.directory().join("data")
+    }
+
     /// Gives the data of a stopped server another name.
     pub(crate) fn put_data_aside(&self) {
         let data = self.directory().join("data");
@@ -250,7 +230,23 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.stop();
+        // One that its service has started is not our child.
+        if self.data().join("postmaster.pid").exists() {
+            let stop = self.service().stop;
+            let _ = as_server(&stop[0]).args(&stop[1..]).output();
+        }
     }
+}
+
+/// What the server is told when it starts.
+fn settings(root: &Path, port: u16) -> Vec<String> {
+    vec![
+        "listen_addresses=127.0.0.1".to_owned(),
+        format!("port={port}"),
+        format!("unix_socket_directories={}", root.display()),
+        "fsync=off".to_owned(),
+        "max_connections=60".to_owned(),
+    ]
 }
 
 /// Who the server's programs run as, if not as whoever the test runs as.
@@ -264,13 +260,10 @@ fn server_user() -> Option<String> {
 fn launch(root: &Path, port: u16, archive: Option<Archive>) -> Child {
     let data = root.join("data");
     let mut server = server_program("postgres");
-    server
-        .arg("-D")
-        .arg(&data)
-        .args(["-c", "listen_addresses=127.0.0.1"])
-        .args(["-c", &format!("port={port}")])
-        .args(["-c", &format!("unix_socket_directories={}", root.display())])
-        .args(["-c", "fsync=off", "-c", "max_connections=60"]);
+    server.arg("-D").arg(&data);
+    for setting in settings(root, port) {
+        server.args(["-c", &setting]);
+    }
     if let Some(archive) = archive {
         // In the file, for tests that change it.
         let file = data.join("postgresql.auto.conf");
@@ -373,6 +366,7 @@ impl Bench {
             backup_dir: None,
             pgbackrest: cluster.pgbackrest(),
             barman: cluster.barman(),
+            recover: cluster.recover(),
         };
         let (owner, app) = (format!("{name}_owner"), format!("{name}_app"));
         let sections = [
@@ -385,6 +379,10 @@ impl Bench {
             .into_iter()
             .map(|(name, config)| (name.to_owned(), config))
             .collect();
+        if let Some(recover) = cluster.recover() {
+            let name = recover.service.expect("it has one");
+            host.config.services.insert(name, cluster.service());
+        }
         let mut rollout = [0; 6];
         rollout[..4].copy_from_slice(&std::process::id().to_be_bytes());
         rollout[4..].copy_from_slice(&u16::try_from(number).unwrap().to_be_bytes());

@@ -5,6 +5,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lockstep_proto::action::migration::UndoBy;
 use lockstep_proto::action::{Action, Class};
 use lockstep_proto::ids::{Direction, StepKey};
 use lockstep_proto::report::{Cause, Failure, StepOutcome};
@@ -22,6 +23,9 @@ use crate::identity::boot_id;
 /// Beyond the deadline: programs end at the deadline by themselves, first politely, and their
 /// own account of it is better than ours.
 const LAST_WORDS: Duration = Duration::from_secs(15);
+
+/// How long a database's server that was stopped may take to be started again, in all.
+const SERVER_STARTED: Duration = Duration::from_mins(3);
 
 /// How often the cancel file is looked for. A signal is faster; the file outlives a race with the
 /// process's start.
@@ -102,9 +106,16 @@ pub(crate) async fn perform(
             () = asked => {}
         }
         context.stop.cancel();
-        // It first removes what it created: nobody else does.
-        if matches!(job.action, Action::CheckHttp(_)) {
-            sleep(LAST_WORDS).await;
+        match &job.action {
+            // It first removes what it created: nobody else does.
+            Action::CheckHttp(_) => sleep(LAST_WORDS).await,
+            // It first starts the server that it has stopped.
+            Action::MigrationApply(act)
+                if act.undo_by == UndoBy::Recover && job.key.direction == Direction::Undo =>
+            {
+                sleep(SERVER_STARTED).await;
+            }
+            _ => {}
         }
     };
     let changes = job.action.info().class != Class::Observing;

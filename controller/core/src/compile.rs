@@ -261,6 +261,8 @@ pub fn default_timeout(action: &Action) -> Period {
         | Action::PostgresUnfence(_)
         | Action::PostgresIntegrity(_)
         | Action::PostgresAnalyze(_) => HOUR,
+        // Each row of the server is read once.
+        Action::PostgresRestorePoint(args) if args.recoverable => plus(args.archived_within, 3600),
         Action::PostgresRestorePoint(args) => plus(args.archived_within, 60),
         // A whole server may be large.
         Action::PostgresExternalBackup(_) => Period::seconds(4 * 3600),
@@ -271,6 +273,10 @@ pub fn default_timeout(action: &Action) -> Period {
         // Its way back is that of `postgres.restore`.
         Action::MigrationApply(args) if args.undo_by == UndoBy::Restore => {
             HOUR.max(plus(args.statement_timeout, 300))
+        }
+        // And its way back that of a whole server.
+        Action::MigrationApply(args) if args.undo_by == UndoBy::Recover => {
+            Period::seconds(4 * 3600).max(plus(args.statement_timeout, 300))
         }
         Action::MigrationApply(args) => plus(args.statement_timeout, 300),
         // Restoring and looking take as long as anywhere; the migration comes on top, there and back.

@@ -85,6 +85,10 @@ pub enum UndoBy {
     /// The rollout's backup goes into a new database, which takes the old one's name; the old one
     /// is kept. Only while the fence has held since the backup, and only on the host that has it.
     Restore,
+    /// The whole server goes back to the rollout's `postgres.restore_point`, through pgBackRest, and
+    /// with it all of its databases; the files of before are kept. Only while the fence has held since
+    /// the point, only if nothing was written to the other databases, and only on the server's host.
+    Recover,
 }
 
 /// Arguments of `migration.current`.

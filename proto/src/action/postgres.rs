@@ -231,6 +231,10 @@ pub struct RestorePoint {
     /// How long the log up to the point may take to be archived. Default: 5m.
     #[serde(default = "archived_within")]
     pub archived_within: Period,
+    /// Count the rows of all databases of the server, so that a later `undo_by: recover` can tell
+    /// whether anything was written to them since. Default: no.
+    #[serde(default, skip_serializing_if = "super::is_default")]
+    pub recoverable: bool,
 }
 
 /// A system of physical backups.

@@ -1,7 +1,7 @@
 //! `migration.apply` and `migration.downgrade`.
 
 use lockstep_proto::action::migration::{Apply, Downgrade, ProvenBackup, Tool, UndoBy};
-use lockstep_proto::ids::Digest;
+use lockstep_proto::ids::{Digest, Direction};
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use super::guard::{self, shown};
 use super::source::Source;
 use super::tools::{Limits, Migrator, Way, revision};
 use super::{kept, returns, run, undo};
-use crate::actions::postgres::{guarded, restore};
+use crate::actions::postgres::{guarded, recover, restore};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session};
 use crate::step::{Context, changed, hinted};
@@ -82,6 +82,10 @@ pub(super) fn done(database: &str, from: &str, to: &str, changed: bool) -> Done 
 
 impl Act for Apply {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
+        if cx.key.direction == Direction::Undo && self.undo_by == UndoBy::Recover {
+            // The server may be down.
+            return recover::probe(cx, &self.database).await;
+        }
         where_it_is(cx, self.into(), &self.to, self.describe()).await
     }
 
@@ -110,8 +114,10 @@ impl Act for Apply {
             lock: self.lock_timeout,
             statement: self.statement_timeout,
         };
-        if self.undo_by == UndoBy::Restore {
-            restore::is_at_hand(cx, &self.database)?;
+        match self.undo_by {
+            UndoBy::Restore => restore::is_at_hand(cx, &self.database)?,
+            UndoBy::Recover => recover::is_at_hand(cx, &session, &self.database).await?,
+            UndoBy::Downgrade | UndoBy::Keep => {}
         }
         let keeps = self.undo_by == UndoBy::Keep;
         kept::begin(cx, &session, keeps).await?;
@@ -125,11 +131,12 @@ impl Act for Apply {
         if let Some(beyond) = beyond {
             return Err(ended(cx, &session, (self.tool, &from), beyond).await);
         }
-        let count = self.undo_by == UndoBy::Restore
-            && returns::open_since_backup(cx, &session, &self.database)
-                .await
-                .map_err(changed)?
-                .is_none();
+        let open = match self.undo_by {
+            UndoBy::Restore => returns::open_since_backup(cx, &session, &self.database).await,
+            UndoBy::Recover => recover::open_since_point(cx, &session, &self.database).await,
+            UndoBy::Downgrade | UndoBy::Keep => Ok(Some(String::new())),
+        };
+        let count = open.map_err(changed)?.is_none();
         kept::end(cx, &session, keeps || count)
             .await
             .map_err(changed)?;
@@ -280,6 +287,8 @@ impl Act for Downgrade {
 
 #[cfg(test)]
 mod cut_off;
+#[cfg(test)]
+mod recoveries;
 #[cfg(test)]
 mod rehearsals;
 #[cfg(test)]

@@ -131,13 +131,18 @@ async fn check_age(
 /// A session that holds the right to migrate its database, for as long as it lives. It stays
 /// outside of transactions: building an index concurrently would wait for them.
 pub(super) async fn lock(cx: &Context, database: &Database) -> Result<Session, Failure> {
-    let what = "reaching for the right to migrate";
     let session = database.connect(cx).await?;
     session.end_left_over(cx).await?;
+    take(&session, &database.name).await.map(|()| session)
+}
+
+/// Gives a session the right to migrate its database, or fails with the name of who has it.
+pub(super) async fn take(session: &Session, name: &str) -> Result<(), Failure> {
+    let what = "reaching for the right to migrate";
     let sql = "SELECT pg_try_advisory_lock(hashtext('lockstep.migrate'), \
                hashtext(current_database()))";
     if session.one(what, sql, &[]).await?.get(0) {
-        return Ok(session);
+        return Ok(());
     }
     let holder = "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
                   WHERE l.locktype = 'advisory' AND l.granted AND l.database = \
@@ -147,7 +152,7 @@ pub(super) async fn lock(cx: &Context, database: &Database) -> Result<Session, F
     let holder = holder.first().map_or("another session", |row| row.get(0));
     Err(hinted(
         Cause::Step,
-        format!("`{}` is being migrated by {holder}", database.name),
+        format!("`{name}` is being migrated by {holder}"),
         "wait until it has ended; nothing was changed",
     ))
 }

@@ -7,6 +7,8 @@
 //! downgrade   the fence has held since the backup; or a fence is up again, and nothing of what
 //!             goes was written since the migration was through; and it holds until all is down
 //! restore     the fence has held since the backup (`postgres::restore`)
+//! recover     the same since the restore point, and nothing was written elsewhere on the server
+//!             (`postgres::recover`)
 //! otherwise   a person has accepted what is lost, as it was shown (`actions::loss`)
 //! ```
 

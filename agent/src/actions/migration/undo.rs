@@ -12,15 +12,17 @@ use super::returns::Behind;
 use super::tools::{self, Limits, Migrator, Way, revision};
 use super::{returns, run};
 use crate::actions::Done;
-use crate::actions::postgres::restore;
+use crate::actions::postgres::{recover, restore};
 use crate::sql::{Database, Session};
 use crate::step::{Context, changed, failure, hinted};
 
 /// Goes back to what was recorded, or stays, by the plan's rule.
 pub(super) async fn apply(act: &Apply, cx: &Context, before: &Value) -> Result<Done, Failure> {
     let to = recorded(before)?;
-    if act.undo_by == UndoBy::Restore {
-        return Box::pin(bring_back(act, cx, to)).await;
+    match act.undo_by {
+        UndoBy::Restore => return Box::pin(bring_back(act, cx, to)).await,
+        UndoBy::Recover => return Box::pin(recovered(act, cx, to)).await,
+        UndoBy::Downgrade | UndoBy::Keep => {}
     }
     let database = Database::migrating(cx, &act.database)?;
     let session = guard::lock(cx, &database).await?;
@@ -122,6 +124,49 @@ async fn bring_back(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure
     done.summary = format!("`{name}` is restored from its backup; the old one is kept as {old}");
     done.facts.push(kept(old));
     done.facts.extend(accepted);
+    Ok(done)
+}
+
+/// Brings the whole server back to the rollout's restore point, unless nothing was migrated.
+async fn recovered(act: &Apply, cx: &Context, to: &str) -> Result<Done, Failure> {
+    let name = &act.database;
+    // One transaction has left nothing if it did not write the revision.
+    let in_parts = run::some_went_in_parts(cx)?;
+    let since = Kept::of(cx)?.baseline();
+    let from = std::cell::RefCell::new(None);
+    let stays = async |session: &Session| {
+        guard::take(session, name).await?;
+        let now = revision(session, act.tool).await?;
+        let stays = now == to && !in_parts;
+        from.replace(Some(now));
+        Ok(stays)
+    };
+    let recovered = recover::recover(cx, name, since.as_ref(), stays).await?;
+    let from = from.into_inner();
+    let Some(recovered) = recovered else {
+        return Ok(done(name, to, to, false));
+    };
+    let now = revision(&recovered.session, act.tool)
+        .await
+        .map_err(changed)?;
+    if now != to {
+        let message = format!(
+            "the server of `{name}` is back at {}, but `{name}` is at {} there, and was at {} before \
+             the step",
+            recovered.point,
+            shown(&now),
+            shown(to)
+        );
+        return Err(changed(failure(Cause::Step, message)));
+    }
+    // What it was at, an attempt that was cut off has seen.
+    let from = from.unwrap_or_else(|| to.to_owned());
+    let mut done = done(name, &from, to, true);
+    done.summary = format!(
+        "`{name}` and all databases of its server are back at the restore point {}",
+        recovered.point
+    );
+    done.facts.extend(recovered.facts);
     Ok(done)
 }
 

@@ -26,6 +26,7 @@ mod manifest;
 pub(crate) mod measure;
 mod pgbackrest;
 mod points;
+pub(crate) mod recover;
 pub(crate) mod restore;
 mod scratch;
 mod tools;

@@ -2,6 +2,7 @@
 //! backups counts, not its exit code alone.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use lockstep_proto::action::postgres::Kind;
@@ -10,6 +11,7 @@ use lockstep_proto::report::{Cause, Failure};
 use serde::Deserialize;
 
 use super::external::Taken;
+use super::recover::position;
 use crate::config;
 use crate::process::{Ended, Program};
 use crate::sql::Database;
@@ -43,10 +45,11 @@ struct Listed {
     #[serde(default)]
     annotation: BTreeMap<String, String>,
     lsn: Option<Log>,
+    archive: Option<Log>,
     info: Info,
 }
 
-/// Where the server's log of changes was.
+/// Where the server's log of changes was: places in it, or its files.
 #[derive(Debug, Clone, Deserialize)]
 struct Log {
     start: String,
@@ -63,7 +66,16 @@ struct Stanza {
     name: String,
     #[serde(default)]
     backup: Vec<Listed>,
+    #[serde(default)]
+    db: Vec<Server>,
     status: Status,
+}
+
+/// A server whose backups a stanza has.
+#[derive(Debug, Deserialize)]
+struct Server {
+    #[serde(rename = "system-id")]
+    system: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,6 +156,10 @@ impl<'a> Pgbackrest<'a> {
 
     /// What it has, oldest first.
     async fn backups(&self) -> Result<Vec<Listed>, Failure> {
+        Ok(self.stanza().await?.backup)
+    }
+
+    async fn stanza(&self) -> Result<Stanza, Failure> {
         let program = Program {
             timeout: Some(LIST),
             ..self.program(&["--output=json", "info"])
@@ -167,7 +183,7 @@ impl<'a> Pgbackrest<'a> {
         if !USABLE.contains(&found.status.code) {
             return Err(unread(&found.status.message));
         }
-        Ok(found.backup)
+        Ok(found)
     }
 
     /// Has a backup taken, under the attempt's key.
@@ -228,6 +244,71 @@ impl<'a> Pgbackrest<'a> {
         Err(hinted(Cause::Step, message, hint))
     }
 
+    /// The newest sound backup from which a place in the log can be reached, on the timeline that
+    /// the place is on; `None` if there is none. Refuses if the stanza is another server's.
+    pub(super) async fn base_of(
+        &self,
+        system: u64,
+        timeline: u32,
+        place: u64,
+    ) -> Result<Option<String>, Failure> {
+        let stanza = self.stanza().await?;
+        if stanza.db.last().is_some_and(|of| of.system != system) {
+            return Err(hinted(
+                Cause::Host,
+                format!(
+                    "pgBackRest's stanza {} is another server's than the one of this database",
+                    self.settings.stanza
+                ),
+                "correct the section's `stanza`",
+            ));
+        }
+        let reaches = |backup: &&Listed| {
+            let end = backup.lsn.as_ref().and_then(|log| position(&log.stop));
+            let file = backup.archive.as_ref().map(|files| files.stop.as_str());
+            let on = file.and_then(|file| u32::from_str_radix(file.get(..8)?, 16).ok());
+            !backup.error && end.is_some_and(|end| end <= place) && on == Some(timeline)
+        };
+        let found = stanza.backup.iter().rev().find(reaches);
+        Ok(found.map(|backup| backup.label.clone()))
+    }
+
+    /// Who it runs as, if not as whoever the agent runs as.
+    pub(super) fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// Restores a backup into an empty directory, to be recovered from there.
+    pub(super) async fn restore_into(&self, directory: &Path, base: &str) -> Result<(), Failure> {
+        let to = format!("--pg1-path={}", directory.display());
+        let set = format!("--set={base}");
+        // Where the recovery ends, the server's configuration says.
+        self.run(&[&to, &set, "--type=default", "restore"])
+            .await
+            .map(drop)
+    }
+
+    /// The command with which a server fetches its log, as its configuration has it.
+    pub(super) fn fetch_command(&self) -> String {
+        let words = self.argv().into_iter().map(|word| shell_word(&word));
+        let words: Vec<String> = words.collect();
+        format!(
+            "{} archive-get %f \"%p\"",
+            words.join(" ").replace('%', "%%")
+        )
+    }
+
+    /// The command that takes a server that was recovered forward again, to a moment on the
+    /// timeline that it has left.
+    pub(super) fn forward_command(&self, point: &str, timeline: u32) -> String {
+        let mut argv = self.argv();
+        argv.extend(["--delta", "--type=name", "--target-action=promote"].map(str::to_owned));
+        argv.push(format!("--target-timeline={timeline}"));
+        argv.push(format!("--target={point}"));
+        argv.push("restore".to_owned());
+        argv.join(" ")
+    }
+
     /// The command that brings the server back to a named moment.
     pub(super) fn restore_command(&self, point: &str) -> String {
         let mut argv = self.argv();
@@ -235,5 +316,25 @@ impl<'a> Pgbackrest<'a> {
         argv.push(format!("--target={point}"));
         argv.push("restore".to_owned());
         argv.join(" ")
+    }
+}
+
+/// A word as a shell reads it.
+fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=/.,:+@".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_for_a_shell_where_they_must_be() {
+        assert_eq!(shell_word("--stanza=main"), "--stanza=main");
+        assert_eq!(shell_word("a b'c"), "'a b'\\''c'");
     }
 }

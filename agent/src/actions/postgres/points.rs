@@ -1,8 +1,9 @@
 //! `postgres.restore_point`: a name in the server's log of changes. With a physical backup from
 //! before it, and the log that is archived, the whole server can be brought back to that moment.
 //!
-//! Nobody does so by himself: all databases of the server would go back. The step says which
-//! command does it.
+//! All databases of the server go back, so a rollback does it by itself only where a migration's
+//! `undo_by: recover` says so, and [`recover`] finds that nothing would be lost. Otherwise a person
+//! does: the step says by which command.
 
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ use tokio::time::Instant;
 
 use super::barman::Barman;
 use super::pgbackrest::Pgbackrest;
+use super::recover;
 use crate::actions::{Act, Done, Probe};
 use crate::sql::{Database, Session};
-use crate::step::{Context, hinted};
+use crate::step::{Context, changed, hinted};
 
 /// How often is asked how far the archive is.
 const LOOK: Duration = Duration::from_millis(200);
@@ -43,9 +45,18 @@ impl Act for RestorePoint {
         session.end_left_over(cx).await?;
         check_archiving(&session).await?;
         let way_back = WayBack::find(cx, &database).await?;
+        let draft = if self.recoverable {
+            Some(recover::draft(cx, &session, &database).await?)
+        } else {
+            None
+        };
         let name = name(cx);
-        let point = create(&session, &name).await?;
-        wait_for_archive(cx, &session, &point, self.archived_within.to_std()).await?;
+        let within = self.archived_within.to_std();
+        let point = archived_point(cx, &session, &name, within).await?;
+        if let Some(draft) = draft {
+            let kept = draft.keep(cx, &self.database, &name, &point.lsn, point.taken_at);
+            kept.map_err(changed)?;
+        }
         let summary = format!("{name} at {} is archived in {}", point.lsn, point.file);
         let mut facts = vec![Fact::RestorePoint {
             database: self.database.clone(),
@@ -160,11 +171,23 @@ async fn check_archiving(session: &Session) -> Result<(), Failure> {
 }
 
 /// A point that was made.
-struct Point {
-    lsn: String,
+pub(super) struct Point {
+    pub(super) lsn: String,
     /// The file of the log that holds it.
     file: String,
     taken_at: Timestamp,
+}
+
+/// Makes a point, and waits until the log up to it is archived.
+pub(super) async fn archived_point(
+    cx: &Context,
+    session: &Session,
+    name: &str,
+    within: Duration,
+) -> Result<Point, Failure> {
+    let point = create(session, name).await?;
+    wait_for_archive(cx, session, &point, within).await?;
+    Ok(point)
 }
 
 async fn create(session: &Session, name: &str) -> Result<Point, Failure> {

@@ -174,6 +174,18 @@ impl ToolVersion {
     }
 }
 
+/// A program that comes with the server itself.
+pub(super) fn of_server(database: &Database, major: u32, name: &str) -> String {
+    let own = Path::new(VERSIONS).join(major.to_string()).join("bin");
+    let bin = database.config.bin_dir.clone().unwrap_or(own);
+    let path = bin.join(name);
+    if path.exists() {
+        path.display().to_string()
+    } else {
+        name.to_owned()
+    }
+}
+
 /// The newest installed version that is not older than the server.
 fn newest(versions: &Path, major: u32) -> Option<PathBuf> {
     let entries = std::fs::read_dir(versions).into_iter().flatten().flatten();

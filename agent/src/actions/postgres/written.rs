@@ -49,6 +49,30 @@ const DATA: &str = "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
      OR NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass \
      AND d.objid = c.oid AND d.deptype = 'e'))";
 
+/// Tables in the files of a database that hold what somebody has said: not statistics, which the
+/// server gathers by itself, and not large objects, which are counted apart.
+const FILES: &str = "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+     WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u') AND NOT c.relisshared \
+     AND c.oid <> ALL (ARRAY['pg_statistic', 'pg_statistic_ext_data', 'pg_largeobject', \
+     'pg_largeobject_metadata']::regclass[])";
+
+/// Tables that all databases of a server share, and which of their rows `t` are not those of the
+/// session's own database.
+const SHARED: [(&str, &str); 9] = [
+    ("pg_database", "t.datname <> current_database()"),
+    (
+        "pg_db_role_setting",
+        "t.setdatabase <> (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())",
+    ),
+    ("pg_authid", "true"),
+    ("pg_auth_members", "true"),
+    ("pg_tablespace", "true"),
+    ("pg_shseclabel", "true"),
+    ("pg_parameter_acl", "true"),
+    ("pg_subscription", "true"),
+    ("pg_replication_origin", "true"),
+];
+
 /// A moment in a database's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Moment {
@@ -73,6 +97,14 @@ pub(crate) async fn moment(session: &Session) -> Result<Option<Moment>, Failure>
     let xid: i64 = session.one("asking for the moment", sql, &[]).await?.get(0);
     let xid = xid.unsigned_abs();
     Ok(Some(Moment { xid }))
+}
+
+/// This moment on the whole server: nothing of its transaction is in any database.
+pub(crate) async fn moment_of_server(session: &Session) -> Result<Moment, Failure> {
+    let sql = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8";
+    let xid: i64 = session.one("asking for the moment", sql, &[]).await?.get(0);
+    let xid = xid.unsigned_abs();
+    Ok(Moment { xid })
 }
 
 /// A column, as far as it matters for who reads and writes it.
@@ -112,6 +144,9 @@ pub(crate) async fn columns(session: &Session) -> Result<Columns, Failure> {
 pub(crate) enum Which {
     /// All of every table.
     All,
+    /// The same, and all else that the database's files hold: the tables of migration tools, of
+    /// extensions and of the catalogue, so that a change of the schema shows, too.
+    Files,
     /// Those of some tables that hold a value in one of these columns; of a table without columns,
     /// all.
     Of(BTreeMap<String, BTreeSet<String>>),
@@ -136,6 +171,14 @@ pub(crate) struct Written {
 }
 
 impl Written {
+    /// Nothing yet, on a server whose next transaction this is.
+    fn at(next: Option<i64>) -> Self {
+        Self {
+            tables: BTreeMap::new(),
+            at_most: next.is_some_and(|next| next > i64::from(u32::MAX)),
+        }
+    }
+
     /// What would be lost, table by table, in words: nothing means nothing. What cannot be counted
     /// may be lost.
     pub(crate) fn lines(&self) -> Vec<String> {
@@ -228,12 +271,49 @@ pub(crate) async fn since(
     ended.map(|()| counted)
 }
 
-async fn inside(
+/// Counts what was written since to the tables that all databases share: databases, roles, their
+/// settings. What is of the session's own database is left out.
+pub(crate) async fn since_in_shared(session: &Session, moment: Moment) -> Result<Written, Failure> {
+    let what = "counting what was written for the whole server";
+    let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+    session.run(what, begin).await?;
+    let counted = inside_shared(session, what, moment).await;
+    let ended = session.run(what, "ROLLBACK").await;
+    let counted = counted?;
+    ended.map(|()| counted)
+}
+
+async fn inside_shared(session: &Session, what: &str, moment: Moment) -> Result<Written, Failure> {
+    let (next, is_new) = newness(session, what, Some(moment)).await?;
+    let mut written = Written::at(next);
+    for (name, others) in SHARED {
+        let sql = "SELECT to_regclass('pg_catalog.' || $1) IS NOT NULL";
+        if !session.one(what, sql, &[&name]).await?.get::<_, bool>(0) {
+            // Servers of earlier versions do not have it.
+            continue;
+        }
+        let count = match &is_new {
+            Ok(is_new) => {
+                let sql = format!(
+                    "SELECT count(*), count(*) FILTER (WHERE {is_new}) FROM pg_catalog.{name} t \
+                     WHERE {others}"
+                );
+                count(session, name, &sql).await?
+            }
+            Err(why) => Err(why.clone()),
+        };
+        written.tables.insert(name.to_owned(), count);
+    }
+    Ok(written)
+}
+
+/// The server's next transaction, and the condition for a row `t` that was written since a moment,
+/// or why there is none.
+async fn newness(
     session: &Session,
     what: &str,
     moment: Option<Moment>,
-    which: &Which,
-) -> Result<Written, Failure> {
+) -> Result<(Option<i64>, Result<String, String>), Failure> {
     let next = if session.version < READABLE {
         None
     } else {
@@ -249,25 +329,33 @@ async fn inside(
         (Some(_), None) => Err("the moment was not recorded".to_owned()),
         (None, _) => Err("the server is older than PostgreSQL 13".to_owned()),
     };
-    let mut written = Written {
-        tables: BTreeMap::new(),
-        at_most: next.is_some_and(|next| next > i64::from(u32::MAX)),
-    };
+    Ok((next, is_new))
+}
+
+async fn inside(
+    session: &Session,
+    what: &str,
+    moment: Option<Moment>,
+    which: &Which,
+) -> Result<Written, Failure> {
+    let (next, is_new) = newness(session, what, moment).await?;
+    let mut written = Written::at(next);
     // What is taken of a parent is taken of its children.
     let which = match which {
         Which::Of(some) if any_is_inherited(session, some).await? => &Which::All,
         which => which,
     };
+    let tables = if *which == Which::Files { FILES } else { DATA };
     let sql = format!(
-        "SELECT {TABLE_NAME}, format('%I.%I', n.nspname, c.relname), c.relname::text FROM {DATA}"
+        "SELECT {TABLE_NAME}, format('%I.%I', n.nspname, c.relname), c.relname::text FROM {tables}"
     );
     for table in session.query(what, &sql, &[]).await? {
         let (name, full, bare): (String, &str, &str) = (table.get(0), table.get(1), table.get(2));
-        if LEDGERS.contains(&bare) {
+        if *which != Which::Files && LEDGERS.contains(&bare) {
             continue;
         }
         let columns = match which {
-            Which::All => None,
+            Which::All | Which::Files => None,
             Which::Of(some) => match some.get(&name) {
                 Some(columns) => Some(columns),
                 None => continue,
@@ -360,7 +448,7 @@ async fn large_objects(
     which: &Which,
     is_new: &Result<String, String>,
 ) -> Result<Option<Result<Count, String>>, Failure> {
-    if *which != Which::All {
+    if matches!(which, Which::Of(_)) {
         return Ok(None);
     }
     let what = "counting large objects";

@@ -272,9 +272,11 @@ const POINTING: [(&str, &str); 1] = [("postgres.verify_backup", "from")];
 
 /// Values with which an action does what another one is for: a rule that says nothing of them does
 /// not mean them.
-const REACHING: [(&str, &str, &str); 2] = [
+const REACHING: [(&str, &str, &str); 3] = [
     // It puts another database into the place of this one.
     ("migration.apply", "undo_by", "restore"),
+    // It stops the server, and takes all of its databases back.
+    ("migration.apply", "undo_by", "recover"),
     // It ends other people's sessions.
     ("migration.apply", "on_long_tx", "end"),
 ];

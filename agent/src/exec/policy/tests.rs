@@ -21,7 +21,11 @@ fn what_reaches_further_than_its_name_is_listed_or_refused() {
     };
     let plain = policy("[[allow]]\naction = 'migration.*'\nwhere = { database = ['shop'] }");
     plain.check(&apply(json!({"undo_by": "keep"}))).unwrap();
-    for (argument, value) in [("undo_by", "restore"), ("on_long_tx", "end")] {
+    for (argument, value) in [
+        ("undo_by", "restore"),
+        ("undo_by", "recover"),
+        ("on_long_tx", "end"),
+    ] {
         let reaching = apply(json!({argument: value}));
         let refusal = plain.check(&reaching).unwrap_err();
         assert!(refusal.contains("must be listed"), "{refusal}");

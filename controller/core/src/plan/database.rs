@@ -16,6 +16,7 @@ use super::finding::Code;
 use super::node::NodeId;
 use super::reader::Reader;
 
+mod points;
 mod queries;
 mod tools;
 
@@ -66,6 +67,8 @@ struct Database<'a> {
     unproven: Option<NodeId>,
     /// The line of the newest look at all that it holds, and the fence that has been up since.
     looked: Option<(usize, Option<usize>)>,
+    /// The newest restore point.
+    point: Option<points::Point<'a>>,
     /// The fence that is up, by the line that raised it.
     fence: Option<usize>,
     /// The phase whose beginning lowers it.
@@ -138,6 +141,15 @@ impl<'a> SoFar<'a> {
                 self.same_host(step, &args.database, hosts);
                 self.back(step, line, &args.database);
             }
+            Action::PostgresRestorePoint(args) => {
+                let database = self.databases.entry(&args.database).or_default();
+                database.point = Some(points::Point {
+                    line,
+                    hosts,
+                    recoverable: args.recoverable,
+                    fence: database.fence,
+                });
+            }
             Action::PostgresIntegrity(args) => {
                 let database = self.databases.entry(&args.database).or_default();
                 database.looked = Some((line, database.fence));
@@ -151,8 +163,10 @@ impl<'a> SoFar<'a> {
                 self.activated.push((&args.app, &args.release, line));
             }
             Action::MigrationApply(args) => {
-                if args.undo_by == UndoBy::Restore {
-                    self.same_host(step, &args.database, hosts);
+                match args.undo_by {
+                    UndoBy::Restore => self.same_host(step, &args.database, hosts),
+                    UndoBy::Recover => self.recovery(step, &args.database, hosts),
+                    UndoBy::Downgrade | UndoBy::Keep => {}
                 }
                 self.code_first(step, &args.app, &args.release);
                 self.applied.push((&args.database, &args.release, line));
@@ -297,16 +311,9 @@ impl<'a> SoFar<'a> {
 
     /// A backup that is looked for on hosts that have not made it.
     fn same_host(&self, step: &DraftStep, name: &str, hosts: Option<&On>) {
-        let groups = |on: &On| -> Vec<String> {
-            let groups = on.groups.iter().map(|group| group.value.clone());
-            groups.filter(|group| is_known(group)).collect()
-        };
-        let Some(backup) = self.backup(name) else {
-            return;
-        };
         // One that names a directory finds a copy there, if there is one.
         if self.reader.tree.get(step.args, "from").is_some() {
-            if !backup.is_copied {
+            if let Some(backup) = self.backup(name).filter(|backup| !backup.is_copied) {
                 let line = backup.line;
                 let message = format!(
                     "this looks for a copy, and the backup of `{name}` on line {line} has none"
@@ -317,17 +324,31 @@ impl<'a> SoFar<'a> {
             }
             return;
         }
-        let Some(hosts) = hosts else {
-            return;
+        if let Some(backup) = self.backup(name) {
+            self.elsewhere(step, ("backup", name), (backup.line, backup.hosts), hosts);
+        }
+    }
+
+    /// What is looked for on hosts that have not made it.
+    fn elsewhere(
+        &self,
+        step: &DraftStep,
+        (what, name): (&str, &str),
+        (line, made): (usize, Option<&On>),
+        asked: Option<&On>,
+    ) {
+        let groups = |on: Option<&On>| -> Vec<String> {
+            let groups = on.iter().flat_map(|on| &on.groups);
+            let groups = groups.map(|group| group.value.clone());
+            groups.filter(|group| is_known(group)).collect()
         };
-        let (made, asked) = (backup.hosts.map(groups).unwrap_or_default(), groups(hosts));
+        let (made, asked) = (groups(made), groups(asked));
         if made.is_empty() || asked.is_empty() || made.iter().any(|group| asked.contains(group)) {
             return;
         }
         let message = format!(
-            "the backup of `{name}` on line {} is on the hosts of `{}`, and this looks for it on \
+            "the {what} of `{name}` on line {line} is on the hosts of `{}`, and this looks for it on \
              those of `{}`",
-            backup.line,
             made.join("`, `"),
             asked.join("`, `")
         );
@@ -355,6 +376,9 @@ impl Database<'_> {
     fn lower(&mut self) {
         self.fence = None;
         self.until = None;
+        if let Some(point) = &mut self.point {
+            point.fence = None;
+        }
         if let Some(backup) = &mut self.backup {
             backup.fence = None;
         }

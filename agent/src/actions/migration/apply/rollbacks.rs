@@ -43,7 +43,7 @@ fn state(done: &Done) -> Fact {
 /// Where a migration runs: by its owner, or where its backup is.
 fn place(by: UndoBy, cx: Context) -> Context {
     placed(match by {
-        UndoBy::Restore => cx,
+        UndoBy::Restore | UndoBy::Recover => cx,
         UndoBy::Downgrade | UndoBy::Keep => as_owner(cx),
     })
 }

@@ -71,7 +71,7 @@ impl Migrated {
     /// Where the migration runs: a restore needs the database's host, and its superuser.
     fn place(&self, cx: Context) -> Context {
         match self.act.undo_by {
-            UndoBy::Restore => placed(cx),
+            UndoBy::Restore | UndoBy::Recover => placed(cx),
             UndoBy::Downgrade | UndoBy::Keep => placed(as_owner(cx)),
         }
     }

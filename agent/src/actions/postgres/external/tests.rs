@@ -24,6 +24,7 @@ fn point(within: u64) -> RestorePoint {
     RestorePoint {
         database: "staff".into(),
         archived_within: Period::seconds(within),
+        recoverable: false,
     }
 }
 

@@ -212,6 +212,29 @@ fn a_backup_is_verified() {
     assert_eq!(found, [(Code::NeverVerified, 9)]);
 }
 
+#[test]
+fn a_recovery_has_a_point_that_it_leads_to_and_takes_all_databases_along() {
+    let apply = APPLY
+        .replace("dir: .", "dir: ., undo_by: recover")
+        .replace("on: app", "on: db");
+    let point = "      - postgres.restore_point: {database: shop, recoverable: true, on: db}\n";
+    let to = |point: &str, apply: &str| steps(FENCE, &format!("{BACKUP}{point}{apply}"));
+    assert_eq!(to(point, &apply), [(Code::WholeServer, 13)]);
+    assert_eq!(to("", &apply), [(Code::NoPointToRecover, 12)]);
+    let plain = point.replace(", recoverable: true", "");
+    assert_eq!(to(&plain, &apply), [(Code::NoPointToRecover, 13)]);
+    let other = point.replace("shop", "other");
+    assert_eq!(to(&other, &apply), [(Code::NoPointToRecover, 13)]);
+    // On another host nobody knows what there was.
+    let elsewhere = apply.replace("on: db", "on: app");
+    let found = to(point, &elsewhere);
+    assert_eq!(
+        found,
+        [(Code::WholeServer, 13), (Code::ElsewhereLookedFor, 13)]
+    );
+    assert_eq!(to(point, APPLY), []);
+}
+
 /// What an unread step would have done is not known.
 #[test]
 fn nothing_follows_from_a_step_that_cannot_be_read() {

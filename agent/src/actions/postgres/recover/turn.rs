@@ -1,0 +1,305 @@
+//! The turn itself: the server is stopped, its files change places with the copy, and it is started.
+
+use std::time::Duration;
+
+use lockstep_proto::order::Fact;
+use lockstep_proto::report::{Cause, Failure};
+use tokio::time::{Instant, sleep};
+
+use super::record::End;
+use super::server::Server;
+use super::target::{TRIES, Target};
+use super::{Recovered, check_able, place};
+use crate::actions::postgres::restore::Baseline;
+use crate::actions::postgres::{fence, points};
+use crate::faults::reached;
+use crate::sql::Session;
+use crate::step::{changed, failure, hinted};
+
+/// How much of the step's time must be left when the server is stopped: to stop it, exchange the
+/// files, and have it start.
+const ROOM: Duration = Duration::from_mins(2);
+
+/// How long the server may take to stop, and to be started.
+const SWITCHED: Duration = Duration::from_mins(1);
+
+/// How often the server is asked.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// The state of a server that was shut down in order.
+const SHUT_DOWN: &str = "shut down";
+
+impl Target<'_> {
+    /// Puts the restored copy into the server's place, with nothing lost. Returns whether it is
+    /// there now; it is not if somebody wrote in the server's last moment.
+    pub(super) async fn take_back(
+        &self,
+        session: Session,
+        server: &Server,
+        since: Option<&Baseline>,
+        stopped: &mut u32,
+    ) -> Result<bool, Failure> {
+        let cx = self.cx;
+        check_able(cx, &session, &self.database).await?;
+        self.check_same(server)?;
+        let base = self.base().await?;
+        self.check_room(&session).await?;
+        self.nothing_lost(&session, since).await?;
+        self.place.restore(&self.tool, &base, &self.record).await?;
+        // The name under which it could be taken forward again.
+        let end = End::name(cx);
+        let archived = points::archived_point(cx, &session, &end, SWITCHED).await;
+        let archived = archived.map_err(|failure| Failure {
+            changed: false,
+            ..failure
+        })?;
+        End::keep(cx, end, &archived.lsn)?;
+        let next = self.nothing_lost(&session, since).await?;
+        drop(session);
+        if cx.stop.is_cancelled() {
+            let message = "the server was not stopped yet";
+            return Err(failure(Cause::Cancelled, message));
+        }
+        if cx.deadline.saturating_duration_since(Instant::now()) < ROOM {
+            let message = "too little of the step's time is left to stop and start the server";
+            return Err(hinted(
+                Cause::TimedOut,
+                message,
+                "raise the step's `timeout`",
+            ));
+        }
+        cx.log.progress(0.6, "stopping the server");
+        let exchanged = self.stop_and_exchange(next).await;
+        match exchanged {
+            Ok(true) => Ok(true),
+            Ok(false) => {
+                self.bring_up().await?;
+                *stopped += 1;
+                if *stopped < TRIES {
+                    return Ok(false);
+                }
+                Err(hinted(
+                    Cause::Refused,
+                    format!(
+                        "somebody wrote to the server of `{}` in its last moment, {TRIES} times; it \
+                         runs as it did before",
+                        self.database.name
+                    ),
+                    "find out by whom (its autovacuum counts, too), and try again",
+                ))
+            }
+            // It was exchanged, and something failed afterwards.
+            Err(failure) if self.place.is_copy() => {
+                cx.log.line(&failure.message);
+                Ok(true)
+            }
+            Err(failure) => {
+                self.bring_up().await?;
+                let message = format!("{}; the server runs as it did before", failure.message);
+                Err(Failure { message, ..failure })
+            }
+        }
+    }
+
+    /// Whether the copy has taken the place: only if nobody has written since the count.
+    pub(super) async fn stop_and_exchange(&self, next: u64) -> Result<bool, Failure> {
+        let switch = self.switch().await?;
+        let until = Instant::now() + SWITCHED;
+        reached("recovery: to be stopped");
+        switch.stop(until).await?;
+        while self.place.is_running() {
+            if Instant::now() > until {
+                return Err(failure(Cause::Step, "the server does not stop"));
+            }
+            sleep(LOOK).await;
+        }
+        reached("recovery: stopped");
+        let control = self.place.control().await?;
+        if control.state != SHUT_DOWN || control.timeline != self.record.timeline {
+            let message = format!(
+                "the server was not shut down in order: it is {}",
+                control.state
+            );
+            return Err(failure(Cause::Step, message));
+        }
+        if control.next != next {
+            self.cx.log.line(&format!(
+                "somebody wrote in the server's last moment: its next transaction is {}, and was \
+                 {next}",
+                control.next
+            ));
+            return Ok(false);
+        }
+        self.place.exchange()?;
+        Ok(true)
+    }
+
+    /// Starts the server and waits until it answers. A copy that cannot recover gives the place back
+    /// to the files of before.
+    pub(super) async fn bring_up(&self) -> Result<(), Failure> {
+        let Err(why) = self.start().await else {
+            return Ok(());
+        };
+        let down = |failure: Failure| {
+            changed(Failure {
+                message: format!(
+                    "the server of `{}` does NOT ANSWER: {}",
+                    self.database.name, failure.message
+                ),
+                hint: Some(format!(
+                    "its log says why; its files are in {}, those of before or of the copy beside \
+                     them; start it, or let `lockstep rollback` try again",
+                    self.place.data().display()
+                )),
+                ..failure
+            })
+        };
+        let stuck = self.place.is_copy() && self.place.has_to_recover();
+        if !stuck || self.place.is_running() {
+            return Err(down(why));
+        }
+        self.cx
+            .log
+            .line("the copy does not recover; putting the files of before back");
+        self.place.exchange().map_err(down)?;
+        self.start().await.map_err(down)?;
+        Err(Failure {
+            message: format!(
+                "the copy of the server of `{}` did not recover to {}, and the server runs as it \
+                 did before: {}",
+                self.database.name, self.record.name, why.message
+            ),
+            changed: false,
+            ..why
+        })
+    }
+
+    /// Starts the server, and waits until it lets somebody in.
+    pub(super) async fn start(&self) -> Result<(), Failure> {
+        let switch = self.switch().await?;
+        self.cx.log.progress(0.7, "starting the server");
+        reached("recovery: to be started");
+        let until = (Instant::now() + SWITCHED).min(self.cx.deadline);
+        let mut started = Ok(());
+        if !self.place.is_running() {
+            started = switch.start(until).await;
+        }
+        reached("recovery: started");
+        let mut gone = 0;
+        loop {
+            let Err(refused) = self.database.connect(self.cx).await else {
+                return Ok(());
+            };
+            gone = if self.place.is_running() { 0 } else { gone + 1 };
+            // It may be on its way up: the service says when it has given up.
+            if gone > 10 && !switch.runs().await.is_ok_and(|(runs, _)| runs) {
+                let last_lines = switch.last_lines().await;
+                let why = started.err().map_or(refused.message, |why| why.message);
+                let message = format!("it does not stay up: {why}");
+                return Err(Failure {
+                    last_lines,
+                    ..failure(Cause::Step, message)
+                });
+            }
+            // One that runs, has nothing to recover and lets nobody in will not do so later.
+            if gone == 0 && !self.place.has_to_recover() && Instant::now() > until {
+                return Err(refused);
+            }
+            self.may_wait()?;
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Waits until a server that recovers has come to its end.
+    pub(super) async fn wait(&self, session: &Session) -> Result<(), Failure> {
+        let sql = "SELECT pg_is_in_recovery(), pg_last_wal_replay_lsn()::text";
+        loop {
+            let Ok(row) = session
+                .one("asking how far the recovery is", sql, &[])
+                .await
+            else {
+                // Who has died is seen by the next look.
+                return Ok(());
+            };
+            if !row.get::<_, bool>(0) {
+                return Ok(());
+            }
+            let at: Option<&str> = row.get(1);
+            let at = at.unwrap_or("its beginning");
+            self.cx.log.progress(0.8, &format!("recovering, at {at}"));
+            self.may_wait()?;
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Fails when there is no time to wait any longer for a server that was started.
+    pub(super) fn may_wait(&self) -> Result<(), Failure> {
+        let name = &self.database.name;
+        let cause = if self.cx.stop.is_cancelled() {
+            Cause::Cancelled
+        } else if Instant::now() >= self.cx.deadline {
+            Cause::TimedOut
+        } else {
+            return Ok(());
+        };
+        Err(changed(hinted(
+            cause,
+            format!("the server of `{name}` is started, and is not ready yet"),
+            "it goes on by itself; `lockstep rollback` looks again, and finishes what is left",
+        )))
+    }
+
+    /// Looks whether the recovered server is what it was at the point, and tidies up.
+    pub(super) async fn settle(&self, session: Session) -> Result<Recovered, Failure> {
+        let record = &self.record;
+        for setting in place::TARGET {
+            let sql = format!("ALTER SYSTEM RESET {setting}");
+            session
+                .run("taking the recovery's end out of the settings", &sql)
+                .await
+                .map_err(changed)?;
+        }
+        let fence = fence::raised(&session).await.map_err(changed)?;
+        let fence = fence.map(|raised| raised.token);
+        let broken = match &record.fence {
+            Some(token) => fence::broken(&session, token).await.map_err(changed)?,
+            None => None,
+        };
+        if fence != record.fence || broken.is_some() {
+            let why = broken.unwrap_or_else(|| "its fence is another one".to_owned());
+            return Err(changed(failure(
+                Cause::Step,
+                format!(
+                    "the server of `{}` is back at {}, but not as it was: {why}",
+                    self.database.name, record.name
+                ),
+            )));
+        }
+        let kept = self.place.tidy().await.map_err(changed)?;
+        let kept: Vec<String> = kept.iter().map(|path| path.display().to_string()).collect();
+        let name = &self.database.name;
+        let mut value = format!("all of its databases are back at {}", record.name);
+        if let Some(end) = End::last(self.cx) {
+            let command = self.tool.forward_command(&end, record.timeline);
+            value = format!(
+                "{value}; to take it forward again, to where it was stopped: stop it, run \
+                 `{command}` as its user, start it"
+            );
+        }
+        let mut facts = vec![Fact::Note {
+            name: format!("server of {name}"),
+            value,
+        }];
+        if !kept.is_empty() {
+            facts.push(Fact::Note {
+                name: format!("files of the server of {name} before"),
+                value: format!("{}; remove them when nobody needs them", kept.join(", ")),
+            });
+        }
+        Ok(Recovered {
+            session,
+            facts,
+            point: record.name.clone(),
+        })
+    }
+}
