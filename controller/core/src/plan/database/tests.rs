@@ -230,7 +230,7 @@ fn a_recovery_has_a_point_that_it_leads_to_and_takes_all_databases_along() {
     let found = to(point, &elsewhere);
     assert_eq!(
         found,
-        [(Code::WholeServer, 13), (Code::ElsewhereLookedFor, 13)]
+        [(Code::ElsewhereLookedFor, 13), (Code::WholeServer, 13)]
     );
     assert_eq!(to(point, APPLY), []);
 }
