@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use lockstep_proto::action::migration::{Tool, UndoBy};
 use lockstep_proto::action::postgres::{ExternalBackup, Fence, FenceVia, RestorePoint, Unfence};
+use lockstep_proto::ids::LossId;
 use tokio::time::Instant;
 
 use super::stage::placed;
@@ -123,8 +124,13 @@ impl Server {
     }
 
     async fn undo(&self, step: u16) -> Result<Done, Failure> {
+        self.undo_with(step, vec![]).await
+    }
+
+    async fn undo_with(&self, step: u16, facts: Vec<Fact>) -> Result<Done, Failure> {
         let before = json!({"revision": "001_base"});
-        self.act().undo(&self.undo_cx(step), &before).await
+        let cx = with_time(placed(self.bench().undo(step, facts)));
+        self.act().undo(&cx, &before).await
     }
 
     async fn refused(&self, step: u16, why: &str) {
@@ -476,12 +482,29 @@ async fn rows_that_applications_have_written_since_are_named_without_the_migrati
             "users: 1 row written since, 2 rows of the 200 of before changed or deleted",
         )
         .await;
-    // Somebody gives them up by hand; the two that are gone were the migration's, too.
-    let put_back = "DELETE FROM public.users WHERE id = 901";
-    bake(7, put_back).await;
-    server
-        .refused(5, "users: 2 rows of the 200 of before changed or deleted")
-        .await;
+    // A person gives up just these, and not what is written after that word.
+    bake(7, "DELETE FROM public.users WHERE id = 901").await;
+    let failed = server.undo(5).await.unwrap_err();
+    assert!(
+        failed
+            .message
+            .contains("users: 2 rows of the 200 of before changed or deleted"),
+        "INV-6: {}",
+        failed.message
+    );
+    let loss = LossId::in_message(&failed.message).unwrap();
+    let by = "olga".to_owned();
+    let accepted = vec![Fact::LossAccepted { loss, by }];
+    server.other("INSERT INTO things VALUES (11)").await;
+    let failed = server.undo_with(5, accepted.clone()).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
+    assert_eq!(server.timeline().await, 1);
+    server.other("DELETE FROM things WHERE n = 11").await;
+    let undone = server.undo_with(5, accepted).await.unwrap();
+    let told = |fact: &Fact| matches!(fact, Fact::Note { name, .. } if name == "accepted loss");
+    assert!(undone.facts.iter().any(told), "{undone:?}");
+    assert_eq!(server.timeline().await, 2);
+    server.is_back().await;
 }
 
 #[tokio::test]

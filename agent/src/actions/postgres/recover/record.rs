@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{RolloutId, StepRef};
+use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -137,8 +138,10 @@ impl Record {
 /// Where an attempt has found the server's log to end, before it stopped the server.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct End {
-    name: String,
+    pub(super) name: String,
     place: u64,
+    /// Who has accepted that something is lost, if anybody has.
+    pub(super) accepted: Option<Fact>,
 }
 
 const END: &str = "recovery-end.json";
@@ -151,19 +154,28 @@ impl End {
     }
 
     /// Writes down that the log is archived up to a point of this name.
-    pub(super) fn keep(cx: &Context, name: String, lsn: &str) -> Result<(), Failure> {
-        let place = position(lsn).unwrap_or_default();
-        let text = serde_json::to_vec(&Self { name, place }).expect("texts and numbers are JSON");
+    pub(super) fn keep(
+        cx: &Context,
+        name: String,
+        lsn: &str,
+        accepted: Option<Fact>,
+    ) -> Result<(), Failure> {
+        let end = Self {
+            name,
+            place: position(lsn).unwrap_or_default(),
+            accepted,
+        };
+        let text = serde_json::to_vec(&end).expect("texts and numbers are JSON");
         files::write(&cx.dir.join(END), &text, 0o600, None)
             .or_failed(|| "keep where the server's log ends")
     }
 
-    /// The name of the last of them.
-    pub(super) fn last(cx: &Context) -> Option<String> {
+    /// The last of them.
+    pub(super) fn last(cx: &Context) -> Option<Self> {
         let files = files::attempts(cx).into_iter();
         let ends = files.filter_map(|dir| fs::read(dir.join(END)).ok());
         let ends = ends.filter_map(|text| serde_json::from_slice::<Self>(&text).ok());
-        ends.max_by_key(|end| end.place).map(|end| end.name)
+        ends.max_by_key(|end| end.place)
     }
 }
 

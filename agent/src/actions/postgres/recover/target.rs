@@ -1,14 +1,15 @@
 //! A server and the point that it is to be brought back to: what is there, and what would be lost.
 
+use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 
 use super::place::Place;
 use super::record::Record;
 use super::server::{self, Server};
 use super::{configured, open_since_point, switch};
+use crate::actions::loss;
 use crate::actions::postgres::pgbackrest::Pgbackrest;
 use crate::actions::postgres::restore::Baseline;
-use crate::actions::postgres::written;
 use crate::actions::service::Switch;
 use crate::config;
 use crate::sql::{Database, Session};
@@ -159,13 +160,13 @@ impl<'a> Target<'a> {
         self.place.check(row.get::<_, i64>(0).unsigned_abs())
     }
 
-    /// Refuses if anything would be lost: names it. Returns the next transaction; while that is not
-    /// given out, nothing has changed.
+    /// Refuses if anything would be lost, unless a person has accepted just that. Returns the next
+    /// transaction, and who has accepted it; while that one is not given out, nothing has changed.
     pub(super) async fn nothing_lost(
         &self,
         session: &Session,
         since: Option<&Baseline>,
-    ) -> Result<u64, Failure> {
+    ) -> Result<(u64, Option<Fact>), Failure> {
         let (cx, record) = (self.cx, &self.record);
         for _ in 0..TRIES {
             let next = server::quiet(cx, session).await?;
@@ -179,23 +180,19 @@ impl<'a> Target<'a> {
                 let here = record.held.lost_here(session, record.moment, since);
                 lost.extend(here.await?);
             }
+            let mut accepted = None;
             if !lost.is_empty() {
-                for line in &lost {
-                    cx.log.line(line);
-                }
-                let why = why.map(|why| format!("{why}; ")).unwrap_or_default();
-                return Err(hinted(
-                    Cause::Refused,
-                    format!(
+                let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+                accepted = Some(loss::accepted(
+                    cx,
+                    &format!(
                         "all databases of the server of `{}` would go back to {}, and what was \
-                         written since would be lost: {why}{}",
-                        self.database.name,
-                        record.name,
-                        written::few(&lost)
+                         written since would be lost{why}",
+                        self.database.name, record.name
                     ),
-                    "look at these rows; then go on with the new schema, or recover by hand, as the \
-                     restore point's step has said",
-                ));
+                    &lost,
+                    "then go on with the new schema; the server's files of before would be kept",
+                )?);
             }
             let open = server::sessions(cx, session, &self.settings.sessions).await?;
             if !open.is_empty() {
@@ -213,7 +210,7 @@ impl<'a> Target<'a> {
                 ));
             }
             if server::next(session).await? == next {
-                return Ok(next);
+                return Ok((next, accepted));
             }
             cx.log
                 .line("somebody wrote while the rows were counted; counting again");

@@ -53,8 +53,8 @@ impl Target<'_> {
             changed: false,
             ..failure
         })?;
-        End::keep(cx, end, &archived.lsn)?;
-        let next = self.nothing_lost(&session, since).await?;
+        let (next, accepted) = self.nothing_lost(&session, since).await?;
+        End::keep(cx, end, &archived.lsn, accepted)?;
         drop(session);
         if cx.stop.is_cancelled() {
             let message = "the server was not stopped yet";
@@ -279,12 +279,14 @@ impl Target<'_> {
         let kept: Vec<String> = kept.iter().map(|path| path.display().to_string()).collect();
         let name = &self.database.name;
         let mut value = format!("all of its databases are back at {}", record.name);
+        let mut accepted = None;
         if let Some(end) = End::last(self.cx) {
-            let command = self.tool.forward_command(&end, record.timeline);
+            let command = self.tool.forward_command(&end.name, record.timeline);
             value = format!(
                 "{value}; to take it forward again, to where it was stopped: stop it, run \
                  `{command}` as its user, start it"
             );
+            accepted = end.accepted;
         }
         let mut facts = vec![Fact::Note {
             name: format!("server of {name}"),
@@ -296,6 +298,7 @@ impl Target<'_> {
                 value: format!("{}; remove them when nobody needs them", kept.join(", ")),
             });
         }
+        facts.extend(accepted);
         Ok(Recovered {
             session,
             facts,
