@@ -14,11 +14,12 @@ use lockstep_proto::report::{Cause, Failure};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
+use rustls_native_certs::CertificateResult;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use crate::step::failure;
+use crate::step::{failure, hinted};
 
 pub(crate) mod bulk;
 
@@ -53,27 +54,12 @@ pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
 
-/// A client that trusts the certificates in a file, or the public authorities.
+/// A client that trusts the certificates in a file, or those that the host trusts.
 pub(crate) fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, Failure> {
-    let mut roots = RootCertStore::empty();
-    if let Some(path) = ca_file {
-        let unreadable = |error: &dyn std::fmt::Display| {
-            failure(
-                Cause::Host,
-                format!("cannot read certificates from {}: {error}", path.display()),
-            )
-        };
-        let found = CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))?;
-        for certificate in found {
-            let certificate = certificate.map_err(|error| unreadable(&error))?;
-            roots.add(certificate).map_err(|error| unreadable(&error))?;
-        }
-        if roots.is_empty() {
-            return Err(unreadable(&"there is none in it"));
-        }
-    } else {
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    }
+    let roots = match ca_file {
+        Some(path) => in_file(path)?,
+        None => of_host(rustls_native_certs::load_native_certs())?,
+    };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -81,6 +67,40 @@ pub(crate) fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, Failure>
         .with_root_certificates(roots)
         .with_no_client_auth();
     Ok(TlsConnector::from(Arc::new(config)))
+}
+
+fn in_file(path: &Path) -> Result<RootCertStore, Failure> {
+    let unreadable = |error: &dyn std::fmt::Display| {
+        failure(
+            Cause::Host,
+            format!("cannot read certificates from {}: {error}", path.display()),
+        )
+    };
+    let mut roots = RootCertStore::empty();
+    let found = CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))?;
+    for certificate in found {
+        let certificate = certificate.map_err(|error| unreadable(&error))?;
+        roots.add(certificate).map_err(|error| unreadable(&error))?;
+    }
+    if roots.is_empty() {
+        return Err(unreadable(&"there is none in it"));
+    }
+    Ok(roots)
+}
+
+/// What other programs of the host trust. One odd certificate among them spoils nothing.
+fn of_host(found: CertificateResult) -> Result<RootCertStore, Failure> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        let why = found.errors.first().map(|error| format!(": {error}"));
+        return Err(hinted(
+            Cause::Host,
+            format!("this host trusts no authority{}", why.unwrap_or_default()),
+            "install its package ca-certificates, or name the authority with `ca_file`",
+        ));
+    }
+    Ok(roots)
 }
 
 /// The name that a server's certificate must be valid for.
@@ -231,4 +251,23 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_trusted_with_what_it_trusts_and_one_that_trusts_nobody_says_so() {
+        let named = rcgen::generate_simple_self_signed(["authority".to_owned()]).unwrap();
+        let mut found = CertificateResult::default();
+        let refused = of_host(found).unwrap_err();
+        assert!(refused.hint.unwrap().contains("ca-certificates"));
+        found = CertificateResult::default();
+        found.certs = vec![
+            CertificateDer::from(vec![1, 2, 3]),
+            named.cert.der().clone(),
+        ];
+        assert_eq!(of_host(found).unwrap().len(), 1);
+    }
 }

@@ -36,7 +36,7 @@ const SHOWN: usize = 300;
 pub(crate) struct Vault {
     /// `https://vault.example.com:8200`.
     pub(crate) address: String,
-    /// Certificates of the authorities that may have issued the vault's. Default: the public ones.
+    /// Certificates of the authorities that may have issued the vault's. Default: those that the host trusts.
     #[serde(default)]
     pub(crate) ca: Option<PathBuf>,
     /// The namespace, where the vault has such.

@@ -243,7 +243,7 @@ pub struct Tls {
     pub name: Option<String>,
     /// The least remaining life.
     pub valid_for: Period,
-    /// Trust anchors in PEM. Default: the public ones.
+    /// Trust anchors in PEM. Default: those that the host trusts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<String>,
 }

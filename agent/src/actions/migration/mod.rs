@@ -30,3 +30,4 @@ mod schema;
 mod source;
 mod tools;
 mod undo;
+mod watched;

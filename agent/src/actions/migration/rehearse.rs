@@ -8,7 +8,6 @@
 //!
 //! What works on the scratch database sees a host on which that is the database.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +21,7 @@ use tokio::time::Instant;
 use super::guard::shown;
 use super::run;
 use super::tools::{Limits, Migrator, Way};
+use super::watched::Watched;
 use crate::actions::files;
 use crate::actions::files::OrFailed as _;
 use crate::actions::postgres::integrity::{Holdings, differences};
@@ -30,17 +30,6 @@ use crate::actions::{Act, Done, Probe};
 use crate::config::Postgres;
 use crate::sql::{Database, Session};
 use crate::step::{Context, hinted};
-
-/// How often it is looked who holds which lock: small migrations are over in a moment.
-const EVERY: Duration = Duration::from_millis(20);
-
-/// Locks that keep others from writing or reading a table, the weakest first.
-const BLOCKING: &[&str] = &[
-    "ShareLock",
-    "ShareRowExclusiveLock",
-    "ExclusiveLock",
-    "AccessExclusiveLock",
-];
 
 impl Act for Rehearse {
     async fn probe(&self, cx: &Context) -> Result<Probe, Failure> {
@@ -81,8 +70,8 @@ struct Found {
     from: String,
     to: String,
     up: Duration,
-    /// The strongest lock on each table that was there, and for how long it was held.
-    locks: Locks,
+    /// What it held and ran on the way up.
+    watched: Watched,
     /// How rows and columns differ after the migration, where that was allowed.
     differs: Vec<String>,
     /// How long the way down took, or why it does not lead back.
@@ -113,12 +102,15 @@ impl Found {
             value,
         };
         let mut notes = vec![note("result", self.summary())];
-        let locks = self.locks.lines();
-        if !locks.is_empty() {
-            notes.push(note("locks", written::few(&locks)));
-        }
-        if !self.differs.is_empty() {
-            notes.push(note("differs", written::few(&self.differs)));
+        let lists = [
+            ("locks", &self.watched.locks()),
+            ("statements", &self.watched.statements()),
+            ("differs", &self.differs),
+        ];
+        for (what, lines) in lists {
+            if !lines.is_empty() {
+                notes.push(note(what, written::few(lines)));
+            }
         }
         notes
     }
@@ -178,7 +170,7 @@ async fn on_scratch(act: &Rehearse, cx: &Context, scratch: &str) -> Result<Found
         from: from.clone(),
         to: to.clone(),
         up: Duration::ZERO,
-        locks: Locks::default(),
+        watched: Watched::default(),
         differs: vec![],
         down: Ok(Duration::ZERO),
     };
@@ -189,13 +181,14 @@ async fn on_scratch(act: &Rehearse, cx: &Context, scratch: &str) -> Result<Found
         lock: act.lock_timeout,
         statement: act.statement_timeout,
     };
-    let watcher = database.connect(&cx).await?;
+    // As the tool's role: the statements of others are not shown to every role.
+    let watcher = tool.database().connect(&cx).await?;
     let began = Instant::now();
     let gone = {
         let going = run::go(&cx, &tool, &session, Way::Up, (&from, &to), limits);
         tokio::select! {
             gone = going => gone,
-            never = found.locks.watch(&watcher) => match never {},
+            never = found.watched.watch(&watcher) => match never {},
         }
     };
     found.up = began.elapsed();
@@ -261,80 +254,5 @@ fn in_rehearsal(way: &str, failure: Failure) -> Failure {
         message: format!("in the rehearsal, on the way {way}: {}", failure.message),
         changed: false,
         ..failure
-    }
-}
-
-/// Locks that kept others from tables.
-#[derive(Debug, Default)]
-struct Locks {
-    tables: BTreeMap<String, Lock>,
-}
-
-#[derive(Debug)]
-struct Lock {
-    /// The place of its name in [`BLOCKING`].
-    strength: usize,
-    first: Instant,
-    last: Instant,
-}
-
-impl Locks {
-    /// Looks again and again who keeps others from which table; until the session breaks, then no
-    /// more.
-    async fn watch(&mut self, session: &Session) -> std::convert::Infallible {
-        let sql = "SELECT (CASE n.nspname WHEN 'public' THEN '' \
-                   ELSE quote_ident(n.nspname) || '.' END || quote_ident(c.relname)), l.mode \
-                   FROM pg_locks l JOIN pg_class c ON c.oid = l.relation \
-                   JOIN pg_namespace n ON n.oid = c.relnamespace \
-                   WHERE l.granted AND l.locktype = 'relation' AND c.relkind IN ('r', 'p') \
-                   AND n.nspname <> 'pg_catalog' AND l.pid <> pg_backend_pid() AND l.database = \
-                   (SELECT oid FROM pg_database WHERE datname = current_database())";
-        while let Ok(rows) = session.query("looking at locks", sql, &[]).await {
-            for row in &rows {
-                let mode: &str = row.get(1);
-                if let Some(strength) = BLOCKING.iter().position(|name| *name == mode) {
-                    self.see(row.get(0), strength, Instant::now());
-                }
-            }
-            tokio::time::sleep(EVERY).await;
-        }
-        std::future::pending().await
-    }
-
-    fn see(&mut self, table: String, strength: usize, now: Instant) {
-        let lock = self.tables.entry(table).or_insert(Lock {
-            strength,
-            first: now,
-            last: now,
-        });
-        lock.strength = lock.strength.max(strength);
-        lock.last = now;
-    }
-
-    fn lines(&self) -> Vec<String> {
-        let line = |(table, lock): (&String, &Lock)| {
-            let held = (lock.last - lock.first + EVERY).as_millis();
-            format!("{table}: {} for about {held} ms", BLOCKING[lock.strength])
-        };
-        self.tables.iter().map(line).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_strongest_lock_of_a_table_is_told() {
-        let mut locks = Locks::default();
-        let now = Instant::now();
-        locks.see("a".into(), 3, now);
-        locks.see("a".into(), 0, now + EVERY * 4);
-        locks.see("b".into(), 0, now);
-        let lines = [
-            "a: AccessExclusiveLock for about 100 ms",
-            "b: ShareLock for about 20 ms",
-        ];
-        assert_eq!(locks.lines(), lines);
     }
 }

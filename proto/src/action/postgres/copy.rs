@@ -47,7 +47,7 @@ pub struct CopyStore {
     /// Headers of each upload, where the store or the signature asks for some, such as `x-ms-blob-type`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub headers: BTreeMap<String, String>,
-    /// Certificates of the authorities that may have issued the store's, in a file of the host. Default: the public ones.
+    /// Certificates of the authorities that may have issued the store's, in a file of the host. Default: those that the host trusts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<String>,
 }

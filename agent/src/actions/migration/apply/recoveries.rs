@@ -434,6 +434,7 @@ async fn what_is_written_in_the_last_moment_is_not_lost() {
         failed.message
     );
     assert_eq!(server.timeline().await, 1);
+    assert_eq!(server.beside(), Vec::<String>::new());
     let session = server.session_in_other().await;
     let rows = session
         .value("", "SELECT count(*)::text FROM public.things")

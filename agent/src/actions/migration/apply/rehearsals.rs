@@ -71,6 +71,7 @@ async fn a_rehearsal_proves_the_backup_the_migration_and_the_way_back() {
     let notes: Vec<&str> = notes.collect();
     for said in [
         "employees: AccessExclusiveLock for about",
+        " ms: SELECT pg_sleep(0.4)",
         "employees has got the columns hired_on",
     ] {
         assert!(notes.iter().any(|note| note.contains(said)), "{notes:?}");

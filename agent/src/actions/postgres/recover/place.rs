@@ -227,20 +227,7 @@ impl<'a> Place<'a> {
         record: &Record,
     ) -> Result<(), Failure> {
         let (restoring, restored) = (self.restoring(), self.restored());
-        self.run(&["rm", "-rf", "--"], &[&restoring]).await?;
-        if restored.exists() {
-            if self.is_copy() || !restored.join(MARK).exists() {
-                return Err(hinted(
-                    Cause::Refused,
-                    format!(
-                        "{} is there, and may be all that is left of before",
-                        restored.display()
-                    ),
-                    "look what it is, and give it another name; then try again",
-                ));
-            }
-            self.run(&["rm", "-rf", "--"], &[&restored]).await?;
-        }
+        self.discard().await?;
         self.run(&["mkdir", "-m", "0700", "--"], &[&restoring])
             .await?;
         self.cx
@@ -258,6 +245,27 @@ impl<'a> Place<'a> {
         self.run(&["sync", "--"], &written).await?;
         reached("recovery: restored");
         self.rename(&restoring, &restored)
+    }
+
+    /// Removes what was restored and is not in the server's place. Only for a server that runs as it
+    /// was: then what is beside is no file of before.
+    pub(super) async fn discard(&self) -> Result<(), Failure> {
+        let (restoring, restored) = (self.restoring(), self.restored());
+        self.run(&["rm", "-rf", "--"], &[&restoring]).await?;
+        if restored.exists() {
+            if self.is_copy() || !restored.join(MARK).exists() {
+                return Err(hinted(
+                    Cause::Refused,
+                    format!(
+                        "{} is there, and may be all that is left of before",
+                        restored.display()
+                    ),
+                    "look what it is, and give it another name; then try again",
+                ));
+            }
+            self.run(&["rm", "-rf", "--"], &[&restored]).await?;
+        }
+        Ok(())
     }
 
     /// Gives the copy the settings of now, and the end of its recovery.

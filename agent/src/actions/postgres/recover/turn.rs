@@ -40,34 +40,14 @@ impl Target<'_> {
         stopped: &mut u32,
     ) -> Result<bool, Failure> {
         let cx = self.cx;
-        check_able(cx, &session, &self.database).await?;
-        self.check_same(server)?;
-        let base = self.base().await?;
-        self.check_room(&session).await?;
-        self.nothing_lost(&session, since).await?;
-        self.place.restore(&self.tool, &base, &self.record).await?;
-        // The name under which it could be taken forward again.
-        let end = End::name(cx);
-        let archived = points::archived_point(cx, &session, &end, SWITCHED).await;
-        let archived = archived.map_err(|failure| Failure {
-            changed: false,
-            ..failure
-        })?;
-        let (next, accepted) = self.nothing_lost(&session, since).await?;
-        End::keep(cx, end, &archived.lsn, accepted)?;
-        drop(session);
-        if cx.stop.is_cancelled() {
-            let message = "the server was not stopped yet";
-            return Err(failure(Cause::Cancelled, message));
-        }
-        if cx.deadline.saturating_duration_since(Instant::now()) < ROOM {
-            let message = "too little of the step's time is left to stop and start the server";
-            return Err(hinted(
-                Cause::TimedOut,
-                message,
-                "raise the step's `timeout`",
-            ));
-        }
+        let next = match self.make_ready(session, server, since).await {
+            Ok(next) => next,
+            Err(failure) => {
+                // Nobody needs the copy any more, and it is as large as the server.
+                let _ = self.place.discard().await;
+                return Err(failure);
+            }
+        };
         cx.log.progress(0.6, "stopping the server");
         let exchanged = self.stop_and_exchange(next).await;
         match exchanged {
@@ -99,6 +79,45 @@ impl Target<'_> {
                 Err(Failure { message, ..failure })
             }
         }
+    }
+
+    /// Restores the copy, has the log archived, and looks once more. Returns the server's next
+    /// transaction.
+    async fn make_ready(
+        &self,
+        session: Session,
+        server: &Server,
+        since: Option<&Baseline>,
+    ) -> Result<u64, Failure> {
+        let cx = self.cx;
+        check_able(cx, &session, &self.database).await?;
+        self.check_same(server)?;
+        let base = self.base().await?;
+        self.check_room(&session).await?;
+        self.nothing_lost(&session, since).await?;
+        self.place.restore(&self.tool, &base, &self.record).await?;
+        // The name under which it could be taken forward again.
+        let end = End::name(cx);
+        let archived = points::archived_point(cx, &session, &end, SWITCHED).await;
+        let archived = archived.map_err(|failure| Failure {
+            changed: false,
+            ..failure
+        })?;
+        let (next, accepted) = self.nothing_lost(&session, since).await?;
+        End::keep(cx, end, &archived.lsn, accepted)?;
+        if cx.stop.is_cancelled() {
+            let message = "the server was not stopped yet";
+            return Err(failure(Cause::Cancelled, message));
+        }
+        if cx.deadline.saturating_duration_since(Instant::now()) < ROOM {
+            let message = "too little of the step's time is left to stop and start the server";
+            return Err(hinted(
+                Cause::TimedOut,
+                message,
+                "raise the step's `timeout`",
+            ));
+        }
+        Ok(next)
     }
 
     /// Whether the copy has taken the place: only if nobody has written since the count.
