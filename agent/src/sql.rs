@@ -413,17 +413,25 @@ impl Session {
                 "ended {ended} sessions that an earlier attempt had left"
             ));
         }
-        let sql = format!(
-            "SELECT string_agg(format('%s (%s)', pid, usename), ', ') FROM pg_stat_activity \
-             WHERE {NAMED} AND usename::text <> ALL ($2)"
-        );
-        let others = self.one("looking for sessions", &sql, &params).await?;
-        if let Some(others) = others.get::<_, Option<&str>>(0) {
+        if let Some(others) = self.strangers(cx).await? {
             cx.log.line(&format!(
                 "left alone, though they carry the step's name: processes {others}"
             ));
         }
         Ok(ended)
+    }
+
+    /// Sessions of other roles that carry the step's name, if there are any. They may be a tool's
+    /// that logs in as it likes, or anybody's.
+    pub(crate) async fn strangers(&self, cx: &Context) -> Result<Option<String>, Failure> {
+        let prefix = step_prefix(&cx.key);
+        let params: [&(dyn ToSql + Sync); 2] = [&prefix, &self.roles];
+        let sql = format!(
+            "SELECT string_agg(format('%s (%s)', pid, usename), ', ') FROM pg_stat_activity \
+             WHERE {NAMED} AND usename::text <> ALL ($2)"
+        );
+        let others = self.one("looking for sessions", &sql, &params).await?;
+        Ok(others.get(0))
     }
 
     fn may_end(&self, failure: Failure) -> Failure {

@@ -27,6 +27,12 @@ async fn where_it_is(
         .await?;
     if !cx.dry_run {
         session.end_left_over(cx).await?;
+        if let Some(others) = session.strangers(cx).await? {
+            return Ok(Probe::NoProof(format!(
+                "sessions of other roles carry this step's name and may be its own, still at work: \
+                 processes {others}; wait until they are gone, or end them"
+            )));
+        }
     } else if !source.is_there(cx)? {
         return Ok(Probe::Unmet(source.missing()));
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::actions::postgres::look::Tally;
-use crate::actions::postgres::written::{Column, Columns, Which};
+use crate::actions::postgres::written::{Column, Columns, LEDGERS, Which};
 
 /// Statements that drop no value but those of the table or column that they name.
 const PLAIN: &[&str] = &[
@@ -24,15 +24,6 @@ const PLAIN: &[&str] = &[
     "DROP SEQUENCE ",
     "DROP TYPE ",
     "DROP VIEW ",
-];
-
-/// Tables in which the tools write what they have applied.
-const LEDGERS: &[&str] = &[
-    "ALEMBIC_VERSION",
-    "_SQLX_MIGRATIONS",
-    "__DIESEL_SCHEMA_MIGRATIONS",
-    "_PRISMA_MIGRATIONS",
-    "LOCKSTEP_SCHEMA_MIGRATIONS",
 ];
 
 /// The rows that a way down takes values of: those of tables and columns that are not as they were
@@ -80,7 +71,9 @@ pub(super) fn dropped(was: &Columns, is: &Columns, sql: Option<&str>) -> Which {
 fn is_of_ledger(upper: &str) -> bool {
     let is_ledger = |name: &str| {
         let name = name.strip_prefix("PUBLIC.").unwrap_or(name);
-        LEDGERS.contains(&name)
+        LEDGERS
+            .iter()
+            .any(|ledger| ledger.eq_ignore_ascii_case(name))
     };
     if let Some(name) = upper.strip_prefix("DROP TABLE ") {
         return is_ledger(name.trim());

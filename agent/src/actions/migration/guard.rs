@@ -29,16 +29,28 @@ struct Proof<'a> {
     taken_at: Option<Timestamp>,
 }
 
+/// The newest proof, unless it is of another backup than the one that the rollout has made of this
+/// database.
 fn proof<'a>(cx: &'a Context, database: &str) -> Option<Proof<'a>> {
+    let made = bound(&cx.bindings, |fact| match fact {
+        Fact::Backup {
+            database: of,
+            id,
+            digest,
+            ..
+        } if of == database => Some((id, digest)),
+        _ => None,
+    });
+    let is_of_made = |proven| made.is_none_or(|made| made == proven);
     bound(&cx.bindings, |fact| match fact {
         Fact::BackupVerified {
             database: of,
             id,
+            digest,
             fence,
             level,
             taken_at,
-            ..
-        } if of == database => Some(Proof {
+        } if of == database && is_of_made((id, digest)) => Some(Proof {
             id,
             fence: fence.as_deref(),
             level: *level,
@@ -68,7 +80,8 @@ pub(super) async fn require_backup(
             Cause::Refused,
             format!("no backup of `{database}` was verified in this rollout"),
             format!(
-                "put `postgres.backup` and `postgres.verify_backup` before this step{otherwise}"
+                "put `postgres.backup` and `postgres.verify_backup` before this step; where several \
+                 hosts back up a database of this name, this step runs on each of them{otherwise}"
             ),
         ));
     };

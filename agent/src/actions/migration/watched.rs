@@ -119,12 +119,23 @@ impl Watched {
             let ran = (statement.ran + EVERY).as_millis();
             let words: Vec<&str> = statement.text.split_whitespace().collect();
             let text = words.join(" ");
-            let short: String = text.chars().take(SHOWN).collect();
-            let cut = if short.len() < text.len() { " .." } else { "" };
+            let short: String = before_values(&text).chars().take(SHOWN).collect();
+            let cut = if short.len() < text.len() { ".." } else { "" };
             format!("about {ran} ms: {short}{cut}")
         };
         longest.iter().map(line).collect()
     }
+}
+
+/// A statement up to its first text: that may be a customer's, or a password.
+fn before_values(text: &str) -> &str {
+    let begins = |(at, sign): &(usize, char)| match sign {
+        '\'' => true,
+        '$' => !text[at + 1..].starts_with(|next: char| next.is_ascii_digit()),
+        _ => false,
+    };
+    let end = text.char_indices().find(begins);
+    end.map_or(text, |(at, _)| &text[..at])
 }
 
 #[cfg(test)]
@@ -148,7 +159,7 @@ mod tests {
     #[test]
     fn the_longest_statements_are_told_in_short() {
         let mut watched = Watched::default();
-        let long = format!("UPDATE\n  t SET a = '{}'", "x".repeat(SHOWN));
+        let long = format!("UPDATE\n  t SET {} = 1", "x".repeat(SHOWN));
         for (at, text) in ["CREATE TABLE a ()", &long, "", "", "", ""]
             .iter()
             .enumerate()
@@ -159,11 +170,27 @@ mod tests {
         }
         let lines = watched.statements();
         assert_eq!(lines.len(), LONGEST);
-        let first = lines[0].strip_prefix("about 500 ms: UPDATE t SET a = 'xxx");
+        let first = lines[0].strip_prefix("about 500 ms: UPDATE t SET xxx");
         assert!(
-            first.is_some_and(|rest| rest.ends_with("xxx ..")),
+            first.is_some_and(|rest| rest.ends_with("xxx..")),
             "{lines:?}"
         );
         assert_eq!(lines[1], "about 80 ms: CREATE TABLE a ()");
+    }
+
+    #[test]
+    fn no_value_of_a_statement_is_told() {
+        let told = [
+            ("ALTER ROLE a PASSWORD 'secret'", "ALTER ROLE a PASSWORD "),
+            ("SELECT $$secret$$", "SELECT "),
+            (
+                "UPDATE t SET a = $1 WHERE b = $2",
+                "UPDATE t SET a = $1 WHERE b = $2",
+            ),
+            ("SELECT 1 $", "SELECT 1 "),
+        ];
+        for (text, shown) in told {
+            assert_eq!(before_values(text), shown);
+        }
     }
 }

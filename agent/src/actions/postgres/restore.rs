@@ -287,10 +287,10 @@ fn verified(cx: &Context, store: &Store, name: &str) -> Result<(Manifest, Digest
     };
     let of_rollout = |made: Manifest| {
         let digest = made.digest;
-        let usable = made.key.rollout == cx.key.rollout && store.was_restored(&made);
-        usable.then_some((made, digest))
+        store.was_restored(&made).then_some((made, digest))
     };
-    let mut all = store.all().into_iter();
+    let all = store.all().into_iter();
+    let mut all = all.filter(|made| made.key.rollout == cx.key.rollout);
     let found = if named.is_some() {
         all.find_map(of_fact)
     } else {

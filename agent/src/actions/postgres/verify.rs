@@ -209,20 +209,21 @@ fn newest(cx: &Context, store: &Store, database: &str) -> Result<(Manifest, Dige
         } if of == database => Some((id, *digest)),
         _ => None,
     });
-    let all = store.all();
+    let all = store.all().into_iter();
+    // A controller's word alone makes no other backup the one of this rollout.
+    let mut of_this_rollout = all.filter(|made| made.key.rollout == cx.key.rollout);
     let directory = store.directory.display();
     match named {
-        Some((id, digest)) => match all.into_iter().find(|made| made.id == *id) {
+        Some((id, digest)) => match of_this_rollout.find(|made| made.id == *id) {
             Some(made) => Ok((made, digest)),
             None => Err(hinted(
                 Cause::Host,
-                format!("the backup {id} is not in {directory} on this host"),
+                format!("the backup {id} of this rollout is not in {directory} on this host"),
                 "run this step on the host that made the backup, or say where it has a copy: `from`",
             )),
         },
-        None => all
-            .into_iter()
-            .find(|made| made.key.rollout == cx.key.rollout)
+        None => of_this_rollout
+            .next()
             .map(|made| {
                 let digest = made.digest;
                 (made, digest)

@@ -32,7 +32,7 @@ const READABLE: u32 = 130_000;
 const LARGE_OBJECTS: &str = "large objects";
 
 /// Where migration tools write down what they have done: not data of the application.
-pub(super) const LEDGERS: &[&str] = &[
+pub(crate) const LEDGERS: &[&str] = &[
     "alembic_version",
     "_prisma_migrations",
     "__diesel_schema_migrations",

@@ -508,7 +508,6 @@ impl Rollout {
         Ok(lines)
     }
 
-    /// The attempt that a person may resolve: the last one, if nothing is known of it.
     /// The number of the undo that refused because it would lose this.
     fn refused_to_lose(&self, host: &HostId, at: StepRef, loss: &LossId) -> Result<u16, Refused> {
         if !self.is_locking() {
@@ -533,6 +532,7 @@ impl Rollout {
         Ok(number)
     }
 
+    /// The attempt that a person may resolve: the last one, if nothing is known of it.
     fn unsettled(&self, host: &HostId, at: StepRef) -> Result<(Direction, u16), Refused> {
         if !self.is_locking() {
             return Err(Refused::NotNow(format!("{} is {}", self.id, self.state())));

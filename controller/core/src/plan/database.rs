@@ -140,6 +140,7 @@ impl<'a> SoFar<'a> {
             Action::PostgresRestore(args) => {
                 self.same_host(step, &args.database, hosts);
                 self.back(step, line, &args.database);
+                self.leave_point(&args.database, line);
             }
             Action::PostgresRestorePoint(args) => {
                 let database = self.databases.entry(&args.database).or_default();
@@ -148,6 +149,7 @@ impl<'a> SoFar<'a> {
                     hosts,
                     recoverable: args.recoverable,
                     fence: database.fence,
+                    left: None,
                 });
             }
             Action::PostgresIntegrity(args) => {
@@ -173,9 +175,11 @@ impl<'a> SoFar<'a> {
                 if args.backup != RequiredBackup::None {
                     self.window(step, &args.database);
                 }
+                self.leave_point(&args.database, line);
             }
             Action::MigrationDowngrade(args) => {
                 self.back(step, line, &args.database);
+                self.leave_point(&args.database, line);
                 self.release_of_a_downgrade(step, args);
             }
             _ => {}

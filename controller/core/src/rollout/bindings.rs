@@ -124,12 +124,14 @@ impl Rollout {
     }
 
     /// What an action gets to know at run time: the newest fact of each kind about its database. Of
-    /// what lies on a host its own comes first: databases of one name may be several.
+    /// what lies on a host its own comes first: databases of one name may be several, and where it is
+    /// not clear whose backup is meant, there is none. Of proofs it is the strongest one of the very
+    /// backup.
     fn bindings(&self, action: &Action, host: &HostId) -> Vec<Binding> {
         let Some(database) = database(action) else {
             return vec![];
         };
-        let mut newest: BTreeMap<&'static str, Binding> = BTreeMap::new();
+        let mut of_kind: BTreeMap<&'static str, Vec<Known<'_>>> = BTreeMap::new();
         for (origin, fact, signature) in self.signed_facts() {
             let (kind, about) = match fact {
                 Fact::Backup { database, .. } => ("backup", database),
@@ -143,19 +145,26 @@ impl Rollout {
                 _ => continue,
             };
             if about == database {
-                let binding = Binding {
-                    origin,
-                    fact: fact.as_bound(),
-                    signature: signature.filter(|it| !it.is_empty()).cloned(),
-                };
-                let lies_there = !matches!(kind, "revision" | "sql");
-                let own = newest.get(kind).is_some_and(|it| it.origin.host == *host);
-                if !(lies_there && own) || binding.origin.host == *host {
-                    newest.insert(kind, binding);
-                }
+                of_kind
+                    .entry(kind)
+                    .or_default()
+                    .push((origin, fact, signature));
             }
         }
-        newest.into_values().collect()
+        let backups = of_kind.get("backup");
+        let backup = backups.and_then(|all| the_one(all, host));
+        let chosen = of_kind.iter().filter_map(|(kind, all)| match *kind {
+            "revision" | "sql" => all.last(),
+            "backup" | "rows" => the_one(all, host),
+            "verified" if backups.is_some() => strongest(all, backup?),
+            _ => own_first(all, host),
+        });
+        let bound = chosen.map(|(origin, fact, signature)| Binding {
+            origin: origin.clone(),
+            fact: fact.as_bound(),
+            signature: signature.filter(|it| !it.is_empty()).cloned(),
+        });
+        bound.collect()
     }
 
     /// Who approved before a step: all approvals for what works on a database, and those that
@@ -221,6 +230,43 @@ impl Rollout {
 /// The signatures of people who broke the glass of a gate.
 fn broken(gate: &Gate) -> impl Iterator<Item = Signature> {
     gate.glass.iter().filter_map(|word| word.signed.clone())
+}
+
+/// A fact with where it comes from, and its signature.
+type Known<'a> = (StepKey, &'a Fact, Option<&'a String>);
+
+/// The newest of a host's own facts; of all, if it has none.
+fn own_first<'a, 'b>(all: &'b [Known<'a>], host: &HostId) -> Option<&'b Known<'a>> {
+    let own = all.iter().rfind(|(origin, ..)| origin.host == *host);
+    own.or_else(|| all.last())
+}
+
+/// The same, if it is clear whose it is: of several others' nobody knows which one is meant.
+fn the_one<'a, 'b>(all: &'b [Known<'a>], host: &HostId) -> Option<&'b Known<'a>> {
+    let (newest, ..) = all.last()?;
+    let of_one = all.iter().all(|(origin, ..)| origin.host == newest.host);
+    let own = own_first(all, host)?;
+    (of_one || own.0.host == *host).then_some(own)
+}
+
+/// The newest of those proofs of a backup that reach highest.
+fn strongest<'a, 'b>(all: &'b [Known<'a>], (_, backup, _): &Known<'_>) -> Option<&'b Known<'a>> {
+    let Fact::Backup {
+        id: made,
+        digest: of,
+        ..
+    } = backup
+    else {
+        return None;
+    };
+    let reached = |(_, fact, _): &&Known<'_>| match fact {
+        Fact::BackupVerified {
+            id, digest, level, ..
+        } if (id, digest) == (made, of) => Some(*level),
+        _ => None,
+    };
+    let proofs = all.iter().filter(|known| reached(known).is_some());
+    proofs.max_by_key(reached)
 }
 
 fn is_backup(rollout: &Rollout, origin: &StepKey) -> bool {

@@ -1,5 +1,7 @@
 //! Orders, reports and deadlines on the way forward.
 
+use lockstep_proto::action::postgres::Level;
+
 use super::*;
 
 fn canary_plan(serial: u64, phases: Vec<(Target, Strategy, Step)>) -> CompiledPlan {
@@ -282,16 +284,8 @@ fn what_lies_on_a_host_is_bound_to_its_own_orders_first() {
         on("app", vec![step(backup, database.clone())]),
         on("app", vec![step(verify, database)]),
     ]);
-    for (name, number) in [("a", 1), ("b", 2)] {
-        let made = Fact::Backup {
-            database: "d".into(),
-            id: format!("of-{name}"),
-            digest: Digest::of(name.as_bytes()),
-            size: number,
-            taken_at: Timestamp(number),
-            fence: None,
-        };
-        fleet.finish(name, ok(), vec![made]);
+    for name in ["a", "b"] {
+        fleet.finish(name, ok(), vec![backup_of(name)]);
     }
     for name in ["a", "b"] {
         let mut orders = fleet.orders.iter().rev();
@@ -302,4 +296,73 @@ fn what_lies_on_a_host_is_bound_to_its_own_orders_first() {
         let own = format!("of-{name}");
         assert!(matches!(&binding.fact, Fact::Backup { id, .. } if *id == own));
     }
+}
+
+/// A backup of the database `d`.
+fn backup_of(name: &str) -> Fact {
+    Fact::Backup {
+        database: "d".into(),
+        id: format!("of-{name}"),
+        digest: Digest::of(name.as_bytes()),
+        size: 1,
+        taken_at: Timestamp(1),
+        fence: None,
+    }
+}
+
+fn proof_of(name: &str, level: Level) -> Fact {
+    Fact::BackupVerified {
+        database: "d".into(),
+        id: format!("of-{name}"),
+        digest: Digest::of(name.as_bytes()),
+        fence: None,
+        level,
+        taken_at: None,
+    }
+}
+
+/// What the newest order of a host has of backups and their proofs.
+fn known_of_backups(fleet: &Fleet, name: &str) -> Vec<(String, Option<Level>)> {
+    let mut orders = fleet.orders.iter().rev();
+    let order = orders.find(|order| order.key.host == host(name)).unwrap();
+    let known = order.bindings.iter().filter_map(|bound| match &bound.fact {
+        Fact::Backup { id, .. } => Some((id.clone(), None)),
+        Fact::BackupVerified { id, level, .. } => Some((id.clone(), Some(*level))),
+        _ => None,
+    });
+    known.collect()
+}
+
+/// Three hosts: these have such facts, and the order of a last step goes out.
+fn facts_before_the_last_step(facts: &[(&str, Vec<Fact>)]) -> Fleet {
+    let mut fleet = Fleet::new(&["a", "b", "c"]);
+    let database = json!({"database": "d"});
+    let verify = "postgres.verify_backup";
+    fleet.start(vec![
+        on("app", vec![step("postgres.backup", database.clone())]),
+        on("app", vec![step(verify, database)]),
+    ]);
+    for name in ["a", "b", "c"] {
+        let of = facts.iter().find(|(of, _)| *of == name);
+        let facts = of.map(|(_, facts)| facts.clone()).unwrap_or_default();
+        fleet.finish(name, ok(), facts);
+    }
+    fleet
+}
+
+#[test]
+fn the_strongest_proof_of_a_hosts_own_backup_is_bound_and_no_others() {
+    let (a, b) = ("of-a".to_owned(), "of-b".to_owned());
+    // The prover has proven more than the host itself, and something of another backup.
+    let of_a = vec![backup_of("a"), proof_of("a", Level::Read)];
+    let of_b = vec![backup_of("b")];
+    let of_c = vec![
+        proof_of("a", Level::Equal),
+        proof_of("other", Level::Checked),
+    ];
+    let fleet = facts_before_the_last_step(&[("a", of_a), ("b", of_b), ("c", of_c)]);
+    let own = vec![(a.clone(), None), (a, Some(Level::Equal))];
+    assert_eq!(known_of_backups(&fleet, "a"), own);
+    assert_eq!(known_of_backups(&fleet, "b"), [(b, None)], "INV-7");
+    assert_eq!(known_of_backups(&fleet, "c"), [], "whose would it be?");
 }

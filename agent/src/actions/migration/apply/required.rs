@@ -1,7 +1,7 @@
 //! What a migration asks of its backup.
 
 use lockstep_proto::action::migration::RequiredBackup;
-use lockstep_proto::action::postgres::{Backup, Level, VerifyBackup};
+use lockstep_proto::action::postgres::{Backup, Level, Restore, VerifyBackup};
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::stage::Stage;
@@ -114,4 +114,55 @@ async fn a_proof_by_a_copy_on_another_host_counts_as_one_of_the_hosts_own() {
     let before = asked.before(&cx).await.unwrap();
     asked.apply(&cx, &before).await.unwrap();
     assert_eq!(stage.revision().await, NEW);
+}
+
+#[tokio::test]
+async fn a_proof_of_another_backup_than_the_rollouts_own_is_none() {
+    let stage = Stage::new().await;
+    let mut facts = stage.backed_up().await;
+    let other = Digest::of(b"another database of the same name");
+    for fact in &mut facts {
+        if let Fact::BackupVerified { digest, .. } = fact {
+            *digest = other;
+        }
+    }
+    let refused = apply().apply(&stage.cx(4, facts), &NULL).await.unwrap_err();
+    assert_eq!(refused.cause, Cause::Refused, "INV-7");
+    let why = "no backup of `staff` was verified";
+    assert!(refused.message.contains(why), "{}", refused.message);
+}
+
+#[tokio::test]
+async fn a_backup_of_another_rollout_is_neither_proven_nor_restored() {
+    let stage = Stage::new().await;
+    let volume = tempfile::tempdir().unwrap();
+    let from = volume.path().display().to_string();
+    let args = json!({"database": "staff", "copies": [&from]});
+    let backup: Backup = serde_json::from_value(args).unwrap();
+    let cx = stage.bench.cx(2, vec![]);
+    let mut facts = backup.apply(&cx, &NULL).await.unwrap().facts;
+    let rollout: lockstep_proto::ids::RolloutId = "ro_0102030405ff".parse().unwrap();
+    for args in [
+        json!({"database": "staff"}),
+        json!({"database": "staff", "from": &from}),
+    ] {
+        let verify: VerifyBackup = serde_json::from_value(args).unwrap();
+        let mut cx = stage.bench.cx(3, facts.clone());
+        cx.key.rollout = rollout.clone();
+        let refused = verify.apply(&cx, &NULL).await.unwrap_err();
+        assert!(refused.hint.is_some(), "{refused:?}");
+        facts.extend(
+            verify
+                .apply(&stage.bench.cx(3, facts.clone()), &NULL)
+                .await
+                .unwrap()
+                .facts,
+        );
+    }
+    let restore: Restore = serde_json::from_value(json!({"database": "staff"})).unwrap();
+    let mut cx = stage.bench.cx(5, facts);
+    cx.key.rollout = rollout;
+    let refused = restore.apply(&cx, &NULL).await.unwrap_err();
+    let why = "no verified backup of `staff` of this rollout";
+    assert!(refused.message.contains(why), "{}", refused.message);
 }

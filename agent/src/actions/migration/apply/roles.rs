@@ -8,11 +8,11 @@ use lockstep_proto::report::Cause;
 use serde_json::{Value, json};
 
 use super::stage::{self as example, NEW, OLD, apply, placed};
-use crate::actions::Act as _;
 use crate::actions::migration::alike;
 use crate::actions::migration::tools::files::Stage;
+use crate::actions::{Act as _, Probe};
 use crate::sql::cluster::Bench;
-use crate::sql::literal;
+use crate::sql::{application_name, literal};
 use crate::step::Context;
 
 const NULL: Value = Value::Null;
@@ -214,4 +214,25 @@ async fn whoever_cannot_write_down_what_was_applied_begins_nothing() {
     assert_eq!(refused.message, why);
     assert!(refused.hint.unwrap().contains("OWNER TO"));
     assert_eq!(stage.ask("SELECT to_regclass('rooms_id')").await, "");
+}
+
+#[tokio::test]
+async fn nothing_is_known_while_a_session_of_another_role_carries_the_steps_name() {
+    let mut stage = Stage::new(Tool::Sql, FILES).await;
+    let role = migrator(&mut stage.bench).await;
+    let app = stage.bench.app();
+    let cx = section(stage.bench.cx(4, vec![]), &app, &role);
+    let act = stage.act("head");
+    assert!(matches!(act.probe(&cx).await.unwrap(), Probe::Absent(_)));
+    // A tool that logs in as it likes, and may still commit.
+    let other = stage.bench.session("staff").await;
+    let name = format!(
+        "SET application_name = {}",
+        literal(&application_name(&cx.key))
+    );
+    other.run("", &name).await.unwrap();
+    let Probe::NoProof(why) = act.probe(&cx).await.unwrap() else {
+        panic!("INV-1")
+    };
+    assert!(why.contains("carry this step's name"), "{why}");
 }

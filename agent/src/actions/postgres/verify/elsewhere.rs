@@ -60,6 +60,7 @@ pub(super) fn find(
         made.id == *id && is == (digest, size, taken_at, fence)
     };
     let made = Manifest::read(&held.join(id), &database.name).filter(of_this);
+    let made = made.filter(|made| made.key.rollout == cx.key.rollout);
     let made = made.ok_or_else(|| {
         hinted(
             Cause::CheckUnmet,

@@ -12,9 +12,22 @@ pub(super) struct Point<'a> {
     pub(super) recoverable: bool,
     /// The fence that was up, and has been since.
     pub(super) fence: Option<usize>,
+    /// The step that has changed the database since, by its line.
+    pub(super) left: Option<usize>,
 }
 
 impl SoFar<'_> {
+    /// A step changes a database: its restore point is from before that.
+    pub(super) fn leave_point(&mut self, name: &str, line: usize) {
+        let point = self
+            .databases
+            .get_mut(name)
+            .and_then(|of| of.point.as_mut());
+        if let Some(point) = point {
+            point.left.get_or_insert(line);
+        }
+    }
+
     /// A migration whose undo takes the whole server back.
     pub(super) fn recovery(&self, step: &DraftStep, name: &str, hosts: Option<&On>) {
         let at = self.at(step, "undo_by");
@@ -37,6 +50,12 @@ impl SoFar<'_> {
             return refused(format!(
                 "the restore point of `{name}` on line {line} counts nothing, so a recovery could \
                  not tell what it would lose"
+            ));
+        }
+        if let Some(left) = point.left {
+            return refused(format!(
+                "the restore point of `{name}` on line {line} is older than what line {left} does: a \
+                 recovery would take that back, too"
             ));
         }
         self.elsewhere(step, ("restore point", name), (line, point.hosts), hosts);
