@@ -25,7 +25,7 @@ use crate::identity::boot_id;
 const LAST_WORDS: Duration = Duration::from_secs(15);
 
 /// How long a database's server that was stopped may take to be started again, in all.
-const SERVER_STARTED: Duration = Duration::from_mins(3);
+const SERVER_STARTED: Duration = Duration::from_mins(5);
 
 /// How often the cancel file is looked for. A signal is faster; the file outlives a race with the
 /// process's start.

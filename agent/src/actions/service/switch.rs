@@ -36,6 +36,11 @@ impl<'a> Switch<'a> {
         Ok((state.phase == Phase::Running, state.words))
     }
 
+    /// Whether it neither runs nor is on its way up or down.
+    pub(crate) async fn is_down(&self) -> Result<bool, Failure> {
+        Ok(!self.service.state(self.cx).await?.phase.is_up())
+    }
+
     /// Stops it.
     pub(crate) async fn stop(&self, until: Instant) -> Result<(), Failure> {
         self.service.stop(self.cx, until).await

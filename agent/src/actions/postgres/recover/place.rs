@@ -11,6 +11,8 @@
 //! the one of before, or the one that recovers. All of it is made as the server's own user.
 
 use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -43,6 +45,9 @@ pub(super) const TARGET: [&str; 4] = [
     "recovery_target_timeline",
     "recovery_target_action",
 ];
+
+/// The line of `postmaster.pid` that says what the server is doing, counted from 0.
+const STATUS: usize = 7;
 
 /// How long the server's files may take to be looked at.
 const LOOK: Duration = Duration::from_secs(30);
@@ -128,17 +133,39 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Whether the server's first process is alive.
+    /// Whether the server's first process is alive. What cannot be told counts as alive.
     pub(super) fn is_running(&self) -> bool {
-        let first = |text: String| text.lines().next()?.trim().parse::<u32>().ok();
-        let pid = fs::read_to_string(self.data.join("postmaster.pid")).ok();
-        let Some(pid) = pid.and_then(first) else {
-            return false;
+        let text = match fs::read_to_string(self.data.join("postmaster.pid")) {
+            Ok(text) => text,
+            Err(error) => return error.kind() != ErrorKind::NotFound,
         };
-        // After a crash the number may be another process's: a server works in its own files.
-        let works_in = fs::read_link(format!("/proc/{pid}/cwd"));
-        let own = fs::canonicalize(&self.data);
-        works_in.is_ok_and(|dir| own.is_ok_and(|own| own == dir))
+        let first = text.lines().next().unwrap_or_default();
+        let Ok(pid) = first.trim().parse::<i32>() else {
+            return true;
+        };
+        // After a crash the number may be another process's: a server works in its own files. One
+        // that serves a single user writes it with a minus.
+        match self.is_worked_in_by(pid.unsigned_abs()) {
+            Ok(works) => works,
+            Err(error) => error.kind() != ErrorKind::NotFound,
+        }
+    }
+
+    /// Whether the server that runs says that it is on its way down.
+    pub(super) fn is_stopping(&self) -> bool {
+        let text = fs::read_to_string(self.data.join("postmaster.pid"));
+        text.is_ok_and(|text| {
+            text.lines()
+                .nth(STATUS)
+                .is_some_and(|it| it.trim() == "stopping")
+        })
+    }
+
+    /// Whether a process works in the server's files: the directory itself counts, not its name.
+    pub(super) fn is_worked_in_by(&self, pid: u32) -> std::io::Result<bool> {
+        let works_in = fs::metadata(format!("/proc/{pid}/cwd"))?;
+        let own = fs::metadata(&self.data)?;
+        Ok((works_in.dev(), works_in.ino()) == (own.dev(), own.ino()))
     }
 
     /// Whether the files in the server's place are a copy that was restored here.
@@ -186,10 +213,7 @@ impl<'a> Place<'a> {
             ))
         };
         let above = parent(&self.data);
-        let device = |path: &Path| {
-            use std::os::unix::fs::MetadataExt as _;
-            fs::symlink_metadata(path).map(|file| file.dev())
-        };
+        let device = |path: &Path| fs::symlink_metadata(path).map(|file| file.dev());
         if device(&self.data).or_failed(what)? != device(above).or_failed(what)? {
             return refused("are a volume of their own: no copy can take their place".into());
         }

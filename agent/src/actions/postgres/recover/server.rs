@@ -140,6 +140,8 @@ pub(super) struct Server {
     pub(super) timeline: u32,
     /// Whether it is recovering, or is a replica.
     pub(super) recovering: bool,
+    /// The process that has answered.
+    pub(super) process: u32,
 }
 
 /// Asks a server what it is.
@@ -164,13 +166,15 @@ pub(super) async fn ask(session: &Session) -> Result<Server, Failure> {
                current_setting('data_directory'), pg_is_in_recovery(), \
                CASE WHEN pg_is_in_recovery() \
                THEN (SELECT timeline_id FROM pg_control_checkpoint())::int8 \
-               ELSE ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int8 END";
+               ELSE ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int8 END, \
+               pg_backend_pid()";
     let row = session.one(what, sql, &[]).await?;
     Ok(Server {
         system: row.get::<_, i64>(0).cast_unsigned(),
         data: row.get::<_, &str>(1).into(),
         recovering: row.get(2),
         timeline: u32::try_from(row.get::<_, i64>(3)).unwrap_or_default(),
+        process: row.get::<_, i32>(4).unsigned_abs(),
     })
 }
 

@@ -85,6 +85,12 @@ impl<'a> Target<'a> {
             );
             return Ok(There::Elsewhere(why));
         }
+        if !self.works_there(&server) {
+            let why = format!(
+                "the server of `{name}` says that its files are in {data}, and works elsewhere"
+            );
+            return Ok(There::Elsewhere(why));
+        }
         if server.recovering {
             return Ok(if self.place.is_copy() {
                 There::Recovering(session)
@@ -112,9 +118,27 @@ impl<'a> Target<'a> {
         )))
     }
 
+    /// Whether the server that has answered works in the files at its place: its own word names a
+    /// path, and another directory may have that name by now.
+    fn works_there(&self, server: &Server) -> bool {
+        let works = self.place.is_worked_in_by(server.process);
+        works.is_ok_and(|works| works)
+    }
+
     /// Refuses a server that is not the one of the restore point any more.
     pub(super) fn check_same(&self, server: &Server) -> Result<(), Failure> {
         let record = &self.record;
+        if !self.works_there(server) {
+            return Err(hinted(
+                Cause::Host,
+                format!(
+                    "the server of `{}` is not seen to work in {}",
+                    self.database.name,
+                    server.data.display()
+                ),
+                "run the agent on the server's own host, as root or as the server's user",
+            ));
+        }
         let is = (server.system, server.timeline, &server.data);
         if is == (record.system, record.timeline, &record.data) {
             return Ok(());

@@ -16,18 +16,51 @@ use crate::faults::reached;
 use crate::sql::Session;
 use crate::step::{changed, failure, hinted};
 
+/// How long the server may take to stop: what it has to write out, a checkpoint has written just
+/// before.
+const STOPPED: Duration = Duration::from_mins(3);
+
+/// How long the server may take to be started.
+const STARTED: Duration = Duration::from_mins(1);
+
 /// How much of the step's time must be left when the server is stopped: to stop it, exchange the
 /// files, and have it start.
-const ROOM: Duration = Duration::from_mins(2);
+const ROOM: Duration = Duration::from_mins(4);
 
-/// How long the server may take to stop, and to be started.
-const SWITCHED: Duration = Duration::from_mins(1);
+/// How long the log may take to be archived.
+const ARCHIVED: Duration = Duration::from_mins(1);
 
 /// How often the server is asked.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// How many looks in a row must find the server gone before it counts as given up.
+const GONE: u32 = 10;
+
 /// The state of a server that was shut down in order.
 const SHUT_DOWN: &str = "shut down";
+
+/// Why a server that is to be up does not answer.
+pub(super) enum Silent {
+    /// It was started, and does not stay up: neither it nor its service runs.
+    GivenUp(Failure),
+    /// It may be on its way: this proves nothing.
+    NotYet(Failure),
+}
+
+impl Silent {
+    fn into_failure(self) -> Failure {
+        match self {
+            Self::GivenUp(why) | Self::NotYet(why) => why,
+        }
+    }
+}
+
+/// An order to start the server.
+struct Order {
+    /// Whether it came while the old server was still there.
+    beside_old: bool,
+    failed: Option<Failure>,
+}
 
 impl Target<'_> {
     /// Puts the restored copy into the server's place, with nothing lost. Returns whether it is
@@ -98,7 +131,7 @@ impl Target<'_> {
         self.place.restore(&self.tool, &base, &self.record).await?;
         // The name under which it could be taken forward again.
         let end = End::name(cx);
-        let archived = points::archived_point(cx, &session, &end, SWITCHED).await;
+        let archived = points::archived_point(cx, &session, &end, ARCHIVED).await;
         let archived = archived.map_err(|failure| Failure {
             changed: false,
             ..failure
@@ -122,16 +155,8 @@ impl Target<'_> {
 
     /// Whether the copy has taken the place: only if nobody has written since the count.
     pub(super) async fn stop_and_exchange(&self, next: u64) -> Result<bool, Failure> {
-        let switch = self.switch().await?;
-        let until = Instant::now() + SWITCHED;
         reached("recovery: to be stopped");
-        switch.stop(until).await?;
-        while self.place.is_running() {
-            if Instant::now() > until {
-                return Err(failure(Cause::Step, "the server does not stop"));
-            }
-            sleep(LOOK).await;
-        }
+        self.stop().await?;
         reached("recovery: stopped");
         let control = self.place.control().await?;
         if control.state != SHUT_DOWN || control.timeline != self.record.timeline {
@@ -153,35 +178,56 @@ impl Target<'_> {
         Ok(true)
     }
 
-    /// Starts the server and waits until it answers. A copy that cannot recover gives the place back
-    /// to the files of before.
-    pub(super) async fn bring_up(&self) -> Result<(), Failure> {
-        let Err(why) = self.start().await else {
+    /// Stops the server. Returns once neither it nor its service runs, so that nothing starts it.
+    async fn stop(&self) -> Result<(), Failure> {
+        let switch = self.switch().await?;
+        let until = Instant::now() + STOPPED;
+        let is_down = async || match self.place.is_running() {
+            true => Ok(false),
+            false => switch.is_down().await,
+        };
+        let stopped = switch.stop(until).await;
+        if is_down().await? {
+            // A service that is down may refuse to be stopped.
             return Ok(());
+        }
+        stopped?;
+        while !is_down().await? {
+            if Instant::now() > until {
+                return Err(failure(Cause::Step, "the server does not stop"));
+            }
+            sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Starts the server and waits until it answers. A copy that cannot recover gives the place back
+    /// to the files of before; never one that is only not heard of yet.
+    pub(super) async fn bring_up(&self) -> Result<(), Failure> {
+        let why = match self.start().await {
+            Ok(()) => return Ok(()),
+            Err(Silent::NotYet(why)) => return Err(self.down(why)),
+            Err(Silent::GivenUp(why)) => why,
         };
-        let down = |failure: Failure| {
-            changed(Failure {
-                message: format!(
-                    "the server of `{}` does NOT ANSWER: {}",
-                    self.database.name, failure.message
-                ),
-                hint: Some(format!(
-                    "its log says why; its files are in {}, those of before or of the copy beside \
-                     them; start it, or let `lockstep rollback` try again",
-                    self.place.data().display()
-                )),
-                ..failure
-            })
-        };
-        let stuck = self.place.is_copy() && self.place.has_to_recover();
-        if !stuck || self.place.is_running() {
-            return Err(down(why));
+        let is_stuck = || self.place.is_copy() && self.place.has_to_recover();
+        if !is_stuck() {
+            return Err(self.down(why));
         }
         self.cx
             .log
             .line("the copy does not recover; putting the files of before back");
-        self.place.exchange().map_err(down)?;
-        self.start().await.map_err(down)?;
+        let down = |failure| self.down(failure);
+        // Its supervisor may have been about to try once more, or have got it through meanwhile.
+        self.stop().await.map_err(down)?;
+        let goes_back = is_stuck();
+        if goes_back {
+            self.place.exchange().map_err(down)?;
+        }
+        let started = self.start().await;
+        started.map_err(|silent| self.down(silent.into_failure()))?;
+        if !goes_back {
+            return Ok(());
+        }
         Err(Failure {
             message: format!(
                 "the copy of the server of `{}` did not recover to {}, and the server runs as it \
@@ -193,38 +239,71 @@ impl Target<'_> {
         })
     }
 
+    /// Says that the server is not there.
+    fn down(&self, failure: Failure) -> Failure {
+        changed(Failure {
+            message: format!(
+                "the server of `{}` does NOT ANSWER: {}",
+                self.database.name, failure.message
+            ),
+            hint: Some(format!(
+                "its log says why; its files are in {}, those of before or of the copy beside \
+                 them; start it, or let `lockstep rollback` try again",
+                self.place.data().display()
+            )),
+            ..failure
+        })
+    }
+
     /// Starts the server, and waits until it lets somebody in.
-    pub(super) async fn start(&self) -> Result<(), Failure> {
-        let switch = self.switch().await?;
+    pub(super) async fn start(&self) -> Result<(), Silent> {
+        let switch = self.switch().await.map_err(Silent::NotYet)?;
         self.cx.log.progress(0.7, "starting the server");
         reached("recovery: to be started");
-        let until = (Instant::now() + SWITCHED).min(self.cx.deadline);
-        let mut started = Ok(());
-        if !self.place.is_running() {
-            started = switch.start(until).await;
-        }
-        reached("recovery: started");
+        let mut until = Instant::now() + STARTED;
+        // One that runs may be on its way down, as an earlier attempt has ordered.
+        let runs = switch.runs().await.is_ok_and(|(runs, _)| runs);
+        let mut ordered: Option<Order> = None;
         let mut gone = 0;
         loop {
             let Err(refused) = self.database.connect(self.cx).await else {
                 return Ok(());
             };
-            gone = if self.place.is_running() { 0 } else { gone + 1 };
-            // It may be on its way up: the service says when it has given up.
-            if gone > 10 && !switch.runs().await.is_ok_and(|(runs, _)| runs) {
-                let last_lines = switch.last_lines().await;
-                let why = started.err().map_or(refused.message, |why| why.message);
-                let message = format!("it does not stay up: {why}");
-                return Err(Failure {
-                    last_lines,
-                    ..failure(Cause::Step, message)
+            let alive = self.place.is_running();
+            let is_due = match &ordered {
+                None => !alive || !runs,
+                // The old server was in its way.
+                Some(order) => order.beside_old && !alive,
+            };
+            if is_due {
+                until = (Instant::now() + STARTED).min(self.cx.deadline);
+                let failed = switch.start(until).await.err();
+                reached("recovery: started");
+                gone = 0;
+                ordered = Some(Order {
+                    beside_old: alive,
+                    failed,
                 });
+                continue;
+            }
+            gone = if alive { 0 } else { gone + 1 };
+            // It may be on its way up: the service says when it has given up.
+            if gone > GONE && switch.runs().await.is_ok_and(|(runs, _)| !runs) {
+                let why = ordered.and_then(|order| order.failed).unwrap_or(refused);
+                return Err(Silent::GivenUp(Failure {
+                    last_lines: switch.last_lines().await,
+                    ..failure(Cause::Step, format!("it does not stay up: {}", why.message))
+                }));
+            }
+            // Whoever leaves before a server that stops is gone leaves it to nobody to start it.
+            let stops = alive && self.place.is_stopping();
+            if !stops || Instant::now() >= self.cx.deadline {
+                self.may_wait().map_err(Silent::NotYet)?;
             }
             // One that runs, has nothing to recover and lets nobody in will not do so later.
-            if gone == 0 && !self.place.has_to_recover() && Instant::now() > until {
-                return Err(refused);
+            if alive && !stops && !self.place.has_to_recover() && Instant::now() > until {
+                return Err(Silent::NotYet(refused));
             }
-            self.may_wait()?;
             sleep(LOOK).await;
         }
     }
