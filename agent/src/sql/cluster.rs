@@ -54,11 +54,6 @@ impl Cluster {
         })
     }
 
-    /// A server of its own.
-    pub(crate) fn own() -> Arc<Self> {
-        Arc::new(Self::start(None))
-    }
-
     /// A server of its own whose log of changes is archived.
     pub(crate) fn archiving(archive: Archive) -> Arc<Self> {
         assert!(

@@ -298,21 +298,13 @@ impl<'a> Pgbackrest<'a> {
         )
     }
 
-    /// The command that takes a server that was recovered forward again, to a moment on the
-    /// timeline that it has left.
-    pub(super) fn forward_command(&self, point: &str, timeline: u32) -> String {
+    /// The command that brings the server to a named moment on a timeline, from a backup. Without
+    /// the backup and the timeline pgBackRest would take the newest, which may be later ones.
+    pub(super) fn restore_command(&self, point: &str, base: &str, timeline: u32) -> String {
         let mut argv = self.argv();
         argv.extend(["--delta", "--type=name", "--target-action=promote"].map(str::to_owned));
+        argv.push(format!("--set={base}"));
         argv.push(format!("--target-timeline={timeline}"));
-        argv.push(format!("--target={point}"));
-        argv.push("restore".to_owned());
-        argv.join(" ")
-    }
-
-    /// The command that brings the server back to a named moment.
-    pub(super) fn restore_command(&self, point: &str) -> String {
-        let mut argv = self.argv();
-        argv.extend(["--delta", "--type=name", "--target-action=promote"].map(str::to_owned));
         argv.push(format!("--target={point}"));
         argv.push("restore".to_owned());
         argv.join(" ")

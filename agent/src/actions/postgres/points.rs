@@ -66,7 +66,7 @@ impl Act for RestorePoint {
             taken_at: point.taken_at,
         }];
         if let Some(way_back) = way_back {
-            let value = way_back.said(&session, &name).await?;
+            let value = way_back.said(&session, &name, point.timeline).await?;
             cx.log.line(&format!("the way back: {value}"));
             facts.push(Fact::Note {
                 name: "way back to the restore point".into(),
@@ -115,11 +115,11 @@ impl<'a> WayBack<'a> {
     }
 
     /// What a person does, in words.
-    async fn said(&self, session: &Session, point: &str) -> Result<String, Failure> {
+    async fn said(&self, session: &Session, point: &str, timeline: u32) -> Result<String, Failure> {
         let all = "all databases of the server, from the backup";
         Ok(match self {
             Self::Pgbackrest(tool, base) => {
-                let command = tool.restore_command(point);
+                let command = tool.restore_command(point, base, timeline);
                 format!("{all} {base}: stop the server, run `{command}` as its user, start it")
             }
             Self::Barman(tool, base) => {
@@ -175,6 +175,7 @@ pub(super) struct Point {
     pub(super) lsn: String,
     /// The file of the log that holds it.
     file: String,
+    timeline: u32,
     taken_at: Timestamp,
 }
 
@@ -192,13 +193,15 @@ pub(super) async fn archived_point(
 
 async fn create(session: &Session, name: &str) -> Result<Point, Failure> {
     let what = "making the restore point";
-    let sql = "SELECT lsn::text, pg_walfile_name(lsn), (extract(epoch FROM now()) * 1000)::int8 \
+    let sql = "SELECT lsn::text, pg_walfile_name(lsn), (extract(epoch FROM now()) * 1000)::int8, \
+               ('x' || substr(pg_walfile_name(lsn), 1, 8))::bit(32)::int8 \
                FROM pg_create_restore_point($1) lsn";
     let row = session.one(what, sql, &[&name]).await?;
     let point = Point {
         lsn: row.get(0),
         file: row.get(1),
         taken_at: Timestamp(row.get::<_, i64>(2).unsigned_abs()),
+        timeline: u32::try_from(row.get::<_, i64>(3)).unwrap_or_default(),
     };
     // Else the file would be archived once it is full.
     session

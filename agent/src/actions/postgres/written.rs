@@ -107,6 +107,15 @@ pub(crate) async fn moment_of_server(session: &Session) -> Result<Moment, Failur
     Ok(Moment { xid })
 }
 
+/// The server's next transaction.
+pub(crate) async fn next(session: &Session) -> Result<u64, Failure> {
+    let sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8";
+    let row = session
+        .one("asking for the next transaction", sql, &[])
+        .await?;
+    Ok(row.get::<_, i64>(0).unsigned_abs())
+}
+
 /// A column, as far as it matters for who reads and writes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Column {
@@ -284,7 +293,7 @@ pub(crate) async fn since_in_shared(session: &Session, moment: Moment) -> Result
 }
 
 async fn inside_shared(session: &Session, what: &str, moment: Moment) -> Result<Written, Failure> {
-    let (next, is_new) = newness(session, what, Some(moment)).await?;
+    let (next, is_new) = newness(session, Some(moment)).await?;
     let mut written = Written::at(next);
     for (name, others) in SHARED {
         let sql = "SELECT to_regclass('pg_catalog.' || $1) IS NOT NULL";
@@ -311,14 +320,12 @@ async fn inside_shared(session: &Session, what: &str, moment: Moment) -> Result<
 /// or why there is none.
 async fn newness(
     session: &Session,
-    what: &str,
     moment: Option<Moment>,
 ) -> Result<(Option<i64>, Result<String, String>), Failure> {
     let next = if session.version < READABLE {
         None
     } else {
-        let sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8";
-        Some(session.one(what, sql, &[]).await?.get::<_, i64>(0))
+        Some(next(session).await?.cast_signed())
     };
     let passed = next
         .zip(moment)
@@ -338,7 +345,7 @@ async fn inside(
     moment: Option<Moment>,
     which: &Which,
 ) -> Result<Written, Failure> {
-    let (next, is_new) = newness(session, what, moment).await?;
+    let (next, is_new) = newness(session, moment).await?;
     let mut written = Written::at(next);
     // What is taken of a parent is taken of its children.
     let which = match which {

@@ -97,7 +97,7 @@ async fn a_proof_by_a_copy_on_another_host_counts_as_one_of_the_hosts_own() {
     let backup: Backup = serde_json::from_value(args).unwrap();
     let mut facts = backup.apply(&cx, &NULL).await.unwrap().facts;
     // On a host with a server of its own.
-    let other = Bench::on(Cluster::own()).await;
+    let other = Bench::on(Cluster::alone()).await;
     let mut cx = other.cx(3, facts.clone());
     cx.key.rollout = rollout;
     cx.key.host = "host-2".parse().unwrap();

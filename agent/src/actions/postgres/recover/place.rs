@@ -29,7 +29,8 @@ use crate::process::Program;
 use crate::sql::Database;
 use crate::step::{Context, failure, hinted};
 
-/// In a copy that was restored by us.
+/// What the name of the mark in a copy that was restored by us begins with. The rest is the step's:
+/// a mark that another rollout has left, here or in a backup, says nothing.
 const MARK: &str = "lockstep.recovered";
 
 /// The files of a server that tell where it listens and whom it lets in, if they are among its data:
@@ -62,6 +63,7 @@ pub(super) struct Place<'a> {
     user: Option<String>,
     controldata: String,
     step: String,
+    mark: String,
 }
 
 /// What the files of a server that does not run say.
@@ -83,12 +85,14 @@ impl<'a> Place<'a> {
     ) -> Self {
         let rollout = cx.key.rollout.as_str();
         let rollout = rollout.strip_prefix("ro_").unwrap_or(rollout);
+        let step = format!("{rollout}_{}_{}", cx.key.at.phase, cx.key.at.step);
         Self {
             cx,
             data: record.data.clone(),
             user: tool.user().map(str::to_owned),
             controldata: tools::of_server(database, record.major, "pg_controldata"),
-            step: format!("{rollout}_{}_{}", cx.key.at.phase, cx.key.at.step),
+            mark: format!("{MARK}_{step}"),
+            step,
         }
     }
 
@@ -170,7 +174,7 @@ impl<'a> Place<'a> {
 
     /// Whether the files in the server's place are a copy that was restored here.
     pub(super) fn is_copy(&self) -> bool {
-        self.data.join(MARK).exists()
+        self.data.join(&self.mark).exists()
     }
 
     /// Whether a server that starts on these files has yet to recover.
@@ -212,9 +216,12 @@ impl<'a> Place<'a> {
                  downgrade` or `restore`",
             ))
         };
+        let own = fs::symlink_metadata(&self.data).or_failed(what)?;
+        if own.is_symlink() {
+            return refused("are behind a link, whose place a copy would take".into());
+        }
         let above = parent(&self.data);
-        let device = |path: &Path| fs::symlink_metadata(path).map(|file| file.dev());
-        if device(&self.data).or_failed(what)? != device(above).or_failed(what)? {
+        if own.dev() != fs::metadata(above).or_failed(what)?.dev() {
             return refused("are a volume of their own: no copy can take their place".into());
         }
         for entry in fs::read_dir(&self.data).or_failed(what)? {
@@ -259,16 +266,20 @@ impl<'a> Place<'a> {
             .progress(0.1, "restoring a copy of the server beside it");
         tool.restore_into(&restoring, base).await?;
         self.configure(tool, &restoring, record).await?;
-        self.run(&["touch", "--"], &[&restoring.join(MARK)]).await?;
-        let written = [
-            restoring.join(AUTO),
-            restoring.join(MARK),
-            restoring.clone(),
-        ];
-        let written: Vec<&Path> = written.iter().map(PathBuf::as_path).collect();
-        self.run(&["sync", "--"], &written).await?;
+        let mark = restoring.join(&self.mark);
+        self.run(&["touch", "--"], &[&mark]).await?;
+        self.run(&["sync", "--"], &[&mark, &restoring]).await?;
         reached("recovery: restored");
         self.rename(&restoring, &restored)
+    }
+
+    /// Gives the whole copy the settings of now.
+    pub(super) async fn renew_settings(
+        &self,
+        tool: &Pgbackrest<'_>,
+        record: &Record,
+    ) -> Result<(), Failure> {
+        self.configure(tool, &self.restored(), record).await
     }
 
     /// Removes what was restored and is not in the server's place. Only for a server that runs as it
@@ -277,7 +288,7 @@ impl<'a> Place<'a> {
         let (restoring, restored) = (self.restoring(), self.restored());
         self.run(&["rm", "-rf", "--"], &[&restoring]).await?;
         if restored.exists() {
-            if self.is_copy() || !restored.join(MARK).exists() {
+            if self.is_copy() || !restored.join(&self.mark).exists() {
                 return Err(hinted(
                     Cause::Refused,
                     format!(
@@ -292,17 +303,19 @@ impl<'a> Place<'a> {
         Ok(())
     }
 
-    /// Gives the copy the settings of now, and the end of its recovery.
+    /// Gives a copy the settings of now, and the end of its recovery, durably.
     async fn configure(
         &self,
         tool: &Pgbackrest<'_>,
         copy: &Path,
         record: &Record,
     ) -> Result<(), Failure> {
+        let mut written = vec![copy.join(AUTO), copy.to_owned()];
         for name in SETTINGS {
             let now = self.data.join(name);
             if now.exists() {
                 self.run(&["cp", "-p", "--"], &[&now, copy]).await?;
+                written.push(copy.join(name));
             }
         }
         let mut text = String::new();
@@ -326,8 +339,9 @@ impl<'a> Place<'a> {
         let to = copy.join(AUTO);
         self.program(&["tee", "--"], &[&to])
             .feed(self.cx, Stdio::from(file))
-            .await
-            .map(drop)
+            .await?;
+        let written: Vec<&Path> = written.iter().map(PathBuf::as_path).collect();
+        self.run(&["sync", "--"], &written).await
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<(), Failure> {
@@ -354,11 +368,11 @@ impl<'a> Place<'a> {
     /// mark away. Returns the names under which there are such files.
     pub(super) async fn tidy(&self) -> Result<Vec<PathBuf>, Failure> {
         let restored = self.restored();
-        if restored.exists() && !restored.join(MARK).exists() {
+        if restored.exists() && !restored.join(&self.mark).exists() {
             self.rename(&restored, &self.before())?;
         }
         if self.is_copy() {
-            self.run(&["rm", "-f", "--"], &[&self.data.join(MARK)])
+            self.run(&["rm", "-f", "--"], &[&self.data.join(&self.mark)])
                 .await?;
         }
         let prefix = self.beside("before");

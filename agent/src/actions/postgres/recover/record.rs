@@ -140,6 +140,8 @@ impl Record {
 pub(super) struct End {
     pub(super) name: String,
     place: u64,
+    /// The backup from which it can be reached.
+    pub(super) base: String,
     /// Who has accepted that something is lost, if anybody has.
     pub(super) accepted: Option<Fact>,
 }
@@ -147,10 +149,14 @@ pub(super) struct End {
 const END: &str = "recovery-end.json";
 
 impl End {
-    /// The name for the attempt of the context.
-    pub(super) fn name(cx: &Context) -> String {
+    /// The name for the attempt of the context, while this is the server's next transaction. A
+    /// recovery ends at the first point of a name, and a server may be stopped several times.
+    pub(super) fn name(cx: &Context, next: u64) -> String {
         let key = &cx.key;
-        format!("lockstep_{}_{}_end_{}", key.rollout, key.at, key.attempt)
+        format!(
+            "lockstep_{}_{}_end_{}_{next:x}",
+            key.rollout, key.at, key.attempt
+        )
     }
 
     /// Writes down that the log is archived up to a point of this name.
@@ -158,11 +164,13 @@ impl End {
         cx: &Context,
         name: String,
         lsn: &str,
+        base: &str,
         accepted: Option<Fact>,
     ) -> Result<(), Failure> {
         let end = Self {
             name,
             place: position(lsn).unwrap_or_default(),
+            base: base.to_owned(),
             accepted,
         };
         let text = serde_json::to_vec(&end).expect("texts and numbers are JSON");

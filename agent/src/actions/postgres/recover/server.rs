@@ -248,13 +248,14 @@ pub(super) async fn quiet(cx: &Context, session: &Session) -> Result<u64, Failur
     let began = Instant::now();
     let mut said = false;
     loop {
-        let sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8, \
-                   (SELECT string_agg(format('process %s (%s)', pid, \
+        // First: whoever begins to write after this is given it, or a later one.
+        let next = written::next(session).await?;
+        let sql = "SELECT string_agg(format('process %s (%s)', pid, \
                    coalesce(usename::text, backend_type)), ', ') \
-                   FROM pg_stat_activity WHERE backend_xid IS NOT NULL)";
+                   FROM pg_stat_activity WHERE backend_xid IS NOT NULL";
         let row = session.one(what, sql, &[]).await?;
-        let Some(busy) = row.get::<_, Option<&str>>(1) else {
-            return Ok(row.get::<_, i64>(0).cast_unsigned());
+        let Some(busy) = row.get::<_, Option<&str>>(0) else {
+            return Ok(next);
         };
         if began.elapsed() > QUIET {
             return Err(hinted(
@@ -270,13 +271,6 @@ pub(super) async fn quiet(cx: &Context, session: &Session) -> Result<u64, Failur
         }
         sleep(Duration::from_millis(100)).await;
     }
-}
-
-/// The server's next transaction.
-pub(super) async fn next(session: &Session) -> Result<u64, Failure> {
-    let sql = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8";
-    let row = session.one("asking for the moment", sql, &[]).await?;
-    Ok(row.get::<_, i64>(0).cast_unsigned())
 }
 
 /// What the server says of the timeline that it is on: the place at which it began, and why.

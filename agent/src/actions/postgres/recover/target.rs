@@ -10,6 +10,7 @@ use super::{configured, open_since_point, switch};
 use crate::actions::loss;
 use crate::actions::postgres::pgbackrest::Pgbackrest;
 use crate::actions::postgres::restore::Baseline;
+use crate::actions::postgres::written;
 use crate::actions::service::Switch;
 use crate::config;
 use crate::sql::{Database, Session};
@@ -194,6 +195,8 @@ impl<'a> Target<'a> {
         let (cx, record) = (self.cx, &self.record);
         for _ in 0..TRIES {
             let next = server::quiet(cx, session).await?;
+            // A transaction that was prepared is no session's any more, and not in any count.
+            server::check_alone(session).await?;
             let mut lost = record
                 .held
                 .lost_elsewhere(cx, session, &self.database, record.moment)
@@ -233,19 +236,24 @@ impl<'a> Target<'a> {
                     ),
                 ));
             }
-            if server::next(session).await? == next {
+            if written::next(session).await? == next {
                 return Ok((next, accepted));
             }
             cx.log
                 .line("somebody wrote while the rows were counted; counting again");
         }
-        Err(hinted(
+        Err(self.never_quiet())
+    }
+
+    /// Refuses a server that somebody writes to whenever it is counted.
+    pub(super) fn never_quiet(&self) -> Failure {
+        hinted(
             Cause::Refused,
             format!(
                 "the server of `{}` is written to all the time",
                 self.database.name
             ),
             "find out by whom (its autovacuum counts, too), and try again",
-        ))
+        )
     }
 }

@@ -11,7 +11,7 @@ use super::server::Server;
 use super::target::{TRIES, Target};
 use super::{Recovered, check_able, place};
 use crate::actions::postgres::restore::Baseline;
-use crate::actions::postgres::{fence, points};
+use crate::actions::postgres::{fence, points, written};
 use crate::faults::reached;
 use crate::sql::Session;
 use crate::step::{changed, failure, hinted};
@@ -87,6 +87,7 @@ impl Target<'_> {
             Ok(true) => Ok(true),
             Ok(false) => {
                 self.bring_up().await?;
+                let _ = self.place.discard().await;
                 *stopped += 1;
                 if *stopped < TRIES {
                     return Ok(false);
@@ -108,13 +109,14 @@ impl Target<'_> {
             }
             Err(failure) => {
                 self.bring_up().await?;
+                let _ = self.place.discard().await;
                 let message = format!("{}; the server runs as it did before", failure.message);
                 Err(Failure { message, ..failure })
             }
         }
     }
 
-    /// Restores the copy, has the log archived, and looks once more. Returns the server's next
+    /// Restores the copy, looks once more, and has the log archived. Returns the server's next
     /// transaction.
     async fn make_ready(
         &self,
@@ -126,18 +128,16 @@ impl Target<'_> {
         check_able(cx, &session, &self.database).await?;
         self.check_same(server)?;
         let base = self.base().await?;
+        // What a killed attempt has left takes the room of the copy.
+        self.place.discard().await?;
         self.check_room(&session).await?;
         self.nothing_lost(&session, since).await?;
         self.place.restore(&self.tool, &base, &self.record).await?;
-        // The name under which it could be taken forward again.
-        let end = End::name(cx);
-        let archived = points::archived_point(cx, &session, &end, ARCHIVED).await;
-        let archived = archived.map_err(|failure| Failure {
-            changed: false,
-            ..failure
-        })?;
-        let (next, accepted) = self.nothing_lost(&session, since).await?;
-        End::keep(cx, end, &archived.lsn, accepted)?;
+        // What is written out now the server need not write while it stops.
+        session.run("writing a checkpoint", "CHECKPOINT").await?;
+        let next = self.last_look(&session, since, &base).await?;
+        // Somebody may have changed them while the copy was restored.
+        self.place.renew_settings(&self.tool, &self.record).await?;
         if cx.stop.is_cancelled() {
             let message = "the server was not stopped yet";
             return Err(failure(Cause::Cancelled, message));
@@ -151,6 +151,34 @@ impl Target<'_> {
             ));
         }
         Ok(next)
+    }
+
+    /// Counts for the last time, and has the log archived up to here, under a name by which the
+    /// server could be taken forward again. Returns the server's next transaction.
+    async fn last_look(
+        &self,
+        session: &Session,
+        since: Option<&Baseline>,
+        base: &str,
+    ) -> Result<u64, Failure> {
+        let cx = self.cx;
+        for _ in 0..TRIES {
+            let (next, accepted) = self.nothing_lost(session, since).await?;
+            let name = End::name(cx, next);
+            let archived = points::archived_point(cx, session, &name, ARCHIVED).await;
+            let archived = archived.map_err(|failure| Failure {
+                changed: false,
+                ..failure
+            })?;
+            // The name stands behind all that was counted, and before nothing else.
+            if written::next(session).await? == next {
+                End::keep(cx, name, &archived.lsn, base, accepted)?;
+                return Ok(next);
+            }
+            cx.log
+                .line("somebody wrote while the log was archived; counting again");
+        }
+        Err(self.never_quiet())
     }
 
     /// Whether the copy has taken the place: only if nobody has written since the count.
@@ -379,7 +407,9 @@ impl Target<'_> {
         let mut value = format!("all of its databases are back at {}", record.name);
         let mut accepted = None;
         if let Some(end) = End::last(self.cx) {
-            let command = self.tool.forward_command(&end.name, record.timeline);
+            let command = self
+                .tool
+                .restore_command(&end.name, &end.base, record.timeline);
             value = format!(
                 "{value}; to take it forward again, to where it was stopped: stop it, run \
                  `{command}` as its user, start it"

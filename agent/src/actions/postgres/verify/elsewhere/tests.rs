@@ -26,7 +26,7 @@ struct Two {
 
 impl Two {
     async fn new() -> Self {
-        let servers = [Cluster::own(), Cluster::own()];
+        let servers = [Cluster::alone(), Cluster::alone()];
         let one = Bench::with_rows_on(servers[0].clone()).await;
         let other = Bench::on(servers[1].clone()).await;
         let volume = tempfile::tempdir().unwrap();
