@@ -10,6 +10,7 @@ use super::guard::{self, shown};
 use super::source::Source;
 use super::tools::{Limits, Migrator, Way, revision};
 use super::{kept, returns, run, undo};
+use crate::actions::postgres::written::Which;
 use crate::actions::postgres::{guarded, recover, restore};
 use crate::actions::{Act, Done, Probe, bound};
 use crate::sql::{Database, Session};
@@ -122,7 +123,10 @@ impl Act for Apply {
         };
         match self.undo_by {
             UndoBy::Restore => restore::is_at_hand(cx, &self.database)?,
-            UndoBy::Recover => recover::is_at_hand(cx, &session, &self.database).await?,
+            UndoBy::Recover => {
+                let begun = kept::Kept::of(cx)?.began.is_some();
+                recover::is_at_hand(cx, &self.database, begun).await?;
+            }
             UndoBy::Downgrade | UndoBy::Keep => {}
         }
         let keeps = self.undo_by == UndoBy::Keep;
@@ -137,15 +141,7 @@ impl Act for Apply {
         if let Some(beyond) = beyond {
             return Err(ended(cx, &session, (self.tool, &from), beyond).await);
         }
-        let open = match self.undo_by {
-            UndoBy::Restore => returns::open_since_backup(cx, &session, &self.database).await,
-            UndoBy::Recover => recover::open_since_point(cx, &session, &self.database).await,
-            UndoBy::Downgrade | UndoBy::Keep => Ok(Some(String::new())),
-        };
-        let count = open.map_err(changed)?.is_none();
-        kept::end(cx, &session, keeps || count)
-            .await
-            .map_err(changed)?;
+        keep_end(self, cx, &session).await.map_err(changed)?;
         Ok(done(&self.database, &from, &to, true))
     }
 
@@ -158,6 +154,25 @@ impl Act for Apply {
             "migrates `{}` to {} of {}",
             self.database, self.to, self.release
         )
+    }
+}
+
+/// Keeps what an undo has to know of a migration that is through.
+async fn keep_end(act: &Apply, cx: &Context, session: &Session) -> Result<(), Failure> {
+    let name = &act.database;
+    match act.undo_by {
+        UndoBy::Downgrade => kept::end(cx, session, None).await,
+        UndoBy::Keep => kept::end(cx, session, Some(Which::All)).await,
+        UndoBy::Restore => {
+            let open = returns::open_since_backup(cx, session, name).await?;
+            kept::end(cx, session, open.is_none().then_some(Which::All)).await
+        }
+        UndoBy::Recover => {
+            // A role of migrations may not read the whole catalogue.
+            let session = Database::find(cx, name)?.connect(cx).await?;
+            let open = recover::open_since_point(cx, &session, name).await?;
+            kept::end(cx, &session, open.is_none().then_some(Which::Files)).await
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::actions::files::{self, OrFailed as _};
 use crate::actions::postgres::look::Tally;
 use crate::actions::postgres::restore::Baseline;
-use crate::actions::postgres::written::{self, Columns, Moment, Which};
+use crate::actions::postgres::written::{self, Columns, Ledgers, Moment, Which};
 use crate::sql::Session;
 use crate::step::{Context, failure};
 
@@ -37,8 +37,11 @@ pub(super) struct Through {
     /// When; `None` if the server is too old to say.
     pub(super) moment: Option<Moment>,
     /// The rows of all tables: if they were counted behind the fence of the backup, or if the plan
-    /// keeps what the migration does.
+    /// keeps what the migration does. For a recovery with those of the catalogue.
     pub(super) rows: Option<Tally>,
+    /// What migration tools had written down; for a recovery.
+    #[serde(default)]
+    pub(super) ledgers: Option<Ledgers>,
 }
 
 /// What attempts at a step have kept.
@@ -76,6 +79,7 @@ impl Kept {
         Some(Baseline {
             moment: through.moment,
             rows: through.rows.clone()?,
+            ledgers: through.ledgers.clone(),
         })
     }
 }
@@ -83,31 +87,44 @@ impl Kept {
 /// Keeps what there is before the tool starts; the rows, too, if they are asked for.
 pub(super) async fn begin(cx: &Context, session: &Session, count: bool) -> Result<(), Failure> {
     let moment = written::moment(session).await?;
+    let which = count.then_some(Which::All);
     let began = Began {
         moment,
         columns: written::columns(session).await?,
-        rows: rows(session, moment, count).await?,
+        rows: rows(session, moment, which).await?,
     };
     write(&cx.dir, BEGAN, &began)
 }
 
-/// Keeps what there is once the tool is through; the rows, too, if they are asked for.
-pub(super) async fn end(cx: &Context, session: &Session, count: bool) -> Result<(), Failure> {
+/// Keeps what there is once the tool is through; the rows, too, if some are asked for.
+pub(super) async fn end(
+    cx: &Context,
+    session: &Session,
+    which: Option<Which>,
+) -> Result<(), Failure> {
     let moment = written::moment(session).await?;
-    let rows = rows(session, moment, count).await?;
-    write(&cx.dir, THROUGH, &Through { moment, rows })
+    let ledgers = match which {
+        Some(Which::Files) => Some(written::ledgers(session).await?),
+        _ => None,
+    };
+    let through = Through {
+        moment,
+        rows: rows(session, moment, which).await?,
+        ledgers,
+    };
+    write(&cx.dir, THROUGH, &through)
 }
 
 /// The rows of all tables that can be counted. A server too old to say the moment counts none.
 async fn rows(
     session: &Session,
     moment: Option<Moment>,
-    count: bool,
+    which: Option<Which>,
 ) -> Result<Option<Tally>, Failure> {
-    if !count || moment.is_none() {
+    let Some(which) = which.filter(|_| moment.is_some()) else {
         return Ok(None);
-    }
-    let now = written::since(session, moment, &Which::All).await?;
+    };
+    let now = written::since(session, moment, &which).await?;
     Ok(Some(now.tally()))
 }
 

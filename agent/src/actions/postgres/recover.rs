@@ -156,18 +156,25 @@ pub(super) async fn draft(
         data: server.data,
         major: session.major(),
         fence,
+        ledgers: written::ledgers(session).await?,
         moment,
         held,
     })
 }
 
-/// Refuses to begin what only a recovery could undo, unless there is a way to do it.
-pub(crate) async fn is_at_hand(cx: &Context, session: &Session, name: &str) -> Result<(), Failure> {
+/// Refuses to begin what only a recovery could undo, unless there is a way to do it. What an earlier
+/// attempt has `begun` may have moved the schema since the point.
+pub(crate) async fn is_at_hand(cx: &Context, name: &str, begun: bool) -> Result<(), Failure> {
     let target = Target::find(cx, name)?;
-    let server = check_able(cx, session, &target.database).await?;
+    // A role of migrations does not see what others have on the server.
+    let session = target.database.connect(cx).await?;
+    let server = check_able(cx, &session, &target.database).await?;
     target.check_same(&server)?;
+    if !begun {
+        target.check_unmigrated(&session).await?;
+    }
     target.base().await?;
-    target.check_room(session).await
+    target.check_room(&session).await
 }
 
 /// Why data may have been written since the restore point; `None` if a fence has held all the time.

@@ -19,7 +19,7 @@ use super::archive::archive_in;
 use super::manifest::{Manifest, Store};
 use super::scratch::Rights;
 use super::tools::Tools;
-use super::written::{self, Moment, Which};
+use super::written::{self, Ledgers, Moment, Which};
 use super::{fence, look::Tally, scratch};
 use crate::actions::{Act, Done, Probe, bound, loss};
 use crate::sql::{Database, Session, ident, literal};
@@ -143,6 +143,8 @@ pub(crate) struct Baseline {
     pub(crate) moment: Option<Moment>,
     /// The rows of all tables.
     pub(crate) rows: Tally,
+    /// What migration tools had written down; only a recovery asks for it.
+    pub(crate) ledgers: Option<Ledgers>,
 }
 
 /// Refuses unless a backup that could bring a database back is on this host.

@@ -116,6 +116,36 @@ pub(crate) async fn next(session: &Session) -> Result<u64, Failure> {
     Ok(row.get::<_, i64>(0).unsigned_abs())
 }
 
+/// What migration tools have written down, as a digest of each of their tables.
+pub(crate) type Ledgers = BTreeMap<String, String>;
+
+/// The same as it is now. An empty table says what none says.
+pub(crate) async fn ledgers(session: &Session) -> Result<Ledgers, Failure> {
+    let what = "looking what was migrated";
+    let sql = format!(
+        "SELECT {TABLE_NAME}, format('SELECT encode(sha256(convert_to(string_agg(t::text, E''\\n'' \
+         ORDER BY t::text), ''UTF8'')), ''hex'') FROM ONLY %I.%I t', n.nspname, c.relname) \
+         FROM {DATA} AND c.relname = ANY ($1)"
+    );
+    let mut ledgers = Ledgers::new();
+    for table in session.query(what, &sql, &[&LEDGERS]).await? {
+        let digest: Option<String> = session.one(what, table.get(1), &[]).await?.get(0);
+        if let Some(digest) = digest {
+            ledgers.insert(table.get(0), digest);
+        }
+    }
+    Ok(ledgers)
+}
+
+/// Those of the tables that say something else.
+pub(crate) fn migrated(was: &Ledgers, now: &Ledgers) -> Vec<String> {
+    let all: BTreeSet<&String> = was.keys().chain(now.keys()).collect();
+    let differs = all
+        .into_iter()
+        .filter(|name| was.get(*name) != now.get(*name));
+    differs.cloned().collect()
+}
+
 /// A column, as far as it matters for who reads and writes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Column {

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::server::Held;
 use crate::actions::files::{self, OrFailed as _};
-use crate::actions::postgres::written::Moment;
+use crate::actions::postgres::written::{Ledgers, Moment};
 use crate::step::{Context, failure, hinted};
 
 /// How many of other rollouts' are kept.
@@ -50,6 +50,8 @@ pub(in crate::actions::postgres) struct Record {
     pub(super) major: u32,
     /// The token of the database's fence, if one was up.
     pub(super) fence: Option<String>,
+    /// What migration tools had written down.
+    pub(super) ledgers: Ledgers,
     /// The moment before it.
     pub(super) moment: Moment,
     /// What there was to be lost.
@@ -64,6 +66,7 @@ pub(in crate::actions::postgres) struct Draft {
     pub(super) data: PathBuf,
     pub(super) major: u32,
     pub(super) fence: Option<String>,
+    pub(super) ledgers: Ledgers,
     pub(super) moment: Moment,
     pub(super) held: Held,
 }
@@ -95,6 +98,7 @@ impl Draft {
             data: self.data,
             major: self.major,
             fence: self.fence,
+            ledgers: self.ledgers,
             moment: self.moment,
             held: self.held,
         };

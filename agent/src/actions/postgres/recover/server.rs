@@ -20,7 +20,7 @@ const QUIET: Duration = Duration::from_secs(20);
 /// How long sessions that are being closed may still be seen.
 const LEFT: Duration = Duration::from_secs(5);
 
-/// How many rows there were.
+/// How many rows there were, with those of the catalogues.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Held {
     /// In the database itself.
@@ -40,7 +40,7 @@ impl Held {
         moment: Moment,
     ) -> Result<Self, Failure> {
         let mut held = Self {
-            own: written::since(session, Some(moment), &Which::All)
+            own: written::since(session, Some(moment), &Which::Files)
                 .await?
                 .tally(),
             shared: written::since_in_shared(session, moment).await?.tally(),
@@ -92,7 +92,7 @@ impl Held {
         since: Option<(Option<Moment>, &Tally)>,
     ) -> Result<Vec<String>, Failure> {
         let (moment, was) = since.unwrap_or((Some(moment), &self.own));
-        let found = written::since(session, moment, &Which::All).await?;
+        let found = written::since(session, moment, &Which::Files).await?;
         Ok(found.lines_and_gone(was))
     }
 }

@@ -155,6 +155,26 @@ impl<'a> Target<'a> {
         ))
     }
 
+    /// Refuses a point that lies before another change of the schema: the recovery would take that
+    /// one back, too.
+    pub(super) async fn check_unmigrated(&self, session: &Session) -> Result<(), Failure> {
+        let now = written::ledgers(session).await?;
+        let since = written::migrated(&self.record.ledgers, &now);
+        if since.is_empty() {
+            return Ok(());
+        }
+        Err(hinted(
+            Cause::Refused,
+            format!(
+                "`{}` was migrated since the restore point {}, and a recovery would take that back,                  too: {}",
+                self.database.name,
+                self.record.name,
+                since.join(", ")
+            ),
+            "put `postgres.restore_point` with `recoverable: true` directly before this step",
+        ))
+    }
+
     /// The backup that the copy is restored from.
     pub(super) async fn base(&self) -> Result<String, Failure> {
         let Record {
@@ -206,6 +226,11 @@ impl<'a> Target<'a> {
                 let since = since.map(|since| (since.moment, &since.rows));
                 let here = record.held.lost_here(session, record.moment, since);
                 lost.extend(here.await?);
+            } else if let Some(was) = since.and_then(|since| since.ledgers.as_ref()) {
+                // A fence lets the database's owner in.
+                let now = written::ledgers(session).await?;
+                let since = written::migrated(was, &now).into_iter();
+                lost.extend(since.map(|table| format!("{table}: migrated since the step")));
             }
             let mut accepted = None;
             if !lost.is_empty() {
