@@ -3,7 +3,7 @@
 //! ```text
 //! look      whether anything would be lost, in any database, while the server runs
 //! restore   a copy beside the server's files
-//! count     what was written since, once more; the log is archived up to here, under a name
+//! count     what was written since, once more; then the log is archived, up to a name of its own
 //! stop      the server; its files say whether anybody has written since the count
 //! exchange  the copy and the files: one operation, and the files of before are kept
 //! start     the server recovers to the point, and goes on there on a timeline of its own
