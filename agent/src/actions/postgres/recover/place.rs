@@ -11,7 +11,7 @@
 //! the one of before, or the one that recovers. All of it is made as the server's own user.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -139,20 +139,7 @@ impl<'a> Place<'a> {
 
     /// Whether the server's first process is alive. What cannot be told counts as alive.
     pub(super) fn is_running(&self) -> bool {
-        let text = match fs::read_to_string(self.data.join("postmaster.pid")) {
-            Ok(text) => text,
-            Err(error) => return error.kind() != ErrorKind::NotFound,
-        };
-        let first = text.lines().next().unwrap_or_default();
-        let Ok(pid) = first.trim().parse::<i32>() else {
-            return true;
-        };
-        // After a crash the number may be another process's: a server works in its own files. One
-        // that serves a single user writes it with a minus.
-        match self.is_worked_in_by(pid.unsigned_abs()) {
-            Ok(works) => works,
-            Err(error) => error.kind() != ErrorKind::NotFound,
-        }
+        is_running(&self.data)
     }
 
     /// Whether the server that runs says that it is on its way down.
@@ -165,11 +152,9 @@ impl<'a> Place<'a> {
         })
     }
 
-    /// Whether a process works in the server's files: the directory itself counts, not its name.
-    pub(super) fn is_worked_in_by(&self, pid: u32) -> std::io::Result<bool> {
-        let works_in = fs::metadata(format!("/proc/{pid}/cwd"))?;
-        let own = fs::metadata(&self.data)?;
-        Ok((works_in.dev(), works_in.ino()) == (own.dev(), own.ino()))
+    /// Whether a process works in the server's files.
+    pub(super) fn is_worked_in_by(&self, pid: u32) -> io::Result<bool> {
+        works_in(pid, &self.data)
     }
 
     /// Whether the files in the server's place are a copy that was restored here.
@@ -355,7 +340,7 @@ impl<'a> Place<'a> {
         let copy = self.restored();
         reached("recovery: to be exchanged");
         let exchanged = renameat_with(CWD, &self.data, CWD, &copy, RenameFlags::EXCHANGE)
-            .map_err(std::io::Error::from)
+            .map_err(io::Error::from)
             .and_then(|()| files::sync_dir(parent(&self.data)));
         reached("recovery: exchanged");
         exchanged.or_failed(|| {
@@ -388,6 +373,28 @@ impl<'a> Place<'a> {
         kept.sort();
         Ok(kept)
     }
+}
+
+fn is_running(data: &Path) -> bool {
+    let unless_gone = |error: io::Error| error.kind() != ErrorKind::NotFound;
+    let text = match fs::read_to_string(data.join("postmaster.pid")) {
+        Ok(text) => text,
+        Err(error) => return unless_gone(error),
+    };
+    let first = text.lines().next().unwrap_or_default();
+    let Ok(pid) = first.trim().parse::<i32>() else {
+        return true;
+    };
+    // After a crash the number may be another process's: a server works in its own files. One that
+    // serves a single user writes it with a minus.
+    works_in(pid.unsigned_abs(), data).unwrap_or_else(unless_gone)
+}
+
+/// Whether a process works in a directory: that itself counts, not its name.
+fn works_in(pid: u32, directory: &Path) -> io::Result<bool> {
+    let works_in = fs::metadata(format!("/proc/{pid}/cwd"))?;
+    let own = fs::metadata(directory)?;
+    Ok((works_in.dev(), works_in.ino()) == (own.dev(), own.ino()))
 }
 
 /// The settings of a server without those that an earlier recovery has left.
@@ -449,6 +456,31 @@ mod tests {
         };
         assert_eq!(control(said), Some(read));
         assert_eq!(control("Database cluster state: shut down\n"), None);
+    }
+
+    #[test]
+    fn a_server_of_which_nothing_can_be_told_counts_as_running() {
+        let data = tempfile::tempdir().unwrap();
+        let file = data.path().join("postmaster.pid");
+        assert!(!is_running(data.path()));
+        for (text, runs) in [
+            ("", true),
+            ("no number\n", true),
+            // No process has it.
+            ("2147483647\n", false),
+            // One that works elsewhere.
+            (&format!("{}\n", std::process::id()), false),
+        ] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(is_running(data.path()), runs, "{text}");
+        }
+        let mut inside = std::process::Command::new("sleep");
+        let mut inside = inside.arg("60").current_dir(&data).spawn().unwrap();
+        fs::write(&file, format!("-{}\n", inside.id())).unwrap();
+        assert!(is_running(data.path()));
+        inside.kill().unwrap();
+        inside.wait().unwrap();
+        assert!(!is_running(data.path()));
     }
 
     #[test]

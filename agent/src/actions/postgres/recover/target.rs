@@ -215,8 +215,6 @@ impl<'a> Target<'a> {
         let (cx, record) = (self.cx, &self.record);
         for _ in 0..TRIES {
             let next = server::quiet(cx, session).await?;
-            // A transaction that was prepared is no session's any more, and not in any count.
-            server::check_alone(session).await?;
             let mut lost = record
                 .held
                 .lost_elsewhere(cx, session, &self.database, record.moment)
@@ -261,6 +259,9 @@ impl<'a> Target<'a> {
                     ),
                 ));
             }
+            // Late: a slot is made without a transaction, and one that was prepared since the
+            // beginning is no session's, and in no count.
+            server::check_alone(session).await?;
             if written::next(session).await? == next {
                 return Ok((next, accepted));
             }

@@ -210,9 +210,11 @@ impl Target<'_> {
     async fn stop(&self) -> Result<(), Failure> {
         let switch = self.switch().await?;
         let until = Instant::now() + STOPPED;
-        let is_down = async || match self.place.is_running() {
-            true => Ok(false),
-            false => switch.is_down().await,
+        let is_down = async || {
+            if self.place.is_running() {
+                return Ok(false);
+            }
+            switch.is_down().await
         };
         let stopped = switch.stop(until).await;
         if is_down().await? {
