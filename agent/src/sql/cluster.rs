@@ -189,6 +189,16 @@ impl Cluster {
         }
     }
 
+    /// A statement in one of its databases, as a shell runs it.
+    pub(crate) fn psql(&self, database: &str, sql: &str) -> String {
+        format!(
+            "{} -X -h {} -p {} -U postgres -d {database} -c '{sql}'",
+            bin_dir().join("psql").display(),
+            self.directory().display(),
+            self.port
+        )
+    }
+
     /// The server's files.
     pub(crate) fn data(&self) -> PathBuf {
         self.directory().join("data")

@@ -14,7 +14,10 @@ use tokio::time::Instant;
 use super::stage::placed;
 use super::*;
 use crate::actions::migration::tools::files::Stage;
-use crate::sql::cluster::{Archive, Bench, Cluster};
+use crate::config;
+use crate::sql::cluster::{Archive, Bench, Cluster, as_server};
+
+mod turns;
 
 const NULL: Value = Value::Null;
 
@@ -25,6 +28,7 @@ const FILES: &[(&str, &str)] = &[
         "002_change.sql",
         "DROP TABLE hr.notes; UPDATE public.users SET name = 'x'; CREATE TABLE rooms (id int)",
     ),
+    ("003_more.sql", "CREATE TABLE more_rooms (id int)"),
 ];
 
 /// A server with a second database, `other`, whose table `things` has ten rows.
@@ -72,6 +76,26 @@ impl Server {
         &self.stage.bench
     }
 
+    /// The commands that stop and start the server.
+    fn service(&mut self) -> &mut config::Service {
+        let services = &mut self.stage.bench.host.config.services;
+        services.get_mut("server").unwrap()
+    }
+
+    /// A command that is a script of the test's own.
+    fn script(&self, name: &str, text: &str) -> Vec<String> {
+        let path = self.bench().host.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        executable(&path);
+        vec![path.display().to_string()]
+    }
+
+    /// What it says of the database that the plan names.
+    fn staff(&mut self) -> &mut config::Postgres {
+        let sections = &mut self.stage.bench.host.config.postgres;
+        sections.get_mut("staff").unwrap()
+    }
+
     fn cx(&self, step: u16) -> Context {
         with_time(placed(self.bench().cx(step, vec![])))
     }
@@ -112,7 +136,7 @@ impl Server {
     fn act(&self) -> Apply {
         Apply {
             undo_by: UndoBy::Recover,
-            ..self.stage.act("head")
+            ..self.stage.act("002_change")
         }
     }
 
@@ -154,6 +178,32 @@ impl Server {
         u32::from_str_radix(&self.bench().ask(sql).await, 16).unwrap()
     }
 
+    /// Runs one of the service's commands, as a person does.
+    fn ordered(&self, what: &str) {
+        let service = &self.bench().host.config.services["server"];
+        let argv = match what {
+            "stop" => &service.stop,
+            _ => &service.start,
+        };
+        let done = as_server(&argv[0]).args(&argv[1..]).status().unwrap();
+        assert!(done.success(), "{argv:?}");
+    }
+
+    /// Waits until the server has come to its recovery's end.
+    async fn is_promoted(&self) {
+        let began = Instant::now();
+        loop {
+            if let Ok(session) = self.bench().try_session("maintenance").await {
+                let sql = "SELECT pg_is_in_recovery()::text";
+                if session.value("", sql).await.unwrap().as_deref() == Some("false") {
+                    return;
+                }
+            }
+            assert!(began.elapsed() < Duration::from_mins(1), "it does not run");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// Names beside the server's files.
     fn beside(&self) -> Vec<String> {
         let directory = self.cluster.data();
@@ -186,6 +236,18 @@ impl Server {
             .unwrap();
         assert_eq!(rows.as_deref(), Some("10"));
         self.bench().session("as_app").await;
+    }
+}
+
+fn executable(path: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    for dir in path
+        .ancestors()
+        .skip(1)
+        .take_while(|dir| dir.starts_with("/tmp/"))
+    {
+        let _ = fs::set_permissions(dir, fs::Permissions::from_mode(0o755));
     }
 }
 
@@ -228,7 +290,18 @@ async fn a_server_goes_back_to_its_point_if_nothing_is_lost_in_any_database() {
     session.run("", "DROP ROLE reporting").await.unwrap();
     server.refused(5, "1 of postgres in postgres").await;
     drop(session);
+    // A migration by hand goes through the fence, which lets the owner in.
+    let by_hand = "CREATE TABLE public.alembic_version AS SELECT 1 AS version_num";
+    server.bench().sql(by_hand).await;
+    server
+        .refused(5, "alembic_version: migrated since the step")
+        .await;
+    let drop = "DROP TABLE public.alembic_version";
+    server.bench().sql(drop).await;
     assert_eq!(server.beside(), Vec::<String>::new());
+    // A mark that another rollout has left says nothing of this one.
+    let mark = server.cluster.data().join("lockstep.recovered_0123_0_5");
+    fs::write(mark, "").unwrap();
 
     let undone = server.undo(5).await.unwrap();
     assert!(undone.changed, "{undone:?}");
@@ -247,6 +320,7 @@ async fn a_server_goes_back_to_its_point_if_nothing_is_lost_in_any_database() {
         forward.contains("--target-timeline=1 --target=lockstep_"),
         "{forward}"
     );
+    let forward = forward.split('`').nth(1).unwrap().to_owned();
     let beside = server.beside();
     assert_eq!(beside.len(), 1, "{beside:?}");
     assert!(
@@ -261,6 +335,21 @@ async fn a_server_goes_back_to_its_point_if_nothing_is_lost_in_any_database() {
     assert_eq!(server.timeline().await, 2, "INV-1");
     assert_eq!(server.beside(), beside);
     server.is_back().await;
+    // What the report says takes it forward again, to where it was stopped.
+    server.ordered("stop");
+    let mut words = forward.split(' ');
+    let done = as_server(words.next().unwrap()).args(words).output();
+    let done = done.unwrap();
+    assert!(done.status.success(), "{forward}: {done:?}");
+    server.ordered("start");
+    server.is_promoted().await;
+    assert_eq!(server.rooms().await, "0", "it is migrated");
+    let session = server.session_in_other().await;
+    let rows = session
+        .value("", "SELECT count(*)::text FROM public.things")
+        .await;
+    assert_eq!(rows.unwrap().as_deref(), Some("10"));
+    assert!(server.timeline().await > 2);
 }
 
 /// The instants at which an attempt is cut off.
@@ -277,7 +366,9 @@ impl Server {
     fn is(&self, cut: Cut) -> bool {
         let data = self.cluster.data();
         let has = |part: &str| self.beside().iter().any(|name| name.contains(part));
-        let mark = data.join("lockstep.recovered").exists();
+        let names = fs::read_dir(&data).into_iter().flatten().flatten();
+        let mut names = names.map(|entry| entry.file_name().into_string().unwrap());
+        let mark = names.any(|name| name.starts_with("lockstep.recovered_"));
         let runs = data.join("postmaster.pid").exists();
         match cut {
             Cut::HalfRestored => {
@@ -394,35 +485,11 @@ async fn a_copy_that_does_not_recover_gives_the_place_back() {
 async fn what_is_written_in_the_last_moment_is_not_lost() {
     let mut server = Server::new().await;
     // Whoever stops the server first writes to another database.
-    let late = server.bench().host.path().join("late");
-    let service = server
-        .stage
-        .bench
-        .host
-        .config
-        .services
-        .get_mut("server")
-        .unwrap();
-    let psql = crate::sql::cluster::bin_dir().join("psql");
-    let root = server.cluster.data();
-    let port = service.start.join(" ");
-    let port = port
-        .split("port=")
-        .nth(1)
-        .unwrap()
-        .split(' ')
-        .next()
-        .unwrap();
-    let script = format!(
-        "#!/bin/sh\n{} -X -h {} -p {port} -U postgres -d other -c 'INSERT INTO things VALUES (99)'\n\
-         exec {}\n",
-        psql.display(),
-        root.parent().unwrap().display(),
-        service.stop.join(" ")
-    );
-    fs::write(&late, script).unwrap();
-    executable(&late);
-    service.stop = vec![late.display().to_string()];
+    let write = server
+        .cluster
+        .psql("other", "INSERT INTO things VALUES (99)");
+    let stop = server.service().stop.join(" ");
+    server.service().stop = server.script("late", &format!("{write}\nexec {stop}"));
     server.migrated(5).await;
     let failed = server.undo(5).await.unwrap_err();
     assert_eq!(failed.cause, Cause::Refused, "INV-6: {failed:?}");
@@ -441,18 +508,6 @@ async fn what_is_written_in_the_last_moment_is_not_lost() {
         .await
         .unwrap();
     assert_eq!(rows.as_deref(), Some("11"));
-}
-
-fn executable(path: &Path) {
-    use std::os::unix::fs::PermissionsExt as _;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
-    for dir in path
-        .ancestors()
-        .skip(1)
-        .take_while(|dir| dir.starts_with("/tmp/"))
-    {
-        let _ = fs::set_permissions(dir, fs::Permissions::from_mode(0o755));
-    }
 }
 
 #[tokio::test]
@@ -520,7 +575,15 @@ async fn an_open_bake_in_which_nothing_was_written_does_not_keep_a_server_from_g
     };
     let before = unfence.before(&server.cx(6)).await.unwrap();
     unfence.apply(&server.cx(6), &before).await.unwrap();
+    // Rows are not all that somebody may have made.
+    let make = "CREATE VIEW public.seen AS SELECT 1 AS n; CREATE INDEX late ON public.users (name)";
+    server.bench().sql(make).await;
     unfence.undo(&server.undo_cx(6), &before).await.unwrap();
+    server
+        .refused(5, "pg_catalog.pg_class: 2 rows written since")
+        .await;
+    let drop = "DROP VIEW public.seen; DROP INDEX public.late";
+    server.bench().sql(drop).await;
     assert!(server.undo(5).await.unwrap().changed);
     assert_eq!(server.timeline().await, 2);
     server.is_back().await;
@@ -535,13 +598,12 @@ async fn nothing_begins_that_only_a_recovery_could_undo_where_there_is_no_way() 
             !failed.changed && failed.message.contains(why),
             "{failed:?}"
         );
-        assert_eq!(
-            server
-                .bench()
-                .ask("SELECT count(*)::text FROM pg_database")
-                .await,
-            "5"
-        );
+        let session = server.bench().session("staff").await;
+        let sql = "SELECT format('%s %s', to_regclass('hr.notes'), to_regclass('public.rooms'))";
+        let tables = session.value("", sql).await.unwrap();
+        assert_eq!(tables.as_deref(), Some("hr.notes "), "nothing has begun");
+        let at = revision(&session, Tool::Sql).await.unwrap();
+        assert_eq!(at, "001_base");
     };
     refused(&server, "no restore point of this rollout leads back").await;
     // One that has counted nothing leads nowhere.
@@ -572,29 +634,26 @@ async fn nothing_begins_that_only_a_recovery_could_undo_where_there_is_no_way() 
         .query("", "SELECT pg_drop_replication_slot('standby')", &[])
         .await
         .unwrap();
-    let staff = server
-        .stage
-        .bench
-        .host
-        .config
-        .postgres
-        .get_mut("staff")
-        .unwrap();
-    let section = staff.recover.take();
+    let section = server.staff().recover.take();
     refused(&server, "does not say how the server of `staff` is stopped").await;
-    let staff = server
-        .stage
-        .bench
-        .host
-        .config
-        .postgres
-        .get_mut("staff")
-        .unwrap();
-    staff.recover = section;
+    server.staff().recover = section;
     let data = server.cluster.data();
     std::os::unix::fs::symlink("/tmp", data.join("pg_else")).unwrap();
     refused(&server, "have a link, pg_else").await;
     fs::remove_file(data.join("pg_else")).unwrap();
+    let real = data.with_file_name("real");
+    fs::rename(&data, &real).unwrap();
+    std::os::unix::fs::symlink(&real, &data).unwrap();
+    refused(&server, "are behind a link").await;
+    fs::remove_file(&data).unwrap();
+    // Another directory has its name: whoever answers does not work there.
+    fs::create_dir(&data).unwrap();
+    for entry in fs::read_dir(&real).unwrap().flatten() {
+        std::os::unix::fs::symlink(entry.path(), data.join(entry.file_name())).unwrap();
+    }
+    refused(&server, "is not seen to work in").await;
+    fs::remove_dir_all(&data).unwrap();
+    fs::rename(&real, &data).unwrap();
     drop(session);
     assert!(
         server
@@ -604,4 +663,19 @@ async fn nothing_begins_that_only_a_recovery_could_undo_where_there_is_no_way() 
             .unwrap()
             .changed
     );
+    // A second change has to have a point of its own.
+    let next = Apply {
+        undo_by: UndoBy::Recover,
+        ..server.stage.act("003_more")
+    };
+    let failed = next.apply(&server.cx(6), &NULL).await.unwrap_err();
+    assert_eq!(failed.cause, Cause::Refused, "{failed:?}");
+    assert!(
+        failed
+            .message
+            .contains("was migrated since the restore point"),
+        "{failed:?}"
+    );
+    assert!(failed.hint.unwrap().contains("directly before this step"));
+    assert_eq!(server.rooms().await, "0");
 }

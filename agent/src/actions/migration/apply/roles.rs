@@ -21,7 +21,7 @@ const NULL: Value = Value::Null;
 const PASSWORD: &str = "of-migrations";
 
 /// A role of migrations, which is a member of the database's owner.
-async fn migrator(bench: &mut Bench) -> String {
+pub(super) async fn migrator(bench: &mut Bench) -> String {
     bench.host.secret("migrator", PASSWORD);
     let role = format!("{}_migrator", bench.name);
     let sql = format!(
@@ -39,7 +39,7 @@ async fn migrator(bench: &mut Bench) -> String {
 }
 
 /// What a host sees whose section of the database names this `user`, and who migrates.
-fn section(mut cx: Context, user: &str, migrates: &str) -> Context {
+pub(super) fn section(mut cx: Context, user: &str, migrates: &str) -> Context {
     let config = Arc::make_mut(&mut cx.config);
     let section = config.postgres.get_mut("staff").unwrap();
     section.user = user.to_owned();
