@@ -182,8 +182,13 @@ impl Agent {
 
     /// The next message; an error says how the session ended.
     pub async fn next(&mut self) -> Result<down::Message, Status> {
-        let next = timeout(PATIENCE, self.downs.message()).await;
-        let next = next.map_err(|_| Status::deadline_exceeded("the controller says nothing"))??;
+        let next = timeout(PATIENCE, self.coming()).await;
+        next.map_err(|_| Status::deadline_exceeded("the controller says nothing"))?
+    }
+
+    /// The next message, whenever that is.
+    pub async fn coming(&mut self) -> Result<down::Message, Status> {
+        let next = self.downs.message().await?;
         let next = next.ok_or_else(|| Status::ok("ended"))?;
         next.message
             .ok_or_else(|| Status::internal("no message that is known"))

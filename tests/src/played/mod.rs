@@ -89,7 +89,8 @@ impl AsyncWrite for Tls {
     }
 }
 
-type Downs = mpsc::Sender<Result<wire::Down, Status>>;
+/// The way down to an agent.
+pub type Downs = mpsc::Sender<Result<wire::Down, Status>>;
 type Blobs = Arc<Mutex<HashMap<Digest, Vec<u8>>>>;
 
 /// What the agent's connections do to the controller.
@@ -310,6 +311,11 @@ impl Session {
             earlier,
         };
         self.send(down::Message::Welcome(welcome.into())).await;
+    }
+
+    /// Its two directions, for whoever speaks and listens at a time.
+    pub fn split(self) -> (Streaming<wire::Up>, Downs) {
+        (self.ups, self.downs)
     }
 
     /// Sends a message.

@@ -1,0 +1,72 @@
+//! Benchmarks: the real controller with everything on, beside a bare gRPC fan-out of the same run.
+//!
+//! `bench [quick]` measures; `bench load WHAT` and `bench bare WHERE` are parts of it, started by
+//! itself.
+
+mod bare;
+mod clock;
+mod dial;
+mod fanout;
+mod load;
+mod process;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use lockstep_tests::cluster::Cluster;
+use report::Report;
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("bench: a target was not met");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run() -> Result<bool> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["load", what] => load::run(serde_json::from_str(what)?).map(|()| true),
+        ["bare", place] => bare::run(&serde_json::from_str(place)?).map(|()| true),
+        ["quick"] => measure(true),
+        [] => measure(false),
+        _ => bail!("bench [quick]"),
+    }
+}
+
+fn measure(quick: bool) -> Result<bool> {
+    raise_limit()?;
+    let mut report = Report::default();
+    println!(
+        "{:<52} {:>10} {:<6} {:>10} {:>8} {:>8}",
+        "what", "value", "unit", "baseline", "ratio", "target"
+    );
+    let sizes: &[usize] = if quick { &[100, 1000] } else { &[100, 1000, 10_000] };
+    for agents in sizes {
+        fanout::measure(&mut report, *agents, quick).context("the fan-out")?;
+    }
+    report.write(&lockstep_tests::target().join("reports/bench.json"))
+}
+
+/// Sessions are files: everything that is allowed is wanted, here and in the processes started from
+/// here.
+fn raise_limit() -> Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).context("cannot raise the limit of open files")
+}
+
+/// A controller without hosts.
+fn controller() -> Result<Cluster> {
+    Cluster::builder().without_database().hosts(&[]).start()
+}
