@@ -126,7 +126,7 @@ impl<C> Side<C> {
 fn submit(cluster: &Cluster, number: usize) -> Result<String> {
     let mut plan = format!(
         "version: 1\nplan: rounds-{number}\nfleet:\n  app: {{labels: {{role: app}}}}\n\
-         deadline: 1 hour\nphases:\n"
+         deadline: 1h\nphases:\n"
     );
     for phase in 0..=ROUNDS {
         writeln!(
