@@ -470,8 +470,8 @@ impl Driver {
             Err(refused) => return Ok(Err(refused)),
         };
         self.doubted_by.remove(&host);
-        let known = self.coordinator.hosts().find(|(known, _)| **known == host);
-        let anew = known.is_some_and(|(_, info)| info.instance != hello.instance);
+        let known = self.coordinator.host(&host);
+        let anew = known.is_some_and(|info| info.instance != hello.instance);
         let taken = self.sessions.is_taken(&host, &hello.instance);
         if !taken && (anew || hello.last_report < acknowledged) {
             tracing::warn!(%host, anew, acknowledged, "the agent has lost its journal");
@@ -482,8 +482,8 @@ impl Driver {
                 ))));
             }
         }
-        let known = self.coordinator.hosts().find(|(known, _)| **known == host);
-        let is_news = known.is_none_or(|(_, info)| {
+        let known = self.coordinator.host(&host);
+        let is_news = known.is_none_or(|info| {
             (&info.instance, &info.labels, &info.agent_version)
                 != (&hello.instance, &hello.labels, &hello.agent_version)
         });

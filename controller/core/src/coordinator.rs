@@ -17,9 +17,11 @@ mod calls;
 mod fold;
 mod gates;
 mod read;
+mod settle;
 mod trust;
 
 pub use read::Summary;
+pub(crate) use settle::Follows;
 
 /// What the coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -98,6 +100,9 @@ pub struct Coordinator {
     rollouts: BTreeMap<RolloutId, Rollout>,
     /// In the order of their submission.
     order: Vec<RolloutId>,
+    /// Rollouts of which something may become due, by their place in that order, and when they are
+    /// looked at at the latest; none where only events matter.
+    awake: BTreeMap<usize, Option<Timestamp>>,
     /// Serials that are used up.
     serials: BTreeMap<u64, RolloutId>,
     /// When this controller began: nothing is given up before hosts had time to come back.
@@ -128,6 +133,7 @@ impl Coordinator {
             hosts: BTreeMap::new(),
             rollouts: BTreeMap::new(),
             order: Vec::new(),
+            awake: BTreeMap::new(),
             serials: BTreeMap::new(),
             floor: Timestamp::default(),
             now: Timestamp::default(),
@@ -297,14 +303,21 @@ impl Coordinator {
                     agent_version,
                 };
                 self.handle_host_up(now, &host, seen, held, &mut effects);
+                self.settle_host_up(now, &host, &mut effects);
+                return effects;
             }
             Event::HostDown { host } => {
                 if let Some(info) = self.hosts.get_mut(&host) {
                     info.connected = false;
                     info.last_seen = now;
                 }
+                // Whoever is gone may come back: only time gives it up.
+                return effects;
             }
-            Event::Report { host, report } => self.handle_report(now, host, report, &mut effects),
+            Event::Report { host, report } => {
+                self.handle_report(now, host, report, &mut effects);
+                return effects;
+            }
             Event::NoticeSent {
                 rollout,
                 which,
@@ -398,23 +411,27 @@ impl Coordinator {
         info.connected = true;
         info.since = now;
         info.last_seen = now;
-        self.surveyed.retain(|(_, other)| other != host);
+        for place in self.awake.keys() {
+            let asked = (self.order[*place].clone(), host.clone());
+            self.surveyed.remove(&asked);
+        }
         // It lets go before it is asked to hold for another one.
         if let Some(rollout) = held {
             self.send_release(host.clone(), rollout, effects);
         }
         let epoch = self.config.epoch;
-        for rollout in self.rollouts.values() {
+        for place in self.awake.keys() {
+            let rollout = &self.rollouts[&self.order[*place]];
             let Some(member) = rollout.members.get(host) else {
                 continue;
             };
             if rollout.ended.is_none() && member.consent.is_none() {
                 effects.send.push((host.clone(), rollout.offer(epoch)));
             }
-            for (at, direction, other, attempt) in rollout.outstanding() {
+            for (at, direction, attempt) in rollout.outstanding_of(host) {
                 let begun = attempt.started.is_some() || rollout.may_say(at, direction);
-                if other == host && rollout.ended.is_none() && begun {
-                    let order = rollout.order(&self.config, at, direction, other, attempt);
+                if rollout.ended.is_none() && begun {
+                    let order = rollout.order(&self.config, at, direction, host, attempt);
                     effects.send.push((host.clone(), Message::Order(order)));
                 }
             }
@@ -459,6 +476,7 @@ impl Coordinator {
         };
         info.last_seen = now;
         let before = info.unasked;
+        let mut follows = None;
         if info.acknowledged.checked_add(1) == Some(report.number) {
             let record = Record::Reported {
                 host: host.clone(),
@@ -474,10 +492,13 @@ impl Coordinator {
                 _ => None,
             };
             self.may_ask_again(&host, &record);
+            let committed = effects.persist.len();
             self.commit(now, record, effects);
             let unasked = self.hosts[&host].unasked;
             if unasked > before {
                 effects.unasked.push((host.clone(), unasked));
+            } else {
+                follows = self.follows(now, &host, &effects.persist[committed].record);
             }
             // A consent that was under way when its rollout ended, and has come since; or for one
             // that only a controller before this one knew.
@@ -492,7 +513,10 @@ impl Coordinator {
         let acknowledged = self.hosts[&host].acknowledged;
         effects
             .send
-            .push((host, Message::Acknowledged(acknowledged)));
+            .push((host.clone(), Message::Acknowledged(acknowledged)));
+        if let Some((rollout, follows)) = follows {
+            self.settle_report(now, &host, &rollout, follows, effects);
+        }
     }
 
     /// Whoever was asked for its state before, and has not answered in time, is asked once more.
@@ -529,62 +553,6 @@ impl Coordinator {
 
     pub(crate) fn is_up(&self, host: &HostId) -> bool {
         self.hosts.get(host).is_some_and(|info| info.connected)
-    }
-
-    /// Everything that is due, until nothing is.
-    fn settle(&mut self, now: Timestamp, effects: &mut Effects) {
-        loop {
-            for id in self.order.clone() {
-                self.settle_one(now, &id, effects);
-            }
-            // A rollout that has ended, or waits, may have freed what another one waits for. Those
-            // that have waited longest come first.
-            let mut waiting = self.order.iter();
-            let Some(taken) = waiting.find_map(|id| self.lock_for(now, id)) else {
-                return;
-            };
-            self.commit(now, taken, effects);
-        }
-    }
-
-    fn settle_one(&mut self, now: Timestamp, id: &RolloutId, effects: &mut Effects) {
-        loop {
-            let rollout = &self.rollouts[id];
-            let since = |host: &HostId| self.since(host);
-            let due = rollout.advance(now, self.floor, &since);
-            if due.is_empty() {
-                break;
-            }
-            for record in due {
-                self.commit(now, record, effects);
-            }
-        }
-        self.ask_for_states(id, effects);
-    }
-
-    /// The lock for a rollout that waits for nothing else, if every host of it is free.
-    fn lock_for(&self, now: Timestamp, id: &RolloutId) -> Option<Record> {
-        let rollout = &self.rollouts[id];
-        let at = rollout.wants_lock(now)?;
-        let mut hosts = rollout.members.keys();
-        hosts.all(|host| self.locked_by(host).is_none()).then(|| {
-            let round = rollout.lock.round + 1;
-            let rollout = id.clone();
-            Record::LockTaken { rollout, at, round }
-        })
-    }
-
-    fn ask_for_states(&mut self, id: &RolloutId, effects: &mut Effects) {
-        let rollout = &self.rollouts[id];
-        for host in rollout.unsurveyed() {
-            if self.is_up(host) && self.surveyed.insert((id.clone(), host.clone())) {
-                let survey = Message::Survey {
-                    rollout: id.clone(),
-                    epoch: self.config.epoch,
-                };
-                effects.send.push((host.clone(), survey));
-            }
-        }
     }
 
     /// Folds a record that was just decided, and collects what follows from it.

@@ -82,7 +82,9 @@ async fn serve(keys: Keys) -> Result<()> {
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     let mut number = 0;
     while let Some(line) = lines.next_line().await? {
-        let rounds = line.strip_prefix("rounds ").context("rounds, and how many")?;
+        let rounds = line
+            .strip_prefix("rounds ")
+            .context("rounds, and how many")?;
         for _ in 0..rounds.parse::<usize>()? {
             number += 1;
             round(&fleet, number, term).await?;
@@ -98,7 +100,10 @@ async fn round(fleet: &Fleet, number: u16, term: Epoch) -> Result<()> {
         key: StepKey {
             rollout: "ro_010203040506".parse()?,
             host: "any".parse::<HostId>()?,
-            at: StepRef { phase: number, step: 0 },
+            at: StepRef {
+                phase: number,
+                step: 0,
+            },
             direction: Direction::Do,
             attempt: 1,
         },
@@ -118,6 +123,9 @@ async fn round(fleet: &Fleet, number: u16, term: Epoch) -> Result<()> {
     }
     let handed = clock::now() - began;
     fleet.whole.notified().await;
-    say(&Said::Round { handed, took: clock::now() - began });
+    say(&Said::Round {
+        handed,
+        took: clock::now() - began,
+    });
     Ok(())
 }

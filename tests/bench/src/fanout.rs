@@ -44,7 +44,10 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
     let bare::Said::Listens(address) = bare.next()? else {
         bail!("the baseline does not listen");
     };
-    let bare_place = Place { address, ..place.clone() };
+    let bare_place = Place {
+        address,
+        ..place.clone()
+    };
     let bare_pid = bare.pid();
     let mut bare = Side::connect(bare, bare_pid, &load(&bare_place, true))?;
     let mut real = Side::connect(&mut cluster, pid, &load(&place, false))?;
@@ -67,8 +70,12 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
         let mut before = used(pid)?;
         // The first phase begins with consent and the plan's way to every agent.
         for phase in 0..=ROUNDS {
-            let Said::Round { orders: [from, to], durable: [begin, end], twice, .. } =
-                real.load.next()?
+            let Said::Round {
+                orders: [from, to],
+                durable: [begin, end],
+                twice,
+                ..
+            } = real.load.next()?
             else {
                 bail!("the load does not tell of a round");
             };
@@ -83,22 +90,47 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             last = end;
         }
         real_cpu.push(per_round(before, used(pid)?, ROUNDS));
-        let document = real.controller.requester().wait(&rollout, lockstep_tests::wait::ROLLOUT)?;
+        let document = real
+            .controller
+            .requester()
+            .wait(&rollout, lockstep_tests::wait::ROLLOUT)?;
         let state = &document["state"];
-        anyhow::ensure!(state == "succeeded", "the rollout is {state}: {}", document["reason"]);
+        anyhow::ensure!(
+            state == "succeeded",
+            "the rollout is {state}: {}",
+            document["reason"]
+        );
     }
 
     let name = |what: &str| format!("{agents} agents: {what}");
     let target = (agents == 10_000).then_some(1.5);
-    report.beside(name("order to last durable result"), median(&reals), "ms", median(&bares), target);
+    report.beside(
+        name("order to last durable result"),
+        median(&reals),
+        "ms",
+        median(&bares),
+        target,
+    );
     report.value(name("to the first durable result"), median(&first), "ms");
     report.value(name("first to last order"), median(&orders), "ms");
     let cpu = (median(&real_cpu), median(&bare_cpu));
-    report.beside(name("CPU of the controller for it"), cpu.0, "ms", cpu.1, None);
+    report.beside(
+        name("CPU of the controller for it"),
+        cpu.0,
+        "ms",
+        cpu.1,
+        None,
+    );
     if agents >= 1000 {
         let target = (agents == 10_000).then_some(1.2);
         let kb = |bytes: f64| bytes / 1000.0;
-        report.beside(name("memory of an idle one"), kb(real.memory), "kB", kb(bare.memory), target);
+        report.beside(
+            name("memory of an idle one"),
+            kb(real.memory),
+            "kB",
+            kb(bare.memory),
+            target,
+        );
     }
     Ok(())
 }

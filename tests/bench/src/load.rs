@@ -252,7 +252,9 @@ impl Simulated {
         drop(turn);
         self.welcomed(agent.welcome.acknowledged);
         for report in &self.reports {
-            agent.send(Some(up::Message::Report(report.clone().into()))).await;
+            agent
+                .send(Some(up::Message::Report(report.clone().into())))
+                .await;
         }
         let mut up = self.up.clone();
         loop {
@@ -322,7 +324,8 @@ impl Simulated {
         if again {
             return Some(());
         }
-        self.report(agent, ReportBody::Started { key: key.clone() }).await;
+        self.report(agent, ReportBody::Started { key: key.clone() })
+            .await;
         self.report(agent, finished(key)).await;
         self.open.push((step, self.last));
         Some(())

@@ -51,7 +51,11 @@ fn measure(quick: bool) -> Result<bool> {
         "{:<52} {:>10} {:<6} {:>10} {:>8} {:>8}",
         "what", "value", "unit", "baseline", "ratio", "target"
     );
-    let sizes: &[usize] = if quick { &[100, 1000] } else { &[100, 1000, 10_000] };
+    let sizes: &[usize] = if quick {
+        &[100, 1000]
+    } else {
+        &[100, 1000, 10_000]
+    };
     for agents in sizes {
         fanout::measure(&mut report, *agents, quick).context("the fan-out")?;
     }

@@ -36,7 +36,10 @@ impl<S: DeserializeOwned + Send + 'static> Part<S> {
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                 let read = serde_json::from_str(&line);
-                if tell.send(read.unwrap_or_else(|error| panic!("{line}: {error}"))).is_err() {
+                if tell
+                    .send(read.unwrap_or_else(|error| panic!("{line}: {error}")))
+                    .is_err()
+                {
                     return;
                 }
             }
@@ -89,7 +92,10 @@ pub(crate) fn used(pid: u32) -> Result<Used> {
         .map(|field| field.parse().unwrap_or(0))
         .collect();
     // utime and stime are the 14th and 15th field of proc(5), rss the 24th; the third comes first here.
-    let ticks = fields.get(11).zip(fields.get(12)).context("no such fields")?;
+    let ticks = fields
+        .get(11)
+        .zip(fields.get(12))
+        .context("no such fields")?;
     let per_second = rustix::param::clock_ticks_per_second();
     let pages = fields.get(21).context("no such field")?;
     Ok(Used {

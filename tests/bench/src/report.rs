@@ -66,7 +66,15 @@ impl Report {
     ) {
         let ratio = baseline.map(|baseline| value / baseline);
         let pass = target.map(|target| ratio.unwrap_or(value) <= target);
-        let row = Row { name, value, unit, baseline, ratio, target, pass };
+        let row = Row {
+            name,
+            value,
+            unit,
+            baseline,
+            ratio,
+            target,
+            pass,
+        };
         println!("{}", row.line());
         self.rows.push(row);
     }
@@ -119,5 +127,8 @@ pub(crate) fn part(of: &[f64], percent: usize) -> f64 {
     let mut sorted = of.to_vec();
     sorted.sort_by(f64::total_cmp);
     let last = sorted.len().saturating_sub(1);
-    sorted.get(last * percent / 100).copied().unwrap_or(f64::NAN)
+    sorted
+        .get(last * percent / 100)
+        .copied()
+        .unwrap_or(f64::NAN)
 }

@@ -23,8 +23,10 @@ impl Coordinator {
         if !dry_run {
             self.serials.insert(plan.plan().serial, rollout.clone());
         }
+        let mut state = Rollout::new(rollout.clone(), plan, requester.clone(), *dry_run, entry.at);
+        state.place = self.order.len();
+        self.awake.insert(state.place, Some(entry.at));
         self.order.push(rollout.clone());
-        let state = Rollout::new(rollout.clone(), plan, requester.clone(), *dry_run, entry.at);
         self.rollouts.insert(rollout.clone(), state);
     }
 
@@ -124,9 +126,12 @@ impl Coordinator {
         let Entry { at, record } = entry;
         let id = record.rollout().ok_or("a record without a rollout")?;
         match self.rollouts.get_mut(id) {
-            Some(state) => state
-                .apply(*at, record)
-                .map_err(|illegal| illegal.to_string()),
+            Some(state) => {
+                // Whatever it is, it may make something due of one that had come to rest.
+                self.awake.entry(state.place).or_insert(Some(*at));
+                let applied = state.apply(*at, record);
+                applied.map_err(|illegal| illegal.to_string())
+            }
             // An agent may report on a rollout of a controller before this one.
             None if matches!(record, Record::Reported { .. }) => Ok(false),
             None => Err(format!("there is no rollout {id}")),

@@ -16,11 +16,12 @@ impl Coordinator {
         if planted!(IgnoreDeadlines) {
             return None;
         }
-        let since = |host: &HostId| self.since(host);
-        self.rollouts
-            .values()
-            .filter_map(|rollout| rollout.next_deadline(self.now, self.floor, &since))
-            .min()
+        self.next_wake()
+    }
+
+    /// A host, if it is known.
+    pub fn host(&self, host: &HostId) -> Option<&HostInfo> {
+        self.hosts.get(host).filter(|info| !info.forgotten)
     }
 
     /// The hosts that are known.

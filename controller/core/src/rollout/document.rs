@@ -79,13 +79,8 @@ impl Rollout {
         if self.ended.is_some() {
             return BTreeSet::new();
         }
-        let silent = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.consent.is_none())
-            .map(|(host, _)| host);
         let busy = self.outstanding().map(|(_, _, host, _)| host);
-        silent.chain(busy).collect()
+        self.silent.iter().chain(busy).collect()
     }
 
     /// What people have to bring before it goes on.

@@ -177,6 +177,7 @@ impl Rollout {
                             stale: false,
                         }),
                     }
+                    self.note_open(*at, *direction, host);
                 }
             }
             Record::GivenUp {
@@ -199,6 +200,7 @@ impl Rollout {
                     facts: vec![],
                     signatures: vec![],
                 });
+                self.note_open(*at, *direction, host);
             }
             Record::Resolved {
                 at,
@@ -456,6 +458,7 @@ impl Rollout {
                 if is_first {
                     member.consent = Some(Ok(()));
                     keep_states(&mut member.before, state);
+                    self.silent.remove(host);
                 }
                 is_first
             }
@@ -466,6 +469,7 @@ impl Rollout {
                 let is_first = member.declined.is_none();
                 member.consent.get_or_insert_with(|| Err(refusals.clone()));
                 member.declined.get_or_insert(now);
+                self.silent.remove(host);
                 is_first
             }
             ReportBody::Started { key } => {
@@ -510,6 +514,7 @@ impl Rollout {
                     facts: facts.clone(),
                     signatures: signatures.clone(),
                 });
+                self.note_open(key.at, key.direction, host);
                 if let Some(member) = self.members.get_mut(host) {
                     match key.direction {
                         Direction::Do => keep_states(&mut member.before, facts),

@@ -146,6 +146,9 @@ impl Rollout {
             member.declined = None;
             member.approved = std::mem::take(&mut member.before);
         }
+        let silent = self.members.iter();
+        let silent = silent.filter(|(_, member)| member.consent.is_none());
+        self.silent = silent.map(|(host, _)| host.clone()).collect();
         for ((_, direction), hosts) in &mut self.attempts {
             let last = hosts
                 .values_mut()

@@ -107,6 +107,7 @@ impl Rollout {
             .collect();
         Self {
             id,
+            place: 0,
             plan,
             requester,
             dry_run,
@@ -123,6 +124,8 @@ impl Rollout {
             closed: None,
             lock: Lock::default(),
             attempts: BTreeMap::new(),
+            open: BTreeMap::new(),
+            silent: BTreeSet::new(),
             phases: BTreeMap::new(),
             gates: BTreeMap::new(),
             notices: BTreeMap::new(),
@@ -141,6 +144,7 @@ impl Rollout {
                     .insert(host.clone());
             }
         }
+        self.silent.insert(host.clone());
         self.members.insert(host.clone(), Member::default());
     }
 
@@ -225,14 +229,43 @@ impl Rollout {
     pub(crate) fn outstanding(
         &self,
     ) -> impl Iterator<Item = (StepRef, Direction, &HostId, &Attempt)> {
-        self.attempts.iter().flat_map(|((at, direction), hosts)| {
-            hosts.iter().filter_map(|(host, attempts)| {
-                let last = attempts.last()?;
-                last.result
-                    .is_none()
-                    .then_some((*at, *direction, host, last))
+        self.open.iter().flat_map(|((at, direction), hosts)| {
+            hosts.iter().map(|host| {
+                let last = self.last_attempt(*at, *direction, host);
+                let last = last.expect("what is open was ordered");
+                (*at, *direction, host, last)
             })
         })
+    }
+
+    /// The same of one host.
+    pub(crate) fn outstanding_of<'a>(
+        &'a self,
+        host: &'a HostId,
+    ) -> impl Iterator<Item = (StepRef, Direction, &'a Attempt)> {
+        let of_host = self
+            .open
+            .iter()
+            .filter(move |(_, hosts)| hosts.contains(host));
+        of_host.map(move |((at, direction), _)| {
+            let last = self.last_attempt(*at, *direction, host);
+            (*at, *direction, last.expect("what is open was ordered"))
+        })
+    }
+
+    /// Looks anew whether the last attempt of a host at a step is open.
+    pub(super) fn note_open(&mut self, at: StepRef, direction: Direction, host: &HostId) {
+        let last = self.last_attempt(at, direction, host);
+        let is_open = last.is_some_and(|last| last.result.is_none());
+        let hosts = self.open.entry((at, direction)).or_default();
+        if is_open {
+            hosts.insert(host.clone());
+        } else {
+            hosts.remove(host);
+            if hosts.is_empty() {
+                self.open.remove(&(at, direction));
+            }
+        }
     }
 
     pub(crate) fn placed(&self, at: StepRef) -> Placed<'_> {
@@ -433,10 +466,9 @@ impl Rollout {
             })
             .collect();
         let silent: Vec<String> = self
-            .members
+            .silent
             .iter()
-            .filter(|(_, member)| member.consent.is_none())
-            .map(|(host, _)| format!("{host} ({})", Class::of_silence(up(host)).as_str()))
+            .map(|host| format!("{host} ({})", Class::of_silence(up(host)).as_str()))
             .collect();
         let over = now >= self.consent_until(floor);
         if !declined.is_empty() && !silent.is_empty() && !over {

@@ -19,6 +19,8 @@ use crate::record::{End, Lost, NoticeRef};
 #[derive(Debug, Clone)]
 pub struct Rollout {
     pub(crate) id: RolloutId,
+    /// How many were submitted before it.
+    pub(crate) place: usize,
     pub(crate) plan: Arc<SealedPlan>,
     pub(crate) requester: OperatorName,
     pub(crate) dry_run: bool,
@@ -41,6 +43,11 @@ pub struct Rollout {
     pub(crate) closed: Option<(Timestamp, OperatorName, String)>,
     pub(crate) lock: Lock,
     pub(crate) attempts: BTreeMap<(StepRef, Direction), BTreeMap<HostId, Vec<Attempt>>>,
+    /// Whose last attempt at a step has no result: what else is known of many hosts is not gone
+    /// through for each report of one.
+    pub(crate) open: BTreeMap<(StepRef, Direction), BTreeSet<HostId>>,
+    /// Members that have not answered the offer.
+    pub(crate) silent: BTreeSet<HostId>,
     pub(crate) phases: BTreeMap<u16, PhaseTimes>,
     pub(crate) gates: BTreeMap<StepRef, Gate>,
     pub(crate) notices: BTreeMap<NoticeRef, NoticeState>,
