@@ -20,7 +20,7 @@ SECONDS := 600
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet database skew redteam chaos sim sim-replay fuzz fuzz-keep ci
+.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet database bench bench-quick skew redteam chaos sim sim-replay fuzz fuzz-keep ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -105,6 +105,12 @@ database: build ## backups, kills of migrations, ways back, a gigabyte: target/r
 	done
 	target/debug/database || failed=1
 	exit $$failed
+
+bench: release ## fleets of up to 10,000 simulated agents beside a bare baseline: target/reports/bench.json
+	@target/release/bench
+
+bench-quick: release ## the same with up to 1,000, for every day
+	@target/release/bench quick
 
 skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)
 	@$(NOFILE)

@@ -339,8 +339,11 @@ impl Driver {
         for input in batch.drain(..) {
             self.take_input(&mut round, input)?;
         }
-        // A stream of inputs must not keep deadlines waiting.
         let now = self.clock.now();
+        let mut effects = Effects::default();
+        self.coordinator.settle_up(now, &mut effects);
+        round.take(&self.sessions, effects);
+        // A stream of inputs must not keep deadlines waiting.
         if self.is_due(now) {
             let effects = self.coordinator.handle(now, Event::Tick);
             self.rest_after(now, &effects);
@@ -431,8 +434,9 @@ impl Driver {
         round.take(&self.sessions, effects);
     }
 
+    /// What follows from it follows at the end of the round.
     fn handle(&mut self, round: &mut Round, event: Event) {
-        let effects = self.coordinator.handle(self.clock.now(), event);
+        let effects = self.coordinator.take(self.clock.now(), event);
         round.take(&self.sessions, effects);
     }
 

@@ -103,6 +103,8 @@ pub struct Coordinator {
     /// Rollouts of which something may become due, by their place in that order, and when they are
     /// looked at at the latest; none where only events matter.
     awake: BTreeMap<usize, Option<Timestamp>>,
+    /// Something was taken that anything may follow from.
+    unsettled: bool,
     /// Serials that are used up.
     serials: BTreeMap<u64, RolloutId>,
     /// When this controller began: nothing is given up before hosts had time to come back.
@@ -134,6 +136,7 @@ impl Coordinator {
             rollouts: BTreeMap::new(),
             order: Vec::new(),
             awake: BTreeMap::new(),
+            unsettled: false,
             serials: BTreeMap::new(),
             floor: Timestamp::default(),
             now: Timestamp::default(),
@@ -284,8 +287,23 @@ impl Coordinator {
         effects
     }
 
-    /// Takes one event. `now` never goes back.
+    /// Takes one event, with all that follows. `now` never goes back.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Effects {
+        let mut effects = self.take(now, event);
+        self.settle_up(now, &mut effects);
+        effects
+    }
+
+    /// What follows from events that were taken.
+    pub fn settle_up(&mut self, now: Timestamp, effects: &mut Effects) {
+        if self.unsettled {
+            self.settle(now, effects);
+        }
+    }
+
+    /// Takes one event. What follows from it may be left to [`Self::settle_up`], so that it costs once
+    /// what many events make due.
+    pub fn take(&mut self, now: Timestamp, event: Event) -> Effects {
         self.now = now;
         let mut effects = Effects::default();
         match event {
@@ -303,7 +321,7 @@ impl Coordinator {
                     agent_version,
                 };
                 self.handle_host_up(now, &host, seen, held, &mut effects);
-                self.settle_host_up(now, &host, &mut effects);
+                self.unsettled |= self.is_awaited_back(&host);
                 return effects;
             }
             Event::HostDown { host } => {

@@ -6,11 +6,11 @@ use std::fs;
 use anyhow::{Context as _, Result, bail};
 use lockstep_tests::cluster::Cluster;
 
-use crate::bare;
 use crate::dial::Place;
 use crate::load::{Load, Said};
 use crate::process::{Part, Used, used};
-use crate::report::{Report, median};
+use crate::report::{Report, median, part};
+use crate::{bare, clock};
 
 /// Orders are given so many times in a row on each side, and that in turn.
 const ROUNDS: usize = 5;
@@ -90,18 +90,10 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             last = end;
         }
         real_cpu.push(per_round(before, used(pid)?, ROUNDS));
-        let document = real
-            .controller
-            .requester()
-            .wait(&rollout, lockstep_tests::wait::ROLLOUT)?;
-        let state = &document["state"];
-        anyhow::ensure!(
-            state == "succeeded",
-            "the rollout is {state}: {}",
-            document["reason"]
-        );
+        finished(real.controller, &rollout)?;
     }
 
+    let restart = restart(&mut real)?;
     let name = |what: &str| format!("{agents} agents: {what}");
     let target = (agents == 10_000).then_some(1.5);
     report.beside(
@@ -121,6 +113,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
         cpu.1,
         None,
     );
+    restart.tell(report, agents);
     if agents >= 1000 {
         let target = (agents == 10_000).then_some(1.2);
         let kb = |bytes: f64| bytes / 1000.0;
@@ -132,6 +125,94 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             target,
         );
     }
+    Ok(())
+}
+
+/// What a kill of the controller in the middle of a phase costs.
+struct Restart {
+    /// Until it listens again, in milliseconds.
+    ready: f64,
+    /// From then until each session is up, in milliseconds.
+    back: Vec<f64>,
+    /// Handshakes and sessions that failed although somebody listened.
+    refused: u64,
+    /// Until the phase that it was killed in has ended, in milliseconds.
+    through: f64,
+}
+
+fn restart(side: &mut Side<&mut Cluster>) -> Result<Restart> {
+    let rollout = submit(side.controller, 100)?;
+    let mut rounds = 0;
+    while rounds < 2 {
+        if let Said::Round { .. } = side.load.next()? {
+            rounds += 1;
+        }
+    }
+    side.controller.kill_controller();
+    let killed = clock::now();
+    side.controller.start_controller()?;
+    let listens = clock::now();
+    let (mut back, mut refused, mut through) = (vec![], 0, 0);
+    while rounds <= ROUNDS {
+        match side.load.next()? {
+            Said::Connected {
+                at,
+                refused: failed,
+                ..
+            } => {
+                refused = failed;
+                back = at.iter().map(|at| ms(at.saturating_sub(listens))).collect();
+            }
+            Said::Round { durable, .. } => {
+                rounds += 1;
+                if through == 0 {
+                    through = durable[1];
+                }
+            }
+            Said::Dropped => bail!("the load has ended"),
+        }
+    }
+    finished(side.controller, &rollout)?;
+    anyhow::ensure!(!back.is_empty(), "not every agent came back");
+    Ok(Restart {
+        ready: ms(listens - killed),
+        back,
+        refused,
+        through: ms(through - killed),
+    })
+}
+
+impl Restart {
+    fn tell(&self, report: &mut Report, agents: usize) {
+        let name = |what: &str| format!("{agents} agents: kill -9 of the controller: {what}");
+        let most = |target: f64| (agents == 10_000).then_some(target);
+        report.bounded(
+            name("until it listens again"),
+            self.ready,
+            "ms",
+            most(5000.0),
+        );
+        report.bounded(
+            name("p99 until back"),
+            part(&self.back, 99),
+            "ms",
+            most(30_000.0),
+        );
+        report.bounded(name("sessions refused"), self.refused as f64, "", Some(0.0));
+        report.value(name("until the phase has ended"), self.through, "ms");
+    }
+}
+
+fn finished(cluster: &Cluster, rollout: &str) -> Result<()> {
+    let document = cluster
+        .requester()
+        .wait(rollout, lockstep_tests::wait::ROLLOUT)?;
+    let state = &document["state"];
+    anyhow::ensure!(
+        state == "succeeded",
+        "the rollout is {state}: {}",
+        document["reason"]
+    );
     Ok(())
 }
 

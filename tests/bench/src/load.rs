@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use lockstep_proto::ids::{Digest, HostId, InstanceId, StepKey};
 use lockstep_proto::report::{Report, ReportBody, StepOutcome};
 use lockstep_proto::values::Period;
@@ -103,7 +103,7 @@ struct Shared {
     load: Load,
     up: watch::Sender<bool>,
     rounds: Mutex<HashMap<String, Round>>,
-    welcomed: Mutex<Vec<u64>>,
+    welcomed: Mutex<HashMap<HostId, u64>>,
     failed: AtomicU64,
     refused: AtomicU64,
     gone: AtomicU64,
@@ -272,9 +272,10 @@ impl Simulated {
     fn welcomed(&mut self, acknowledged: u64) {
         self.acknowledged(acknowledged);
         let mut welcomed = lock(&self.shared.welcomed);
-        welcomed.push(clock::now());
+        welcomed.entry(self.host.clone()).or_insert_with(clock::now);
         if welcomed.len() == self.shared.load.agents {
-            let at = std::mem::take(&mut *welcomed);
+            let mut at: Vec<u64> = std::mem::take(&mut *welcomed).into_values().collect();
+            at.sort_unstable();
             self.shared.first_time.store(false, Ordering::SeqCst);
             say(&Said::Connected {
                 at,
@@ -394,9 +395,4 @@ fn step(key: &StepKey) -> String {
 
 fn lock<T>(of: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Reads what a load is from its first argument.
-pub(crate) fn from_argument(argument: &str) -> Result<Load> {
-    serde_json::from_str(argument).context("a load's argument")
 }

@@ -48,7 +48,7 @@ fn measure(quick: bool) -> Result<bool> {
     raise_limit()?;
     let mut report = Report::default();
     println!(
-        "{:<52} {:>10} {:<6} {:>10} {:>8} {:>8}",
+        "{:<64} {:>10} {:<6} {:>10} {:>8} {:>8}",
         "what", "value", "unit", "baseline", "ratio", "target"
     );
     let sizes: &[usize] = if quick {

@@ -33,15 +33,15 @@ impl Report {
         self.row(name.into(), value, unit, None, None);
     }
 
-    /// A figure that may be no more than this.
-    pub(crate) fn at_most(
+    /// A figure that may be no more than this, if there is a bound.
+    pub(crate) fn bounded(
         &mut self,
         name: impl Into<String>,
         value: f64,
         unit: &'static str,
-        target: f64,
+        target: Option<f64>,
     ) {
-        self.row(name.into(), value, unit, None, Some(target));
+        self.row(name.into(), value, unit, None, target);
     }
 
     /// A figure that may be no more than this many times the bare one.
@@ -98,7 +98,7 @@ impl Row {
             None => "",
         };
         format!(
-            "{:<52} {:>10} {:<6} {:>10} {:>8} {:>8} {word}",
+            "{:<64} {:>10} {:<6} {:>10} {:>8} {:>8} {word}",
             self.name,
             short(self.value),
             self.unit,

@@ -16,6 +16,7 @@ use crate::rollout::{Mode, REFUSALS_WITHIN, Rollout};
 impl Coordinator {
     /// Everything that is due, until nothing is.
     pub(super) fn settle(&mut self, now: Timestamp, effects: &mut Effects) {
+        self.unsettled = false;
         loop {
             let awake: Vec<usize> = self.awake.keys().copied().collect();
             for place in awake {
@@ -90,21 +91,19 @@ impl Coordinator {
                     .min();
                 self.wake_by(id, next);
             }
-            Follows::Anything => self.settle(now, effects),
+            Follows::Anything => self.unsettled = true,
         }
     }
 
-    /// What a host that has come back makes due: it is asked for its state, and a rollback that
-    /// waits for what it never began waits no longer than that.
-    pub(super) fn settle_host_up(&mut self, now: Timestamp, host: &HostId, effects: &mut Effects) {
-        let awake: Vec<usize> = self.awake.keys().copied().collect();
-        for place in awake {
-            let rollout = &self.rollouts[&self.order[place]];
+    /// Whether a host that has come back makes something due: it is asked for its state, and a rollback
+    /// that waits for what it never began waits no longer than that.
+    pub(super) fn is_awaited_back(&self, host: &HostId) -> bool {
+        let mut awake = self.awake.keys();
+        awake.any(|place| {
+            let rollout = &self.rollouts[&self.order[*place]];
             let asks = rollout.ended.is_some() || matches!(rollout.mode, Mode::Backward(_));
-            if asks && rollout.members.contains_key(host) {
-                self.settle_one(now, place, effects);
-            }
-        }
+            asks && rollout.members.contains_key(host)
+        })
     }
 
     /// A rollout is looked at by then.
