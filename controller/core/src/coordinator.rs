@@ -333,7 +333,7 @@ impl Coordinator {
                 return effects;
             }
             Event::Report { host, report } => {
-                self.handle_report(now, host, report, &mut effects);
+                self.handle_report(now, &host, report, &mut effects);
                 return effects;
             }
             Event::NoticeSent {
@@ -485,11 +485,11 @@ impl Coordinator {
     fn handle_report(
         &mut self,
         now: Timestamp,
-        host: HostId,
+        host: &HostId,
         report: Report,
         effects: &mut Effects,
     ) {
-        let Some(info) = self.hosts.get_mut(&host) else {
+        let Some(info) = self.hosts.get_mut(host) else {
             return;
         };
         info.last_seen = now;
@@ -509,14 +509,14 @@ impl Coordinator {
                 } => Some(rollout.clone()),
                 _ => None,
             };
-            self.may_ask_again(&host, &record);
+            self.may_ask_again(host, &record);
             let committed = effects.persist.len();
             self.commit(now, record, effects);
-            let unasked = self.hosts[&host].unasked;
+            let unasked = self.hosts[host].unasked;
             if unasked > before {
                 effects.unasked.push((host.clone(), unasked));
             } else {
-                follows = self.follows(now, &host, &effects.persist[committed].record);
+                follows = self.follows(now, host, &effects.persist[committed].record);
             }
             // A consent that was under way when its rollout ended, and has come since; or for one
             // that only a controller before this one knew.
@@ -528,12 +528,12 @@ impl Coordinator {
                 self.send_release(host.clone(), rollout, effects);
             }
         }
-        let acknowledged = self.hosts[&host].acknowledged;
+        let acknowledged = self.hosts[host].acknowledged;
         effects
             .send
             .push((host.clone(), Message::Acknowledged(acknowledged)));
         if let Some((rollout, follows)) = follows {
-            self.settle_report(now, &host, &rollout, follows, effects);
+            self.settle_report(now, host, &rollout, follows, effects);
         }
     }
 

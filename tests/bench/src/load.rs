@@ -226,9 +226,10 @@ impl Simulated {
     async fn session(&mut self) -> bool {
         let first_time = self.shared.first_time.load(Ordering::SeqCst);
         let shared = Arc::clone(&self.shared);
-        let turn = match first_time {
-            true => shared.ramp.acquire().await.ok(),
-            false => None,
+        let turn = if first_time {
+            shared.ramp.acquire().await.ok()
+        } else {
+            None
         };
         let Ok(mut hello) = hello(self.host.as_str(), 1) else {
             return false;

@@ -3,6 +3,13 @@
 //! `bench [quick]` measures; `bench load WHAT` and `bench bare WHERE` are parts of it, started by
 //! itself.
 
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it prints what it found"
+)]
+#![expect(clippy::cast_precision_loss, reason = "figures are for people")]
+
 mod bare;
 mod clock;
 mod dial;
