@@ -267,16 +267,13 @@ fn read_report(host: &HostId, report: WireReport) -> Result<Report, String> {
     if report.body_json.len() > MAX_REPORT_BYTES {
         return Err(format!("report {} is too large", report.number));
     }
-    let (number, said) = (report.number, report.body_json.len());
+    let number = report.number;
     let report = Report::try_from(report);
     let report = report.map_err(|error| format!("report {number}: {error}"))?;
-    // What is journalled is this one's own encoding, and it may be longer than the agent's: by the
-    // names of fields that were left out, which is not this much.
-    if said > MAX_REPORT_BYTES / 8 {
-        let encoded = serde_json::to_vec(&report.body).map_or(usize::MAX, |json| json.len());
-        if encoded > MAX_REPORT_BYTES {
-            return Err(format!("report {number} is too large: {encoded} bytes"));
-        }
+    // What is journalled is this one's own encoding, and it may be longer than the agent's.
+    let encoded = serde_json::to_vec(&report.body).map_or(usize::MAX, |json| json.len());
+    if encoded > MAX_REPORT_BYTES {
+        return Err(format!("report {number} is too large: {encoded} bytes"));
     }
     match &report.body {
         ReportBody::Started { key } | ReportBody::Finished { key, .. } if key.host != *host => {
