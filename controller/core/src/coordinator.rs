@@ -21,7 +21,6 @@ mod settle;
 mod trust;
 
 pub use read::Summary;
-pub(crate) use settle::Follows;
 
 /// What the coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -301,11 +300,14 @@ impl Coordinator {
         }
     }
 
-    /// Takes one event. What follows from it may be left to [`Self::settle_up`], so that it costs once
-    /// what many events make due.
+    /// Takes one event. What follows from a report may be left to [`Self::settle_up`], so that it costs
+    /// once what many of them make due; whatever else is taken meets what has followed.
     pub fn take(&mut self, now: Timestamp, event: Event) -> Effects {
         self.now = now;
         let mut effects = Effects::default();
+        if !matches!(event, Event::Report { .. }) {
+            self.settle_up(now, &mut effects);
+        }
         match event {
             Event::HostUp {
                 host,

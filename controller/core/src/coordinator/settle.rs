@@ -4,14 +4,13 @@
 //! that it has said. Most of what changes is one host's report while others still work: then only
 //! that host is looked at, so that a phase of many hosts costs as much as its hosts.
 
-use lockstep_proto::ids::{Direction, HostId, RolloutId};
-use lockstep_proto::report::ReportBody;
+use lockstep_proto::ids::{HostId, RolloutId};
 use lockstep_proto::values::Timestamp;
 
 use super::Coordinator;
 use crate::event::{Effects, Message};
 use crate::record::Record;
-use crate::rollout::{Mode, REFUSALS_WITHIN, Rollout};
+use crate::rollout::{Follows, Mode};
 
 impl Coordinator {
     /// Everything that is due, until nothing is.
@@ -67,7 +66,14 @@ impl Coordinator {
             return None;
         };
         let rollout = self.rollouts.get(record.rollout()?)?;
-        Some((rollout.id.clone(), rollout.follows(now, host, body)))
+        // What time has made due, and what follows from other reports, comes first.
+        let wake = self.awake.get(&rollout.place).copied().flatten();
+        let follows = if self.unsettled || wake.is_some_and(|wake| now >= wake) {
+            Follows::Anything
+        } else {
+            rollout.follows(now, host, body)
+        };
+        Some((rollout.id.clone(), follows))
     }
 
     pub(super) fn settle_report(
@@ -144,49 +150,5 @@ impl Coordinator {
                 effects.send.push((host.clone(), survey));
             }
         }
-    }
-}
-
-/// What follows from a host's report.
-pub(crate) enum Follows {
-    /// Nothing now; by then something may be due that was not before.
-    Nothing(Option<Timestamp>),
-    /// These records, and nothing else.
-    These(Vec<Record>),
-    /// All has to be looked at.
-    Anything,
-}
-
-impl Rollout {
-    /// What follows from a report that has been folded, as far as that can be told from its host
-    /// alone: while others are still at work, nothing else moves.
-    fn follows(&self, now: Timestamp, host: &HostId, body: &ReportBody) -> Follows {
-        if self.ended.is_some() {
-            return Follows::Anything;
-        }
-        match body {
-            ReportBody::Started { key } => {
-                let attempt = self.last_attempt(key.at, key.direction, host);
-                let timeout = self.compiled().step(key.at).map(|it| it.step.timeout);
-                let gives_up = attempt.zip(timeout);
-                Follows::Nothing(gives_up.map(|(attempt, timeout)| attempt.give_up_at(timeout)))
-            }
-            ReportBody::Consented { .. } if self.is_waiting_for_consent() => Follows::Nothing(None),
-            ReportBody::Declined { .. } if self.is_waiting_for_consent() => {
-                Follows::Nothing(Some(now.plus(REFUSALS_WITHIN)))
-            }
-            ReportBody::Finished { key, .. } => match (&self.mode, key.direction) {
-                _ if self.paused || self.open.is_empty() => Follows::Anything,
-                (Mode::Forward(cursor), Direction::Do | Direction::Probe) => {
-                    self.follows_forward(cursor, now, host, key.at)
-                }
-                _ => Follows::Anything,
-            },
-            _ => Follows::Anything,
-        }
-    }
-
-    fn is_waiting_for_consent(&self) -> bool {
-        matches!(self.mode, Mode::Consenting) && !self.silent.is_empty()
     }
 }

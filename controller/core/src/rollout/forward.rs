@@ -9,7 +9,6 @@ use lockstep_proto::values::Timestamp;
 
 use super::cause::say_cause;
 use super::{AttemptResult, Cursor, Mode, Outcome, Rollout, next_attempt, order_life};
-use crate::coordinator::Follows;
 use crate::faults::planted;
 use crate::record::{End, Lost, MAX_HOSTS_PER_RECORD, Record};
 
@@ -199,37 +198,6 @@ impl Rollout {
             vec![]
         } else {
             vec![Record::WaveClosed { rollout }]
-        }
-    }
-
-    /// What follows from the report of a host on a step while others are at work: its next order.
-    pub(crate) fn follows_forward(
-        &self,
-        cursor: &Cursor,
-        now: Timestamp,
-        host: &HostId,
-        at: StepRef,
-    ) -> Follows {
-        let stage = self.stage_of(cursor.phase, cursor.stage);
-        let Some(((phase, stage), _)) = stage.zip(cursor.wave) else {
-            return Follows::Anything;
-        };
-        let first = Self::first_step(phase, cursor.stage);
-        // Whoever was ordered a step of the stage is in one of its waves.
-        let is_of_stage = at.phase == cursor.phase
-            && (usize::from(first)..usize::from(first) + stage.steps.len())
-                .contains(&usize::from(at.step));
-        if !is_of_stage || self.members[host].quarantined.is_some() {
-            return Follows::Anything;
-        }
-        match self.progress(cursor.phase, first, stage, host) {
-            Progress::Done | Progress::Waiting => Follows::Nothing(None),
-            Progress::Next(at, direction, attempt) => {
-                let until = now.plus(order_life(direction));
-                let host = std::slice::from_ref(host);
-                Follows::These(self.dispatch(at, direction, attempt, host, until))
-            }
-            Progress::Failed(_) => Follows::Anything,
         }
     }
 

@@ -28,6 +28,7 @@ mod bindings;
 mod cause;
 mod document;
 mod fold;
+mod follows;
 mod forward;
 mod gate;
 mod glass;
@@ -40,6 +41,7 @@ mod retry;
 mod state;
 
 use cause::Class;
+pub(crate) use follows::Follows;
 pub use glass::LOUD;
 pub use left::{Left, LeftState};
 pub use state::Rollout;

@@ -20,6 +20,7 @@ use lockstep_proto::values::{Period, Timestamp};
 use serde_json::json;
 
 mod backward;
+mod batch;
 mod cancel;
 mod ends;
 mod forward;
