@@ -12,6 +12,7 @@
 //! what was persisted.
 
 mod clock;
+mod dues;
 mod handle;
 mod rates;
 mod room;
@@ -28,7 +29,7 @@ use std::time::Duration;
 use lockstep_core::event::EventKind;
 use lockstep_core::trust::{Subject, TrustRecord};
 use lockstep_core::{
-    Answer, Config, Coordinator, Effects, Entry, Event, Notify, Record, RecoverError, Refused,
+    Answer, Config, Coordinator, Entry, Event, Notify, Record, RecoverError, Refused,
 };
 use lockstep_proto::ids::{Epoch, HostId, PlanDigest};
 use lockstep_proto::seal::SealedPlan;
@@ -46,6 +47,7 @@ use crate::session::registry::{self, Candidate, Registry, SessionNumber};
 use crate::suspensions::Suspensions;
 pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
+use dues::Dues;
 use handle::Input;
 pub(crate) use handle::{Handle, Stopping};
 use rates::Rates;
@@ -168,6 +170,7 @@ pub(crate) struct Driver {
     /// Hosts that say that this controller is not the newest one.
     doubted_by: BTreeSet<HostId>,
     rates: Rates,
+    dues: Dues,
     /// Events that the driver owes itself.
     own: VecDeque<Event>,
 }
@@ -225,6 +228,7 @@ impl Driver {
             full: false,
             doubted_by: BTreeSet::new(),
             rates: Rates::default(),
+            dues: Dues::default(),
             own: VecDeque::new(),
         })
     }
@@ -271,7 +275,7 @@ impl Driver {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             let asleep = Instant::now();
-            let wake = self.wake_at();
+            let wake = self.wake_at().into_iter().chain(self.dues.at()).min();
             tokio::select! {
                 // A round looks at deadlines, whatever began it.
                 biased;
@@ -287,7 +291,9 @@ impl Driver {
                 tracing::warn!("the controller was stopped for a while; hosts get time to return");
                 self.coordinator.was_away(self.clock.now());
             }
+            let heard = !batch.is_empty();
             self.round(&mut batch)?;
+            self.tell_what_is_durable(heard);
             if self.stopping {
                 // What was sent before is still received; what comes now is refused.
                 inputs.close();
@@ -295,6 +301,27 @@ impl Driver {
         }
         self.journal.close();
         Ok(())
+    }
+
+    /// Acknowledges what no other message has taken along.
+    fn tell_what_is_durable(&mut self, heard: bool) {
+        if self
+            .dues
+            .are_due(Instant::now(), self.sessions.owes(), heard)
+        {
+            let lost = self.sessions.pay(&self.witnessed()).into_iter();
+            self.own.extend(lost.map(|host| Event::HostDown { host }));
+        }
+    }
+
+    /// The head that reaches all that is durable, for agents to keep.
+    fn witnessed(&self) -> wire::Head {
+        let head = self.journal.head();
+        wire::Head {
+            journal: self.journal.id().to_string(),
+            number: head.number,
+            hash: head.hash.0.to_vec().into(),
+        }
     }
 
     /// When deadlines are looked at next, if nothing else comes before.
@@ -340,17 +367,16 @@ impl Driver {
             self.take_input(&mut round, input)?;
         }
         let now = self.clock.now();
-        let mut effects = Effects::default();
-        self.coordinator.settle_up(now, &mut effects);
-        round.take(&self.sessions, effects);
+        self.coordinator.settle_up(now, &mut round.effects);
         // A stream of inputs must not keep deadlines waiting.
         if self.is_due(now) {
-            let effects = self.coordinator.handle(now, Event::Tick);
-            self.rest_after(now, &effects);
-            round.take(&self.sessions, effects);
+            let before = round.effects.persist.len();
+            self.coordinator.take(now, Event::Tick, &mut round.effects);
+            self.rest_after(now, round.effects.persist.len() == before);
         } else {
             self.alarm.rang(false);
         }
+        round.address(&self.sessions);
         self.finish(round)
     }
 
@@ -359,8 +385,8 @@ impl Driver {
     }
 
     /// State changes by entries only: a tick without any would be in vain again at once.
-    fn rest_after(&mut self, now: Timestamp, tick: &Effects) {
-        let in_vain = tick.persist.is_empty() && self.is_due(now);
+    fn rest_after(&mut self, now: Timestamp, nothing_done: bool) {
+        let in_vain = nothing_done && self.is_due(now);
         if in_vain {
             tracing::debug!("a deadline has come, but there is nothing to do");
         }
@@ -414,7 +440,8 @@ impl Driver {
             Input::Read(read) => round.reads.push(read),
             Input::Drain => {
                 self.draining = true;
-                self.sessions.drain(RECONNECT_AFTER_MS);
+                let witnessed = self.witnessed();
+                self.sessions.drain(RECONNECT_AFTER_MS, &witnessed);
             }
             Input::Stop => self.stopping = true,
         }
@@ -427,17 +454,17 @@ impl Driver {
         event: Event,
         answer: oneshot::Sender<Result<Answer, Refused>>,
     ) {
-        let mut effects = self.coordinator.handle(self.clock.now(), event);
-        if let Some(result) = effects.answer.take() {
+        self.handle(round, event);
+        if let Some(result) = round.effects.answer.take() {
             round.answers.push((answer, result));
         }
-        round.take(&self.sessions, effects);
     }
 
     /// What follows from it follows at the end of the round.
     fn handle(&mut self, round: &mut Round, event: Event) {
-        let effects = self.coordinator.take(self.clock.now(), event);
-        round.take(&self.sessions, effects);
+        self.coordinator
+            .take(self.clock.now(), event, &mut round.effects);
+        round.address(&self.sessions);
     }
 
     /// Admits a session, or says why not.
@@ -530,7 +557,16 @@ impl Driver {
 
     /// Persists a round, and only then lets anybody know of it (INV-2).
     fn finish(&mut self, round: Round) -> Result<(), DriverError> {
-        let payloads: Vec<Vec<u8>> = round
+        round.warn_of_unasked();
+        let Round {
+            effects,
+            sends,
+            acknowledged,
+            answers,
+            admitted,
+            reads,
+        } = round;
+        let payloads: Vec<Vec<u8>> = effects
             .persist
             .iter()
             .map(|entry| serde_json::to_vec(entry).expect("a record's maps have text as keys"))
@@ -539,18 +575,12 @@ impl Driver {
         if !planted!(SendBeforePersist) {
             self.journal.append(&payloads)?;
         }
-        // What is told to be durable comes with the head that reaches it, for the agent to keep.
-        let head = self.journal.head();
-        let witnessed = wire::Head {
-            journal: self.journal.id().to_string(),
-            number: head.number,
-            hash: head.hash.0.to_vec().into(),
-        };
+        let witnessed = self.witnessed();
 
         // Before anybody hears that it is so.
         let trust = self.coordinator.trust();
         let mut changed = false;
-        for entry in &round.persist {
+        for entry in &effects.persist {
             match &entry.record {
                 Record::Trust(record) => {
                     changed = true;
@@ -568,11 +598,12 @@ impl Driver {
         if changed {
             self.suspensions.set(trust.banned());
         }
-        for (index, entry) in round.persist.iter().enumerate() {
+        let mut of_unasked = effects.unasked.iter().map(|(index, _)| *index).peekable();
+        for (index, entry) in effects.persist.iter().enumerate() {
+            let unasked = of_unasked.next_if_eq(&index).is_some();
             let Record::Reported { host, .. } = &entry.record else {
                 continue;
             };
-            let unasked = round.unasked.contains(&index);
             let size = payloads[index].len() as u64;
             let paid = self.rates.pay_report(entry.at, host, size, unasked);
             if let Err(refused) = paid
@@ -581,15 +612,18 @@ impl Driver {
                 self.own.push_back(Event::HostDown { host: host.clone() });
             }
         }
-        for (host, number, mut message) in round.sends {
+        for (host, number, upto) in acknowledged {
+            self.sessions.owe(&host, number, upto);
+        }
+        for (host, number, mut message) in sends {
             if says_what_is_durable(&message) {
                 message.head = Some(witnessed.clone());
             }
-            if self.sessions.send(&host, number, message) {
+            if self.sessions.send(&host, number, message, &witnessed) {
                 self.own.push_back(Event::HostDown { host });
             }
         }
-        for notify in round.notify {
+        for notify in effects.notify {
             let (rollout, which) = (notify.rollout.clone(), notify.which);
             if self.notices.try_send(notify).is_err() {
                 self.own.push_back(Event::NoticeSent {
@@ -599,17 +633,17 @@ impl Driver {
                 });
             }
         }
-        for (rollout, event) in round.published {
+        for (rollout, event) in effects.published {
             if event.kind == EventKind::Ended {
                 tracing::info!(%rollout, state = event.state, why = event.message, "ended");
             }
             self.hub.publish(&rollout, || convert::event(&event));
         }
         // Whoever asked may be gone; that changes nothing.
-        for (answer, result) in round.answers {
+        for (answer, result) in answers {
             let _ = answer.send(result);
         }
-        for (host, admitted, result) in round.admitted {
+        for (host, admitted, result) in admitted {
             // The stream went while it was being admitted, and has no reader to say so.
             if let Err(Ok(number)) = admitted.send(result)
                 && self.sessions.closed(&host, number)
@@ -617,7 +651,7 @@ impl Driver {
                 self.own.push_back(Event::HostDown { host });
             }
         }
-        for read in round.reads {
+        for read in reads {
             read(&self.coordinator);
         }
         if planted!(SendBeforePersist) {

@@ -1,8 +1,12 @@
 //! Names and numbers that identify things, each a type of its own.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
+use std::sync::Arc;
 
+use serde::de::{Deserializer, Visitor};
+use serde::ser::{SerializeStruct as _, Serializer};
 use serde::{Deserialize, Serialize};
 
 /// A text that is not the id it was read as.
@@ -17,12 +21,26 @@ pub struct InvalidId {
     pub rule: &'static str,
 }
 
+/// Reads an id from a text without a copy of the text.
+struct Text<T>(PhantomData<T>);
+
+impl<T: FromStr<Err = InvalidId>> Visitor<'_> for Text<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        text.parse().map_err(E::custom)
+    }
+}
+
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident, $what:literal, $rule:literal, $check:expr) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
-        pub struct $name(String);
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
 
         impl $name {
             /// The id as text.
@@ -36,23 +54,28 @@ macro_rules! text_id {
             fn from_str(text: &str) -> Result<Self, InvalidId> {
                 let check: fn(&str) -> bool = $check;
                 if check(text) {
-                    Ok(Self(text.to_owned()))
+                    Ok(Self(text.into()))
                 } else {
                     Err(InvalidId { what: $what, text: text.to_owned(), rule: $rule })
                 }
             }
         }
 
-        impl TryFrom<String> for $name {
-            type Error = InvalidId;
-            fn try_from(text: String) -> Result<Self, InvalidId> {
-                text.parse()
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_str(Text(PhantomData))
             }
         }
 
         impl From<$name> for String {
             fn from(id: $name) -> Self {
-                id.0
+                id.as_str().to_owned()
             }
         }
 
@@ -124,21 +147,21 @@ text_id!(
 impl RolloutId {
     /// Makes an id from six random bytes; the caller owns the randomness.
     pub fn from_random(bytes: [u8; 6]) -> Self {
-        Self(format!("ro_{}", hex::encode(bytes)))
+        Self(format!("ro_{}", hex::encode(bytes)).into())
     }
 }
 
 impl InstanceId {
     /// Makes an id from eight random bytes.
     pub fn from_random(bytes: [u8; 8]) -> Self {
-        Self(format!("in_{}", hex::encode(bytes)))
+        Self(format!("in_{}", hex::encode(bytes)).into())
     }
 }
 
 impl BootId {
     /// Makes an id from eight bytes derived from the boot's identity.
     pub fn from_bytes(bytes: [u8; 8]) -> Self {
-        Self(format!("bt_{}", hex::encode(bytes)))
+        Self(format!("bt_{}", hex::encode(bytes)).into())
     }
 }
 
@@ -146,8 +169,7 @@ impl BootId {
 pub type OperatorName = String;
 
 /// A SHA-256. Its text form is `sha256:` and 64 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest(pub [u8; 32]);
 
 /// The digest of a compiled plan's canonical bytes: what people approve and sign.
@@ -173,7 +195,10 @@ impl Digest {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sha256:{}", self.hex())
+        let mut digits = [0; 64];
+        hex::encode_to_slice(self.0, &mut digits).map_err(|_| fmt::Error)?;
+        let digits = str::from_utf8(&digits).map_err(|_| fmt::Error)?;
+        write!(f, "sha256:{digits}")
     }
 }
 
@@ -192,21 +217,21 @@ impl FromStr for Digest {
             rule: "`sha256:` and 64 hexadecimal digits",
         };
         let digits = text.strip_prefix("sha256:").ok_or_else(invalid)?;
-        let bytes = hex::decode(digits).map_err(|_| invalid())?;
-        Ok(Self(bytes.try_into().map_err(|_| invalid())?))
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(digits, &mut bytes).map_err(|_| invalid())?;
+        Ok(Self(bytes))
     }
 }
 
-impl TryFrom<String> for Digest {
-    type Error = InvalidId;
-    fn try_from(text: String) -> Result<Self, InvalidId> {
-        text.parse()
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
-impl From<Digest> for String {
-    fn from(digest: Digest) -> Self {
-        digest.to_string()
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(Text(PhantomData))
     }
 }
 
@@ -280,20 +305,66 @@ impl fmt::Display for StepRef {
     }
 }
 
-/// What must not have more than one effect (INV-1): one attempt at one step on one host.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// What must not have more than one effect (INV-1): one attempt at one step on one host. Its JSON
+/// has phase and step beside the others.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(from = "FlatStepKey")]
 pub struct StepKey {
     /// The rollout that the attempt belongs to.
     pub rollout: RolloutId,
     /// The host that acts.
     pub host: HostId,
     /// The step.
-    #[serde(flatten)]
     pub at: StepRef,
     /// Which way.
     pub direction: Direction,
     /// From 1.
     pub attempt: u16,
+}
+
+/// A step key as JSON has it. Not `serde(flatten)`, which reads into a tree first: every report has
+/// a key.
+#[derive(Deserialize)]
+struct FlatStepKey {
+    rollout: RolloutId,
+    host: HostId,
+    phase: u16,
+    step: u16,
+    direction: Direction,
+    attempt: u16,
+}
+
+impl From<FlatStepKey> for StepKey {
+    fn from(key: FlatStepKey) -> Self {
+        let FlatStepKey {
+            rollout,
+            host,
+            phase,
+            step,
+            direction,
+            attempt,
+        } = key;
+        Self {
+            rollout,
+            host,
+            at: StepRef { phase, step },
+            direction,
+            attempt,
+        }
+    }
+}
+
+impl Serialize for StepKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut key = serializer.serialize_struct("StepKey", 6)?;
+        key.serialize_field("rollout", &self.rollout)?;
+        key.serialize_field("host", &self.host)?;
+        key.serialize_field("phase", &self.at.phase)?;
+        key.serialize_field("step", &self.at.step)?;
+        key.serialize_field("direction", &self.direction)?;
+        key.serialize_field("attempt", &self.attempt)?;
+        key.end()
+    }
 }
 
 impl fmt::Display for StepKey {

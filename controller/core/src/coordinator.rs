@@ -288,7 +288,8 @@ impl Coordinator {
 
     /// Takes one event, with all that follows. `now` never goes back.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Effects {
-        let mut effects = self.take(now, event);
+        let mut effects = Effects::default();
+        self.take(now, event, &mut effects);
         self.settle_up(now, &mut effects);
         effects
     }
@@ -302,11 +303,10 @@ impl Coordinator {
 
     /// Takes one event. What follows from a report may be left to [`Self::settle_up`], so that it costs
     /// once what many of them make due; whatever else is taken meets what has followed.
-    pub fn take(&mut self, now: Timestamp, event: Event) -> Effects {
+    pub fn take(&mut self, now: Timestamp, event: Event, effects: &mut Effects) {
         self.now = now;
-        let mut effects = Effects::default();
         if !matches!(event, Event::Report { .. }) {
-            self.settle_up(now, &mut effects);
+            self.settle_up(now, effects);
         }
         match event {
             Event::HostUp {
@@ -322,9 +322,9 @@ impl Coordinator {
                     labels,
                     agent_version,
                 };
-                self.handle_host_up(now, &host, seen, held, &mut effects);
+                self.handle_host_up(now, &host, seen, held, effects);
                 self.unsettled |= self.is_awaited_back(&host);
-                return effects;
+                return;
             }
             Event::HostDown { host } => {
                 if let Some(info) = self.hosts.get_mut(&host) {
@@ -332,11 +332,11 @@ impl Coordinator {
                     info.last_seen = now;
                 }
                 // Whoever is gone may come back: only time gives it up.
-                return effects;
+                return;
             }
             Event::Report { host, report } => {
-                self.handle_report(now, &host, report, &mut effects);
-                return effects;
+                self.handle_report(now, &host, report, effects);
+                return;
             }
             Event::NoticeSent {
                 rollout,
@@ -352,7 +352,7 @@ impl Coordinator {
                             which,
                             error,
                         },
-                        &mut effects,
+                        effects,
                     );
                 }
             }
@@ -361,23 +361,22 @@ impl Coordinator {
                 groups,
                 call,
             } => {
-                let answer = self.handle_call(now, &operator, groups, call, &mut effects);
+                let answer = self.handle_call(now, &operator, groups, call, effects);
                 effects.answer = Some(answer);
             }
             Event::Join { .. } | Event::Renew { .. } => {
-                self.handle_wish(now, event, &mut effects);
+                self.handle_wish(now, event, effects);
             }
             Event::CallsRefused(refused) => {
-                self.commit(now, Record::CallsRefused(refused), &mut effects);
+                self.commit(now, Record::CallsRefused(refused), effects);
             }
             Event::Tick => {}
         }
-        self.settle(now, &mut effects);
+        self.settle(now, effects);
         // Only now is it known what is still missing at the gate.
         if let Some(Ok(Answer::Missing(gate))) = &mut effects.answer {
             *gate = self.missing(gate, now);
         }
-        effects
     }
 
     /// Orders that nobody has begun are given again, with a later end: after what follows from
@@ -516,7 +515,7 @@ impl Coordinator {
             self.commit(now, record, effects);
             let unasked = self.hosts[host].unasked;
             if unasked > before {
-                effects.unasked.push((host.clone(), unasked));
+                effects.unasked.push((committed, unasked));
             } else {
                 follows = self.follows(now, host, &effects.persist[committed].record);
             }

@@ -263,10 +263,11 @@ pub struct Effects {
     /// Messages to people. The driver answers each with [`Event::NoticeSent`].
     pub notify: Vec<Notify>,
     /// New events of rollouts, for whoever watches.
-    pub published: Vec<(RolloutId, RolloutEvent)>,
-    /// Hosts whose report answered nothing that was asked of them, and how many did so far. Such
-    /// reports are acknowledged like all others, and change nothing.
-    pub unasked: Vec<(HostId, u64)>,
+    pub published: Vec<(RolloutId, Arc<RolloutEvent>)>,
+    /// Reports in `persist`, by their place there, that answered nothing that was asked of their
+    /// host, and how many of the host's did so far. They are acknowledged like all others, and
+    /// change nothing.
+    pub unasked: Vec<(usize, u64)>,
     /// The answer to an operator's call, or to a wish for a certificate; absent for other events.
     pub answer: Option<Result<Answer, Refused>>,
 }

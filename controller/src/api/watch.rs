@@ -1,6 +1,7 @@
 //! A rollout's events for one watcher: what was, then what comes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use lockstep_core::{Coordinator, event};
@@ -73,7 +74,8 @@ async fn replay(
         let (asked, after) = (rollout.clone(), *last);
         let read = move |coordinator: &Coordinator| {
             let events = coordinator.events(&asked, after)?;
-            let page: Vec<_> = events.iter().take(PAGE).map(convert::event).collect();
+            let page = events.iter().take(PAGE);
+            let page: Vec<_> = page.map(|event| convert::event(event)).collect();
             let ended = coordinator.summary(&asked)?.ended;
             Some((page, events.len() > PAGE, ended))
         };
@@ -134,7 +136,7 @@ impl Waiting {
 }
 
 /// The first open gate that people decide at; what others wait for does not change.
-fn first_gate(events: &[lockstep_core::RolloutEvent]) -> Option<RolloutEvent> {
+fn first_gate(events: &[Arc<lockstep_core::RolloutEvent>]) -> Option<RolloutEvent> {
     let mut open = BTreeMap::new();
     for event in events {
         match event.kind {

@@ -1,9 +1,7 @@
 //! What one batch of inputs leads to.
 
-use std::collections::{HashMap, HashSet};
-
-use lockstep_core::{Answer, Effects, Entry, Message, Notify, Record, Refused, RolloutEvent};
-use lockstep_proto::ids::{HostId, RolloutId};
+use lockstep_core::{Answer, Effects, Message, Record, Refused};
+use lockstep_proto::ids::HostId;
 use tokio::sync::oneshot;
 use tonic::Status;
 
@@ -19,22 +17,18 @@ pub(super) type Owed<T> = (oneshot::Sender<T>, T);
 /// What one batch leads to.
 #[derive(Default)]
 pub(super) struct Round {
-    pub(super) persist: Vec<Entry>,
-    /// Which of them are reports that answer nothing.
-    pub(super) unasked: HashSet<usize>,
+    /// All of them, but for the messages to agents.
+    pub(super) effects: Effects,
     pub(super) sends: Vec<(HostId, SessionNumber, registry::Down)>,
-    /// Where in `sends` a session is told which of its reports are durable.
-    acknowledged: HashMap<SessionNumber, usize>,
-    pub(super) notify: Vec<Notify>,
-    pub(super) published: Vec<(RolloutId, RolloutEvent)>,
+    /// Reports of sessions that will be durable, up to these.
+    pub(super) acknowledged: Vec<(HostId, SessionNumber, u64)>,
     pub(super) answers: Vec<Owed<Result<Answer, Refused>>>,
     pub(super) admitted: Vec<(HostId, Admitted, Result<SessionNumber, Status>)>,
     pub(super) reads: Vec<Read>,
 }
 
 impl Round {
-    /// Adds effects. Messages are meant for the sessions of this moment: a later one of the same
-    /// host, admitted in the same batch, begins with its own `Welcome`.
+    /// Adds effects.
     pub(super) fn take(&mut self, sessions: &Registry, effects: Effects) {
         let Effects {
             persist,
@@ -44,16 +38,40 @@ impl Round {
             unasked,
             answer,
         } = effects;
-        debug_assert!(answer.is_none(), "calls take their answer out first");
-        for (index, entry) in (self.persist.len()..).zip(&persist) {
-            let by = |host: &HostId| unasked.iter().any(|(it, _)| it == host);
-            if matches!(&entry.record, Record::Reported { host, .. } if by(host)) {
-                self.unasked.insert(index);
+        debug_assert!(answer.is_none() && unasked.is_empty(), "of one event only");
+        self.effects.persist.extend(persist);
+        self.effects.send.extend(send);
+        self.effects.notify.extend(notify);
+        self.effects.published.extend(published);
+        self.address(sessions);
+    }
+
+    /// Addresses the messages of an input to the sessions of this moment: a later one of the same
+    /// host, admitted in the same batch, begins with its own `Welcome`.
+    pub(super) fn address(&mut self, sessions: &Registry) {
+        for (host, message) in self.effects.send.drain(..) {
+            let Some(number) = sessions.current(&host) else {
+                continue;
+            };
+            match message {
+                Message::Acknowledged(upto) => self.acknowledged.push((host, number, upto)),
+                message => {
+                    let message = Box::new(registry::from_message(message));
+                    self.sends.push((host, number, message));
+                }
             }
         }
-        self.persist.extend(persist);
-        // A host that does nothing else must not fill the log.
-        for (host, times) in unasked.iter().filter(|(_, times)| times.is_power_of_two()) {
+    }
+
+    /// A host that does nothing else must not fill the log.
+    pub(super) fn warn_of_unasked(&self) {
+        let Effects {
+            persist, unasked, ..
+        } = &self.effects;
+        for (index, times) in unasked.iter().filter(|(_, times)| times.is_power_of_two()) {
+            let Record::Reported { host, .. } = &persist[*index].record else {
+                continue;
+            };
             tracing::warn!(
                 %host, times,
                 "the agent reports what nobody has ordered, or what is known already: this is \
@@ -61,23 +79,5 @@ impl Round {
                  otherwise look at the host"
             );
         }
-        for (host, message) in send {
-            let Some(number) = sessions.current(&host) else {
-                continue;
-            };
-            let acknowledges = matches!(message, Message::Acknowledged(_));
-            let message = Box::new(registry::from_message(message));
-            // A session with many reports in one batch is told once, of the newest.
-            if acknowledges && let Some(place) = self.acknowledged.get(&number) {
-                self.sends[*place].2 = message;
-                continue;
-            }
-            if acknowledges {
-                self.acknowledged.insert(number, self.sends.len());
-            }
-            self.sends.push((host, number, message));
-        }
-        self.notify.extend(notify);
-        self.published.extend(published);
     }
 }

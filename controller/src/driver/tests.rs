@@ -15,7 +15,7 @@ use lockstep_proto::seal;
 use lockstep_proto::values::Period;
 use lockstep_proto::wire::VersionRange;
 
-use lockstep_core::Message;
+use lockstep_core::{Effects, Message};
 use lockstep_proto::ids::RolloutId;
 
 use super::*;
@@ -175,9 +175,11 @@ fn a_term_is_above_every_earlier_one() {
 #[test]
 fn a_session_with_many_reports_in_a_batch_is_told_once() {
     let mut sessions = Registry::default();
-    for host in ["app-1", "app-2"] {
-        sessions.admit(candidate(host).0).unwrap();
-    }
+    let mut queues = ["app-1", "app-2"].map(|host| {
+        let (candidate, queue) = candidate(host);
+        sessions.admit(candidate).unwrap();
+        queue
+    });
     let mut round = Round::default();
     for number in 1..=100 {
         for host in ["app-1", "app-2"] {
@@ -189,11 +191,53 @@ fn a_session_with_many_reports_in_a_batch_is_told_once() {
             round.take(&sessions, effects);
         }
     }
-    assert_eq!(round.sends.len(), 2);
-    for (_, _, message) in round.sends {
-        let told = wire::down::Message::Acknowledged(100);
-        assert_eq!(message.message, Some(told));
+    assert!(round.sends.is_empty(), "they wait for an order to go with");
+    for (host, number, upto) in round.acknowledged {
+        sessions.owe(&host, number, upto);
     }
+    let lost = sessions.pay(&witnessed());
+    assert_eq!(lost, vec![]);
+    for queue in &mut queues {
+        let told = queue.try_recv().unwrap();
+        let upto = wire::down::Message::Acknowledged(100);
+        assert_eq!(told.message, Some(upto));
+        assert_eq!(told.head, Some(witnessed()), "INV-11");
+        assert!(queue.try_recv().is_err(), "once");
+    }
+}
+
+fn witnessed() -> wire::Head {
+    wire::Head {
+        journal: "a".into(),
+        number: 7,
+        hash: vec![7; 32].into(),
+    }
+}
+
+#[test]
+fn an_order_takes_along_what_an_agent_is_owed() {
+    let mut sessions = Registry::default();
+    let (candidate, mut queue) = candidate("app-1");
+    let host = candidate.host.clone();
+    let number = sessions.admit(candidate).unwrap();
+    sessions.owe(&host, number, 3);
+    let order = wire::down::Message::Release(wire::Release::default());
+    let order = registry::down(order);
+    assert!(!sessions.send(&host, number, order.clone().into(), &witnessed()));
+    let first = queue.try_recv().unwrap().message;
+    assert_eq!(first, Some(wire::down::Message::Acknowledged(3)));
+    assert_eq!(*queue.try_recv().unwrap(), order);
+    let lost = sessions.pay(&witnessed());
+    assert!(lost.is_empty() && queue.try_recv().is_err(), "it was told");
+
+    // What an older session was owed, the newer one knows from its welcome.
+    sessions.owe(&host, number, 4);
+    let (mut again, mut newer) = self::candidate("app-1");
+    again.instance = InstanceId::from_random([1; 8]);
+    sessions.admit(again).unwrap();
+    let lost = sessions.pay(&witnessed());
+    assert!(lost.is_empty() && newer.try_recv().is_err());
+    assert!(queue.try_recv().is_err());
 }
 
 #[test]
@@ -282,24 +326,17 @@ fn a_deadline_that_stays_due_does_not_keep_the_driver_busy() {
     let now = driver.clock.now();
     assert!(driver.wake_at().unwrap() <= Instant::now());
     let begun = Instant::now();
-    driver.rest_after(now, &Effects::default());
+    driver.rest_after(now, true);
     let wake = driver.wake_at().unwrap();
     assert!(wake >= begun + Duration::from_secs(1), "no rest");
     assert!(wake < begun + Duration::from_secs(10), "too long a rest");
 
     // A tick that did something may have to be followed by another one at once.
-    let record = Record::TermBegan {
-        epoch: driver.epoch,
-    };
-    let effects = Effects {
-        persist: vec![Entry { at: now, record }],
-        ..Effects::default()
-    };
-    driver.rest_after(now, &effects);
+    driver.rest_after(now, false);
     assert!(driver.wake_at().unwrap() <= Instant::now());
 
     // Whatever else comes is not kept waiting, nor are deadlines in the same batch.
-    driver.rest_after(now, &Effects::default());
+    driver.rest_after(now, true);
     driver.round(&mut Vec::new()).unwrap();
     let wake = driver.wake_at();
     assert!(wake.is_none_or(|at| at > Instant::now()), "still due");

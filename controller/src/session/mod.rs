@@ -204,13 +204,16 @@ struct Reader {
 
 impl Reader {
     async fn run(self, mut inbound: Streaming<Up>, valid_for: Duration) {
+        // Made once: an agent that reports thousands of times does not queue up at each anew.
         let expired = tokio::time::sleep(valid_for);
-        tokio::pin!(expired);
+        let ended = self.ending.token().cancelled();
+        let cut = self.peer.when_cut().cancelled();
+        tokio::pin!(expired, ended, cut);
         let why = loop {
             tokio::select! {
                 biased;
-                () = self.ending.token().cancelled() => break "ended by the controller".to_owned(),
-                () = self.peer.when_cut().cancelled() => {
+                () = &mut ended => break "ended by the controller".to_owned(),
+                () = &mut cut => {
                     self.ending.end(self.peer.cut_status());
                     break "cut".to_owned();
                 }
@@ -230,7 +233,7 @@ impl Reader {
         // The way down ends too, in case only the way up has.
         self.ending.end_well();
         // If the driver is gone, so is what would have to know.
-        let _ = self.driver.closed(self.host, self.number).await;
+        let _ = self.driver.closed(self.host.clone(), self.number).await;
     }
 
     /// Takes one message; what breaks the contract ends the session.

@@ -76,6 +76,8 @@ struct Session {
     peer: SocketAddr,
     queue: mpsc::Sender<Down>,
     ending: Ending,
+    /// The newest report that is durable, if the agent has not been told.
+    owed: Option<u64>,
 }
 
 /// All sessions.
@@ -83,6 +85,8 @@ struct Session {
 pub(crate) struct Registry {
     sessions: HashMap<HostId, Session>,
     last: u64,
+    /// Sessions that are owed an acknowledgement, or were a moment ago.
+    owing: Vec<(HostId, SessionNumber)>,
 }
 
 impl Registry {
@@ -124,6 +128,7 @@ impl Registry {
                 peer,
                 queue,
                 ending,
+                owed: None,
             },
         );
         Ok(number)
@@ -140,11 +145,61 @@ impl Registry {
         session.is_some_and(|session| session.instance != *instance)
     }
 
-    /// Hands a message to a session, if that is still the host's. An agent that does not read
-    /// loses its session: it connects again, and is told what is outstanding. Returns whether the
-    /// host has lost its session.
+    /// Notes that an agent's reports up to this one are durable. It is told with the next message
+    /// to it, or by [`Self::pay`]: most often an order follows, and both go out as one packet.
+    pub(crate) fn owe(&mut self, host: &HostId, number: SessionNumber, upto: u64) {
+        if let Some(session) = self.sessions.get_mut(host)
+            && session.number == number
+            && session.owed.replace(upto).is_none()
+        {
+            self.owing.push((host.clone(), number));
+        }
+    }
+
+    /// Whether anybody may be owed an acknowledgement.
+    pub(crate) fn owes(&self) -> bool {
+        !self.owing.is_empty()
+    }
+
+    /// Tells every agent what it is owed. Returns the hosts that have lost their session.
+    pub(crate) fn pay(&mut self, witnessed: &wire::Head) -> Vec<HostId> {
+        let mut lost = Vec::new();
+        for (host, number) in std::mem::take(&mut self.owing) {
+            if self.pay_one(&host, number, witnessed) {
+                lost.push(host);
+            }
+        }
+        lost
+    }
+
+    fn pay_one(&mut self, host: &HostId, number: SessionNumber, witnessed: &wire::Head) -> bool {
+        let session = self.sessions.get_mut(host);
+        let owing = session.filter(|session| session.number == number);
+        let Some(upto) = owing.and_then(|session| session.owed.take()) else {
+            return false;
+        };
+        let message = wire::Down {
+            message: Some(wire::down::Message::Acknowledged(upto)),
+            head: Some(witnessed.clone()),
+        };
+        self.hand_over(host, number, message.into())
+    }
+
+    /// Hands a message to a session, if that is still the host's, after the acknowledgement that it
+    /// is owed. An agent that does not read loses its session: it connects again, and is told what
+    /// is outstanding. Returns whether the host has lost its session.
     #[must_use]
-    pub(crate) fn send(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
+    pub(crate) fn send(
+        &mut self,
+        host: &HostId,
+        number: SessionNumber,
+        message: Down,
+        witnessed: &wire::Head,
+    ) -> bool {
+        self.pay_one(host, number, witnessed) || self.hand_over(host, number, message)
+    }
+
+    fn hand_over(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
         let Some(session) = self.sessions.get(host) else {
             return false;
         };
@@ -189,8 +244,10 @@ impl Registry {
         current
     }
 
-    /// Tells every agent to come back later, and ends its session.
-    pub(crate) fn drain(&mut self, reconnect_after_ms: u32) {
+    /// Tells every agent what it is owed and to come back later, and ends its session.
+    pub(crate) fn drain(&mut self, reconnect_after_ms: u32, witnessed: &wire::Head) {
+        // Who has lost its session has so anyway.
+        let _ = self.pay(witnessed);
         for (_, session) in self.sessions.drain() {
             let drain = wire::Drain { reconnect_after_ms };
             let message = wire::down::Message::Drain(drain);
@@ -286,10 +343,11 @@ mod tests {
         let second = registry.admit(second).unwrap();
         assert_eq!(first_ending.status().unwrap().code(), tonic::Code::Aborted);
         // What was meant for the older session does not reach the newer one.
-        assert!(!registry.send(&host, first, acknowledged().into()));
+        let head = wire::Head::default();
+        assert!(!registry.send(&host, first, acknowledged().into(), &head));
         assert!(second_queue.try_recv().is_err());
         assert!(first_queue.try_recv().is_err());
-        assert!(!registry.send(&host, second, acknowledged().into()));
+        assert!(!registry.send(&host, second, acknowledged().into(), &head));
         assert!(second_queue.try_recv().is_ok());
         // The older one's end does not end the newer one.
         assert!(!registry.closed(&host, first));
@@ -302,10 +360,11 @@ mod tests {
         let mut registry = Registry::default();
         let (candidate, _queue, ending) = candidate(1);
         let number = registry.admit(candidate).unwrap();
+        let head = wire::Head::default();
         for _ in 0..QUEUE {
-            assert!(!registry.send(&host, number, acknowledged().into()));
+            assert!(!registry.send(&host, number, acknowledged().into(), &head));
         }
-        assert!(registry.send(&host, number, acknowledged().into()));
+        assert!(registry.send(&host, number, acknowledged().into(), &head));
         let status = ending.status().unwrap();
         assert_eq!(status.code(), tonic::Code::ResourceExhausted);
         assert_eq!(registry.current(&host), None);

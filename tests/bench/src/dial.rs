@@ -47,12 +47,15 @@ pub(crate) struct Dial {
 }
 
 impl Dial {
-    /// With a certificate and a key of its own.
-    pub(crate) fn new(place: &Place, issuer: &Issuer, host: &str) -> Result<Self> {
+    /// With a certificate and a key of its own, from an address of its own: one address has fewer
+    /// ports than there are agents.
+    pub(crate) fn new(place: &Place, issuer: &Issuer, host: &str, number: usize) -> Result<Self> {
         let (certificate, key) = issuer.issue(DOMAIN, &format!("agent/{host}"), Side::Client);
         let own = Some((certificate.as_str(), key.as_str()));
         let address = place.address.parse()?;
         let dial = played::Dial::new(address, own, &place.read("ca-controllers.crt")?)?;
+        let [_, high, low, _] = u32::try_from(number * 256)?.to_be_bytes();
+        let dial = dial.from([127, 1 + high, low, 1]);
         Ok(Self { dial })
     }
 

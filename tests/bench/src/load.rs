@@ -136,8 +136,9 @@ async fn play(load: Load) -> Result<()> {
     let mut agents = JoinSet::new();
     let issuer = shared.load.place.issuer()?;
     for number in 0..shared.load.agents {
-        let host = format!("sim-{:05}", shared.load.first + number);
-        let dial = Dial::new(&shared.load.place, &issuer, &host)?;
+        let number = shared.load.first + number;
+        let host = format!("sim-{number:05}");
+        let dial = Dial::new(&shared.load.place, &issuer, &host, number)?;
         let agent = Simulated::new(&shared, &host, dial, number)?;
         agents.spawn(agent.live());
     }

@@ -1,6 +1,7 @@
 //! What everyone may ask a coordinator. Reading changes nothing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use lockstep_proto::ids::{HostId, InstanceId, PlanDigest, RolloutId, StepKey};
 use lockstep_proto::values::Timestamp;
@@ -16,6 +17,10 @@ impl Coordinator {
         if planted!(IgnoreDeadlines) {
             return None;
         }
+        debug_assert!(
+            self.wakes_in_time(),
+            "something is due before it is looked at"
+        );
         self.next_wake()
     }
 
@@ -131,7 +136,7 @@ impl Coordinator {
     }
 
     /// A rollout's events after a number.
-    pub fn events(&self, rollout: &RolloutId, after: u64) -> Option<&[RolloutEvent]> {
+    pub fn events(&self, rollout: &RolloutId, after: u64) -> Option<&[Arc<RolloutEvent>]> {
         let events = &self.rollouts.get(rollout)?.events;
         let from = events.partition_point(|event| event.number <= after);
         events.get(from..)

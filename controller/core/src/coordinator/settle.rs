@@ -122,6 +122,17 @@ impl Coordinator {
         }
     }
 
+    /// Whether no rollout sleeps past what is due of it.
+    pub(super) fn wakes_in_time(&self) -> bool {
+        let since = |host: &HostId| self.since(host);
+        self.unsettled
+            || self.awake.iter().all(|(place, wake)| {
+                let rollout = &self.rollouts[&self.order[*place]];
+                let due = rollout.next_deadline(self.now, self.floor, &since);
+                due.is_none_or(|due| wake.is_some_and(|wake| wake <= due))
+            })
+    }
+
     /// When a rollout may have something due without an event.
     pub(super) fn next_wake(&self) -> Option<Timestamp> {
         self.awake.values().flatten().min().copied()

@@ -81,7 +81,10 @@ impl Rollout {
         let earlier = move |&(other, way): &(StepRef, Direction)| {
             (way, direction) == (Direction::Do, Direction::Do) && other < at
         };
-        let said = self.attempts.iter().filter_map(move |(place, hosts)| {
+        // Of hardly any host, and every order asks.
+        let spoken_for = self.members.get(host).is_some_and(|it| it.spoken_for);
+        let attempts = self.attempts.iter().filter(move |_| spoken_for);
+        let said = attempts.filter_map(move |(place, hosts)| {
             let own = *place == (at, direction);
             (own || earlier(place)).then_some((*place, own, hosts.get(host)?))
         });

@@ -65,7 +65,7 @@ impl Rollout {
                 "at": at, "operator": operator, "reason": reason,
             })),
             "signoff": self.signoff_documents(),
-            "events": self.events,
+            "events": self.events.iter().map(AsRef::as_ref).collect::<Vec<_>>(),
         });
         let glass = self.glass_documents();
         if !glass.is_empty() {

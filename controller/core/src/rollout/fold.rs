@@ -241,6 +241,9 @@ impl Rollout {
                     signature: signature.clone(),
                     answered: false,
                 });
+                if let Some(member) = self.members.get_mut(host) {
+                    member.spoken_for = true;
+                }
             }
             Record::LossAccepted {
                 at,

@@ -1,5 +1,7 @@
 //! Records as events for people: the one place where their words are chosen.
 
+use std::sync::Arc;
+
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::{Direction, HostId, StepRef};
 use lockstep_proto::order::Fact;
@@ -22,12 +24,12 @@ impl Rollout {
         }
         for event in events {
             let number = self.events.last().map_or(1, |last| last.number + 1);
-            self.events.push(RolloutEvent {
+            self.events.push(Arc::new(RolloutEvent {
                 number,
                 at,
                 state: self.state(),
                 ..event
-            });
+            }));
         }
     }
 
@@ -47,7 +49,7 @@ impl Rollout {
             detail: self.members.keys().map(ToString::to_string).collect(),
             ..RolloutEvent::default()
         };
-        self.events.push(event);
+        self.events.push(Arc::new(event));
     }
 
     fn events_of(&self, record: &Record) -> Vec<RolloutEvent> {

@@ -52,7 +52,7 @@ pub struct Rollout {
     pub(crate) gates: BTreeMap<StepRef, Gate>,
     pub(crate) notices: BTreeMap<NoticeRef, NoticeState>,
     pub(crate) signoffs: Vec<SignOff>,
-    pub(crate) events: Vec<RolloutEvent>,
+    pub(crate) events: Vec<Arc<RolloutEvent>>,
 }
 
 /// The rollout's right to change what its plan touches.
@@ -100,6 +100,8 @@ pub(crate) struct Member {
     pub(crate) answered: bool,
     /// Its agent was installed anew since: it knows nothing of what the one before it ran.
     pub(crate) anew: bool,
+    /// People have said what an attempt of it did.
+    pub(crate) spoken_for: bool,
 }
 
 /// Which way a rollout goes. That it has ended is said by `Rollout::ended`, beside it: a halted

@@ -35,7 +35,9 @@ fn result(fleet: &Fleet, name: &str, outcome: StepOutcome) -> Event {
 }
 
 fn taken(fleet: &mut Fleet, event: Event) {
-    let effects = fleet.coordinator.take(Timestamp(fleet.now), event);
+    let mut effects = Effects::default();
+    let now = Timestamp(fleet.now);
+    fleet.coordinator.take(now, event, &mut effects);
     fleet.take(effects);
 }
 
@@ -125,4 +127,43 @@ fn a_host_that_refuses_leaves_the_others_a_moment() {
     fleet.report("a", refused);
     let due = fleet.coordinator.next_deadline().unwrap();
     assert!(due.0 <= fleet.now + 2_000, "INV-8: {}", due.0 - fleet.now);
+}
+
+#[test]
+fn a_late_word_on_an_earlier_step_opens_no_later_wave() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let rolling = Strategy::Rolling {
+        batch: lockstep_proto::plan::Batch::Hosts(1),
+        max_failures: 0,
+        pause: Period(0),
+    };
+    let run = step("exec.run", json!({"name": "x", "argv": ["x"]}));
+    let mut waves = on("app", vec![stop()]);
+    waves.strategy = rolling;
+    fleet.start(vec![on("app", vec![run]), waves]);
+    fleet.pause();
+    let late = fleet.newest("b");
+    let why = "the step process was killed".into();
+    fleet.finish("b", StepOutcome::Unknown { why }, vec![]);
+    let resolved = Call::Resolve {
+        rollout: rollout(1),
+        host: host("b"),
+        at: late.at,
+        done: true,
+        reason: "seen".into(),
+        signed: None,
+    };
+    fleet.call("olga", &[], resolved).unwrap();
+    fleet.finish("a", ok(), vec![]);
+    fleet.resume();
+    assert_eq!(fleet.newest("a").at.phase, 1, "the first wave is at work");
+    let word = ReportBody::Finished {
+        key: late,
+        outcome: ok(),
+        facts: vec![],
+        signatures: vec![],
+        took: Period(5),
+    };
+    fleet.report("b", word);
+    assert_eq!(fleet.newest("b").at.phase, 0, "its wave is not open");
 }

@@ -174,7 +174,8 @@ fn another_rollout_takes_the_hosts_and_the_first_waits_for_them() {
     assert_eq!(fleet.locked_by("a"), None);
     assert_eq!(fleet.newest("a").at.phase, 0, "nothing goes on");
     let events = fleet.coordinator.events(&rollout(1), 0).unwrap();
-    let said = |event: &lockstep_core::RolloutEvent| event.message.contains("was up and is down");
+    let said =
+        |event: &Arc<lockstep_core::RolloutEvent>| event.message.contains("was up and is down");
     assert!(events.iter().any(said), "{events:#?}");
 
     fleet.decide("dana", &["dba"], fleet.asked()).unwrap();
