@@ -42,7 +42,11 @@ impl Place {
         let certificate = self.read(&format!("operator-{name}.crt"))?;
         let key = self.read(&format!("operator-{name}.key"))?;
         let own = Some((certificate.as_str(), key.as_str()));
-        played::Dial::new(self.address.parse()?, own, &self.read("ca-controllers.crt")?)
+        played::Dial::new(
+            self.address.parse()?,
+            own,
+            &self.read("ca-controllers.crt")?,
+        )
     }
 
     pub(crate) fn read(&self, name: &str) -> Result<String> {

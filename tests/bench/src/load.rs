@@ -34,6 +34,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tonic::Status;
 
 use crate::clock;
 use crate::dial::{Dial, Place};
@@ -186,6 +187,13 @@ fn thinks(word: &str) -> Option<[u64; 2]> {
     (bounds[0] <= bounds[1]).then_some(bounds)
 }
 
+/// What happens next in a session.
+enum Next {
+    Message(Result<down::Message, Status>),
+    /// A step has taken its time.
+    Worked(StepKey),
+}
+
 /// One agent.
 struct Simulated {
     shared: Arc<Shared>,
@@ -290,17 +298,19 @@ impl Simulated {
         }
         let mut up = self.up.clone();
         loop {
-            let message = tokio::select! {
-                message = agent.coming() => message,
-                key = worked(&mut self.at_work) => {
-                    self.finish(&agent, key).await;
-                    continue;
-                }
+            let next = tokio::select! {
+                message = agent.coming() => Next::Message(message),
+                key = worked(&mut self.at_work) => Next::Worked(key),
                 _ = up.wait_for(|up| !*up) => return true,
             };
-            let Ok(message) = message else { return true };
-            if self.hear(&agent, message).await.is_none() {
-                return true;
+            match next {
+                Next::Worked(key) => self.finish(&agent, key).await,
+                Next::Message(Ok(message)) => {
+                    if self.hear(&agent, message).await.is_none() {
+                        return true;
+                    }
+                }
+                Next::Message(Err(_)) => return true,
             }
         }
     }

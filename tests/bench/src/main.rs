@@ -1,7 +1,7 @@
 //! Benchmarks: the real controller with everything on, beside a bare gRPC fan-out of the same run.
 //!
-//! `bench [quick]` measures; `bench load WHAT` and `bench bare WHERE` are parts of it, started by
-//! itself.
+//! `bench [quick]` measures; `bench load WHAT`, `bench bare WHERE` and `bench watch WHAT` are parts
+//! of it, started by itself.
 
 #![expect(
     clippy::print_stdout,
@@ -12,11 +12,21 @@
 
 mod bare;
 mod clock;
+mod cycles;
+mod dead;
 mod dial;
+mod events;
 mod fanout;
+mod journal;
+mod laws;
 mod load;
+mod person;
+mod plans;
 mod process;
 mod report;
+mod rollout;
+mod side;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -44,6 +54,7 @@ fn run() -> Result<bool> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["load", what] => load::run(serde_json::from_str(what)?).map(|()| true),
+        ["watch", what] => watch::run(&serde_json::from_str(what)?).map(|()| true),
         ["bare", place] => bare::run(&serde_json::from_str(place)?).map(|()| true),
         ["quick"] => measure(true),
         [] => measure(false),
@@ -58,14 +69,22 @@ fn measure(quick: bool) -> Result<bool> {
         "{:<64} {:>10} {:<6} {:>10} {:>8} {:>8}",
         "what", "value", "unit", "baseline", "ratio", "target"
     );
-    let sizes: &[usize] = if quick {
-        &[100, 1000]
+    let (sizes, large): (&[usize], &[usize]) = if quick {
+        (&[100, 300, 1000], &[1000])
     } else {
-        &[100, 1000, 10_000]
+        (&[100, 300, 1000, 3000, 10_000], &[1000, 10_000])
     };
+    let mut costs = vec![];
     for agents in sizes {
-        fanout::measure(&mut report, *agents, quick).context("the fan-out")?;
+        costs.push(fanout::measure(&mut report, *agents, quick).context("the fan-out")?);
     }
+    for agents in large {
+        rollout::measure(&mut report, *agents).context("the rollout")?;
+        cycles::measure(&mut report, *agents).context("connections that come and go")?;
+        dead::measure(&mut report, *agents).context("dead agents")?;
+    }
+    events::measure(&mut report, quick).context("the events")?;
+    laws::measure(&mut report, &costs).context("the laws of growth")?;
     report.write(&lockstep_tests::target().join("reports/bench.json"))
 }
 

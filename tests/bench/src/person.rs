@@ -45,7 +45,9 @@ impl Person {
     /// Every host that the controller knows.
     pub(crate) fn hosts(&self) -> Result<Vec<Host>> {
         let mut client = self.client.clone();
-        let listed = self.runtime.block_on(client.list_hosts(ListHostsRequest {}));
+        let listed = self
+            .runtime
+            .block_on(client.list_hosts(ListHostsRequest {}));
         Ok(listed?.into_inner().hosts)
     }
 

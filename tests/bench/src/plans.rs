@@ -8,12 +8,7 @@ use lockstep_tests::cluster::Cluster;
 
 /// Submits a plan of so many phases with so many steps each; the rollout's id. A phase is a
 /// barrier; within one, each host goes on by itself.
-pub(crate) fn submit(
-    cluster: &Cluster,
-    name: &str,
-    phases: usize,
-    steps: usize,
-) -> Result<String> {
+pub(crate) fn submit(cluster: &Cluster, name: &str, phases: usize, steps: usize) -> Result<String> {
     let mut plan = format!(
         "version: 1\nplan: {name}\nfleet:\n  app: {{labels: {{role: app}}}}\n\
          deadline: 1h\nphases:\n"

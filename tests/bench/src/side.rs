@@ -21,7 +21,7 @@ pub(crate) struct Side<C> {
     pub(crate) load: Part<Said>,
     /// Memory that each agent's session takes at the controller, in bytes.
     pub(crate) memory: f64,
-    agents: usize,
+    pub(crate) agents: usize,
     /// The controller's memory before anybody came.
     empty: u64,
 }

@@ -1,0 +1,228 @@
+//! Subscribers: people who watch a rollout, each over a connection of its own.
+//!
+//! ```text
+//! watch ROLLOUT   opens every stream, says so, and tells what came when the rollout has ended
+//! ```
+//!
+//! Those who read take every event apart and look at the clock; the others only count what comes
+//! and throw it away, so that the machine has time left for the controller.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, ensure};
+use lockstep_proto::wire::control_v1::{RolloutEvent, WatchRequest};
+use lockstep_tests::cluster::PEOPLE;
+use prost::Message as _;
+use prost::bytes::Buf as _;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::task::JoinSet;
+use tonic::client::Grpc;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::transport::Channel;
+use tonic::{Request, Status, Streaming};
+
+use crate::clock;
+use crate::dial::Place;
+use crate::load::sent_at;
+use crate::report::part;
+
+const WATCH: &str = "/lockstep.control.v1.ControlService/Watch";
+
+/// What the subscribers are.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Watch {
+    /// The controller.
+    pub(crate) place: Place,
+    /// How many there are.
+    pub(crate) subscribers: usize,
+    /// Whether they read what comes.
+    pub(crate) reads: bool,
+}
+
+/// What they say.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Said {
+    /// Every connection is up.
+    Connected,
+    /// Every stream is open.
+    Watching,
+    /// The rollout has ended: what the subscriber heard that heard least.
+    Heard(Heard),
+}
+
+/// What one subscriber heard.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Heard {
+    /// Events that are kept.
+    pub(crate) events: u64,
+    /// The number of the last one. Events are numbered without gaps. 0 for one that does not read.
+    pub(crate) last: u64,
+    /// Events in each second while they came evenly; 0 for one that does not read.
+    pub(crate) rate: f64,
+    /// Median and 99 of a hundred, in milliseconds: from an event's own time until it came.
+    pub(crate) from_event: [f64; 2],
+    /// The same from when the agent sent the report.
+    pub(crate) from_report: [f64; 2],
+}
+
+fn say(said: &Said) {
+    println!("{}", serde_json::to_string(said).expect("it is JSON"));
+}
+
+/// Subscribes when it is told to, until standard input ends.
+pub(crate) fn run(watch: &Watch) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(play(watch))
+}
+
+async fn play(watch: &Watch) -> Result<()> {
+    let mut channels = vec![];
+    // The controller bounds the connections of one person.
+    for (name, _) in PEOPLE.iter().cycle().take(watch.subscribers) {
+        channels.push(watch.place.operator(name)?.channel().await?);
+    }
+    say(&Said::Connected);
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Some(line) = lines.next_line().await? {
+        let rollout = line.strip_prefix("watch ");
+        let rollout = rollout.context("watch, and which rollout")?;
+        let mut streams = vec![];
+        for channel in &channels {
+            streams.push(open(channel.clone(), rollout, watch.reads).await?);
+        }
+        say(&Said::Watching);
+        let opened = wall_ms();
+        let mut hearing = JoinSet::new();
+        for stream in streams {
+            hearing.spawn(hear(stream, opened));
+        }
+        let heard = hearing.join_all().await.into_iter();
+        let heard = heard.collect::<Result<Vec<_>, _>>()?;
+        let least = heard.into_iter().min_by_key(|one| one.events);
+        say(&Said::Heard(least.context("nobody watches")?));
+    }
+    Ok(())
+}
+
+async fn open(
+    channel: Channel,
+    rollout: &str,
+    reads: bool,
+) -> Result<Streaming<Option<RolloutEvent>>, Status> {
+    let mut client = Grpc::new(channel);
+    let ready = client.ready().await;
+    ready.map_err(|error| Status::unavailable(error.to_string()))?;
+    let request = WatchRequest {
+        rollout: rollout.to_owned(),
+        after: 0,
+    };
+    let path = PathAndQuery::from_static(WATCH);
+    let answer = client
+        .server_streaming(Request::new(request), path, Events { reads })
+        .await?;
+    Ok(answer.into_inner())
+}
+
+async fn hear(
+    mut stream: Streaming<Option<RolloutEvent>>,
+    opened: f64,
+) -> Result<Heard, anyhow::Error> {
+    let mut heard = Heard::default();
+    let (mut came, mut from_event, mut from_report) = (vec![], vec![], vec![]);
+    while let Some(event) = stream.message().await? {
+        let Some(event) = event else {
+            heard.events += 1;
+            continue;
+        };
+        // A heartbeat is no event.
+        if event.number == 0 {
+            continue;
+        }
+        let (now, wall) = (clock::now(), wall_ms());
+        ensure!(event.number > heard.last, "an event came twice");
+        heard.events += 1;
+        heard.last = event.number;
+        came.push(now);
+        let happened = event.at_ms as f64;
+        // What is older was read from what was there, not waited for.
+        if happened >= opened {
+            from_event.push(wall - happened);
+            from_report.extend(
+                sent_at(&event.message).map(|sent| crate::side::ms(now.saturating_sub(sent))),
+            );
+        }
+    }
+    heard.rate = even(&came);
+    heard.from_event = [50, 99].map(|percent| part(&from_event, percent));
+    heard.from_report = [50, 99].map(|percent| part(&from_report, percent));
+    Ok(heard)
+}
+
+/// Events in each second, from the tenth to the eightieth of a hundred: agents begin together, and
+/// do not end together.
+fn even(came: &[u64]) -> f64 {
+    let (from, to) = (came.len() / 10, came.len() * 8 / 10);
+    match (came.get(from), came.get(to)) {
+        (Some(begun), Some(ended)) if ended > begun => {
+            (to - from) as f64 * 1e9 / (ended - begun) as f64
+        }
+        _ => 0.0,
+    }
+}
+
+fn wall_ms() -> f64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_secs_f64() * 1000.0
+}
+
+/// Takes events apart, or throws their bytes away.
+#[derive(Debug, Clone, Copy)]
+struct Events {
+    reads: bool,
+}
+
+impl Codec for Events {
+    type Encode = WatchRequest;
+    type Decode = Option<RolloutEvent>;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for Events {
+    type Item = WatchRequest;
+    type Error = Status;
+
+    fn encode(&mut self, request: WatchRequest, into: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        let encoded = request.encode(into);
+        encoded.map_err(|error| Status::internal(error.to_string()))
+    }
+}
+
+impl Decoder for Events {
+    type Item = Option<RolloutEvent>;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
+        if self.reads {
+            let event = RolloutEvent::decode(from);
+            let event = event.map_err(|error| Status::internal(error.to_string()))?;
+            return Ok(Some(Some(event)));
+        }
+        from.advance(from.remaining());
+        Ok(Some(None))
+    }
+}
