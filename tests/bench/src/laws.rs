@@ -47,7 +47,8 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost]) -> Result<()> {
             against(|cost| cost.memory),
         ),
     ];
-    for (what, exponent) in agents {
+    // Without fan-outs in this run there is nothing to say of them.
+    for (what, exponent) in agents.into_iter().filter(|_| costs.len() > 1) {
         report.bounded(name(what), exponent, "", Some(MOST));
     }
 

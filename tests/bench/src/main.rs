@@ -1,6 +1,7 @@
 //! Benchmarks: the real controller with everything on, beside a bare gRPC fan-out of the same run.
 //!
-//! `bench [quick]` measures; `bench load WHAT`, `bench bare WHERE` and `bench watch WHAT` are parts
+//! `bench [quick] [PART ..]` measures, everything or only some of `fanout`, `rollout`, `cycles`,
+//! `dead`, `events` and `laws`; `bench load WHAT`, `bench bare WHERE` and `bench watch WHAT` are parts
 //! of it, started by itself.
 
 #![expect(
@@ -56,13 +57,19 @@ fn run() -> Result<bool> {
         ["load", what] => load::run(serde_json::from_str(what)?).map(|()| true),
         ["watch", what] => watch::run(&serde_json::from_str(what)?).map(|()| true),
         ["bare", place] => bare::run(&serde_json::from_str(place)?).map(|()| true),
-        ["quick"] => measure(true),
-        [] => measure(false),
-        _ => bail!("bench [quick]"),
+        ["quick", parts @ ..] => measure(true, parts),
+        parts => measure(false, parts),
     }
 }
 
-fn measure(quick: bool) -> Result<bool> {
+/// What can be measured by itself.
+const PARTS: [&str; 6] = ["fanout", "rollout", "cycles", "dead", "events", "laws"];
+
+fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
+    if let Some(unknown) = parts.iter().find(|part| !PARTS.contains(part)) {
+        bail!("`{unknown}` is none of {PARTS:?}: bench [quick] [PART ..]");
+    }
+    let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
     raise_limit()?;
     let mut report = Report::default();
     println!(
@@ -75,16 +82,26 @@ fn measure(quick: bool) -> Result<bool> {
         (&[100, 300, 1000, 3000, 10_000], &[1000, 10_000])
     };
     let mut costs = vec![];
-    for agents in sizes {
+    for agents in sizes.iter().filter(|_| wanted("fanout")) {
         costs.push(fanout::measure(&mut report, *agents, quick).context("the fan-out")?);
     }
     for agents in large {
-        rollout::measure(&mut report, *agents).context("the rollout")?;
-        cycles::measure(&mut report, *agents).context("connections that come and go")?;
-        dead::measure(&mut report, *agents).context("dead agents")?;
+        if wanted("rollout") {
+            rollout::measure(&mut report, *agents).context("the rollout")?;
+        }
+        if wanted("cycles") {
+            cycles::measure(&mut report, *agents).context("connections that come and go")?;
+        }
+        if wanted("dead") {
+            dead::measure(&mut report, *agents).context("dead agents")?;
+        }
     }
-    events::measure(&mut report, quick).context("the events")?;
-    laws::measure(&mut report, &costs).context("the laws of growth")?;
+    if wanted("events") {
+        events::measure(&mut report, quick).context("the events")?;
+    }
+    if wanted("laws") {
+        laws::measure(&mut report, &costs).context("the laws of growth")?;
+    }
     report.write(&lockstep_tests::target().join("reports/bench.json"))
 }
 
