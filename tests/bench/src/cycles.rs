@@ -20,8 +20,9 @@ struct Memory {
 pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
     let cluster = crate::controller()?;
     let place = Place::of(&cluster);
-    let real = cycle(Side::real(cluster, agents)?)?;
+    // First, for the issuers go with the cluster.
     let bare = cycle(Side::bare(&place, agents)?)?;
+    let real = cycle(Side::real(cluster, agents)?)?;
 
     let name = |what: &str| format!("{agents} agents: {what}");
     let kb = |bytes: f64| bytes / 1000.0;

@@ -158,9 +158,15 @@ async fn hear(
             );
         }
     }
-    heard.rate = even(&came);
-    heard.from_event = [50, 99].map(|percent| part(&from_event, percent));
-    heard.from_report = [50, 99].map(|percent| part(&from_report, percent));
+    if heard.last > 0 {
+        heard.rate = even(&came);
+        ensure!(
+            !from_event.is_empty() && !from_report.is_empty(),
+            "the rollout ended before anybody watched"
+        );
+        heard.from_event = [50, 99].map(|percent| part(&from_event, percent));
+        heard.from_report = [50, 99].map(|percent| part(&from_report, percent));
+    }
     Ok(heard)
 }
 
