@@ -22,6 +22,9 @@ const SUBSCRIBERS: usize = 100;
 /// Events of one step on one host: ordered, started, done.
 const EVENTS: f64 = 3.0;
 
+/// From an agent's result to its next order, in milliseconds, about: part of each step's time.
+const WAY_MS: f64 = 20.0;
+
 /// An event is with its subscriber within so many milliseconds, 99 times of a hundred.
 const WITHIN: f64 = 200.0;
 
@@ -57,7 +60,7 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     let mut others = subscribers(&place, SUBSCRIBERS - 1, false)?;
     for (number, pace) in paces.iter().enumerate() {
         // Evenly from 0 to twice as much as it should be in the middle.
-        let most = 2000.0 * AGENTS as f64 * EVENTS / pace.rate;
+        let most = 2.0 * (1000.0 * AGENTS as f64 * EVENTS / pace.rate - WAY_MS);
         side.load.tell(&format!("think 0 {most:.0}"))?;
         let rollout = plans::submit(&side.controller, &format!("paced-{number}"), 1, pace.steps)?;
         let watched = watched(&side, &rollout, &mut readers, &mut others)?;

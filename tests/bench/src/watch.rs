@@ -9,7 +9,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_proto::wire::control_v1::{RolloutEvent, WatchRequest};
 use lockstep_tests::cluster::PEOPLE;
 use prost::Message as _;
@@ -27,6 +27,13 @@ use crate::clock;
 use crate::dial::Place;
 use crate::load::sent_at;
 use crate::report::part;
+use crate::side::ms;
+
+/// Things happen evenly from so long after the streams are open, ..
+const EVEN_AFTER_MS: f64 = 2000.0;
+
+/// .. until so many of a hundred events have happened.
+const EVEN_UNTIL: usize = 80;
 
 const WATCH: &str = "/lockstep.control.v1.ControlService/Watch";
 
@@ -60,7 +67,7 @@ pub(crate) struct Heard {
     pub(crate) events: u64,
     /// The number of the last one. Events are numbered without gaps. 0 for one that does not read.
     pub(crate) last: u64,
-    /// Events in each second while they came evenly; 0 for one that does not read.
+    /// Events in each second while things happened evenly; 0 for one that does not read.
     pub(crate) rate: f64,
     /// Median and 99 of a hundred, in milliseconds: from an event's own time until it came.
     pub(crate) from_event: [f64; 2],
@@ -129,12 +136,19 @@ async fn open(
     Ok(answer.into_inner())
 }
 
-async fn hear(
-    mut stream: Streaming<Option<RolloutEvent>>,
-    opened: f64,
-) -> Result<Heard, anyhow::Error> {
+/// One event as it came. Times in milliseconds.
+struct Came {
+    /// When it happened, by the controller's clock.
+    happened: f64,
+    /// How long it took from then.
+    from_event: f64,
+    /// How long it took from when the agent sent the report, if it is a result.
+    from_report: Option<f64>,
+}
+
+async fn hear(mut stream: Streaming<Option<RolloutEvent>>, opened: f64) -> Result<Heard> {
     let mut heard = Heard::default();
-    let (mut came, mut from_event, mut from_report) = (vec![], vec![], vec![]);
+    let mut came = vec![];
     while let Some(event) = stream.message().await? {
         let Some(event) = event else {
             heard.events += 1;
@@ -148,37 +162,36 @@ async fn hear(
         ensure!(event.number > heard.last, "an event came twice");
         heard.events += 1;
         heard.last = event.number;
-        came.push(now);
         let happened = event.at_ms as f64;
-        // What is older was read from what was there, not waited for.
-        if happened >= opened {
-            from_event.push(wall - happened);
-            from_report.extend(
-                sent_at(&event.message).map(|sent| crate::side::ms(now.saturating_sub(sent))),
-            );
-        }
+        came.push(Came {
+            happened,
+            from_event: wall - happened,
+            from_report: sent_at(&event.message).map(|sent| ms(now.saturating_sub(sent))),
+        });
     }
     if heard.last > 0 {
-        heard.rate = even(&came);
-        ensure!(
-            !from_event.is_empty() && !from_report.is_empty(),
-            "the rollout ended before anybody watched"
-        );
-        heard.from_event = [50, 99].map(|percent| part(&from_event, percent));
-        heard.from_report = [50, 99].map(|percent| part(&from_report, percent));
+        heard.judge(&came, opened)?;
     }
     Ok(heard)
 }
 
-/// Events in each second, from the tenth to the eightieth of a hundred: agents begin together, and
-/// do not end together.
-fn even(came: &[u64]) -> f64 {
-    let (from, to) = (came.len() / 10, came.len() * 8 / 10);
-    match (came.get(from), came.get(to)) {
-        (Some(begun), Some(ended)) if ended > begun => {
-            (to - from) as f64 * 1e9 / (ended - begun) as f64
-        }
-        _ => 0.0,
+impl Heard {
+    /// Times and rate while things happened evenly: all agents begin in one moment, and what was
+    /// there before the stream was open was not waited for; and they do not end in one moment.
+    fn judge(&mut self, came: &[Came], opened: f64) -> Result<()> {
+        let until = came.len() * EVEN_UNTIL / 100;
+        let even = came.iter().take(until);
+        let even = even.skip_while(|one| one.happened < opened + EVEN_AFTER_MS);
+        let even: Vec<&Came> = even.collect();
+        let (Some(first), Some(last)) = (even.first(), even.last()) else {
+            bail!("the rollout was over before it went evenly");
+        };
+        self.rate = (even.len() - 1) as f64 * 1000.0 / (last.happened - first.happened);
+        let from_event: Vec<f64> = even.iter().map(|one| one.from_event).collect();
+        let from_report: Vec<f64> = even.iter().filter_map(|one| one.from_report).collect();
+        self.from_event = [50, 99].map(|percent| part(&from_event, percent));
+        self.from_report = [50, 99].map(|percent| part(&from_report, percent));
+        Ok(())
     }
 }
 
