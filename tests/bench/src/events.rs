@@ -22,6 +22,9 @@ const SUBSCRIBERS: usize = 100;
 /// Events of one step on one host: ordered, started, done.
 const EVENTS: f64 = 3.0;
 
+/// How long the first step takes.
+const FIRST: &str = "think 2000 4000";
+
 /// From an agent's result to its next order, in milliseconds, about: part of each step's time.
 const WAY_MS: f64 = 20.0;
 
@@ -61,9 +64,18 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     for (number, pace) in paces.iter().enumerate() {
         // Evenly from 0 to twice as much as it should be in the middle.
         let most = 2.0 * (1000.0 * AGENTS as f64 * EVENTS / pace.rate - WAY_MS);
-        side.load.tell(&format!("think 0 {most:.0}"))?;
+        // The first step gives everybody time to open a stream.
+        side.load.tell(FIRST)?;
         let rollout = plans::submit(&side.controller, &format!("paced-{number}"), 1, pace.steps)?;
-        let watched = watched(&side, &rollout, &mut readers, &mut others)?;
+        let mut all = [&mut others, &mut readers];
+        for part in &mut all {
+            part.tell(&format!("watch {rollout}"))?;
+            let Said::Watching = part.next()? else {
+                bail!("the subscribers do not watch");
+            };
+        }
+        side.load.tell(&format!("think 0 {most:.0}"))?;
+        let watched = watched(&side, all)?;
         person.succeeded(&rollout)?;
         watched.tell(report, pace);
     }
@@ -92,19 +104,8 @@ struct Watched {
     cpu: f64,
 }
 
-fn watched(
-    side: &Side<Cluster>,
-    rollout: &str,
-    readers: &mut Part<Said>,
-    others: &mut Part<Said>,
-) -> Result<Watched> {
-    let mut all = [others, readers];
-    for part in &mut all {
-        part.tell(&format!("watch {rollout}"))?;
-        let Said::Watching = part.next()? else {
-            bail!("the subscribers do not watch");
-        };
-    }
+/// Until the rollout has ended; the last of the subscribers are those who read.
+fn watched(side: &Side<Cluster>, mut all: [&mut Part<Said>; 2]) -> Result<Watched> {
     let (begun, before) = (Instant::now(), side.used()?);
     let mut heard = vec![];
     for part in all.iter_mut().rev() {

@@ -29,11 +29,9 @@ use crate::load::sent_at;
 use crate::report::part;
 use crate::side::ms;
 
-/// Things happen evenly from so long after the streams are open, ..
-const EVEN_AFTER_MS: f64 = 2000.0;
-
-/// .. until so many of a hundred events have happened.
-const EVEN_UNTIL: usize = 80;
+/// Things happen evenly between so many of a hundred events: all agents begin in one moment, and
+/// they do not end in one moment.
+const EVENLY: [usize; 2] = [20, 80];
 
 const WATCH: &str = "/lockstep.control.v1.ControlService/Watch";
 
@@ -99,10 +97,12 @@ async fn play(watch: &Watch) -> Result<()> {
     while let Some(line) = lines.next_line().await? {
         let rollout = line.strip_prefix("watch ");
         let rollout = rollout.context("watch, and which rollout")?;
-        let mut streams = vec![];
+        let mut opening = JoinSet::new();
         for channel in &channels {
-            streams.push(open(channel.clone(), rollout, watch.reads).await?);
+            opening.spawn(open(channel.clone(), rollout.to_owned(), watch.reads));
         }
+        let streams = opening.join_all().await.into_iter();
+        let streams = streams.collect::<Result<Vec<_>, _>>()?;
         say(&Said::Watching);
         let opened = wall_ms();
         let mut hearing = JoinSet::new();
@@ -119,16 +119,13 @@ async fn play(watch: &Watch) -> Result<()> {
 
 async fn open(
     channel: Channel,
-    rollout: &str,
+    rollout: String,
     reads: bool,
 ) -> Result<Streaming<Option<RolloutEvent>>, Status> {
     let mut client = Grpc::new(channel);
     let ready = client.ready().await;
     ready.map_err(|error| Status::unavailable(error.to_string()))?;
-    let request = WatchRequest {
-        rollout: rollout.to_owned(),
-        after: 0,
-    };
+    let request = WatchRequest { rollout, after: 0 };
     let path = PathAndQuery::from_static(WATCH);
     let answer = client
         .server_streaming(Request::new(request), path, Events { reads })
@@ -176,16 +173,17 @@ async fn hear(mut stream: Streaming<Option<RolloutEvent>>, opened: f64) -> Resul
 }
 
 impl Heard {
-    /// Times and rate while things happened evenly: all agents begin in one moment, and what was
-    /// there before the stream was open was not waited for; and they do not end in one moment.
+    /// Times and rate while things happened evenly.
     fn judge(&mut self, came: &[Came], opened: f64) -> Result<()> {
-        let until = came.len() * EVEN_UNTIL / 100;
-        let even = came.iter().take(until);
-        let even = even.skip_while(|one| one.happened < opened + EVEN_AFTER_MS);
-        let even: Vec<&Came> = even.collect();
+        let [from, until] = EVENLY.map(|percent| came.len() * percent / 100);
+        let even = came.get(from..until).unwrap_or_default();
         let (Some(first), Some(last)) = (even.first(), even.last()) else {
-            bail!("the rollout was over before it went evenly");
+            bail!("nobody heard anything");
         };
+        ensure!(
+            first.happened >= opened,
+            "the rollout was half over before everybody watched"
+        );
         self.rate = (even.len() - 1) as f64 * 1000.0 / (last.happened - first.happened);
         let from_event: Vec<f64> = even.iter().map(|one| one.from_event).collect();
         let from_report: Vec<f64> = even.iter().filter_map(|one| one.from_report).collect();
