@@ -24,7 +24,8 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
     let real = Side::real(cluster, agents)?;
     let person = Person::new(&place)?;
 
-    let empty = journal::bytes(&real.controller)?;
+    let (empty, idle) = (journal::bytes(&real.controller)?, real.used()?);
+    let orders = PHASES * STEPS * agents * turns;
     let (mut reals, mut real_cpu, mut bares, mut bare_cpu) = (vec![], vec![], vec![], vec![]);
     for turn in 0..turns {
         let before = used(bare.pid)?;
@@ -40,6 +41,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
         real_cpu.push(real.used()?.cpu - before.cpu);
     }
     drop(bare);
+    let grown = real.used()?.memory.saturating_sub(idle.memory);
 
     let name = |what: &str| format!("{agents} agents: {PHASES} phases, 30 steps: {what}");
     report.beside(
@@ -56,9 +58,11 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
         median(&bare_cpu),
         None,
     );
-    let before = Before {
-        empty,
-        orders: PHASES * STEPS * agents * turns,
-    };
+    report.value(
+        name("memory of the controller for each order"),
+        grown as f64 / orders as f64,
+        "B",
+    );
+    let before = Before { empty, orders };
     journal::measure(report, real, &before)
 }
