@@ -8,14 +8,17 @@ use crate::dial::Place;
 use crate::fanout::Cost;
 use crate::person::Person;
 use crate::report::Report;
+use crate::rollout::PHASES;
 use crate::side::Side;
-use crate::{journal, plans};
+use crate::{journal, plans, rollout};
 
 const AGENTS: usize = 300;
-const PHASES: usize = 6;
 
 /// Steps in each of the phases.
-const STEPS: [usize; 4] = [1, 2, 5, 10];
+const STEPS: [usize; 4] = [1, 2, rollout::STEPS, 10];
+
+/// Those of the rollouts that are measured at every size.
+const WHOLE: usize = PHASES * rollout::STEPS;
 
 /// Each of those so many times: one alone is short beside the kernel's ticks.
 const TIMES: usize = 3;
@@ -26,8 +29,8 @@ const HISTORY: [usize; 3] = [0, 10, 40];
 /// The most that an exponent may be.
 const MOST: f64 = 1.1;
 
-/// From what the fan-outs cost, and a fleet of its own.
-pub(crate) fn measure(report: &mut Report, costs: &[Cost]) -> Result<()> {
+/// From what the fan-outs cost, what whole rollouts cost by their agents, and a fleet of its own.
+pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64)]) -> Result<()> {
     let against = |of: fn(&Cost) -> f64| {
         let points: Vec<_> = costs
             .iter()
@@ -54,9 +57,16 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost]) -> Result<()> {
 
     let mut side = Side::real(crate::controller()?, AGENTS)?;
     let starts = starts(&mut side)?;
-    let steps = exponent(&by_steps(&side)?);
+    let costs = by_steps(&side)?;
     let what = format!("rollout's CPU at the controller, by steps ({AGENTS} agents)");
-    report.bounded(name(&what), steps, "", Some(MOST));
+    report.bounded(name(&what), exponent(&costs), "", Some(MOST));
+    let whole = STEPS.iter().position(|steps| steps * PHASES == WHOLE);
+    let own = whole.map(|at| (AGENTS as f64, costs[at].1));
+    let by_agents: Vec<_> = own.into_iter().chain(rollouts.iter().copied()).collect();
+    if by_agents.len() > 1 {
+        let what = format!("rollout's CPU at the controller, by agents ({WHOLE} steps)");
+        report.bounded(name(&what), exponent(&by_agents), "", Some(MOST));
+    }
     for (rollouts, took) in &starts {
         let what = format!("kill -9, {rollouts} rollouts in the journal: until it listens");
         report.bounded(what, *took, "ms", Some(5000.0));

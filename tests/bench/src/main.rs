@@ -85,9 +85,10 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
     for agents in sizes.iter().filter(|_| wanted("fanout")) {
         costs.push(fanout::measure(&mut report, *agents, quick).context("the fan-out")?);
     }
+    let mut rollouts = vec![];
     for agents in large {
         if wanted("rollout") {
-            rollout::measure(&mut report, *agents).context("the rollout")?;
+            rollouts.push(rollout::measure(&mut report, *agents).context("the rollout")?);
         }
         if wanted("cycles") {
             cycles::measure(&mut report, *agents).context("connections that come and go")?;
@@ -100,7 +101,7 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
         events::measure(&mut report, quick).context("the events")?;
     }
     if wanted("laws") {
-        laws::measure(&mut report, &costs).context("the laws of growth")?;
+        laws::measure(&mut report, &costs, &rollouts).context("the laws of growth")?;
     }
     report.write(&lockstep_tests::target().join("reports/bench.json"))
 }

@@ -13,10 +13,11 @@ use crate::process::used;
 use crate::report::{Report, median};
 use crate::side::Side;
 
-const PHASES: usize = 6;
-const STEPS: usize = 5;
+pub(crate) const PHASES: usize = 6;
+pub(crate) const STEPS: usize = 5;
 
-pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
+/// Returns the agents, and the controller's processor time in seconds.
+pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<(f64, f64)> {
     let turns = if agents > 1000 { 1 } else { 3 };
     let cluster = crate::controller()?;
     let place = Place::of(&cluster);
@@ -64,5 +65,6 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
         "B",
     );
     let before = Before { empty, orders };
-    journal::measure(report, real, &before)
+    journal::measure(report, real, &before)?;
+    Ok((agents as f64, median(&real_cpu)))
 }
