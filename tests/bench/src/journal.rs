@@ -8,8 +8,9 @@ use std::time::{Instant, SystemTime};
 use anyhow::{Context as _, Result, ensure};
 use lockstep_tests::cluster::Cluster;
 
+use crate::process::used;
 use crate::report::Report;
-use crate::side::Side;
+use crate::side::{Side, controller_pid};
 
 /// What is known of a journal that is measured.
 pub(crate) struct Before {
@@ -69,6 +70,7 @@ pub(crate) fn measure(report: &mut Report, mut side: Side<Cluster>, before: &Bef
     drop(load);
     stop(&mut cluster)?;
     let slow = start(&mut cluster)?;
+    let folded = used(controller_pid(&cluster)?)?.memory;
     stop(&mut cluster)?;
     let directory = state(&cluster);
     let directory = directory.to_str().context("the path is UTF-8")?;
@@ -81,6 +83,7 @@ pub(crate) fn measure(report: &mut Report, mut side: Side<Cluster>, before: &Bef
     ensure!(rollouts > 0, "nothing was compacted: {compacted}");
     let left = bytes(&cluster)?;
     let quick = start(&mut cluster)?;
+    let rest = used(controller_pid(&cluster)?)?.memory;
 
     let mb = |bytes: u64| bytes as f64 / 1e6;
     report.value(name("before its compaction"), mb(full), "MB");
@@ -88,6 +91,8 @@ pub(crate) fn measure(report: &mut Report, mut side: Side<Cluster>, before: &Bef
     report.value(name("the compaction"), took.as_secs_f64(), "s");
     report.value(name("start of the controller before it"), slow, "ms");
     report.value(name("start of the controller after it"), quick, "ms");
+    report.value(name("memory at the start before it"), mb(folded), "MB");
+    report.value(name("memory at the start after it"), mb(rest), "MB");
     Ok(())
 }
 
