@@ -5,6 +5,7 @@
 //! rounds N   one order to every agent, N times, each after the last result of the one before
 //! ```
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -37,7 +38,8 @@ fn say(said: &Said) {
 
 #[derive(Default)]
 struct Fleet {
-    agents: Mutex<Vec<Downs>>,
+    /// Those that are connected, by the number of their session.
+    agents: Mutex<BTreeMap<u64, Downs>>,
     results: AtomicUsize,
     /// Somebody has answered last.
     whole: Notify,
@@ -64,11 +66,11 @@ async fn serve(keys: Keys) -> Result<()> {
     let term = Epoch { counter: 1, id: 1 };
     let accepting = Arc::clone(&fleet);
     tokio::spawn(async move {
-        loop {
+        for number in 0.. {
             let mut session = controller.dialled().await;
             session.welcome(term, session.hello.last_report, 0).await;
             let (mut ups, downs) = session.split();
-            accepting.agents.lock().await.push(downs);
+            accepting.agents.lock().await.insert(number, downs);
             let fleet = Arc::clone(&accepting);
             tokio::spawn(async move {
                 while let Ok(Some(_)) = ups.message().await {
@@ -76,6 +78,7 @@ async fn serve(keys: Keys) -> Result<()> {
                         fleet.whole.notify_one();
                     }
                 }
+                fleet.agents.lock().await.remove(&number);
             });
         }
     });
@@ -94,8 +97,7 @@ async fn serve(keys: Keys) -> Result<()> {
 }
 
 async fn round(fleet: &Fleet, number: u16, term: Epoch) -> Result<()> {
-    let mut agents = fleet.agents.lock().await;
-    agents.retain(|agent| !agent.is_closed());
+    let agents = fleet.agents.lock().await;
     let order = Order {
         key: StepKey {
             rollout: "ro_010203040506".parse()?,
@@ -118,7 +120,7 @@ async fn round(fleet: &Fleet, number: u16, term: Epoch) -> Result<()> {
     };
     fleet.results.store(agents.len(), Ordering::Release);
     let began = clock::now();
-    for agent in agents.iter() {
+    for agent in agents.values() {
         let _ = agent.try_send(Ok(down.clone()));
     }
     let handed = clock::now() - began;

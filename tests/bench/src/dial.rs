@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use hyper_util::rt::TokioIo;
-use lockstep_tests::cluster::DOMAIN;
+use lockstep_tests::cluster::{Cluster, DOMAIN};
 use lockstep_tests::played::{self, Issuer, Side};
 use serde::{Deserialize, Serialize};
 use tonic::transport::{Channel, Endpoint};
@@ -29,6 +29,26 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// Where a cluster's controller is.
+    pub(crate) fn of(cluster: &Cluster) -> Self {
+        Self {
+            address: cluster.address().to_owned(),
+            pki: cluster.pki(),
+        }
+    }
+
+    /// A person's way to the controller.
+    pub(crate) fn operator(&self, name: &str) -> Result<played::Dial> {
+        let certificate = self.read(&format!("operator-{name}.crt"))?;
+        let key = self.read(&format!("operator-{name}.key"))?;
+        let own = Some((certificate.as_str(), key.as_str()));
+        played::Dial::new(
+            self.address.parse()?,
+            own,
+            &self.read("ca-controllers.crt")?,
+        )
+    }
+
     pub(crate) fn read(&self, name: &str) -> Result<String> {
         let path = self.pki.join(name);
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))

@@ -1,69 +1,47 @@
 //! One no-op order to every agent, every result durable: phase after phase, each a barrier.
 
-use std::fmt::Write as _;
-use std::fs;
-
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use lockstep_tests::cluster::Cluster;
 
 use crate::dial::Place;
 use crate::load::{Load, Said};
-use crate::process::{Part, Used, used};
+use crate::person::Person;
+use crate::process::{Used, used};
 use crate::report::{Report, median, part};
-use crate::{bare, clock};
+use crate::side::{Side, controller_pid, ms};
+use crate::{clock, plans};
 
 /// Orders are given so many times in a row on each side, and that in turn.
 const ROUNDS: usize = 5;
 
-/// A controller with its agents.
-struct Side<C> {
-    controller: C,
-    load: Part<Said>,
-    /// Memory that each agent's session takes at the controller, in bytes.
-    memory: f64,
+/// What orders to so many agents cost, for what follows from it.
+pub(crate) struct Cost {
+    pub(crate) agents: usize,
+    /// From an order to its last durable result, in milliseconds.
+    pub(crate) wall: f64,
+    /// Of the controller, for one order to all of them, in milliseconds: over all turns, for one
+    /// alone may take less than the kernel counts.
+    pub(crate) cpu: f64,
+    /// All sessions together, in bytes.
+    pub(crate) memory: f64,
 }
 
-pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result<()> {
+pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result<Cost> {
     let turns = if quick { 2 } else { 5 };
     let mut cluster = crate::controller()?;
-    let place = Place {
-        address: cluster.address().to_owned(),
-        pki: cluster.pki(),
-    };
-    let pid = cluster.controller_pid().context("the controller runs")?;
-    let pid = pid.as_raw_nonzero().get().unsigned_abs();
-    let load = |place: &Place, bare| Load {
-        place: place.clone(),
-        agents,
-        first: 0,
-        seed: 7,
-        bare,
-    };
+    let place = Place::of(&cluster);
+    let pid = controller_pid(&cluster)?;
+    let person = Person::new(&place)?;
 
-    let mut bare: Part<bare::Said> = Part::start("bare", &place)?;
-    let bare::Said::Listens(address) = bare.next()? else {
-        bail!("the baseline does not listen");
-    };
-    let bare_place = Place {
-        address,
-        ..place.clone()
-    };
-    let bare_pid = bare.pid();
-    let mut bare = Side::connect(bare, bare_pid, &load(&bare_place, true))?;
-    let mut real = Side::connect(&mut cluster, pid, &load(&place, false))?;
+    let mut bare = Side::bare(&place, agents)?;
+    let mut real = Side::connect(&mut cluster, pid, &Load::of(&place, agents, false))?;
 
     let (mut bares, mut bare_cpu) = (vec![], vec![]);
     let (mut reals, mut real_cpu, mut first, mut orders) = (vec![], vec![], vec![], vec![]);
     for turn in 0..turns {
-        let before = used(bare_pid)?;
-        bare.controller.tell(&format!("rounds {ROUNDS}"))?;
-        for _ in 0..ROUNDS {
-            let bare::Said::Round { took, .. } = bare.controller.next()? else {
-                bail!("the baseline does not tell of a round");
-            };
-            bares.push(ms(took));
-        }
-        bare_cpu.push(per_round(before, used(bare_pid)?, ROUNDS));
+        let before = used(bare.pid)?;
+        bares.extend(bare.rounds(ROUNDS)?);
+        bare_cpu.push(per_round(before, used(bare.pid)?, ROUNDS));
 
         let rollout = submit(real.controller, turn)?;
         let mut last = 0;
@@ -90,7 +68,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             last = end;
         }
         real_cpu.push(per_round(before, used(pid)?, ROUNDS));
-        finished(real.controller, &rollout)?;
+        person.succeeded(&rollout)?;
     }
 
     let restart = restart(&mut real)?;
@@ -125,7 +103,17 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             target,
         );
     }
-    Ok(())
+    Ok(Cost {
+        agents,
+        wall: median(&reals),
+        cpu: real_cpu.iter().sum::<f64>() / real_cpu.len() as f64,
+        memory: real.memory * agents as f64,
+    })
+}
+
+/// Every order a phase of its own. The first comes with the plan's way to every agent.
+fn submit(cluster: &Cluster, number: usize) -> Result<String> {
+    plans::submit(cluster, &format!("rounds-{number}"), ROUNDS + 1, 1)
 }
 
 /// What a kill of the controller in the middle of a phase costs.
@@ -172,7 +160,7 @@ fn restart(side: &mut Side<&mut Cluster>) -> Result<Restart> {
             Said::Dropped => bail!("the load has ended"),
         }
     }
-    finished(side.controller, &rollout)?;
+    Person::new(&Place::of(side.controller))?.succeeded(&rollout)?;
     anyhow::ensure!(!back.is_empty(), "not every agent came back");
     Ok(Restart {
         ready: ms(listens - killed),
@@ -201,59 +189,6 @@ impl Restart {
         report.bounded(name("sessions refused"), self.refused as f64, "", Some(0.0));
         report.value(name("until the phase has ended"), self.through, "ms");
     }
-}
-
-fn finished(cluster: &Cluster, rollout: &str) -> Result<()> {
-    let document = cluster
-        .requester()
-        .wait(rollout, lockstep_tests::wait::ROLLOUT)?;
-    let state = &document["state"];
-    anyhow::ensure!(
-        state == "succeeded",
-        "the rollout is {state}: {}",
-        document["reason"]
-    );
-    Ok(())
-}
-
-impl<C> Side<C> {
-    fn connect(controller: C, pid: u32, load: &Load) -> Result<Self> {
-        let before = used(pid)?.memory;
-        let agents = load.agents;
-        let mut load: Part<Said> = Part::start("load", load)?;
-        load.tell("connect")?;
-        let Said::Connected { .. } = load.next()? else {
-            bail!("the load does not connect");
-        };
-        std::thread::sleep(std::time::Duration::from_secs(1));
-        let memory = used(pid)?.memory.saturating_sub(before);
-        Ok(Self {
-            controller,
-            load,
-            memory: memory as f64 / agents as f64,
-        })
-    }
-}
-
-/// A rollout of so many phases with one step each.
-fn submit(cluster: &Cluster, number: usize) -> Result<String> {
-    let mut plan = format!(
-        "version: 1\nplan: rounds-{number}\nfleet:\n  app: {{labels: {{role: app}}}}\n\
-         deadline: 1h\nphases:\n"
-    );
-    for phase in 0..=ROUNDS {
-        writeln!(
-            plan,
-            "  - name: round-{phase}\n    on: app\n    steps:\n      - check.port: {{port: 1}}"
-        )?;
-    }
-    let path = cluster.root().join(format!("rounds-{number}.yaml"));
-    fs::write(&path, plan)?;
-    cluster.requester().submit(&path, &[])
-}
-
-fn ms(nanoseconds: u64) -> f64 {
-    nanoseconds as f64 / 1e6
 }
 
 /// Milliseconds of processor time.

@@ -10,6 +10,7 @@
 //! ```text
 //! connect   every agent dials, and goes on dialling when it loses its session, until ..
 //! drop      .. every session is gone
+//! think A B every step takes an agent A to B milliseconds from now on; at first none at all
 //! ```
 //!
 //! A round is one order to every agent; when the last result is durable, a line tells of it.
@@ -32,6 +33,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tonic::Status;
 
 use crate::clock;
 use crate::dial::{Dial, Place};
@@ -56,6 +59,19 @@ pub(crate) struct Load {
     pub(crate) seed: u64,
     /// Whether the controller is the bare one: an order is answered by its result, and no more.
     pub(crate) bare: bool,
+}
+
+impl Load {
+    /// A whole fleet.
+    pub(crate) fn of(place: &Place, agents: usize, bare: bool) -> Self {
+        Self {
+            place: place.clone(),
+            agents,
+            first: 0,
+            seed: 7,
+            bare,
+        }
+    }
 }
 
 /// What a load says.
@@ -102,6 +118,8 @@ struct Round {
 struct Shared {
     load: Load,
     up: watch::Sender<bool>,
+    /// Between how many milliseconds a step takes.
+    think: Mutex<[u64; 2]>,
     rounds: Mutex<HashMap<String, Round>>,
     welcomed: Mutex<HashMap<HostId, u64>>,
     failed: AtomicU64,
@@ -124,6 +142,7 @@ async fn play(load: Load) -> Result<()> {
     let (up, _) = watch::channel(false);
     let shared = Arc::new(Shared {
         up,
+        think: Mutex::default(),
         rounds: Mutex::default(),
         welcomed: Mutex::default(),
         failed: AtomicU64::new(0),
@@ -153,10 +172,27 @@ async fn play(load: Load) -> Result<()> {
                 shared.first_time.store(true, Ordering::SeqCst);
                 shared.up.send_replace(false);
             }
-            other => anyhow::bail!("`{other}` is no word for a load"),
+            other => match thinks(other) {
+                Some(bounds) => *lock(&shared.think) = bounds,
+                None => anyhow::bail!("`{other}` is no word for a load"),
+            },
         }
     }
     Ok(())
+}
+
+/// What `think A B` says.
+fn thinks(word: &str) -> Option<[u64; 2]> {
+    let (least, most) = word.strip_prefix("think ")?.split_once(' ')?;
+    let bounds = [least.parse().ok()?, most.parse().ok()?];
+    (bounds[0] <= bounds[1]).then_some(bounds)
+}
+
+/// What happens next in a session.
+enum Next {
+    Message(Result<down::Message, Status>),
+    /// A step has taken its time.
+    Worked(StepKey),
 }
 
 /// One agent.
@@ -174,6 +210,8 @@ struct Simulated {
     open: Vec<(String, u64)>,
     /// Steps that were ordered.
     done: HashSet<String>,
+    /// The step that it is at, and when that ends.
+    at_work: Option<(Instant, StepKey)>,
 }
 
 impl Simulated {
@@ -189,6 +227,7 @@ impl Simulated {
             last: 0,
             open: vec![],
             done: HashSet::new(),
+            at_work: None,
             shared: Arc::clone(shared),
         })
     }
@@ -260,13 +299,19 @@ impl Simulated {
         }
         let mut up = self.up.clone();
         loop {
-            let message = tokio::select! {
-                message = agent.coming() => message,
+            let next = tokio::select! {
+                message = agent.coming() => Next::Message(message),
+                key = worked(&mut self.at_work) => Next::Worked(key),
                 _ = up.wait_for(|up| !*up) => return true,
             };
-            let Ok(message) = message else { return true };
-            if self.hear(&agent, message).await.is_none() {
-                return true;
+            match next {
+                Next::Worked(key) => self.finish(&agent, key).await,
+                Next::Message(Ok(message)) => {
+                    if self.hear(&agent, message).await.is_none() {
+                        return true;
+                    }
+                }
+                Next::Message(Err(_)) => return true,
             }
         }
     }
@@ -318,7 +363,7 @@ impl Simulated {
         let again = !self.done.insert(step.clone());
         {
             let mut rounds = lock(&self.shared.rounds);
-            let round = rounds.entry(step.clone()).or_default();
+            let round = rounds.entry(step).or_default();
             let [first, _] = round.orders.unwrap_or([now, now]);
             round.orders = Some([first, now]);
             // A controller that comes back says again what it has not heard the beginning of.
@@ -329,9 +374,20 @@ impl Simulated {
         }
         self.report(agent, ReportBody::Started { key: key.clone() })
             .await;
+        let [least, most] = *lock(&self.shared.think);
+        if most == 0 {
+            self.finish(agent, key).await;
+        } else {
+            let work = Duration::from_millis(self.random.random_range(least..=most));
+            self.at_work = Some((Instant::now() + work, key));
+        }
+        Some(())
+    }
+
+    async fn finish(&mut self, agent: &Agent, key: StepKey) {
+        let step = step(&key);
         self.report(agent, finished(key)).await;
         self.open.push((step, self.last));
-        Some(())
     }
 
     async fn report(&mut self, agent: &Agent, body: ReportBody) {
@@ -376,12 +432,31 @@ impl Simulated {
     }
 }
 
+/// The step that an agent is at, once it has taken its time; nothing if it is at none.
+async fn worked(at_work: &mut Option<(Instant, StepKey)>) -> StepKey {
+    if let Some((until, _)) = at_work {
+        tokio::time::sleep_until(*until).await;
+    }
+    match at_work.take() {
+        Some((_, key)) => key,
+        None => std::future::pending().await,
+    }
+}
+
+/// What a result says: watchers of the rollout read it, and know how old it is.
+const SENT_AT: &str = "sent at ";
+
+/// When a result was sent, in nanoseconds of [`clock::now`], from what it says.
+pub(crate) fn sent_at(summary: &str) -> Option<u64> {
+    summary.strip_prefix(SENT_AT)?.parse().ok()
+}
+
 fn finished(key: StepKey) -> ReportBody {
     ReportBody::Finished {
         key,
         outcome: StepOutcome::Ok {
             changed: false,
-            summary: "it is as it should be".to_owned(),
+            summary: format!("{SENT_AT}{}", clock::now()),
         },
         facts: vec![],
         took: Period(3),

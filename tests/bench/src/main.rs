@@ -1,7 +1,8 @@
 //! Benchmarks: the real controller with everything on, beside a bare gRPC fan-out of the same run.
 //!
-//! `bench [quick]` measures; `bench load WHAT` and `bench bare WHERE` are parts of it, started by
-//! itself.
+//! `bench [quick] [PART ..]` measures, everything or only some of `fanout`, `rollout`, `cycles`,
+//! `dead`, `events` and `laws`; `bench load WHAT`, `bench bare WHERE` and `bench watch WHAT` are parts
+//! of it, started by itself.
 
 #![expect(
     clippy::print_stdout,
@@ -12,11 +13,21 @@
 
 mod bare;
 mod clock;
+mod cycles;
+mod dead;
 mod dial;
+mod events;
 mod fanout;
+mod journal;
+mod laws;
 mod load;
+mod person;
+mod plans;
 mod process;
 mod report;
+mod rollout;
+mod side;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -44,27 +55,53 @@ fn run() -> Result<bool> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["load", what] => load::run(serde_json::from_str(what)?).map(|()| true),
+        ["watch", what] => watch::run(&serde_json::from_str(what)?).map(|()| true),
         ["bare", place] => bare::run(&serde_json::from_str(place)?).map(|()| true),
-        ["quick"] => measure(true),
-        [] => measure(false),
-        _ => bail!("bench [quick]"),
+        ["quick", parts @ ..] => measure(true, parts),
+        parts => measure(false, parts),
     }
 }
 
-fn measure(quick: bool) -> Result<bool> {
+/// What can be measured by itself.
+const PARTS: [&str; 6] = ["fanout", "rollout", "cycles", "dead", "events", "laws"];
+
+fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
+    if let Some(unknown) = parts.iter().find(|part| !PARTS.contains(part)) {
+        bail!("`{unknown}` is none of {PARTS:?}: bench [quick] [PART ..]");
+    }
+    let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
     raise_limit()?;
     let mut report = Report::default();
     println!(
         "{:<64} {:>10} {:<6} {:>10} {:>8} {:>8}",
         "what", "value", "unit", "baseline", "ratio", "target"
     );
-    let sizes: &[usize] = if quick {
-        &[100, 1000]
+    let (sizes, large): (&[usize], &[usize]) = if quick {
+        (&[100, 300, 1000], &[1000])
     } else {
-        &[100, 1000, 10_000]
+        (&[100, 300, 1000, 3000, 10_000], &[1000, 10_000])
     };
-    for agents in sizes {
-        fanout::measure(&mut report, *agents, quick).context("the fan-out")?;
+    let mut costs = vec![];
+    for agents in sizes.iter().filter(|_| wanted("fanout")) {
+        costs.push(fanout::measure(&mut report, *agents, quick).context("the fan-out")?);
+    }
+    let mut rollouts = vec![];
+    for agents in large {
+        if wanted("rollout") {
+            rollouts.push(rollout::measure(&mut report, *agents).context("the rollout")?);
+        }
+        if wanted("cycles") {
+            cycles::measure(&mut report, *agents).context("connections that come and go")?;
+        }
+        if wanted("dead") {
+            dead::measure(&mut report, *agents).context("dead agents")?;
+        }
+    }
+    if wanted("events") {
+        events::measure(&mut report, quick).context("the events")?;
+    }
+    if wanted("laws") {
+        laws::measure(&mut report, &costs, &rollouts).context("the laws of growth")?;
     }
     report.write(&lockstep_tests::target().join("reports/bench.json"))
 }

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -56,7 +56,10 @@ impl<S: DeserializeOwned + Send + 'static> Part<S> {
     pub(crate) fn next(&mut self) -> Result<S> {
         match self.said.recv_timeout(PATIENCE) {
             Ok(said) => Ok(said),
-            Err(_) => bail!("a part of the benchmark says nothing for {PATIENCE:?}"),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("a part of the benchmark says nothing for {PATIENCE:?}")
+            }
+            Err(RecvTimeoutError::Disconnected) => bail!("a part of the benchmark has ended"),
         }
     }
 
