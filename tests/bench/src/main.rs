@@ -14,6 +14,7 @@
 mod agent;
 mod bare;
 mod clock;
+mod control;
 mod cycles;
 mod dead;
 mod dial;

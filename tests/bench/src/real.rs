@@ -163,7 +163,8 @@ impl Fleet {
     }
 
     /// Processor time so far of the controller, of the agents, and of what the agents started and
-    /// has ended, in seconds.
+    /// has ended, in seconds. The kernel tells whole hundredths for each agent: what all of them
+    /// together took is about right, and too low where each took less than one.
     fn cpu(&self) -> Result<[f64; 3]> {
         let controller = self.cluster.controller_pid();
         let controller = controller.context("the controller runs")?;
