@@ -106,10 +106,10 @@ database: build ## backups, kills of migrations, ways back, a gigabyte: target/r
 	target/debug/database || failed=1
 	exit $$failed
 
-bench: release ## fleets of up to 10,000 simulated agents beside a bare baseline: target/reports/bench.json
+bench: release agent ## fleets of up to 10,000 simulated agents beside a bare baseline: target/reports/bench.json
 	@target/release/bench
 
-bench-quick: release ## the same with up to 1,000, for every day
+bench-quick: release agent ## the same with up to 1,000, for every day
 	@target/release/bench quick
 
 skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)

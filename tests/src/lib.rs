@@ -21,6 +21,7 @@ pub mod example;
 pub mod fleet;
 pub mod hosts;
 pub mod mail;
+pub mod memory;
 pub mod operator;
 pub mod planted;
 pub mod played;

@@ -9,7 +9,7 @@ use crate::person::Person;
 use crate::process::{Used, used};
 use crate::report::{Report, median, part};
 use crate::side::{Side, controller_pid, ms};
-use crate::{clock, plans};
+use crate::{clock, control, plans};
 
 /// Orders are given so many times in a row on each side, and that in turn.
 const ROUNDS: usize = 5;
@@ -28,7 +28,7 @@ pub(crate) struct Cost {
 
 pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result<Cost> {
     let turns = if quick { 2 } else { 5 };
-    let mut cluster = crate::controller()?;
+    let mut cluster = control::cluster()?;
     let place = Place::of(&cluster);
     let pid = controller_pid(&cluster)?;
     let person = Person::new(&place)?;
@@ -71,6 +71,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
         person.succeeded(&rollout)?;
     }
 
+    control::measure(report, &mut real)?;
     let restart = restart(&mut real)?;
     let name = |what: &str| format!("{agents} agents: {what}");
     let target = (agents == 10_000).then_some(1.5);

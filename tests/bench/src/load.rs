@@ -35,9 +35,11 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::Status;
+use tonic::transport::Channel;
 
 use crate::clock;
 use crate::dial::{Dial, Place};
+use crate::manner::{self, Manner};
 
 /// Dials at a time at the beginning. After a loss nothing but the agents' own pauses spreads them.
 const RAMP: usize = 64;
@@ -59,6 +61,9 @@ pub(crate) struct Load {
     pub(crate) seed: u64,
     /// Whether the controller is the bare one: an order is answered by its result, and no more.
     pub(crate) bare: bool,
+    /// How they behave.
+    #[serde(default)]
+    pub(crate) manner: Manner,
 }
 
 impl Load {
@@ -70,6 +75,7 @@ impl Load {
             first: 0,
             seed: 7,
             bare,
+            manner: Manner::Prompt,
         }
     }
 }
@@ -131,6 +137,9 @@ struct Shared {
 
 /// Plays the load until standard input ends.
 pub(crate) fn run(load: Load) -> Result<()> {
+    if load.manner == Manner::Loud {
+        rustix::process::nice(10)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -208,6 +217,8 @@ struct Simulated {
     last: u64,
     /// Steps whose result is among them, with the number of that report.
     open: Vec<(String, u64)>,
+    /// The connection of the session.
+    channel: Option<Channel>,
     /// Steps that were ordered.
     done: HashSet<String>,
     /// The step that it is at, and when that ends.
@@ -226,6 +237,7 @@ impl Simulated {
             reports: vec![],
             last: 0,
             open: vec![],
+            channel: None,
             done: HashSet::new(),
             at_work: None,
             shared: Arc::clone(shared),
@@ -276,7 +288,7 @@ impl Simulated {
         };
         hello.instance = self.instance.clone();
         hello.last_report = self.last;
-        hello.labels = [("role".to_owned(), "app".to_owned())].into();
+        hello.labels = [("role".to_owned(), self.shared.load.manner.role().to_owned())].into();
         let channel = match self.dial.channel().await {
             Ok(channel) => channel,
             Err(error) => {
@@ -286,6 +298,7 @@ impl Simulated {
                 return false;
             }
         };
+        self.channel = Some(channel.clone());
         let Ok(mut agent) = Agent::begin(channel, hello.into()).await else {
             self.shared.refused.fetch_add(1, Ordering::Relaxed);
             return false;
@@ -333,6 +346,9 @@ impl Simulated {
     }
 
     async fn hear(&mut self, agent: &Agent, message: down::Message) -> Option<()> {
+        if self.shared.load.manner == Manner::Late {
+            tokio::time::sleep(manner::LATE).await;
+        }
         match message {
             down::Message::Acknowledged(upto) => self.acknowledged(upto),
             down::Message::Offer(offer) => {
@@ -358,6 +374,9 @@ impl Simulated {
             self.reports.clear();
             return Some(());
         }
+        if self.shared.load.manner == Manner::Stuck {
+            return Some(());
+        }
         let step = step(&key);
         let now = clock::now();
         let again = !self.done.insert(step.clone());
@@ -374,6 +393,11 @@ impl Simulated {
         }
         self.report(agent, ReportBody::Started { key: key.clone() })
             .await;
+        if self.shared.load.manner == Manner::Loud {
+            let channel = self.channel.clone()?;
+            tokio::spawn(manner::print(channel, key));
+            return Some(());
+        }
         let [least, most] = *lock(&self.shared.think);
         if most == 0 {
             self.finish(agent, key).await;

@@ -1,7 +1,7 @@
 //! Benchmarks: the real controller with everything on, beside a bare gRPC fan-out of the same run.
 //!
 //! `bench [quick] [PART ..]` measures, everything or only some of `fanout`, `rollout`, `cycles`,
-//! `dead`, `events` and `laws`; `bench load WHAT`, `bench bare WHERE` and `bench watch WHAT` are parts
+//! `dead`, `events`, `laws`, `real`, `agent` and `fair`; `bench load WHAT`, `bench bare WHERE` and `bench watch WHAT` are parts
 //! of it, started by itself.
 
 #![expect(
@@ -11,20 +11,26 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "figures are for people")]
 
+mod agent;
 mod bare;
 mod clock;
+mod control;
 mod cycles;
 mod dead;
 mod dial;
 mod events;
+mod fair;
 mod fanout;
 mod journal;
 mod laws;
 mod load;
+mod manner;
 mod person;
 mod plans;
 mod process;
+mod real;
 mod report;
+mod rivals;
 mod rollout;
 mod side;
 mod watch;
@@ -63,7 +69,9 @@ fn run() -> Result<bool> {
 }
 
 /// What can be measured by itself.
-const PARTS: [&str; 6] = ["fanout", "rollout", "cycles", "dead", "events", "laws"];
+const PARTS: [&str; 9] = [
+    "fanout", "rollout", "cycles", "dead", "events", "laws", "real", "agent", "fair",
+];
 
 fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
     if let Some(unknown) = parts.iter().find(|part| !PARTS.contains(part)) {
@@ -102,6 +110,15 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
     }
     if wanted("laws") {
         laws::measure(&mut report, &costs, &rollouts).context("the laws of growth")?;
+    }
+    if wanted("real") {
+        real::measure(&mut report, quick).context("real agents")?;
+    }
+    if wanted("agent") {
+        agent::measure(&mut report, quick).context("a real agent")?;
+    }
+    if wanted("fair") {
+        fair::measure(&mut report, quick).context("fairness")?;
     }
     report.write(&lockstep_tests::target().join("reports/bench.json"))
 }

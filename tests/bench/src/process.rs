@@ -82,6 +82,8 @@ impl<S> Drop for Part<S> {
 pub(crate) struct Used {
     /// Processor time, in seconds.
     pub(crate) cpu: f64,
+    /// That of its children that have ended and were waited for.
+    pub(crate) children: f64,
     /// Resident memory, in bytes.
     pub(crate) memory: u64,
 }
@@ -95,14 +97,34 @@ pub(crate) fn used(pid: u32) -> Result<Used> {
         .map(|field| field.parse().unwrap_or(0))
         .collect();
     // utime and stime are the 14th and 15th field of proc(5), rss the 24th; the third comes first here.
-    let ticks = fields
-        .get(11)
-        .zip(fields.get(12))
-        .context("no such fields")?;
-    let per_second = rustix::param::clock_ticks_per_second();
+    // cutime and cstime follow the first two.
+    let ticks: &[u64] = fields.get(11..15).context("no such fields")?;
+    let per_second = rustix::param::clock_ticks_per_second() as f64;
     let pages = fields.get(21).context("no such field")?;
     Ok(Used {
-        cpu: (ticks.0 + ticks.1) as f64 / per_second as f64,
+        cpu: (ticks[0] + ticks[1]) as f64 / per_second,
+        children: (ticks[2] + ticks[3]) as f64 / per_second,
         memory: pages * rustix::param::page_size() as u64,
     })
+}
+
+/// The most resident memory that a process has had so far, in bytes.
+pub(crate) fn peak(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB"));
+    let kib: u64 = kib.context("no such line")?.trim().parse()?;
+    Ok(kib * 1024)
+}
+
+/// The time that the threads of a process have run, in seconds: finer than ticks. Those that have
+/// ended are not among them.
+pub(crate) fn running(pid: u32) -> Result<f64> {
+    let mut nanoseconds = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let schedule = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        let first = schedule.split_whitespace().next();
+        nanoseconds += first.context("no such field")?.parse::<u64>()?;
+    }
+    Ok(nanoseconds as f64 / 1e9)
 }

@@ -53,7 +53,7 @@ pub const PEOPLE: [(&str, &[&str]); 5] = [
 /// What a cluster is made of.
 #[derive(Debug)]
 pub struct Builder {
-    hosts: Vec<(&'static str, &'static str)>,
+    hosts: Vec<(String, String)>,
     database: bool,
     policies: BTreeMap<String, Option<String>>,
     secrets: BTreeMap<String, String>,
@@ -96,8 +96,8 @@ impl Builder {
 
     /// Only these hosts, each with its role.
     #[must_use]
-    pub fn hosts(mut self, hosts: &[(&'static str, &'static str)]) -> Self {
-        self.hosts = hosts.to_vec();
+    pub fn hosts(mut self, hosts: &[(&str, &str)]) -> Self {
+        self.hosts = owned(hosts);
         self
     }
 
@@ -209,7 +209,7 @@ impl Cluster {
     /// One database host and two application hosts, as the example's plan wants them.
     pub fn builder() -> Builder {
         Builder {
-            hosts: vec![("db-1", "db"), ("app-1", "app"), ("app-2", "app")],
+            hosts: owned(&[("db-1", "db"), ("app-1", "app"), ("app-2", "app")]),
             database: true,
             policies: BTreeMap::new(),
             secrets: BTreeMap::new(),
@@ -526,6 +526,11 @@ impl Cluster {
         self.postgres = None;
         processes::sweep(self.root.path())
     }
+}
+
+fn owned(hosts: &[(&str, &str)]) -> Vec<(String, String)> {
+    let owned = |(name, role): &(&str, &str)| ((*name).to_owned(), (*role).to_owned());
+    hosts.iter().map(owned).collect()
 }
 
 impl Drop for Cluster {

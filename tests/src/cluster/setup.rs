@@ -58,7 +58,7 @@ impl Cluster {
         Ok(fs::create_dir_all(backups.join("production"))?)
     }
 
-    pub(super) fn make_certificates(&self, hosts: &[(&str, &str)]) -> Result<()> {
+    pub(super) fn make_certificates(&self, hosts: &[(String, String)]) -> Result<()> {
         let pki = self.pki();
         let pki = pki
             .to_str()
@@ -145,18 +145,18 @@ impl Cluster {
             let root = self.root().join("hosts").join(name);
             let address = format!("{network}.{number}");
             let mut host = Host::new(root, name, address, self.binaries.agent.clone())?;
-            for (variable, value) in builder.agent_env.get(*name).into_iter().flatten() {
+            for (variable, value) in builder.agent_env.get(name).into_iter().flatten() {
                 let value = value.replace("@HOST@", &host.root.display().to_string());
                 host.agent_env.push((variable.clone(), value));
             }
-            let policy = match builder.policies.get(*name) {
+            let policy = match builder.policies.get(name) {
                 Some(policy) => policy.clone(),
                 None => Some(self.example_policy(&host, role)?),
             };
-            let more = builder.rehearsing && *role == "db";
+            let more = builder.rehearsing && role == "db";
             let policy = policy.map(|policy| if more { policy + REHEARSES } else { policy });
             let mut settings = self.settings(&host, role, policy, builder);
-            if let Some(tables) = builder.tables.get(*name) {
+            if let Some(tables) = builder.tables.get(name) {
                 let root = host.root.display().to_string();
                 settings.tables += &tables.replace("@HOST@", &root);
             }
@@ -165,7 +165,7 @@ impl Cluster {
                 let wrong = builder.secrets.get(&name).cloned();
                 host.secret(&name, &wrong.unwrap_or(value))?;
             }
-            self.hosts.insert((*name).to_owned(), host);
+            self.hosts.insert(name.clone(), host);
         }
         Ok(())
     }

@@ -9,16 +9,17 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Pid;
 use serde_json::{Map, Value, json};
 
 use super::honest::{Honest, median, p99, session};
 use super::load::{Load, STATES, State};
 use crate::cluster::Cluster;
+use crate::memory::Memory;
 use crate::operator::text;
 use crate::played::Dial;
 use crate::wait;
@@ -187,7 +188,7 @@ impl Site {
         // The first reports open files and fill caches.
         tokio::time::sleep(much.round).await;
         honest.take();
-        let memory = Memory::begin(self.controller, self.exec);
+        let memory = Memory::begin(&[self.controller, self.exec]);
         let (mut quiet, mut loud) = (vec![], vec![]);
         let (mut frames, mut connects) = (0, vec![]);
         let mut timeouts = 0;
@@ -243,7 +244,10 @@ impl Site {
             }
         }
         honest.end().await;
-        let (growth, of_exec) = memory.end();
+        let grown = memory.end();
+        let [growth, of_exec] = grown[..] else {
+            bail!("two processes are watched");
+        };
         other.shutdown_background();
         for (name, value) in [
             ("frames", json!(frames)),
@@ -325,58 +329,4 @@ fn tell(line: &str) {
 
 fn round(value: f64) -> f64 {
     (value * 100.0).round() / 100.0
-}
-
-/// Watches the memory of two processes that is theirs alone.
-struct Memory {
-    stop: Arc<AtomicBool>,
-    most: [Arc<AtomicU64>; 2],
-    first: [u64; 2],
-    thread: std::thread::JoinHandle<()>,
-}
-
-impl Memory {
-    fn begin(controller: Pid, exec: Pid) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let pids = [controller, exec];
-        let first = pids.map(anonymous_kib);
-        let most = first.map(|kib| Arc::new(AtomicU64::new(kib)));
-        let (told, seen) = (stop.clone(), most.clone());
-        let thread = std::thread::spawn(move || {
-            while !told.load(Ordering::Relaxed) {
-                for (pid, most) in pids.into_iter().zip(&seen) {
-                    most.fetch_max(anonymous_kib(pid), Ordering::Relaxed);
-                }
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        });
-        Self {
-            stop,
-            most,
-            first,
-            thread,
-        }
-    }
-
-    /// By how much each has grown at most, in MiB.
-    fn end(self) -> (f64, f64) {
-        self.stop.store(true, Ordering::Relaxed);
-        let _ = self.thread.join();
-        let grown = |index: usize| {
-            let most = self.most[index].load(Ordering::Relaxed);
-            let kib = u32::try_from(most.saturating_sub(self.first[index])).unwrap_or(u32::MAX);
-            f64::from(kib) / 1024.0
-        };
-        (grown(0), grown(1))
-    }
-}
-
-fn anonymous_kib(pid: Pid) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero()));
-    let status = status.unwrap_or_default();
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
-    kib.unwrap_or(0)
 }
