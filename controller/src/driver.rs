@@ -15,6 +15,7 @@ mod clock;
 mod dues;
 mod handle;
 mod rates;
+mod recovery;
 mod room;
 mod round;
 mod term;
@@ -28,9 +29,7 @@ use std::time::Duration;
 
 use lockstep_core::event::EventKind;
 use lockstep_core::trust::{Subject, TrustRecord};
-use lockstep_core::{
-    Answer, Config, Coordinator, Entry, Event, Notify, Record, RecoverError, Refused,
-};
+use lockstep_core::{Answer, Config, Coordinator, Event, Notify, Record, RecoverError, Refused};
 use lockstep_proto::ids::{Epoch, HostId, PlanDigest};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
@@ -182,7 +181,7 @@ impl Driver {
         plan: impl Fn(PlanDigest) -> Option<Arc<SealedPlan>>,
     ) -> Result<Self, StartError> {
         let Parts {
-            journal,
+            mut journal,
             hub,
             notices,
             suspensions,
@@ -191,10 +190,15 @@ impl Driver {
             break_glass,
             suspend,
         } = parts;
-        let entries = read_entries(&*journal)?;
-        let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
-        let clock = Clock::starting_at(last);
-        let last_term = last_term(&entries).max(epoch_above);
+        // The term follows from what is found.
+        let config = Config {
+            epoch: Epoch::NONE,
+            break_glass,
+        };
+        let mut coordinator = recovery::fold(&mut *journal, config, plan)?;
+        let clock = Clock::starting_at(coordinator.last_at());
+        let last_term = coordinator.last_epoch().map_or(0, |term| term.counter);
+        let last_term = last_term.max(epoch_above);
         let epoch = Epoch {
             counter: if take_over {
                 taken_over(last_term, clock.now())
@@ -203,8 +207,8 @@ impl Driver {
             },
             id: any_number(),
         };
+        coordinator.begin_term(epoch);
         let head = journal.head().number;
-        let coordinator = Coordinator::recover(Config { epoch, break_glass }, entries, plan)?;
         tracing::info!(journal = %journal.id(), head, %epoch, "recovered");
         // Before anybody can connect.
         for host in coordinator.trust().joined() {
@@ -693,25 +697,4 @@ fn any_number() -> u64 {
         return world.random();
     }
     rand::random()
-}
-
-fn read_entries(journal: &dyn Journal) -> Result<Vec<Entry>, StartError> {
-    let mut entries = Vec::new();
-    for (payload, number) in journal.payloads().zip(journal.base().number + 1..) {
-        let entry = serde_json::from_slice(&payload?);
-        entries.push(entry.map_err(|source| StartError::Record { number, source })?);
-    }
-    if planted!(ForgetLastRecord) {
-        entries.pop();
-    }
-    Ok(entries)
-}
-
-/// The counter of the last term that began; 0 if none has.
-fn last_term(entries: &[Entry]) -> u64 {
-    let terms = entries.iter().rev().find_map(|entry| match &entry.record {
-        Record::TermBegan { epoch } => Some(epoch.counter),
-        _ => None,
-    });
-    terms.unwrap_or(0)
 }

@@ -166,6 +166,16 @@ impl Coordinator {
         Ok(coordinator)
     }
 
+    /// The term of this controller, once the journal has told which have been.
+    pub fn begin_term(&mut self, epoch: Epoch) {
+        self.config.epoch = epoch;
+    }
+
+    /// When the last record of the journal was written; the beginning of time if there is none.
+    pub fn last_at(&self) -> Timestamp {
+        self.floor
+    }
+
     /// The newest term in the journal.
     pub fn last_epoch(&self) -> Option<Epoch> {
         self.last_epoch

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 
+use super::head::HeadFile;
 use super::memory::Memory;
 use super::offline::inspect;
 use super::sled::SledJournal;
-use super::{AppendError, Journal, MAX_PAYLOAD, OpenError};
+use super::{AppendError, Journal, Layout, MAX_PAYLOAD, OpenError};
 
 fn payload(number: usize) -> Vec<u8> {
     format!("record {number} {}", "x".repeat(number % 700)).into_bytes()
@@ -82,6 +83,16 @@ fn the_journal_in_memory_keeps_the_contract() {
 fn the_journal_on_disk_keeps_the_contract() {
     let dir = tempfile::tempdir().unwrap();
     keeps_the_contract(&|| Box::new(SledJournal::open(dir.path()).unwrap()));
+}
+
+#[test]
+fn a_journal_of_an_earlier_release_keeps_the_contract_and_its_layout() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(SledJournal::open_or_make(dir.path(), Layout::Records).unwrap());
+    keeps_the_contract(&|| Box::new(SledJournal::open(dir.path()).unwrap()));
+    // So the release that made it can go on with it.
+    let stored = HeadFile::read(&dir.path().join("journal/head")).unwrap();
+    assert_eq!(stored.layout, Layout::Records);
 }
 
 #[test]

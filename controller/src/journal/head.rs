@@ -10,7 +10,7 @@ use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
 
 use super::disk::{io_error, sync};
-use super::{FORMAT, Head, JournalId, OpenError};
+use super::{Head, JournalId, Layout, OpenError};
 use crate::faults::reached;
 
 /// The distance of the slots: no sector of a disk holds parts of both.
@@ -34,6 +34,7 @@ pub(super) struct HeadFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stored {
     pub(super) id: JournalId,
+    pub(super) layout: Layout,
     pub(super) head: Head,
 }
 
@@ -135,10 +136,10 @@ impl HeadFile {
     }
 }
 
-fn encode(turn: u64, Stored { id, head }: Stored) -> Vec<u8> {
+fn encode(turn: u64, Stored { id, layout, head }: Stored) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(SLOT_BYTES);
     bytes.extend_from_slice(MAGIC);
-    bytes.extend_from_slice(&FORMAT.to_be_bytes());
+    bytes.extend_from_slice(&layout.format().to_be_bytes());
     bytes.extend_from_slice(&id.0);
     bytes.extend_from_slice(&turn.to_be_bytes());
     bytes.extend_from_slice(&head.number.to_be_bytes());
@@ -158,10 +159,9 @@ fn decode(bytes: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Stored)>, HeadError> 
         u64::from_be_bytes(bytes)
     };
     let format = u32::from_be_bytes(content[8..12].try_into().expect("four bytes"));
-    if format != FORMAT {
-        return Err(HeadError::Format(format));
-    }
+    let layout = Layout::of_format(format).ok_or(HeadError::Format(format))?;
     let stored = Stored {
+        layout,
         id: JournalId(content[12..28].try_into().expect("sixteen bytes")),
         head: Head {
             number: number(36),
@@ -200,6 +200,7 @@ mod tests {
     fn stored(number: u64) -> Stored {
         Stored {
             id: JournalId([7; 16]),
+            layout: Layout::Bundles,
             head: Head {
                 number,
                 hash: Digest::of(&number.to_be_bytes()),

@@ -35,11 +35,36 @@ use lockstep_core::{Entry, Record};
 use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
 
-/// The version of the format that this release writes.
+/// The version of the chain, and of what is exported.
 pub(crate) const FORMAT: u32 = 1;
 
-/// The largest payload, in bytes: with its hash, a value has 32 KiB at most.
-pub(crate) const MAX_PAYLOAD: usize = (32 << 10) - 32;
+/// How records lie in the store. A journal keeps the layout that it was made with, so that the
+/// release that made it can go on with it; a compacted one is made anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// A key for each record. What releases before bundles make.
+    Records = 1,
+    /// A key for records that were appended together, up to 32 KiB of them: a thousandth of the
+    /// keys where thousands report at once.
+    Bundles = 2,
+}
+
+impl Layout {
+    /// The version of the store's format, as it stands in its files.
+    pub(crate) fn format(self) -> u32 {
+        self as u32
+    }
+
+    /// The layout of a format; none if this release does not know it.
+    pub(crate) fn of_format(format: u32) -> Option<Self> {
+        [Self::Records, Self::Bundles]
+            .into_iter()
+            .find(|layout| layout.format() == format)
+    }
+}
+
+/// The largest payload, in bytes: with its hash and length, a value has 32 KiB at most.
+pub(crate) const MAX_PAYLOAD: usize = (32 << 10) - 36;
 
 /// A journal's random id, made with it: records of one journal do not chain in another.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -191,7 +216,10 @@ pub(crate) enum OpenError {
         what: String,
     },
     /// The journal was written by a release with another format.
-    #[error("the journal in {dir} has format {found}, this release reads format {FORMAT}")]
+    #[error(
+        "the journal in {dir} has format {found}, which this release does not read: it is \
+         of a newer one"
+    )]
     Format {
         /// The journal's directory.
         dir: PathBuf,

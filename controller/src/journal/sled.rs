@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! STATE/                 locked (flock) by the one controller that runs on it
-//! STATE/journal/store/   sled: one tree, "m" = format and id, "r" + number = hash and payload
+//! STATE/journal/store/   sled: one tree, "m" = layout and id, "r" + number = records (`values.rs`)
 //! STATE/journal/head     the head, in two slots (see `head.rs`)
 //! STATE/journal.check/   a copy, while it is looked at before anything is started
 //! STATE/journal.new/     a journal that is being made
@@ -30,9 +30,13 @@ use super::disk::{io_error, sync, sync_directory, sync_files, write_again};
 use super::head::{HeadError, HeadFile, Stored};
 use super::reserve::Reserve;
 use super::{
-    AppendError, Broken, FORMAT, Head, Journal, JournalId, OpenError, begins_after, chain,
+    AppendError, Broken, Head, Journal, JournalId, Layout, OpenError, begins_after, chain,
 };
 use crate::faults::reached;
+
+mod values;
+
+use values::{CutShort, records, values};
 
 /// sled's page cache, in bytes. Recovery streams, and running only appends: a small one will do.
 const CACHE: u64 = 16 << 20;
@@ -57,6 +61,7 @@ pub(crate) struct SledJournal {
     head_file: HeadFile,
     reserve: Reserve,
     id: JournalId,
+    layout: Layout,
     base: Head,
     head: Head,
     /// An append has begun and not come to its end.
@@ -68,6 +73,11 @@ pub(crate) struct SledJournal {
 impl SledJournal {
     /// Opens the journal in a state directory, or makes it if there is none.
     pub(crate) fn open(state: &Path) -> Result<Self, OpenError> {
+        Self::open_or_make(state, Layout::Bundles)
+    }
+
+    /// The same; a new one gets this layout.
+    pub(super) fn open_or_make(state: &Path, layout: Layout) -> Result<Self, OpenError> {
         let lock = lock(state)?;
         let dir = state.join("journal");
         let check = state.join("journal.check");
@@ -76,7 +86,7 @@ impl SledJournal {
             remove_all(leftover)?;
         }
         if !dir.exists() {
-            create(&new, JournalId::random(), None)?;
+            create(&new, JournalId::random(), layout, None)?;
             publish(&new, state)?;
         }
         Self::open_existing(dir, &check, lock)
@@ -108,7 +118,7 @@ impl SledJournal {
         let lock = lock.try_clone().map_err(io_error("lock", state))?;
         let new = state.join("journal.new");
         remove_all(&new)?;
-        create(&new, id, first)?;
+        create(&new, id, Layout::Bundles, first)?;
         let filled = Self::open_existing(new.clone(), &state.join("journal.check"), lock)
             .map_err(E::from)
             .and_then(|mut journal| fill(&mut journal));
@@ -153,26 +163,24 @@ impl SledJournal {
 
         let refused = |unread: Unread| unread.of(&dir);
         let seen = copy_to_look(&store_dir, &store_path, check)?.look(Some(stored));
-        let seen = seen.and_then(whole).map_err(refused)?.1.head;
+        let Followed {
+            base, head: seen, ..
+        } = seen.and_then(whole).map_err(refused)?.1;
         // Whoever wrote it may have been killed before it was synced, or the sync may have failed,
         // and sled keeps an index of what it finds now.
         if seen != stored.head {
             write_again(&store_path).map_err(io_error("write", &store_path))?;
         }
         sync(&store, &store_path).map_err(io_error("sync", &store_path))?;
-        let (db, Followed { base, head, .. }) = look(store_dir.clone(), Some(stored))
-            .and_then(whole)
-            .map_err(refused)?;
-        if head != seen {
-            let what = format!(
-                "it ends at record {}, but a copy of it at record {}",
-                head.number, seen.number
-            );
-            return Err(quarantined(what));
-        }
+        let db = caught(store_dir.clone(), move |db| {
+            ends_at(db, stored.layout, seen)
+        })
+        .map_err(refused)?
+        .0;
         // Records beyond the head were written, but not acknowledged: from here on they count,
         // and so they must be on the disk.
         sync_files(&store_dir)?;
+        let head = seen;
         if head != stored.head {
             let write = head_file.write(Stored { head, ..stored });
             write.map_err(io_error("write the head of", &dir))?;
@@ -185,6 +193,7 @@ impl SledJournal {
             head_file,
             reserve,
             id: stored.id,
+            layout: stored.layout,
             base,
             head,
             poisoned: false,
@@ -213,7 +222,11 @@ impl SledJournal {
         let path = self.dir.join(STORE_FILE);
         sync(&self.store, &path).map_err(io_failed("sync a batch"))?;
         reached("append: synced");
-        let stored = Stored { id: self.id, head };
+        let stored = Stored {
+            id: self.id,
+            layout: self.layout,
+            head,
+        };
         let written = self.head_file.write(stored);
         written.map_err(io_failed("write its head"))
     }
@@ -245,11 +258,8 @@ impl Journal for SledJournal {
             return Err(AppendError::Full);
         }
         let mut batch = sled::Batch::default();
-        for (head, payload) in heads.iter().zip(payloads) {
-            let mut value = Vec::with_capacity(head.hash.0.len() + payload.len());
-            value.extend_from_slice(&head.hash.0);
-            value.extend_from_slice(payload);
-            batch.insert(&record_key(head.number), value);
+        for (first, value) in values(self.layout, &heads, payloads) {
+            batch.insert(&record_key(first), value);
         }
         self.poisoned = true;
         self.try_append(batch, last)?;
@@ -262,12 +272,34 @@ impl Journal for SledJournal {
         self.reserve.has_room()
     }
 
+    /// Follows the chain once more: what was looked at before was a copy.
     fn payloads(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, OpenError>> + '_> {
-        let unreadable = |error: sled::Error| OpenError::Quarantined {
+        let quarantined = |what: String| OpenError::Quarantined {
             dir: self.dir.clone(),
-            what: format!("a record cannot be read: {error}"),
+            what,
         };
-        Box::new(payloads(self.db()).map(move |payload| payload.map_err(unreadable)))
+        let mut head = self.base;
+        let mut values = self.db().scan_prefix([RECORD]);
+        let mut next = move || match values.next() {
+            None if head == self.head => None,
+            None => Some(Err(quarantined(ends_elsewhere(head.number, self.head)))),
+            Some(Err(error)) => Some(Err(quarantined(format!("it cannot be read: {error}")))),
+            Some(Ok((key, value))) => {
+                let followed = follow_value(&mut head, self.layout, &key, &value, None);
+                let payloads = payloads_of(self.layout, &value);
+                Some(followed.map(|()| payloads).map_err(quarantined))
+            }
+        };
+        let mut ended = false;
+        let values = std::iter::from_fn(move || {
+            let value = (!ended).then(&mut next)?;
+            ended |= value.as_ref().is_none_or(Result::is_err);
+            value
+        });
+        Box::new(values.flat_map(|value| match value {
+            Ok(payloads) => payloads.into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error)],
+        }))
     }
 
     fn close(self: Box<Self>) {
@@ -301,7 +333,12 @@ fn settings(dir: &Path) -> sled::Config {
 }
 
 /// Makes a journal with one record, if it has a first one, durable but for its name.
-fn create(dir: &Path, id: JournalId, first: Option<(Head, &[u8])>) -> Result<(), OpenError> {
+fn create(
+    dir: &Path,
+    id: JournalId,
+    layout: Layout,
+    first: Option<(Head, &[u8])>,
+) -> Result<(), OpenError> {
     let store_dir = dir.join("store");
     make_directory(&store_dir)?;
     let failed = |error: sled::Error| OpenError::Io {
@@ -310,21 +347,22 @@ fn create(dir: &Path, id: JournalId, first: Option<(Head, &[u8])>) -> Result<(),
         source: io::Error::other(error),
     };
     let db = settings(&store_dir).open().map_err(failed)?;
-    let mut meta = FORMAT.to_be_bytes().to_vec();
+    let mut meta = layout.format().to_be_bytes().to_vec();
     meta.extend_from_slice(&id.0);
     db.insert(META, meta).map_err(failed)?;
     let mut head = id.anchor();
     if let Some((base, payload)) = first {
         head = base.next(payload);
-        let value = [&head.hash.0, payload].concat();
-        db.insert(record_key(head.number), value).map_err(failed)?;
+        for (first, value) in values(layout, &[head], &[payload]) {
+            db.insert(record_key(first), value).map_err(failed)?;
+        }
     }
     db.flush().map_err(failed)?;
     drop(db);
     sync_files(&store_dir)?;
 
     let head_path = dir.join("head");
-    let stored = Stored { id, head };
+    let stored = Stored { id, layout, head };
     HeadFile::create(&head_path, stored).map_err(io_error("make", &head_path))?;
     sync_directory(dir)
 }
@@ -426,16 +464,24 @@ fn store_error(what: &str, error: sled::Error) -> Unread {
     }
 }
 
-/// Opens sled in a directory and follows the whole chain. What goes wrong is said in words, a
-/// panic of sled's included.
+/// Opens sled in a directory and follows the whole chain.
 fn look(dir: PathBuf, stored: Option<Stored>) -> Result<(sled::Db, Followed), Unread> {
+    caught(dir, move |db| follow(db, stored))
+}
+
+/// Opens sled in a directory and looks at it. What goes wrong is said in words, a panic of sled's
+/// included.
+fn caught<T: Send + 'static>(
+    dir: PathBuf,
+    look: impl FnOnce(&sled::Db) -> Result<T, Unread> + Send + 'static,
+) -> Result<(sled::Db, T), Unread> {
     let looking = thread::Builder::new()
         .name("journal-check".to_owned())
         .spawn(move || {
             let db = settings(&dir).open();
             let db = db.map_err(|error| store_error("opened", error))?;
-            let followed = follow(&db, stored)?;
-            Ok((db, followed))
+            let seen = look(&db)?;
+            Ok((db, seen))
         });
     let looking = looking.map_err(Unread::Refused)?;
     looking.join().unwrap_or_else(|panic| {
@@ -456,12 +502,10 @@ pub(super) fn unreadable(what: String) -> Unread {
 fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
     let unread = |error| store_error("read", error);
     let meta = db.get(META).map_err(unread)?;
-    let id = meta.as_deref().and_then(|meta| {
-        let id = meta.strip_prefix(&FORMAT.to_be_bytes())?;
-        Some(JournalId(id.try_into().ok()?))
-    });
-    let id = id.ok_or_else(|| unreadable("its store has lost its first key".to_owned()))?;
-    if stored.is_some_and(|stored| stored.id != id) {
+    let meta = meta.as_deref().and_then(read_meta);
+    let (layout, id) =
+        meta.ok_or_else(|| unreadable("its store has lost its first key".to_owned()))?;
+    if stored.is_some_and(|stored| (stored.layout, stored.id) != (layout, id)) {
         let what = "its store and its head file are not of the same journal";
         return Err(unreadable(what.to_owned()));
     }
@@ -469,20 +513,17 @@ fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
         None => id.anchor(),
         Some(first) => {
             let (key, value) = first.map_err(unread)?;
-            compacted_base(&key, &value).unwrap_or_else(|| id.anchor())
+            compacted_base(layout, &key, &value).unwrap_or_else(|| id.anchor())
         }
     };
     let mut head = base;
     let mut broken = None;
-    for record in db.scan_prefix([RECORD]) {
-        let (key, value) = record.map_err(unread)?;
-        match follow_one(head, &key, &value, stored) {
-            Ok(next) => head = next,
-            Err(what) => {
-                let record = Some(head.number + 1);
-                broken = Some(Broken { record, what });
-                break;
-            }
+    for pair in db.scan_prefix([RECORD]) {
+        let (key, value) = pair.map_err(unread)?;
+        if let Err(what) = follow_value(&mut head, layout, &key, &value, stored) {
+            let record = Some(head.number + 1);
+            broken = Some(Broken { record, what });
+            break;
         }
     }
     let acknowledged = stored.map_or(0, |stored| stored.head.number);
@@ -503,49 +544,96 @@ fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
     })
 }
 
+fn read_meta(meta: &[u8]) -> Option<(Layout, JournalId)> {
+    let (format, id) = meta.split_first_chunk()?;
+    let layout = Layout::of_format(u32::from_be_bytes(*format))?;
+    Some((layout, JournalId(id.try_into().ok()?)))
+}
+
 /// What a compacted journal's first record is chained to; none if it is no such record.
-fn compacted_base(key: &[u8], value: &[u8]) -> Option<Head> {
-    let (base, _) = begins_after(value.get(32..)?)?;
+fn compacted_base(layout: Layout, key: &[u8], value: &[u8]) -> Option<Head> {
+    let (_, payload) = records(layout, value).next()?.ok()?;
+    let (base, _) = begins_after(payload)?;
     (*key == record_key(base.number + 1)).then_some(base)
 }
 
-/// The head after one more record, or what is wrong with that.
-fn follow_one(
-    head: Head,
+/// Moves the head over the records of one value, or to the last one before what is wrong with them.
+fn follow_value(
+    head: &mut Head,
+    layout: Layout,
     key: &[u8],
     value: &[u8],
     stored: Option<Stored>,
-) -> Result<Head, String> {
+) -> Result<(), String> {
     let number = head.number + 1;
     if *key != record_key(number) {
         return Err(format!(
             "record {number} is missing, though later ones are there"
         ));
     }
-    let (hash, payload) = value
-        .split_at_checked(32)
-        .ok_or_else(|| format!("record {number} is cut short"))?;
-    let next = head.next(payload);
-    if next.hash.0 != hash {
-        return Err(format!(
-            "record {number} is not what was written: its hash differs"
-        ));
+    for record in records(layout, value) {
+        let number = head.number + 1;
+        let (hash, payload) = record.map_err(|CutShort| format!("record {number} is cut short"))?;
+        let next = head.next(payload);
+        if next.hash.0 != hash {
+            return Err(format!(
+                "record {number} is not what was written: its hash differs"
+            ));
+        }
+        if stored.is_some_and(|stored| stored.head.number == number && stored.head != next) {
+            return Err(format!(
+                "record {number} is not the one that was acknowledged"
+            ));
+        }
+        *head = next;
     }
-    if stored.is_some_and(|stored| stored.head.number == number && stored.head != next) {
-        return Err(format!(
-            "record {number} is not the one that was acknowledged"
-        ));
-    }
-    Ok(next)
+    Ok(())
 }
 
 /// The payloads of a store that was followed, from the first on.
 pub(super) fn payloads(
     db: &sled::Db,
 ) -> impl Iterator<Item = Result<Vec<u8>, sled::Error>> + use<> {
-    let records = db.scan_prefix([RECORD]);
-    // The length was checked when the chain was.
-    records.map(|record| Ok(record?.1.get(32..).unwrap_or_default().to_vec()))
+    // It was read, and all values were checked, when the chain was followed.
+    let meta = db.get(META).ok().flatten();
+    let meta = meta.as_deref().and_then(read_meta);
+    let layout = meta.map_or(Layout::Bundles, |(layout, _)| layout);
+    db.scan_prefix([RECORD]).flat_map(move |pair| match pair {
+        Ok((_, value)) => payloads_of(layout, &value).into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    })
+}
+
+fn payloads_of(layout: Layout, value: &[u8]) -> Vec<Vec<u8>> {
+    let records = records(layout, value).map_while(Result::ok);
+    records.map(|(_, payload)| payload.to_vec()).collect()
+}
+
+/// Whether a store whose copy was followed ends where the copy did.
+fn ends_at(db: &sled::Db, layout: Layout, seen: Head) -> Result<(), Unread> {
+    let last = db.scan_prefix([RECORD]).next_back().transpose();
+    let last = last.map_err(|error| store_error("read", error))?;
+    let end = last.and_then(|(key, value)| {
+        let first = u64::from_be_bytes(key.strip_prefix(&[RECORD])?.try_into().ok()?);
+        let (place, record) = records(layout, &value).enumerate().last()?;
+        let (hash, _) = record.ok()?;
+        Some((first + u64::try_from(place).ok()?, hash.to_vec()))
+    });
+    match end {
+        None if seen.number == 0 => Ok(()),
+        Some((number, hash)) if number == seen.number && hash == seen.hash.0 => Ok(()),
+        end => {
+            let number = end.map_or(0, |(number, _)| number);
+            Err(unreadable(ends_elsewhere(number, seen)))
+        }
+    }
+}
+
+fn ends_elsewhere(found: u64, seen: Head) -> String {
+    format!(
+        "it ends at record {found}, but a copy of it at record {}",
+        seen.number
+    )
 }
 
 /// Takes the state directory for this process; the kernel frees it when the process is gone,

@@ -150,6 +150,10 @@ impl Rollout {
                     let after_undo = undo.map_or(0, |undo| undo.number);
                     let by_host = self.attempts.entry((*at, *direction)).or_default();
                     let attempts = by_host.entry(host.clone()).or_default();
+                    if attempts.is_empty() {
+                        // Hardly ever are there more, and of many hosts and steps each byte counts.
+                        attempts.reserve_exact(1);
+                    }
                     match attempts.last_mut() {
                         // Said again, with a later end.
                         Some(last) if last.number == *attempt => {
