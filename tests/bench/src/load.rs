@@ -90,7 +90,7 @@ pub(crate) enum Said {
         at: Vec<u64>,
         /// Dials that failed before that, and those of them in which TLS or HTTP/2 did.
         failed: u64,
-        refused: u64,
+        refused: Vec<u64>,
     },
     /// Every session is gone.
     Dropped,
@@ -129,7 +129,7 @@ struct Shared {
     rounds: Mutex<HashMap<String, Round>>,
     welcomed: Mutex<HashMap<HostId, u64>>,
     failed: AtomicU64,
-    refused: AtomicU64,
+    refused: Mutex<Vec<u64>>,
     gone: AtomicU64,
     ramp: Semaphore,
     first_time: AtomicBool,
@@ -155,7 +155,7 @@ async fn play(load: Load) -> Result<()> {
         rounds: Mutex::default(),
         welcomed: Mutex::default(),
         failed: AtomicU64::new(0),
-        refused: AtomicU64::new(0),
+        refused: Mutex::default(),
         gone: AtomicU64::new(0),
         ramp: Semaphore::new(RAMP),
         first_time: AtomicBool::new(true),
@@ -293,14 +293,14 @@ impl Simulated {
             Ok(channel) => channel,
             Err(error) => {
                 if !format!("{error:?}").contains("ConnectionRefused") {
-                    self.shared.refused.fetch_add(1, Ordering::Relaxed);
+                    lock(&self.shared.refused).push(clock::now());
                 }
                 return false;
             }
         };
         self.channel = Some(channel.clone());
         let Ok(mut agent) = Agent::begin(channel, hello.into()).await else {
-            self.shared.refused.fetch_add(1, Ordering::Relaxed);
+            lock(&self.shared.refused).push(clock::now());
             return false;
         };
         drop(turn);
@@ -340,7 +340,7 @@ impl Simulated {
             say(&Said::Connected {
                 at,
                 failed: self.shared.failed.swap(0, Ordering::Relaxed),
-                refused: self.shared.refused.swap(0, Ordering::Relaxed),
+                refused: std::mem::take(&mut lock(&self.shared.refused)),
             });
         }
     }

@@ -38,6 +38,9 @@ pub(crate) use setup::token;
 /// The trust domain of test installations.
 pub const DOMAIN: &str = "lockstep.test";
 
+/// How the controller's unit has its allocator give memory back.
+const ALLOCATOR: &str = "background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0";
+
 /// Who submits rollouts; in no group that approves them.
 pub const REQUESTER: &str = "alice";
 
@@ -429,7 +432,10 @@ impl Cluster {
         let mut controller = Daemon::spawn(Launch {
             name: "the controller",
             argv,
-            env: vec![("NO_COLOR".to_owned(), "1".into())],
+            env: vec![
+                ("NO_COLOR".to_owned(), "1".into()),
+                ("MALLOC_CONF".to_owned(), ALLOCATOR.into()),
+            ],
             dir: &directory,
             log: &log,
             user: None,
