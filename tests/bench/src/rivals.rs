@@ -1,7 +1,7 @@
 //! What others take for the same on such a machine.
 //!
-//! Measured before, and not in this run: 50 hosts that are containers of one machine with two cores,
-//! over SSH (Salt: over its own bus), wall time in seconds of the command that a person types.
+//! Measured before, and not in this run: 50 hosts on one machine of two cores, connections warm where
+//! they can be, wall time in seconds of the command that a person types.
 //!
 //! | | a task without effect | four tasks | four tasks in waves of ten |
 //! |---|---|---|---|
