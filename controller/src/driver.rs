@@ -19,7 +19,7 @@ mod room;
 mod round;
 mod term;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;

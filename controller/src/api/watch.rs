@@ -1,5 +1,8 @@
 //! A rollout's events for one watcher: what was, then what comes.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
