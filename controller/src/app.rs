@@ -30,9 +30,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected;
+use tower::util::MapResponseLayer;
 
 use crate::api::access::AccessLayer;
-use crate::api::{Control, Submissions};
+use crate::api::{Control, Submissions, shared};
 use crate::blobs::Blobs;
 use crate::config::Config;
 use crate::driver::{Driver, DriverError, Handle, Parts};
@@ -346,6 +347,7 @@ where
             suspensions,
             refusals,
         })
+        .layer(MapResponseLayer::new(shared::in_its_place))
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(STREAMS)

@@ -20,7 +20,7 @@ mod room;
 mod round;
 mod term;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -637,11 +637,17 @@ impl Driver {
                 });
             }
         }
-        for (rollout, event) in effects.published {
+        for (rollout, event) in &effects.published {
             if event.kind == EventKind::Ended {
                 tracing::info!(%rollout, state = event.state, why = event.message, "ended");
             }
-            self.hub.publish(&rollout, || convert::event(&event));
+        }
+        for events in effects
+            .published
+            .chunk_by(|(one, _), (other, _)| one == other)
+        {
+            let wire = events.iter().map(|(_, event)| convert::event(event));
+            self.hub.publish(&events[0].0, wire);
         }
         // Whoever asked may be gone; that changes nothing.
         for (answer, result) in answers {

@@ -84,7 +84,7 @@ pub(super) async fn follow(control: Control, wanted: Wanted, sender: Sender) -> 
                     }
                 },
                 event = events.recv() => match event {
-                    Ok(event) if event.kind() != wire::EventKind::Ended => {}
+                    Ok(piece) if !piece.has_end() => {}
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => break,
                     Err(broadcast::error::RecvError::Closed) => {
                         events = control.hub.subscribe(&wanted.rollout);

@@ -4,6 +4,8 @@ pub(crate) mod access;
 pub(crate) mod convert;
 mod follow;
 mod glass;
+mod outbox;
+pub(crate) mod shared;
 mod trust;
 mod watch;
 
@@ -86,7 +88,8 @@ type Stream<T> = ReceiverStream<Result<T, Status>>;
 
 #[tonic::async_trait]
 impl ControlService for Control {
-    type WatchStream = Stream<wire::RolloutEvent>;
+    // What is sent stands beside the answer: everybody who watches gets the same bytes.
+    type WatchStream = shared::Nothing<wire::RolloutEvent>;
     type LogsStream = Stream<wire::LogLine>;
 
     async fn submit(
@@ -164,10 +167,10 @@ impl ControlService for Control {
         let wire::WatchRequest { rollout, after } = request.into_inner();
         let rollout = rollout_id(&rollout)?;
         self.summary(&rollout).await?;
-        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        let (sender, encoded) = mpsc::channel(watch::QUEUE);
         let watch = watch::watch(self.clone(), rollout, after, sender.clone());
         self.spawn_stream(&peer, sender, watch);
-        Ok(Response::new(ReceiverStream::new(receiver)))
+        Ok(shared::answer(encoded))
     }
 
     async fn get_rollout(

@@ -188,7 +188,8 @@ fn unreachable_hint(address: &str, source: &(dyn StdError + 'static)) -> String 
         };
     }
     "the controller ended the connection: is your certificate an operator's, valid now, and of the \
-     issuer that the controller trusts?"
+     issuer that the controller trusts? and are there too many connections under your name, such \
+     as commands that watch?"
         .to_owned()
 }
 

@@ -55,7 +55,8 @@ impl Journal for Breakable {
     }
 }
 
-fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
+/// What a driver is made of.
+pub(crate) fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
     Parts {
         suspensions: Arc::default(),
         journal: Box::new(Breakable {
@@ -75,7 +76,8 @@ fn driver(memory: &Memory) -> Driver {
     Driver::recover(parts(memory, &Arc::default()), |_| None).unwrap()
 }
 
-fn hello(host: &str) -> Hello {
+/// What an agent says first.
+pub(crate) fn hello(host: &str) -> Hello {
     Hello {
         versions: VersionRange { min: 1, max: 1 },
         host: host.parse().unwrap(),
@@ -90,7 +92,8 @@ fn hello(host: &str) -> Hello {
     }
 }
 
-fn candidate(host: &str) -> (Candidate, mpsc::Receiver<registry::Down>) {
+/// An agent that would like a session.
+pub(crate) fn candidate(host: &str) -> (Candidate, mpsc::Receiver<registry::Down>) {
     let (queue, messages) = mpsc::channel(QUEUE);
     let candidate = Candidate {
         host: host.parse().unwrap(),
@@ -254,7 +257,7 @@ fn time_never_goes_back() {
 }
 
 /// A plan for one host, to be ended ten minutes after it was submitted.
-fn plan() -> SealedPlan {
+pub(crate) fn plan() -> SealedPlan {
     let step = Step {
         name: None,
         action: Action::CheckPort(Port {

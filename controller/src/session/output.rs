@@ -170,7 +170,7 @@ async fn take(
     if due && says_something {
         attempt.published = Some(Instant::now());
         let text: String = progress_text.chars().take(MAX_PROGRESS_TEXT).collect();
-        agents.hub.publish(&key.rollout, || RolloutEvent {
+        let event = || RolloutEvent {
             kind: EventKind::StepProgress.into(),
             phase: attempt.phase.clone(),
             step: key.at.to_string(),
@@ -181,7 +181,10 @@ async fn take(
             message: harmless(&text),
             progress_permille: progress_permille.map(|progress| progress.min(1000)),
             ..RolloutEvent::default()
-        });
+        };
+        agents
+            .hub
+            .publish(&key.rollout, std::iter::once_with(event));
     }
     Ok(())
 }
