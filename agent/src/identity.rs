@@ -122,6 +122,18 @@ pub(crate) fn remove_left_over(run_dir: &Path) {
 /// Writes a whole new file and makes its content durable, but not its name. A symbolic link of that
 /// name is not followed.
 pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let file = write_whole(path, bytes)?;
+    sync_all(&file, path)?;
+    reached("file: synchronised");
+    Ok(())
+}
+
+/// The same for this boot only: after a power loss it may be torn, or not there.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_whole(path, bytes).map(drop)
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<File> {
     reached("file: to be written");
     let mut file = OpenOptions::new()
         .write(true)
@@ -133,9 +145,7 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     reached("file: opened");
     file.write_all(bytes)?;
     reached("file: written");
-    sync_all(&file, path)?;
-    reached("file: synchronised");
-    Ok(())
+    Ok(file)
 }
 
 /// Replaces a file as a whole: afterwards the new content is durable, or the old one is there.

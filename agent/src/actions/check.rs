@@ -4,7 +4,8 @@
 //! A check asks once when it is probed, and may wait when it is applied. In a dry run a step
 //! before it may be what meets it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use lockstep_proto::action::Address;
@@ -126,29 +127,47 @@ struct Listener {
     inode: u64,
 }
 
-/// Everything that listens on this host, as the kernel tells it.
-fn listeners() -> Result<Vec<Listener>, Failure> {
-    let mut found = vec![];
+/// What listens on a port of this host, as the kernel tells it. Its table has a line for each
+/// connection too: nothing is read beyond the line that answers.
+fn listener(port: u16) -> Result<Option<Listener>, Failure> {
     for path in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        match fs::read_to_string(path) {
-            Ok(text) => found.extend(text.lines().skip(1).filter_map(parse_listener)),
+        let found = match File::open(path) {
+            Ok(table) => find_listener(BufReader::new(table), port),
             // A kernel without IPv6 has no such file.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(super::files::failed(format!("read {path}"), &error)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => Err(error),
+        };
+        let found = found.map_err(|error| super::files::failed(format!("read {path}"), &error))?;
+        if found.is_some() {
+            return Ok(found);
         }
     }
-    Ok(found)
+    Ok(None)
+}
+
+fn find_listener(mut table: impl BufRead, port: u16) -> std::io::Result<Option<Listener>> {
+    let mut line = String::new();
+    while table.read_line(&mut line)? > 0 {
+        let found = parse_listener(&line).filter(|listener| listener.port == port);
+        if found.is_some() {
+            return Ok(found);
+        }
+        line.clear();
+    }
+    Ok(None)
 }
 
 /// `sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...`
 fn parse_listener(line: &str) -> Option<Listener> {
     /// TCP_LISTEN
     const LISTEN: &str = "0A";
-    let mut fields = line.split_whitespace();
-    let (address, port) = fields.nth(1)?.split_once(':')?;
+    let mut fields = line.split_ascii_whitespace();
+    let local = fields.nth(1)?;
+    // Most lines end here: they are connections, or the table's heading.
     if fields.nth(1)? != LISTEN {
         return None;
     }
+    let (address, port) = local.split_once(':')?;
     let inode = fields.nth(5)?.parse().ok()?;
     let port = u16::from_str_radix(port, 16).ok()?;
     // Words of 32 bits in the machine's own order of bytes.
@@ -168,7 +187,8 @@ fn parse_listener(line: &str) -> Option<Listener> {
     })
 }
 
-/// Who holds a socket: `python3, process 4711`. Others' sockets are seen by root only.
+/// Who holds a socket: `python3, process 4711`. Others' sockets are seen by root only. It asks for
+/// every open file of every process, so that only what went wrong is worth it.
 fn holder(inode: u64) -> Option<String> {
     let socket = format!("socket:[{inode}]");
     for pid in pids() {
@@ -196,11 +216,7 @@ pub(super) fn holder_of(address: &Address) -> Option<String> {
             .ok()?
             .is_loopback();
     let port: u16 = port.parse().ok().filter(|_| local)?;
-    let listener = listeners()
-        .ok()?
-        .into_iter()
-        .find(|listener| listener.port == port)?;
-    holder(listener.inode)
+    holder(listener(port).ok()??.inode)
 }
 
 fn pids() -> Vec<i32> {
@@ -222,9 +238,7 @@ fn name_of(pid: i32) -> Option<String> {
 }
 
 fn port(check: &Port) -> Result<Finding, Failure> {
-    let listening = listeners()?
-        .into_iter()
-        .find(|listener| listener.port == check.port);
+    let listening = listener(check.port)?;
     let met = listening.is_some() == (check.expect == PortState::Open);
     let words = match listening {
         None => format!("nothing listens on port {}", check.port),
@@ -233,9 +247,9 @@ fn port(check: &Port) -> Result<Finding, Failure> {
             port,
             inode,
         }) => {
-            let by = holder(inode)
-                .map(|holder| format!(" ({holder})"))
-                .unwrap_or_default();
+            // Of a port that is open as it should be nobody asks who has it.
+            let holder = if met { None } else { holder(inode) };
+            let by = holder.map_or_else(String::new, |holder| format!(" ({holder})"));
             format!("port {port} is open on {address}{by}")
         }
     };

@@ -28,18 +28,22 @@ use crate::config::Config;
 use crate::faults::planted;
 use crate::process::head;
 use crate::sql::remove_left_over;
-use crate::step::{Claim, Claimed, Ended, Job, StepDir, failure};
+use crate::step::{Claim, Claimed, Ended, Job, Keep, StepDir, failure};
 
 /// How long a host that cannot be asked is asked again, and how often: after a power loss the agent
 /// is up before the database. The step's own timeout ends it sooner, for nobody waits longer.
 const ASK_AGAIN: Duration = Duration::from_mins(2);
 const ASK_EVERY: Duration = Duration::from_secs(2);
 
-/// How often the outcome is looked for: often at first, for many steps take no time, and then at
-/// leisure. Only while something runs.
+/// How often the outcome of another daemon's child, or systemd's, is looked for: often at first, for
+/// many steps take no time, and then at leisure. Only while something runs.
 const POLL_FIRST: Duration = Duration::from_millis(5);
 const POLL_LATER: Duration = Duration::from_millis(50);
 const SOON: Duration = Duration::from_millis(500);
+
+/// The same of the daemon's own child: its end is told. This is for one that has left its outcome
+/// and cannot end, such as one that waits for a file system that hangs.
+const POLL_CHILD: Duration = Duration::from_millis(500);
 
 /// How long a step process may take to claim its attempt. One that is later finds the claim taken.
 const CLAIM_WITHIN: Duration = Duration::from_secs(30);
@@ -65,6 +69,9 @@ pub(crate) enum Met {
     /// The daemon finds it at its start. It is never started any more: meanwhile the controller may
     /// have given it up, and people may have decided otherwise.
     Found,
+    /// The daemon finds it at its start: it only observed, and it began in a boot that is over. Of
+    /// its files a power loss may have left anything ([`Keep::ThisBoot`]).
+    Over,
 }
 
 impl Host {
@@ -113,6 +120,8 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
                 }
             }
         }
+        // No process of it is alive, and none is started any more: the journal has its intent.
+        Met::Over => return or_cancelled(dir, left_by(dir)),
         Met::Found if dir.claim().exists() => Process::Elsewhere,
         // Claiming decides: a process that was started before and is still on its way finds the
         // claim taken, or is found by it.
@@ -129,6 +138,15 @@ async fn outcome(host: &Host, key: &StepKey, dir: &StepDir, met: Met) -> Ended {
             let never = failure(Cause::Interrupted, "the step process ended before it began");
             cannot_start(host, key, dir, process, never).await
         }
+    }
+}
+
+/// What an attempt that only observed has left of a boot that is over. An outcome that can be read
+/// is whole; one that is torn, or not there, proves nothing, and there is no effect to be proven.
+fn left_by(dir: &StepDir) -> Ended {
+    match dir.read_outcome() {
+        Ok(Some(ended)) if !planted!(ForgetOutcome) => ended,
+        _ => failed(failure(Cause::Interrupted, NO_OUTCOME)),
     }
 }
 
@@ -176,10 +194,10 @@ enum Waited {
 async fn wait(boot: &BootId, dir: &StepDir, process: &mut Process) -> Waited {
     let start = Instant::now();
     loop {
-        let pause = if start.elapsed() < SOON {
-            POLL_FIRST
-        } else {
-            POLL_LATER
+        let pause = match process {
+            Process::Child(_) => POLL_CHILD,
+            _ if start.elapsed() < SOON => POLL_FIRST,
+            _ => POLL_LATER,
         };
         let ends = async {
             match process {
@@ -192,8 +210,8 @@ async fn wait(boot: &BootId, dir: &StepDir, process: &mut Process) -> Waited {
             *process = Process::None;
         }
         // The order matters: a process that is gone may have written the outcome just before.
-        let claimed = dir.claim().exists();
         let claim = Claim::read(dir);
+        let claimed = claim.is_some() || dir.claim().exists();
         if claim.as_ref().is_some_and(|claim| !claim.acts) {
             return Waited::NeverClaimed;
         }
@@ -236,7 +254,7 @@ async fn cannot_start(
     process: Process,
     why: Failure,
 ) -> Ended {
-    let claimed = Claim::never(host.boot.clone()).and_then(|claim| claim.take(dir));
+    let claimed = Claim::never(host.boot.clone()).and_then(|claim| claim.take(dir, Keep::Durably));
     match claimed {
         Ok(Claimed::Now) => never_begun(dir, why),
         Ok(Claimed::Before) => claimed_before(host, key, dir, why).await,

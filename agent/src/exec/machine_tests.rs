@@ -2,7 +2,7 @@ use super::*;
 use std::collections::BTreeMap;
 
 use lockstep_proto::action::Action;
-use lockstep_proto::ids::{BootId, Digest, HostId, PlanDigest, StepRef};
+use lockstep_proto::ids::{BootId, Digest, PlanDigest, StepRef};
 use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::plan::Undo;
 use lockstep_proto::report::StepOutcome;
@@ -45,7 +45,7 @@ fn held_step(step: u16, action: &str, args: Value) -> HeldStep {
 fn key(step: u16, direction: Direction, attempt: u16) -> StepKey {
     StepKey {
         rollout: rollout(1),
-        host: HostId::try_from("app-1".to_owned()).unwrap(),
+        host: "app-1".parse().unwrap(),
         at: StepRef { phase: 0, step },
         direction,
         attempt,
@@ -402,7 +402,7 @@ fn no_step_is_left_out_that_every_host_does() {
     let said = |host: &str, done| Order {
         bindings: vec![Binding {
             origin: StepKey {
-                host: HostId::try_from(host.to_owned()).unwrap(),
+                host: host.parse().unwrap(),
                 ..key(1, Do, 1)
             },
             fact: Fact::Resolved {

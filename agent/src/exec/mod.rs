@@ -28,7 +28,7 @@ use crate::config::Config;
 use crate::identity::{IdentityError, boot_id, private_dir};
 use crate::journal::{AppendError, FORMAT, Journal, JournalError, Need, Record, Seen};
 use crate::sql::remove_left_over;
-use crate::step::{Ended, Job, StepDir};
+use crate::step::{Ended, Job, Keep, StepDir};
 use crate::watchdog::{Due, beat};
 
 mod admit;
@@ -379,7 +379,27 @@ impl Exec {
                 // The daemon may have ended between the record and the deed.
                 Runner::cancel(&self.host.dir(&key), &self.host.boot);
             }
-            self.spawn_attend(key, Met::Found);
+            let met = if self.is_over(at, attempt) {
+                Met::Over
+            } else {
+                Met::Found
+            };
+            self.spawn_attend(key, met);
+        }
+    }
+
+    /// Whether an attempt only observed, and began in an earlier boot.
+    fn is_over(&self, at: StepRef, attempt: &Attempt) -> bool {
+        let mut steps = self.held.iter().flat_map(|held| &held.steps);
+        let step = steps.find(|step| step.at == at);
+        let kept = step.is_none_or(|step| Keep::of(&step.action).is_durable());
+        let intent = attempt
+            .began
+            .filter(|_| !kept)
+            .and_then(|began| self.journal.read(began).ok());
+        match intent {
+            Some(Record::Intent(intent)) => intent.boot != self.host.boot,
+            _ => false,
         }
     }
 

@@ -21,7 +21,7 @@ use super::{Event, Exec, ExecError, Offer, Preparing, Refusal};
 use crate::actions;
 use crate::faults::{planted, reached};
 use crate::journal::{AppendError, Intent, Need, Record};
-use crate::step::{Ended, Job, StepDir, failure};
+use crate::step::{Ended, Job, Keep, StepDir, failure};
 
 impl Exec {
     pub(super) fn handle_order(&mut self, order: Order) -> Result<(), ExecError> {
@@ -87,7 +87,7 @@ impl Exec {
         if planted!(ReuseStepKey) {
             let _ = std::fs::remove_dir_all(dir.path());
         }
-        if let Err(error) = dir.make() {
+        if let Err(error) = dir.make(Keep::of(&job.action)) {
             return self.finish_unbegun(order.key, failed(no_room(&error)));
         }
         let session = self.session.as_ref().expect("orders come in a session");

@@ -17,7 +17,7 @@ use super::consent::{self, HeldStep};
 use super::licences::Serial;
 use super::policy::Policy;
 use crate::faults::reached;
-use crate::identity::replace_file;
+use crate::identity::{replace_file, write_file};
 
 /// Compiled plans that are kept. Those of dry runs go when there are more.
 const KEPT: usize = 16;
@@ -89,7 +89,12 @@ pub(crate) fn store(
 ) -> Result<SealedPlan, StoreError> {
     let sealed = seal::open_expecting(bytes, digest)?;
     forget_old(state_dir, held)?;
-    replace_file(&compiled(state_dir, digest), bytes)?;
+    // Not synchronised: what a power loss tears has another digest, and is asked for again.
+    let path = compiled(state_dir, digest);
+    let fresh = path.with_extension("new");
+    write_file(&fresh, bytes)?;
+    std::fs::rename(fresh, path)?;
+    reached("file: renamed");
     Ok(sealed)
 }
 

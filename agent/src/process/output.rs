@@ -1,15 +1,20 @@
 //! Output of programs on its way to the step's log: by line, bounded, without secrets.
 
+use std::borrow::Cow;
+
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::secrets::Secret;
-use crate::step::StepLog;
+use crate::step::{LAST_LINES, StepLog};
 
 /// The most of standard output that is kept for the caller, in bytes.
 const MAX_KEPT: usize = 1 << 20;
 
 /// A line without end is logged in pieces of about this many bytes.
 const MAX_LINE: usize = 64 << 10;
+
+/// What a pipe holds, in bytes: no read brings more.
+const PIPE: usize = 64 << 10;
 
 /// What stands in a secret's place.
 const HIDDEN: &str = "***";
@@ -44,11 +49,11 @@ impl Redactor {
     }
 
     /// The text without them.
-    pub(crate) fn hide(&self, text: &str) -> String {
-        let mut text = text.to_owned();
+    pub(crate) fn hide<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let mut text = Cow::Borrowed(text);
         for needle in &self.needles {
             if text.contains(needle.expose()) {
-                text = text.replace(needle.expose(), HIDDEN);
+                text = Cow::Owned(text.replace(needle.expose(), HIDDEN));
             }
         }
         text
@@ -64,21 +69,27 @@ impl Redactor {
 
 /// The beginning of an output.
 #[derive(Debug, Default)]
-pub(crate) struct Kept(String);
+pub(crate) struct Kept {
+    text: String,
+    /// Something did not fit, and nothing after it is kept.
+    full: bool,
+}
 
 impl Kept {
     fn push(&mut self, text: &str) {
-        let room = MAX_KEPT.saturating_sub(self.0.len()).min(text.len());
-        self.0.push_str(head(text, room));
+        let fitting = head(text, MAX_KEPT - self.text.len());
+        self.text.push_str(fitting);
+        self.full = fitting.len() < text.len();
     }
 
     /// What was kept.
     pub(crate) fn into_string(self) -> String {
-        self.0
+        self.text
     }
 }
 
-/// Copies a pipe to the log, and its beginning to `kept`, until it is closed.
+/// Copies a pipe to the log, and its beginning to `kept`, until it is closed. What has come at once
+/// is handed on at once: a program that prints without end is not to cost a write for each line.
 pub(crate) async fn copy(
     pipe: Option<impl AsyncRead + Unpin>,
     redactor: &Redactor,
@@ -87,39 +98,89 @@ pub(crate) async fn copy(
 ) {
     let Some(mut pipe) = pipe else { return };
     let mut pending: Vec<u8> = Vec::new();
-    let mut chunk = vec![0; 16 << 10];
     loop {
+        let begun = pending.len();
+        pending.reserve(PIPE);
         // An error on a pipe means what its end means: there is nothing more to read.
-        let length = pipe.read(&mut chunk).await.unwrap_or(0);
-        pending.extend_from_slice(&chunk[..length]);
-        while let Some(text) = next_piece(&mut pending, redactor, length == 0) {
-            if let Some(kept) = &mut kept {
-                kept.push(&text);
-            }
-            log.line(&printable(&text));
-        }
+        let length = pipe.read_buf(&mut pending).await.unwrap_or(0);
         if length == 0 {
+            hand_on(&pending, redactor, log, kept);
             return;
+        }
+        if let Some(end) = pending[begun..].iter().rposition(|byte| *byte == b'\n') {
+            let end = begun + end + 1;
+            hand_on(&pending[..end], redactor, log, kept.as_deref_mut());
+            pending.drain(..end);
+        }
+        while let Some(piece) = cut_endless(&mut pending, redactor) {
+            // Nothing of it is left to hide.
+            let hidden = Redactor::default();
+            hand_on(piece.as_bytes(), &hidden, log, kept.as_deref_mut());
         }
     }
 }
 
-/// Takes the next whole line, or as much of an overlong one as surely holds no part of a secret.
-fn next_piece(pending: &mut Vec<u8>, redactor: &Redactor, last: bool) -> Option<String> {
-    if let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
-        let line: Vec<u8> = pending.drain(..=end).collect();
-        return Some(redactor.hide(&String::from_utf8_lossy(&line)));
-    }
-    if last && !pending.is_empty() {
-        return Some(redactor.hide(&String::from_utf8_lossy(&std::mem::take(pending))));
-    }
+/// Takes as much of a line without end as surely holds no part of a secret that goes on behind it.
+fn cut_endless(pending: &mut Vec<u8>, redactor: &Redactor) -> Option<String> {
     if pending.len() < MAX_LINE + redactor.overlap() {
         return None;
     }
-    let hidden = redactor.hide(&String::from_utf8_lossy(pending));
+    let mut hidden = redactor
+        .hide(&String::from_utf8_lossy(pending))
+        .into_owned();
     let safe = head(&hidden, hidden.len().saturating_sub(redactor.overlap())).len();
     *pending = hidden.as_bytes()[safe..].to_vec();
-    Some(hidden[..safe].to_owned())
+    hidden.truncate(safe);
+    Some(hidden)
+}
+
+/// Hands lines on to whoever still takes them.
+fn hand_on(lines: &[u8], redactor: &Redactor, log: &StepLog, kept: Option<&mut Kept>) {
+    if let Some(kept) = kept {
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
+            if kept.full {
+                break;
+            }
+            kept.push(&redactor.hide(&String::from_utf8_lossy(line)));
+        }
+    }
+    if log.is_full() {
+        log.add(&newest(lines, redactor));
+        return;
+    }
+    let mut text = String::with_capacity(lines.len() + 1);
+    for line in lines.split_inclusive(|byte| *byte == b'\n') {
+        add_clean(line, redactor, &mut text);
+    }
+    log.add(&text);
+}
+
+/// The last lines, as many as a failure shows: nobody sees the others.
+fn newest(lines: &[u8], redactor: &Redactor) -> String {
+    let mut found = vec![];
+    for line in lines.rsplit(|byte| *byte == b'\n') {
+        let mut text = String::new();
+        add_clean(line, redactor, &mut text);
+        if !text.is_empty() {
+            found.push(text);
+        }
+        if found.len() == LAST_LINES {
+            break;
+        }
+    }
+    found.reverse();
+    found.concat()
+}
+
+/// Adds a line as the log has it, unless nothing of it is to be seen.
+fn add_clean(line: &[u8], redactor: &Redactor, text: &mut String) {
+    let line = String::from_utf8_lossy(line);
+    let line = redactor.hide(&line);
+    let line = printable(&line);
+    if !line.is_empty() {
+        text.push_str(&line);
+        text.push('\n');
+    }
 }
 
 /// The text's beginning: at most so many bytes, in whole characters.
@@ -132,13 +193,15 @@ pub(crate) fn head(text: &str, bytes: usize) -> &str {
 }
 
 /// Without control characters: they would move the reader's cursor, or pose as a progress mark.
-fn printable(text: &str) -> String {
+fn printable(text: &str) -> Cow<'_, str> {
     // Progress bars overwrite their line; only what would stand there at last is of interest.
     let text = text.trim_end_matches(['\n', '\r']);
     let text = text.rsplit('\r').next().unwrap_or(text);
-    text.chars()
-        .filter(|c| *c == '\t' || !c.is_control())
-        .collect()
+    let shown = |c: char| c == '\t' || !c.is_control();
+    if text.chars().all(shown) {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(text.chars().filter(|c| shown(*c)).collect())
 }
 
 #[cfg(test)]
@@ -192,6 +255,65 @@ mod tests {
         let kept = kept.into_string();
         assert!(kept.len() <= MAX_KEPT && kept.len() > MAX_KEPT - 4);
         assert!(kept.chars().all(|c| c == 'ä'));
+    }
+
+    /// A pipe that brings what it has in pieces of any size.
+    struct Pieces<'a>(&'a [u8], usize);
+
+    impl AsyncRead for Pieces<'_> {
+        fn poll_read(
+            mut self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+            buffer: &mut tokio::io::ReadBuf<'_>,
+        ) -> std::task::Poll<std::io::Result<()>> {
+            self.1 = self.1 % 97 + 13;
+            let length = self.1.min(self.0.len()).min(buffer.remaining());
+            let (now, later) = self.0.split_at(length);
+            buffer.put_slice(now);
+            self.0 = later;
+            std::task::Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_arrive_whole_however_they_come() {
+        let lines: Vec<String> = (0..200).map(|n| format!("line {n} s3cr3t ä")).collect();
+        let text = lines.join("\n\n\r\n");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = StepLog::to_file(path.clone());
+        let mut kept = Kept::default();
+        let hide = redactor(&["s3cr3t"]);
+        copy(
+            Some(Pieces(text.as_bytes(), 0)),
+            &hide,
+            &log,
+            Some(&mut kept),
+        )
+        .await;
+        let seen = |text: &str| text.replace("s3cr3t", HIDDEN);
+        let logged = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(logged, seen(&lines.join("\n")) + "\n");
+        assert_eq!(kept.into_string(), seen(&text));
+        assert_eq!(log.last_lines().last(), Some(&seen(&lines[199])));
+    }
+
+    /// The first lines are in the file, the last ones are told, and those between cost nothing.
+    #[tokio::test]
+    async fn of_a_flood_the_log_has_its_beginning_and_the_last_lines() {
+        let flood: Vec<u8> = (0..90_000)
+            .flat_map(|n| format!("{n:06}{}\n\n", "x".repeat(1017)).into_bytes())
+            .collect();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = StepLog::to_file(path.clone());
+        copy(Some(&flood[..]), &redactor(&["s3cr3t"]), &log, None).await;
+        let logged = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(logged.len(), 64 << 20);
+        assert!(logged.ends_with(&format!("{:06}{}\n", (64 << 10) - 1, "x".repeat(1017))));
+        let last = log.last_lines();
+        let numbers = last.iter().map(|line| line[..6].parse().unwrap());
+        assert!(numbers.eq(89_980_u32..90_000), "{last:?}");
     }
 
     #[test]

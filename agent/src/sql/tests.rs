@@ -130,7 +130,7 @@ async fn whoever_takes_an_attempts_name_keeps_his_session() {
     let bench = Bench::new().await;
     let log = bench.host.path().join("log");
     let mut cx = migrating(&bench, bench.cx(1, vec![]), "postgres");
-    cx.log = crate::step::StepLog::to_file(&log).unwrap();
+    cx.log = crate::step::StepLog::to_file(log.clone());
     let faked = format!("SET application_name = '{}'", application_name(&cx.key));
     let app = bench.session("as_app").await;
     app.run("test", &faked).await.unwrap();

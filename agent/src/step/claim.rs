@@ -9,7 +9,7 @@ use lockstep_proto::ids::BootId;
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::StepDir;
+use super::{Keep, StepDir};
 use crate::faults::{planted, reached};
 use crate::journal::{sync_all, sync_dir};
 
@@ -61,14 +61,14 @@ impl Claim {
         Ok(Self { acts: false, ..own })
     }
 
-    /// Claims the attempt for ever. Durable when it returns. Whoever sees the claim sees all of it:
-    /// it is written under a name of its own, and whoever links that first has claimed.
-    pub(crate) fn take(&self, dir: &StepDir) -> io::Result<Claimed> {
+    /// Claims the attempt for ever, and durably if its files are kept so. Whoever sees the claim sees
+    /// all of it: it is written under a name of its own, and whoever links that first has claimed.
+    pub(crate) fn take(&self, dir: &StepDir, keep: Keep) -> io::Result<Claimed> {
         if dir.claim().exists() {
             return Ok(Claimed::Before);
         }
         let own = dir.claim_of(self.pid);
-        let linked = self.write(&own).and_then(|()| {
+        let linked = self.write(&own, keep).and_then(|()| {
             reached("claim: to be made");
             std::fs::hard_link(&own, dir.claim())
         });
@@ -84,14 +84,14 @@ impl Claim {
             }
             Err(error) => return Err(error),
         }
-        if !planted!(ClaimSkipsSync) {
+        if keep.is_durable() && !planted!(ClaimSkipsSync) {
             sync_dir(dir.path())?;
         }
         reached("claim: taken");
         Ok(Claimed::Now)
     }
 
-    fn write(&self, path: &Path) -> io::Result<()> {
+    fn write(&self, path: &Path, keep: Keep) -> io::Result<()> {
         // Another process of this id may have been killed here. Overwritten, it could be the claim.
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -106,10 +106,10 @@ impl Claim {
         let text = serde_json::to_vec(self).expect("a claim is plain data");
         file.write_all(&text)?;
         reached("claim: written");
-        if !planted!(ClaimSkipsSync) {
+        if keep.is_durable() && !planted!(ClaimSkipsSync) {
             sync_all(&file, path)?;
-            reached("claim: synchronised");
         }
+        reached("claim: synchronised");
         Ok(())
     }
 
@@ -201,8 +201,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = StepDir::at(root.path().to_owned());
         let claim = Claim::own(boot(1)).unwrap();
-        assert_eq!(claim.take(&dir).unwrap(), Claimed::Now);
-        assert_eq!(claim.take(&dir).unwrap(), Claimed::Before);
+        assert_eq!(claim.take(&dir, Keep::Durably).unwrap(), Claimed::Now);
+        assert_eq!(claim.take(&dir, Keep::Durably).unwrap(), Claimed::Before);
         assert_eq!(Claim::read(&dir), Some(claim));
     }
 
@@ -213,7 +213,7 @@ mod tests {
         let dir = StepDir::at(root.path().to_owned());
         let watch = lockstep_tests::power::Watch::begin(root.path());
         let claim = Claim::own(boot(1)).unwrap();
-        claim.take(&dir).unwrap();
+        claim.take(&dir, Keep::Durably).unwrap();
         let moments = watch.end();
         let mut random = rand::rngs::StdRng::seed_from_u64(1);
         let mut found = [0; 2];
@@ -240,11 +240,11 @@ mod tests {
         // A process of the same id was killed while it wrote.
         std::fs::write(dir.claim_of(claim.pid), "{\"pi").unwrap();
         assert_eq!(Claim::read(&dir), None);
-        assert_eq!(claim.take(&dir).unwrap(), Claimed::Now);
+        assert_eq!(claim.take(&dir, Keep::Durably).unwrap(), Claimed::Now);
         // One was killed between its claim and what it had to tidy up.
         std::fs::hard_link(dir.claim(), dir.claim_of(claim.pid)).unwrap();
         let other = Claim::never(boot(2)).unwrap();
-        assert_eq!(other.take(&dir).unwrap(), Claimed::Before);
+        assert_eq!(other.take(&dir, Keep::Durably).unwrap(), Claimed::Before);
         assert_eq!(Claim::read(&dir), Some(claim));
     }
 

@@ -1,6 +1,6 @@
 //! What an action may use: the host's configuration, its secrets, the step's log, and time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -150,62 +150,77 @@ pub(crate) struct StepLog {
 }
 
 struct LogFile {
-    file: Option<std::fs::File>,
+    sink: Sink,
     written: u64,
-    last: std::collections::VecDeque<String>,
+    last: VecDeque<String>,
+}
+
+/// Where lines go, beside the last ones that are told.
+enum Sink {
+    /// To a file that is made with the first line: most steps say nothing.
+    New(PathBuf),
+    /// To a file.
+    File(std::fs::File),
+    /// Nowhere: it is full, or was never wanted.
+    None,
 }
 
 /// The most that is kept of a step's output, in bytes: beyond it only the last lines are.
 const MAX_LOG_BYTES: u64 = 64 << 20;
 
 /// How many lines a failure shows.
-const LAST_LINES: usize = 20;
+pub(crate) const LAST_LINES: usize = 20;
 
 /// The longest line that a failure shows, in bytes.
 const MAX_LINE: usize = 400;
 
 impl StepLog {
     /// A log that goes to a file.
-    pub(crate) fn to_file(path: &Path) -> std::io::Result<Self> {
-        let file = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)?;
-        Ok(Self::new(Some(file)))
+    pub(crate) fn to_file(path: PathBuf) -> Self {
+        Self::new(Sink::New(path))
     }
 
     /// A log that only keeps its last lines: for looks, which belong to no attempt.
     pub(crate) fn nowhere() -> Self {
-        Self::new(None)
+        Self::new(Sink::None)
     }
 
-    fn new(file: Option<std::fs::File>) -> Self {
-        let last = std::collections::VecDeque::with_capacity(LAST_LINES);
+    fn new(sink: Sink) -> Self {
         Self {
             inner: Arc::new(std::sync::Mutex::new(LogFile {
-                file,
+                sink,
                 written: 0,
-                last,
+                last: VecDeque::with_capacity(LAST_LINES),
             })),
         }
     }
 
+    /// Whether only the last lines are kept from now on.
+    pub(crate) fn is_full(&self) -> bool {
+        let inner = self.inner.lock().expect("no holder of the log panics");
+        matches!(inner.sink, Sink::None)
+    }
+
     /// Adds a line. An error to write it never fails a step: the log is for people.
     pub(crate) fn line(&self, text: &str) {
-        use std::io::Write as _;
+        let lines = text.lines().flat_map(|line| [line, "\n"]);
+        self.add(&lines.collect::<String>());
+    }
+
+    /// Adds whole lines, with one write.
+    pub(crate) fn add(&self, lines: &str) {
         let mut inner = self.inner.lock().expect("no holder of the log panics");
-        for line in text.lines() {
-            let length = line.len() as u64 + 1;
-            if inner.written + length <= MAX_LOG_BYTES {
-                inner.written += length;
-                if let Some(file) = &mut inner.file {
-                    let _ = writeln!(file, "{line}");
-                }
-            }
-            if inner.last.len() == LAST_LINES {
-                inner.last.pop_front();
-            }
-            inner.last.push_back(head(line, MAX_LINE).to_owned());
+        inner.write(lines);
+        let newest: Vec<&str> = lines.lines().rev().take(LAST_LINES).collect();
+        for line in newest.into_iter().rev() {
+            // Its room is used again.
+            let mut last = match inner.last.len() {
+                LAST_LINES => inner.last.pop_front().unwrap_or_default(),
+                _ => String::new(),
+            };
+            last.clear();
+            last.push_str(head(line, MAX_LINE));
+            inner.last.push_back(last);
         }
     }
 
@@ -226,6 +241,47 @@ impl StepLog {
             .filter(|line| !line.starts_with('\u{1}'))
             .cloned()
             .collect()
+    }
+}
+
+impl Sink {
+    fn open(&mut self) -> Option<&std::fs::File> {
+        if let Self::New(path) = self {
+            let mut options = std::fs::OpenOptions::new();
+            *self = match options.create(true).append(true).open(path) {
+                Ok(file) => Self::File(file),
+                Err(_) => Self::None,
+            };
+        }
+        match self {
+            Self::File(file) => Some(file),
+            Self::New(_) | Self::None => None,
+        }
+    }
+}
+
+impl LogFile {
+    /// Writes as many of these lines as there is room for.
+    fn write(&mut self, lines: &str) {
+        use std::io::Write as _;
+        let Some(mut file) = self.sink.open() else {
+            return;
+        };
+        let room = usize::try_from(MAX_LOG_BYTES - self.written).unwrap_or(usize::MAX);
+        let fitting = match lines.as_bytes().get(..room) {
+            None => lines.len(),
+            Some(beginning) => {
+                let end = beginning.iter().rposition(|byte| *byte == b'\n');
+                end.map_or(0, |end| end + 1)
+            }
+        };
+        if fitting > 0 {
+            let _ = file.write_all(&lines.as_bytes()[..fitting]);
+            self.written += fitting as u64;
+        }
+        if fitting < lines.len() {
+            self.sink = Sink::None;
+        }
     }
 }
 

@@ -15,9 +15,9 @@ use rustix::fs::FallocateFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::LogMark;
+use super::{Keep, LogMark};
 use crate::faults::reached;
-use crate::identity::{private_dir, replace_file};
+use crate::identity::{private_dir, replace_file, write_file};
 use crate::journal::{sync_all, sync_dir};
 
 /// What a step process is to do.
@@ -108,20 +108,32 @@ impl StepDir {
         self.0.join("job.json")
     }
 
-    /// Makes the directory, durably.
-    pub(crate) fn make(&self) -> io::Result<()> {
+    /// Makes the directory. It is durable, if it is kept so, once the job is written: until then
+    /// nobody relies on it.
+    pub(crate) fn make(&self, keep: Keep) -> io::Result<()> {
         reached("step directory: to be made");
-        private_dir(&self.files()).map_err(io::Error::other)?;
-        sync_dir(&self.0)?;
-        sync_dir(self.0.parent().unwrap_or_else(|| Path::new(".")))?;
+        // Who only observes keeps nothing.
+        let made = match keep {
+            Keep::Durably => private_dir(&self.files()),
+            Keep::ThisBoot => private_dir(&self.0),
+        };
+        made.map_err(io::Error::other)?;
         reached("step directory: made");
         Ok(())
     }
 
-    /// Writes the job.
+    /// Writes the job. Only the process that is started afterwards reads it, or, where the attempt
+    /// may have changed something, whoever settles it after a power loss.
     pub(crate) fn write_job(&self, job: &Job) -> io::Result<()> {
         let text = serde_json::to_vec(job).expect("a job has no map with other keys than text");
-        replace_file(&self.job(), &text)
+        match Keep::of(&job.action) {
+            Keep::Durably => {
+                // With it the names in the directory, and then the directory's own.
+                replace_file(&self.job(), &text)?;
+                sync_dir(self.0.parent().unwrap_or_else(|| Path::new(".")))
+            }
+            Keep::ThisBoot => write_file(&self.job(), &text),
+        }
     }
 
     /// Reads the job.
@@ -148,8 +160,8 @@ impl StepDir {
         Ok(())
     }
 
-    /// Writes the outcome: whole and durable when this returns.
-    pub(crate) fn write_outcome(&self, ended: &Ended) -> io::Result<()> {
+    /// Writes the outcome: whole when it is there, and durable when this returns if it is kept so.
+    pub(crate) fn write_outcome(&self, ended: &Ended, keep: Keep) -> io::Result<()> {
         let text =
             serde_json::to_vec(ended).expect("an outcome has no map with other keys than text");
         let path = self.outcome_to_be();
@@ -160,11 +172,15 @@ impl StepDir {
         reached("outcome: written");
         file.set_len(text.len() as u64)?;
         reached("outcome: cut");
-        sync_all(&file, &path)?;
+        if keep.is_durable() {
+            sync_all(&file, &path)?;
+        }
         reached("outcome: synchronised");
         std::fs::rename(path, self.outcome())?;
         reached("outcome: renamed");
-        sync_dir(&self.0)?;
+        if keep.is_durable() {
+            sync_dir(&self.0)?;
+        }
         reached("outcome: there");
         Ok(())
     }

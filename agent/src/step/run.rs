@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{Claim, Claimed, Context, Ended, Job, StepDir, StepLog, failure};
+use super::{Claim, Claimed, Context, Ended, Job, Keep, StepDir, StepLog, failure};
 use crate::actions::{self, Done, Probe};
 use crate::config::Config;
 use crate::faults::planted;
@@ -66,11 +66,12 @@ pub(crate) async fn perform(
         return Err(io::Error::other(format!("the job is that of {}", job.key)));
     }
     let boot = boot_id(&config.run_dir).map_err(io::Error::other)?;
-    let log = StepLog::to_file(&dir.log())?;
+    let keep = Keep::of(&job.action);
+    let log = StepLog::to_file(dir.log());
     // Before the claim: without room for its outcome the attempt must not begin. Of two processes
     // that race, the second finds the first one's file and leaves it as it is.
     dir.reserve_outcome()?;
-    let claimed = Claim::own(boot)?.take(&dir)?;
+    let claimed = Claim::own(boot)?.take(&dir, keep)?;
     if claimed == Claimed::Before && !planted!(ExecuteClaimed) {
         return Ok(StepExit::ClaimedBefore);
     }
@@ -79,7 +80,7 @@ pub(crate) async fn perform(
             Cause::Cancelled,
             "stopped before it began, as people asked for",
         );
-        write(&dir, &ended(Err(stopped), Period(0))).await?;
+        write(&dir, &ended(Err(stopped), Period(0)), keep).await?;
         return Ok(StepExit::Done);
     }
     let context = Context {
@@ -145,7 +146,7 @@ pub(crate) async fn perform(
     });
     let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     let ended = ended(result, Period(millis));
-    write(&dir, &ended).await?;
+    write(&dir, &ended, keep).await?;
     Ok(StepExit::Done)
 }
 
@@ -235,10 +236,10 @@ pub(crate) fn would(probe: Probe) -> Result<Done, Failure> {
     })
 }
 
-async fn write(dir: &StepDir, ended: &Ended) -> io::Result<()> {
+async fn write(dir: &StepDir, ended: &Ended, keep: Keep) -> io::Result<()> {
     let mut tries = 0;
     loop {
-        match dir.write_outcome(ended) {
+        match dir.write_outcome(ended, keep) {
             Ok(()) => return Ok(()),
             // Without the step's directory nobody waits for it.
             Err(error) if tries == WRITE_TRIES || error.kind() == io::ErrorKind::NotFound => {

@@ -252,7 +252,8 @@ impl<'a> Chain<'a> {
     fn failure(&self, label: &str, why: &str, answer: Option<&Answer>) -> Failure {
         let hide = Redactor::new(&self.secrets);
         let shown = answer.map(|answer| {
-            let body = hide.hide(&String::from_utf8_lossy(&answer.body));
+            let body = String::from_utf8_lossy(&answer.body);
+            let body = hide.hide(&body);
             let body: String = body
                 .chars()
                 .map(|c| if c.is_control() { ' ' } else { c })

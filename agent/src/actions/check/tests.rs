@@ -36,8 +36,32 @@ fn the_kernels_table_of_sockets_is_read() {
     assert_eq!(parse_listener(&line.replace(" 0A ", " 01 ")), None);
 }
 
+/// A table that must not be read to its end.
+struct Endless;
+
+impl std::io::Read for Endless {
+    fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+        panic!("the answer had been read")
+    }
+}
+
+#[test]
+fn the_table_of_sockets_is_read_as_far_as_the_answer() {
+    use std::io::Read as _;
+    let line = |port, state| {
+        let rest = "00000000:00000000 00:00000000 00000000     0        0";
+        format!("   0: 0100007F:{port:04X} 00000000:0000 {state} {rest} {port} 1\n")
+    };
+    let heading = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt\n";
+    let text = [heading, &line(81, "0A"), &line(80, "01"), &line(80, "0A")].concat();
+    let table = BufReader::new(text.as_bytes().chain(Endless));
+    let found = find_listener(table, 80).unwrap().unwrap();
+    assert_eq!((found.port, found.inode), (80, 80));
+    assert_eq!(find_listener(text.as_bytes(), 82).unwrap(), None);
+}
+
 #[tokio::test]
-async fn an_open_port_is_found_with_its_holder() {
+async fn an_open_port_is_found_and_its_holder_where_it_is_in_the_way() {
     let host = Host::new();
     let cx = host.context();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -50,17 +74,13 @@ async fn an_open_port_is_found_with_its_holder() {
         port,
         expect: PortState::Refused,
     };
+    // To find the holder takes a look at all that every process has open.
     let done = apply(&open, &cx).await.unwrap();
-    assert!(
-        done.summary
-            .contains(&format!("process {}", std::process::id())),
-        "{}",
-        done.summary
-    );
-    assert_eq!(
-        apply(&refused, &cx).await.unwrap_err().cause,
-        Cause::CheckUnmet
-    );
+    assert_eq!(done.summary, format!("port {port} is open on 127.0.0.1"));
+    let unmet = apply(&refused, &cx).await.unwrap_err();
+    assert_eq!(unmet.cause, Cause::CheckUnmet);
+    let holder = format!("process {}", std::process::id());
+    assert!(unmet.message.contains(&holder), "{}", unmet.message);
     let address = Address(format!("localhost:{port}"));
     assert!(holder_of(&address).is_some());
     drop(listener);

@@ -260,7 +260,7 @@ async fn who_is_in_the_way_is_told_while_a_migration_waits() {
     let stage = stage(kind, &Cluster::alone()).await.unwrap();
     let mut cx = as_owner(stage.bench.cx(4, vec![]));
     let log = cx.dir.join("log");
-    cx.log = crate::step::StepLog::to_file(&log).unwrap();
+    cx.log = crate::step::StepLog::to_file(log.clone());
     let act = Apply {
         lock_timeout: lockstep_proto::values::Period::seconds(20),
         ..stage.act("head")

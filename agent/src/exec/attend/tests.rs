@@ -1,19 +1,26 @@
 use lockstep_proto::ids::{RolloutId, StepRef};
+use lockstep_tests::power::{Moment, Watch};
+use rand::SeedableRng as _;
 use serde_json::json;
+use tempfile::TempDir;
 
 use super::*;
 use crate::config::StepRunner;
 use crate::testing;
 
-/// An attempt at an action, with its job written.
-async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
-    let host = Host {
-        config: Arc::new(of.config.clone()),
+fn host_of(config: Config) -> Host {
+    Host {
+        config: Arc::new(config),
         boot: BootId::from_bytes([1; 8]),
         runner: Runner::new(StepRunner::Session, "/agent.toml".as_ref()).unwrap(),
         logs: mpsc::channel(1).0,
         looks: Cell::new(0),
-    };
+    }
+}
+
+/// An attempt at an action, with its job written.
+async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
+    let host = host_of(of.config.clone());
     let key = StepKey {
         rollout: RolloutId::from_random([1; 6]),
         host: host.config.host.clone(),
@@ -29,10 +36,70 @@ async fn attempt(of: &testing::Host, action: &Action) -> (Host, StepKey) {
         timeout: Period::seconds(30),
         log_offsets: std::collections::BTreeMap::new(),
     };
-    host.dir(&key).make().unwrap();
+    host.dir(&key).make(Keep::of(action)).unwrap();
     job.before = host.before(&job).await.unwrap();
     host.dir(&key).write_job(&job).unwrap();
     (host, key)
+}
+
+/// States in which the disk may be if the power goes now.
+fn cuts(moment: &Moment, of: &testing::Host) -> impl Iterator<Item = (TempDir, Host)> {
+    let mut random = rand::rngs::StdRng::seed_from_u64(1);
+    (0..300).map(move |_| {
+        let cut = tempfile::tempdir().unwrap();
+        moment.cut(&mut random, cut.path());
+        let state_dir = cut.path().to_owned();
+        let config = of.config.clone();
+        (
+            cut,
+            host_of(Config {
+                state_dir,
+                ..config
+            }),
+        )
+    })
+}
+
+#[tokio::test]
+async fn what_only_observes_waits_for_no_disk_and_is_told_right_after_a_power_loss() {
+    let of = testing::Host::new();
+    let action = Action::deserialize_args("check.port", json!({"port": 1}));
+    let action = action.unwrap().unwrap();
+    let watch = Watch::begin(&of.config.state_dir);
+    let (host, key) = attempt(&of, &action).await;
+    let (dir, keep) = (host.dir(&key), Keep::of(&action));
+    let claim = Claim::own(host.boot.clone()).unwrap();
+    assert_eq!(claim.take(&dir, keep).unwrap(), Claimed::Now);
+    dir.reserve_outcome().unwrap();
+    let told = failed(failure(Cause::CheckUnmet, "nothing listens"));
+    dir.write_outcome(&told, keep).unwrap();
+    let moments = watch.end();
+    assert_eq!(moments.len(), 1, "nothing is synchronised but the journal");
+    let mut found = [0; 2];
+    for (_cut, host) in cuts(&moments[0], &of) {
+        let ended = outcome(&host, &key, &host.dir(&key), Met::Over).await;
+        let whole = ended == told;
+        let without = failed(failure(Cause::Interrupted, NO_OUTCOME));
+        assert!(whole || ended == without, "INV-1: {ended:?}");
+        found[usize::from(whole)] += 1;
+    }
+    assert!(found.iter().all(|count| *count > 0), "{found:?}");
+}
+
+#[tokio::test]
+async fn what_may_change_something_has_its_job_on_the_disk_before_its_intent() {
+    let of = testing::Host::new();
+    std::fs::create_dir(StepDir::parent(&of.config.state_dir)).unwrap();
+    let action = Action::deserialize_args("exec.run", json!({"name": "x", "argv": ["true"]}));
+    let watch = Watch::begin(&of.config.state_dir);
+    let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
+    let job = host.dir(&key).read_job().unwrap();
+    let moments = watch.end();
+    for (_cut, host) in cuts(moments.last().unwrap(), &of) {
+        let dir = host.dir(&key);
+        assert_eq!(dir.read_job().unwrap(), job, "INV-2");
+        assert!(dir.files().is_dir(), "INV-2");
+    }
 }
 
 #[tokio::test]
@@ -105,7 +172,9 @@ async fn a_disk_that_is_full_before_the_claim_is_a_failure_that_changed_nothing(
     let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
     let dir = host.dir(&key);
     disk.fill(0);
-    let never = Claim::never(host.boot.clone()).unwrap().take(&dir);
+    let never = Claim::never(host.boot.clone())
+        .unwrap()
+        .take(&dir, Keep::Durably);
     assert!(never.is_err(), "{never:?}");
     // Its step process ends before it claims.
     let new = Met::New { unproven: vec![] };
@@ -138,7 +207,10 @@ async fn a_step_process_that_ends_before_it_begins_is_interrupted_and_never_begi
         (failure.cause, failure.changed),
         (Cause::Interrupted, false)
     );
-    let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
+    let late = Claim::own(host.boot.clone())
+        .unwrap()
+        .take(&dir, Keep::Durably)
+        .unwrap();
     assert_eq!(late, Claimed::Before, "INV-1");
 }
 
@@ -159,7 +231,7 @@ async fn what_an_attempt_without_proof_left_running_is_ended_before_the_next_one
         boot: host.boot.clone(),
         acts: true,
     };
-    claim.take(&dir).unwrap();
+    claim.take(&dir, Keep::Durably).unwrap();
     while claim.alive(&host.boot).is_empty() {
         sleep(POLL_FIRST).await;
     }
@@ -168,7 +240,7 @@ async fn what_an_attempt_without_proof_left_running_is_ended_before_the_next_one
         ..first.clone()
     };
     let dir = host.dir(&undo);
-    dir.make().unwrap();
+    dir.make(Keep::Durably).unwrap();
     let unproven = vec![first];
     outcome(&host, &undo, &dir, Met::New { unproven }).await;
     assert!(left.try_wait().unwrap().is_some(), "it still runs");
@@ -191,7 +263,10 @@ async fn an_attempt_that_is_found_before_it_began_never_begins() {
             (Cause::Interrupted, false)
         );
         assert!(!dir.output().exists(), "a step process was started");
-        let late = Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
+        let late = Claim::own(host.boot.clone())
+            .unwrap()
+            .take(&dir, Keep::Durably)
+            .unwrap();
         assert_eq!(late, Claimed::Before, "INV-1");
     }
     std::fs::write(dir.cancel(), "").unwrap();
@@ -208,14 +283,17 @@ async fn an_attempt_that_is_found_while_its_step_process_acts_is_waited_for() {
     let (host, key) = attempt(&of, &action.unwrap().unwrap()).await;
     let dir = host.dir(&key);
     // It was a moment faster; this process plays it.
-    Claim::own(host.boot.clone()).unwrap().take(&dir).unwrap();
+    Claim::own(host.boot.clone())
+        .unwrap()
+        .take(&dir, Keep::Durably)
+        .unwrap();
     let ended = {
         let mut waits = std::pin::pin!(outcome(&host, &key, &dir, Met::Found));
         let soon = timeout(Duration::from_millis(300), &mut waits).await;
         assert!(soon.is_err(), "it is running: {soon:?}");
         dir.reserve_outcome().unwrap();
-        dir.write_outcome(&failed(failure(Cause::CheckUnmet, "no")))
-            .unwrap();
+        let ended = failed(failure(Cause::CheckUnmet, "no"));
+        dir.write_outcome(&ended, Keep::ThisBoot).unwrap();
         waits.await
     };
     assert_eq!(ended, failed(failure(Cause::CheckUnmet, "no")));
@@ -226,7 +304,10 @@ fn who_waits_for_another_process_than_its_child_lets_others_run() {
     let root = tempfile::tempdir().unwrap();
     let dir = StepDir::at(root.path().to_owned());
     let boot = BootId::from_bytes([1; 8]);
-    Claim::own(boot.clone()).unwrap().take(&dir).unwrap();
+    Claim::own(boot.clone())
+        .unwrap()
+        .take(&dir, Keep::Durably)
+        .unwrap();
     let (answer, answers) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut runtime = tokio::runtime::Builder::new_current_thread();

@@ -46,7 +46,7 @@ async fn a_cancel_that_was_recorded_and_not_carried_out_is_carried_out_later() {
     ];
     exec.commit(records.into(), Need::Opens).unwrap();
     let dir = exec.host.dir(&key);
-    dir.make().unwrap();
+    dir.make(Keep::Durably).unwrap();
     // The daemon's start, and the controller's repeated word. Nothing of what they spawn runs.
     let local = tokio::task::LocalSet::new();
     let _entered = local.enter();
@@ -56,6 +56,44 @@ async fn a_cancel_that_was_recorded_and_not_carried_out_is_carried_out_later() {
     let epoch = Epoch { counter: 1, id: 1 };
     exec.handle_cancel(&key.rollout, epoch).unwrap();
     assert!(dir.cancel().exists(), "when it is asked for again");
+}
+
+/// Of what only observes nothing but its intent need outlive a power loss: the host knows nonetheless
+/// how it ended, and does not ask people.
+#[tokio::test]
+async fn what_observed_in_a_boot_that_is_over_has_failed_and_changed_nothing() {
+    let host = testing::Host::new();
+    let mut exec = connected(&host);
+    let rollout = RolloutId::from_random([1; 6]);
+    exec.held = Some(held_for(&mut exec, &rollout));
+    let key = StepKey {
+        rollout,
+        host: exec.host.config.host.clone(),
+        at: step().at,
+        direction: Direction::Do,
+        attempt: 1,
+    };
+    let intent = Record::Intent(Intent {
+        key: key.clone(),
+        before: Value::Null,
+        boot: lockstep_proto::ids::BootId::from_bytes([9; 8]),
+        at: wall_clock(),
+        counted: None,
+    });
+    exec.commit(vec![intent], Need::Opens).unwrap();
+    let local = tokio::task::LocalSet::new();
+    let ended = local.run_until(async {
+        exec.take_up();
+        exec.events.recv().await.unwrap()
+    });
+    let Event::Ended(of, ended) = ended.await else {
+        panic!("something else was told");
+    };
+    let StepOutcome::Failed(failure) = ended.outcome else {
+        panic!("INV-1: {ended:?}");
+    };
+    let told = (failure.cause, failure.changed);
+    assert_eq!((of, told), (key, (Cause::Interrupted, false)));
 }
 
 #[tokio::test]
@@ -92,7 +130,7 @@ async fn what_a_killed_agent_had_still_to_remove_goes_at_its_next_start() {
     plan.write(&config.state_dir, &ended.rollout).unwrap();
     let dirs = [&held, &ended].map(|key| exec.host.dir(key));
     for dir in &dirs {
-        dir.make().unwrap();
+        dir.make(Keep::Durably).unwrap();
     }
     let plans = plans::dir(&config.state_dir);
     let boot = config.run_dir.join("boot.1");
@@ -159,11 +197,8 @@ fn connected(host: &testing::Host) -> Exec {
     exec
 }
 
-/// How an attempt ends; none if it began.
-async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
-    let host = testing::Host::new();
-    let mut exec = connected(&host);
-    let rollout = RolloutId::from_random([1; 6]);
+/// The host holds itself for a rollout of one step.
+fn held_for(exec: &mut Exec, rollout: &RolloutId) -> HeldPlan {
     let plan = HeldPlan {
         expires: wall_clock().plus(Period::seconds(60)),
         steps: vec![step()],
@@ -173,12 +208,20 @@ async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
     let held = Record::Held(Held {
         rollout: rollout.clone(),
         plan: Digest::of(b"plan"),
-        steps: plan.write(&exec.host.config.state_dir, &rollout).unwrap(),
+        steps: plan.write(&exec.host.config.state_dir, rollout).unwrap(),
         log_offsets: BTreeMap::new(),
         round: 0,
     });
     exec.commit(vec![held], Need::Opens).unwrap();
-    exec.held = Some(plan);
+    plan
+}
+
+/// How an attempt ends; none if it began.
+async fn prepared(meanwhile: Meanwhile<'_>) -> Option<(Cause, bool)> {
+    let host = testing::Host::new();
+    let mut exec = connected(&host);
+    let rollout = RolloutId::from_random([1; 6]);
+    exec.held = Some(held_for(&mut exec, &rollout));
     let key = StepKey {
         rollout: rollout.clone(),
         host: exec.host.config.host.clone(),

@@ -154,7 +154,7 @@ async fn whoever_restored_a_copy_rehearses_where_the_role_of_migrations_may_not_
     facts.retain(|fact| !matches!(fact, Fact::BackupVerified { .. }));
     let mut cx = section(stage.cx(2, facts), &owner, &role);
     let log = cx.dir.join("log");
-    cx.log = crate::step::StepLog::to_file(&log).unwrap();
+    cx.log = crate::step::StepLog::to_file(log.clone());
     let rehearse: Rehearse = serde_json::from_value(rehearsal()).unwrap();
     rehearse.apply(&cx, &NULL).await.unwrap();
     let log = std::fs::read_to_string(log).unwrap();

@@ -307,7 +307,7 @@ impl Signed {
     }
 
     fn hide(&self, text: &str) -> String {
-        self.hidden.hide(text)
+        self.hidden.hide(text).into_owned()
     }
 }
 
