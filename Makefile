@@ -7,9 +7,9 @@ SHELL := /bin/bash
 
 CARGO := cargo
 LOCKED := --locked
-# The product, without the packages that plant faults in it, or reach into its parsers.
-PRODUCT := --workspace --exclude lockstep-faults --exclude lockstep-fuzz --exclude lockstep-sim
-FAULTY := -p lockstep-faults -p lockstep-fuzz -p lockstep-sim
+# The product, without the packages that plant faults in it, or reach into what it keeps to itself.
+PRODUCT := --workspace --exclude lockstep-counts --exclude lockstep-faults --exclude lockstep-fuzz --exclude lockstep-sim
+FAULTY := -p lockstep-counts -p lockstep-faults -p lockstep-fuzz -p lockstep-sim
 # How many seeds `make sim` runs, through the shells and on the pure core.
 SEEDS := 2000
 CORE_SEEDS := 2000
@@ -20,7 +20,7 @@ SECONDS := 600
 # Stories open a few hundred descriptors; some shells start with 256.
 NOFILE := ulimit -n 8192 2>/dev/null || ulimit -n "$$(ulimit -Hn)";
 
-.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet database bench bench-quick skew redteam chaos sim sim-replay fuzz fuzz-keep ci
+.PHONY: help prepare fmt clippy doc build release agent test rotate deny demo fleet database bench bench-quick counts counts-pin skew redteam chaos sim sim-replay fuzz fuzz-keep ci
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -112,6 +112,13 @@ bench: release agent ## fleets of up to 10,000 simulated agents beside a bare ba
 bench-quick: release agent ## the same with up to 1,000, for every day
 	@target/release/bench quick
 
+COUNTS := $(CARGO) run --quiet $(LOCKED) --profile counts -p lockstep-counts
+counts: prepare ## instructions that hot paths take, held against the pinned ones
+	@$(COUNTS)
+
+counts-pin: prepare ## pin what they take now: tests/counts/pinned.json
+	@$(COUNTS) -- pin
+
 skew: build ## the same with the previous release on one side, or on some hosts (tests/previous)
 	@$(NOFILE)
 	target/debug/skew
@@ -146,4 +153,4 @@ fuzz: ## every parser that meets bytes from elsewhere, SECONDS=600 each: [TARGET
 fuzz-keep: ## choose the inputs that reach most, of those that `make fuzz` found: tests/fuzz/corpus
 	@tests/fuzz/run.sh keep $(TARGETS)
 
-ci: fmt clippy doc test deny demo fleet ## everything
+ci: fmt clippy doc test counts deny demo fleet ## everything

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the tests and the demo need beside Rust: a C compiler, git, Python with venv, node with npm,
-# a PostgreSQL server, pgBackRest, Barman, and ssh-keygen. What is missing is installed where that is
-# possible (root, or sudo without a password); otherwise the one command that does it is named.
+# a PostgreSQL server, pgBackRest, Barman, ssh-keygen, and valgrind. What is missing is installed
+# where that is possible (root, or sudo without a password); otherwise the one command that does it
+# is named.
 set -euo pipefail
 
 say() { printf 'prepare: %s\n' "$*" >&2; }
@@ -29,6 +30,7 @@ need procps have ps
 need pgbackrest have pgbackrest
 need barman have barman
 need openssh-client have ssh-keygen
+need valgrind have valgrind
 need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 
 # Tests of these say NOT TESTED without them, or fail with LOCKSTEP_REQUIRE_TOOLS=1. They take minutes to

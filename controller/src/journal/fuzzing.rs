@@ -1,8 +1,12 @@
-//! For fuzzers: what must hold of a journal's head and of exports, whoever wrote them.
+//! For fuzzers: what must hold of a journal's head and of exports, whoever wrote them. For whoever
+//! counts: the journal on disk.
+
+use std::path::Path;
 
 use super::head;
 use super::offline::{Records, read_export, verify_export};
-use super::{Head, JournalId};
+use super::sled::SledJournal;
+use super::{Head, Journal as _, JournalId};
 
 /// A slot of a head file: one that is read is the one that would be written.
 pub fn head_slot(bytes: &[u8]) {
@@ -60,4 +64,20 @@ pub fn export_of(payloads: &[Vec<u8>]) -> Vec<u8> {
     let mut text = vec![];
     records.write(&mut text).expect("memory can be written");
     text
+}
+
+/// The journal on disk, to which batches are appended.
+#[derive(Debug)]
+pub struct OpenJournal(SledJournal);
+
+impl OpenJournal {
+    /// Opens the one in a state directory, or makes it.
+    pub fn at(state: &Path) -> Self {
+        Self(SledJournal::open(state).expect("it can be opened"))
+    }
+
+    /// Makes a batch durable.
+    pub fn append(&mut self, payloads: &[Vec<u8>]) {
+        self.0.append(payloads).expect("the disk takes it");
+    }
 }
