@@ -34,15 +34,17 @@ pub(super) fn values<P: AsRef<[u8]>>(
                 values.push((head.number, value));
             }
             Layout::Bundles => {
-                let has_room = |value: &Vec<u8>| value.len() + FRONT + payload.len() <= LARGEST;
-                let value = match values.last_mut().filter(|(_, last)| has_room(last)) {
-                    Some((_, last)) => last,
-                    None => &mut values.push_mut((head.number, Vec::new())).1,
-                };
-                let length = u32::try_from(payload.len()).expect("payloads are small");
-                value.extend_from_slice(&length.to_be_bytes());
-                value.extend_from_slice(&head.hash.0);
-                value.extend_from_slice(payload);
+                let size = FRONT + payload.len();
+                let has_room = |(_, value): &(u64, Vec<u8>)| value.len() + size <= LARGEST;
+                if !values.last().is_some_and(has_room) {
+                    values.push((head.number, Vec::new()));
+                }
+                if let Some((_, value)) = values.last_mut() {
+                    let length = u32::try_from(payload.len()).expect("payloads are small");
+                    value.extend_from_slice(&length.to_be_bytes());
+                    value.extend_from_slice(&head.hash.0);
+                    value.extend_from_slice(payload);
+                }
             }
         }
     }
