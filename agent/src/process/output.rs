@@ -312,8 +312,8 @@ mod tests {
         assert_eq!(logged.len(), 64 << 20);
         assert!(logged.ends_with(&format!("{:06}{}\n", (64 << 10) - 1, "x".repeat(1017))));
         let last = log.last_lines();
-        let numbers = last.iter().map(|line| line[..6].parse().unwrap());
-        assert!(numbers.eq(89_980_u32..90_000), "{last:?}");
+        let numbers = last.iter().map(|line| line[..6].parse::<u32>().unwrap());
+        assert!(numbers.eq(89_980..90_000), "{last:?}");
     }
 
     #[test]
