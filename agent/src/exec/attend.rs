@@ -41,8 +41,8 @@ const POLL_FIRST: Duration = Duration::from_millis(5);
 const POLL_LATER: Duration = Duration::from_millis(50);
 const SOON: Duration = Duration::from_millis(500);
 
-/// The same of the daemon's own child: its end is told. This is for one that has left its outcome
-/// and cannot end, such as one that waits for a file system that hangs.
+/// The longest pause of the same of the daemon's own child: each is twice the one before, for its end
+/// is told. Its outcome is there before that, while it waits for its directory to be on the disk.
 const POLL_CHILD: Duration = Duration::from_millis(500);
 
 /// How long a step process may take to claim its attempt. One that is later finds the claim taken.
@@ -193,9 +193,14 @@ enum Waited {
 /// Waits for the outcome file, or for the end of the process that should write it.
 async fn wait(boot: &BootId, dir: &StepDir, process: &mut Process) -> Waited {
     let start = Instant::now();
+    let mut of_child = POLL_FIRST;
     loop {
         let pause = match process {
-            Process::Child(_) => POLL_CHILD,
+            Process::Child(_) => {
+                let pause = of_child;
+                of_child = (pause * 2).min(POLL_CHILD);
+                pause
+            }
             _ if start.elapsed() < SOON => POLL_FIRST,
             _ => POLL_LATER,
         };
