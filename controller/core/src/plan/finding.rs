@@ -82,7 +82,7 @@ codes! {
     MisleadingQuery "0053" "A statement that answers another question than the one asked.";
     NothingToCompare "0054" "A comparison with how a database was, and no earlier step looks.";
     NeverVerified "0055" "A backup that no later step restores and compares.";
-    NoPointToRecover "0056" "A migration that a recovery undoes, and no earlier restore point that one could lead to.";
+    NoPointToRecover "0056" "A migration that a recovery undoes, and no earlier restore point that one could lead to, or one that is older than another change of the database.";
     WholeServer "0057" "A way back that takes all databases of a server along.";
 }
 
