@@ -36,7 +36,7 @@ pub(crate) const PATHS: [Path; 7] = [
     path("event", wire::encode_events, 1_000, 21_000),
     Path {
         bound: 10,
-        ..path("journal_batch", journal::append, 10, 60)
+        ..path("journal_batch", journal::append, 5, 25)
     },
 ];
 
