@@ -112,7 +112,7 @@ bench: release agent ## fleets of up to 10,000 simulated agents beside a bare ba
 bench-quick: release agent ## the same with up to 1,000, for every day
 	@target/release/bench quick
 
-COUNTS := $(CARGO) run --quiet $(LOCKED) --profile counts -p lockstep-counts
+COUNTS := $(CARGO) run $(LOCKED) --profile counts -p lockstep-counts
 counts: prepare ## instructions that hot paths take, held against the pinned ones
 	@$(COUNTS)
 

@@ -35,8 +35,8 @@ pub(crate) const PATHS: [Path; 7] = [
     path("record_decode", records::decode, 1_000, 6_000),
     path("event", wire::encode_events, 1_000, 21_000),
     Path {
-        bound: 10,
-        ..path("journal_batch", journal::append, 10, 60)
+        bound: 5,
+        ..path("journal_batch", journal::append, 5, 25)
     },
 ];
 
