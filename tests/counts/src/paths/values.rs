@@ -11,7 +11,7 @@ pub(super) const NOW: Timestamp = Timestamp(1_790_000_000_000);
 
 pub(super) const EPOCH: Epoch = Epoch {
     counter: 17,
-    id: 0x5eed_0f_a_7e24,
+    id: 0x5ee_d0fa_7e24,
 };
 
 pub(super) fn host(number: usize) -> HostId {
