@@ -665,6 +665,9 @@ impl Driver {
             read(&self.coordinator);
         }
         if planted!(SendBeforePersist) {
+            // What is acknowledged would wait past the append.
+            let lost = self.sessions.pay(&witnessed).into_iter();
+            self.own.extend(lost.map(|host| Event::HostDown { host }));
             self.journal.append(&payloads)?;
         }
         Ok(())
