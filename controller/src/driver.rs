@@ -11,6 +11,7 @@
 //! ends without sending anything of that batch, and the process with it; the next process folds
 //! what was persisted.
 
+mod admission;
 mod clock;
 mod dues;
 mod handle;
@@ -33,16 +34,15 @@ use lockstep_core::{Answer, Config, Coordinator, Event, Notify, Record, RecoverE
 use lockstep_proto::ids::{Epoch, HostId, PlanDigest};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
-use lockstep_proto::wire::{Hello, Welcome, agent_v1 as wire};
+use lockstep_proto::wire::agent_v1 as wire;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
-use tonic::Status;
 
 use crate::api::convert;
 use crate::faults::planted;
 use crate::hub::Hub;
 use crate::journal::{AppendError, Journal, OpenError};
-use crate::session::registry::{self, Candidate, Registry, SessionNumber};
+use crate::session::registry::Registry;
 use crate::suspensions::Suspensions;
 pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
@@ -370,8 +370,8 @@ impl Driver {
         for input in batch.drain(..) {
             self.take_input(&mut round, input)?;
         }
+        self.settle(&mut round);
         let now = self.clock.now();
-        self.coordinator.settle_up(now, &mut round.effects);
         // A stream of inputs must not keep deadlines waiting.
         if self.is_due(now) {
             let before = round.effects.persist.len();
@@ -382,6 +382,13 @@ impl Driver {
         }
         round.address(&self.sessions);
         self.finish(round)
+    }
+
+    /// Does what follows from what has come, and addresses it to the sessions of this moment.
+    fn settle(&mut self, round: &mut Round) {
+        self.coordinator
+            .settle_up(self.clock.now(), &mut round.effects);
+        round.address(&self.sessions);
     }
 
     fn is_due(&self, now: Timestamp) -> bool {
@@ -469,94 +476,6 @@ impl Driver {
         self.coordinator
             .take(self.clock.now(), event, &mut round.effects);
         round.address(&self.sessions);
-    }
-
-    /// Admits a session, or says why not.
-    fn open(
-        &mut self,
-        round: &mut Round,
-        hello: Hello,
-        version: u32,
-        candidate: Candidate,
-    ) -> Result<Result<SessionNumber, Status>, DriverError> {
-        let host = candidate.host.clone();
-        // Whoever was let in a moment before the suspension was known is seen here.
-        if let Some(suspension) = self.coordinator.trust().suspension(&host) {
-            let why = format!("{host} is suspended: {}", suspension.reason);
-            return Ok(Err(Status::permission_denied(why)));
-        }
-        if let Err(refused) = self.rates.may_open(self.clock.now(), &host) {
-            return Ok(Err(refused));
-        }
-        if !self.epoch.is_current(hello.highest_epoch) && heeds_terms() {
-            return self.meet_term(&host, hello.highest_epoch).map(Err);
-        }
-        if self.draining {
-            return Ok(Err(Stopping.into()));
-        }
-        let acknowledged = self.coordinator.acknowledged(&host, &hello.instance);
-        let lost = if heeds_terms() {
-            self.find_lost(&hello)?
-        } else {
-            Ok(None)
-        };
-        let lost = match lost {
-            Ok(lost) => lost,
-            Err(refused) => return Ok(Err(refused)),
-        };
-        self.doubted_by.remove(&host);
-        let known = self.coordinator.host(&host);
-        let anew = known.is_some_and(|info| info.instance != hello.instance);
-        let taken = self.sessions.is_taken(&host, &hello.instance);
-        if !taken && (anew || hello.last_report < acknowledged) {
-            tracing::warn!(%host, anew, acknowledged, "the agent has lost its journal");
-            if let Some(rollout) = self.coordinator.locked_by(&host) {
-                return Ok(Err(Status::failed_precondition(format!(
-                    "{host}'s agent lost its journal in the middle of {rollout}, and could do a \
-                     step twice. Put the agent's state directory back, or end {rollout} first"
-                ))));
-            }
-        }
-        let known = self.coordinator.host(&host);
-        let is_news = known.is_none_or(|info| {
-            (&info.instance, &info.labels, &info.agent_version)
-                != (&hello.instance, &hello.labels, &hello.agent_version)
-        });
-        if is_news && let Err(refused) = self.rates.may_change(self.clock.now(), &host) {
-            return Ok(Err(refused));
-        }
-        let replaced = self.sessions.current(&host).is_some();
-        let number = match self.sessions.admit(candidate) {
-            Ok(number) => number,
-            Err(refused) => return Ok(Err(refused)),
-        };
-        if replaced {
-            self.handle(round, Event::HostDown { host: host.clone() });
-        }
-        let welcome = Welcome {
-            version,
-            epoch: self.epoch,
-            clock: self.clock.now(),
-            acknowledged: lost.unwrap_or(acknowledged),
-            earlier: self.coordinator.earlier(&host, &hello.instance),
-        };
-        let welcome = wire::down::Message::Welcome(welcome.into());
-        let welcome = Box::new(registry::down(welcome));
-        round.sends.push((host.clone(), number, welcome));
-        let event = Event::HostUp {
-            host: host.clone(),
-            instance: hello.instance,
-            labels: hello.labels,
-            agent_version: hello.agent_version,
-            held: hello.held_rollout,
-        };
-        self.handle(round, event);
-        if let Some(through) = lost {
-            let now = self.clock.now();
-            let effects = self.coordinator.skip_lost_reports(now, &host, through);
-            round.take(&self.sessions, effects);
-        }
-        Ok(Ok(number))
     }
 
     /// Persists a round, and only then lets anybody know of it (INV-2).
@@ -687,16 +606,6 @@ async fn sleep_until(deadline: Option<Instant>) {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
-}
-
-/// Whether this controller gives way to a higher term. A test's may not: then it is for the agents
-/// to refuse it.
-fn heeds_terms() -> bool {
-    #[cfg(feature = "faults")]
-    if let Some(world) = crate::simulation::world() {
-        return world.heeds_terms();
-    }
-    true
 }
 
 /// A number that nobody can foretell.

@@ -11,9 +11,10 @@ use lockstep_proto::ids::{BootId, InstanceId};
 use lockstep_proto::plan::{
     CompiledPlan, FORMAT, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
 };
+use lockstep_proto::report::{Report, ReportBody};
 use lockstep_proto::seal;
 use lockstep_proto::values::Period;
-use lockstep_proto::wire::VersionRange;
+use lockstep_proto::wire::{Hello, VersionRange};
 
 use lockstep_core::{Effects, Message};
 use lockstep_proto::ids::RolloutId;
@@ -21,7 +22,7 @@ use lockstep_proto::ids::RolloutId;
 use super::*;
 use crate::journal::memory::Memory;
 use crate::journal::{Head, JournalId};
-use crate::session::registry::{Ending, QUEUE};
+use crate::session::registry::{self, Candidate, Ending, QUEUE};
 
 /// A journal whose disk can break.
 #[derive(Debug)]
@@ -300,27 +301,77 @@ pub(crate) fn plan() -> SealedPlan {
     .unwrap()
 }
 
-#[test]
-fn a_deadline_that_stays_due_does_not_keep_the_driver_busy() {
-    let mut driver = driver(&Memory::default());
-    let mut round = Round::default();
-    let mut hello = hello("app-1");
+/// A session of a host that the plan is for.
+fn open(driver: &mut Driver, round: &mut Round, host: &str) -> mpsc::Receiver<registry::Down> {
+    let mut hello = hello(host);
     hello.labels.insert("role".into(), "app".into());
-    let opened = driver.open(&mut round, hello, 1, candidate("app-1").0);
+    hello.last_report = 1;
+    let (candidate, queue) = candidate(host);
+    let opened = driver.open(round, hello, 1, candidate);
     opened.unwrap().unwrap();
-    let now = driver.clock.now();
+    queue
+}
+
+/// Dora's wish for the plan.
+fn submission() -> Event {
     let call = Call::Submit {
         rollout: RolloutId::from_random([1; 6]),
         plan: Arc::new(plan()),
         dry_run: false,
         signatures: vec![],
     };
-    let submit = Event::Operator {
+    Event::Operator {
         operator: "dora".parse().unwrap(),
         groups: vec![],
         call,
-    };
-    let effects = driver.coordinator.handle(now, submit);
+    }
+}
+
+/// The last consent makes everybody's first order due, and is settled at the end of its batch.
+#[test]
+fn a_session_begins_with_its_welcome_whatever_came_in_the_same_batch() {
+    use wire::down::Message as Wire;
+    let mut driver = driver(&Memory::default());
+    let mut round = Round::default();
+    let mut queues = ["app-1", "app-2"].map(|host| open(&mut driver, &mut round, host));
+    driver.handle(&mut round, submission());
+    driver.finish(round).unwrap();
+
+    let mut round = Round::default();
+    for host in ["app-1", "app-2"] {
+        let body = ReportBody::Consented {
+            rollout: RolloutId::from_random([1; 6]),
+            plan: plan().digest(),
+            state: vec![],
+            round: 0,
+        };
+        let report = Report {
+            number: 1,
+            body,
+            head: None,
+        };
+        let host = host.parse().unwrap();
+        driver.handle(&mut round, Event::Report { host, report });
+    }
+    let mut again = open(&mut driver, &mut round, "app-2");
+    driver.settle(&mut round);
+    driver.finish(round).unwrap();
+    let first = again.try_recv().unwrap().message;
+    assert!(matches!(first, Some(Wire::Welcome(_))), "{first:?}");
+    for queue in [&mut queues[0], &mut again] {
+        let messages = std::iter::from_fn(|| queue.try_recv().ok());
+        let orders = messages.filter(|it| matches!(it.message, Some(Wire::Order(_))));
+        assert_eq!(orders.count(), 1, "its order");
+    }
+}
+
+#[test]
+fn a_deadline_that_stays_due_does_not_keep_the_driver_busy() {
+    let mut driver = driver(&Memory::default());
+    let mut round = Round::default();
+    let _queue = open(&mut driver, &mut round, "app-1");
+    let now = driver.clock.now();
+    let effects = driver.coordinator.handle(now, submission());
     assert!(matches!(effects.answer, Some(Ok(_))), "{effects:?}");
     assert!(driver.wake_at().unwrap() > Instant::now());
 
