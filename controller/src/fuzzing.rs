@@ -8,7 +8,7 @@
 pub use crate::cli::fuzzing::{documents, events, findings, plan_summary, text};
 pub use crate::enroll::fuzzing::{certificate_of, csr, csr_of};
 pub use crate::identity::fuzzing::{certificate_name, san};
-pub use crate::journal::fuzzing::{OpenJournal, export, export_of, head_slot};
+pub use crate::journal::fuzzing::{Batches, export, export_of, head_slot};
 pub use crate::session::fuzzing::report;
 
 /// An event as it goes to whoever watches.

@@ -1,12 +1,8 @@
 //! For fuzzers: what must hold of a journal's head and of exports, whoever wrote them. For whoever
-//! counts: the journal on disk.
+//! counts: batches.
 
-use std::path::Path;
-
-use super::head;
 use super::offline::{Records, read_export, verify_export};
-use super::sled::SledJournal;
-use super::{Head, Journal as _, JournalId};
+use super::{Head, JournalId, Layout, chain, head, sled};
 
 /// A slot of a head file: one that is read is the one that would be written.
 pub fn head_slot(bytes: &[u8]) {
@@ -66,18 +62,21 @@ pub fn export_of(payloads: &[Vec<u8>]) -> Vec<u8> {
     text
 }
 
-/// The journal on disk, to which batches are appended.
+/// Batches of a journal that is new.
 #[derive(Debug)]
-pub struct OpenJournal(SledJournal);
+pub struct Batches(Head);
 
-impl OpenJournal {
-    /// Opens the one in a state directory, or makes it.
-    pub fn at(state: &Path) -> Self {
-        Self(SledJournal::open(state).expect("it can be opened"))
+impl Default for Batches {
+    fn default() -> Self {
+        Self(JournalId([7; 16]).anchor())
     }
+}
 
-    /// Makes a batch durable.
-    pub fn append(&mut self, payloads: &[Vec<u8>]) {
-        self.0.append(payloads).expect("the disk takes it");
+impl Batches {
+    /// Chains payloads to the one before, and makes of them what the store takes.
+    pub fn make(&mut self, payloads: &[Vec<u8>]) {
+        let heads = chain(self.0, payloads).expect("they are small");
+        self.0 = heads.last().copied().unwrap_or(self.0);
+        std::hint::black_box(sled::batch(Layout::Bundles, &heads, payloads));
     }
 }

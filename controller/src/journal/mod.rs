@@ -63,8 +63,9 @@ impl Layout {
     }
 }
 
-/// The largest payload, in bytes: with its hash and length, a value has 32 KiB at most.
-pub(crate) const MAX_PAYLOAD: usize = (32 << 10) - 36;
+/// The largest payload, in bytes: with its hash it has 32 KiB. Whatever a journal of either layout
+/// holds, one of the other can take.
+pub(crate) const MAX_PAYLOAD: usize = (32 << 10) - 32;
 
 /// A journal's random id, made with it: records of one journal do not chain in another.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -24,7 +24,9 @@ use super::archive::{self, ArchiveFound};
 use super::disk::io_error;
 use super::head::{HeadError, HeadFile, Stored};
 use super::sled::{self, Copied, SledJournal, Unread};
-use super::{AppendError, Broken, FORMAT, Head, Journal as _, JournalId, OpenError, begins_after};
+use super::{
+    AppendError, Broken, FORMAT, Head, Journal as _, JournalId, Layout, OpenError, begins_after,
+};
 use crate::driver::{taken_over, wall_clock};
 
 /// The version of the text.
@@ -41,6 +43,8 @@ const BATCH: usize = 256;
 pub(crate) struct Inspection {
     /// Whose it is; none if neither its head nor its store says so.
     pub(crate) id: Option<JournalId>,
+    /// How its records lie in its store; none likewise.
+    pub(crate) layout: Option<Layout>,
     /// The head that was acknowledged; none if the head file is broken.
     pub(crate) acknowledged: Option<Head>,
     /// What its first record is chained to, if that is the end of an archive.
@@ -161,10 +165,11 @@ struct ExportedRecord {
 /// Looks at the journal of a state directory, and changes nothing.
 pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
     let journal = Offline::open(state)?;
-    let acknowledged = journal.stored.as_ref().ok().map(|stored| stored.head);
+    let stored = journal.stored.as_ref().ok();
     let mut inspection = Inspection {
-        id: journal.stored.as_ref().ok().map(|stored| stored.id),
-        acknowledged,
+        id: stored.map(|stored| stored.id),
+        layout: stored.map(|stored| stored.layout),
+        acknowledged: stored.map(|stored| stored.head),
         begins_after: None,
         archives: vec![],
         last: None,
@@ -172,8 +177,11 @@ pub(crate) fn inspect(state: &Path) -> Result<Inspection, OpenError> {
     };
     match journal.look() {
         Ok((db, followed)) => {
-            inspection.id = inspection.id.or(Some(followed.id));
-            let first = sled::payloads(&db).next().and_then(Result::ok);
+            inspection.id = Some(followed.id);
+            inspection.layout = Some(followed.layout);
+            let first = sled::payloads(&db, followed.layout)
+                .next()
+                .and_then(Result::ok);
             if followed.base.number > 0
                 && let Some((base, name)) = first.and_then(|first| begins_after(&first))
             {
@@ -369,7 +377,7 @@ impl Offline {
         self.stored.as_ref().map_err(|error| error.of(&self.dir))?;
         let looked = self.look().and_then(sled::whole);
         let (db, followed) = looked.map_err(|unread| unread.of(&self.dir))?;
-        let payloads = sled::payloads(&db).collect::<Result<Vec<_>, _>>();
+        let payloads = sled::payloads(&db, followed.layout).collect::<Result<Vec<_>, _>>();
         let payloads = payloads.map_err(|error| OpenError::Quarantined {
             dir: self.dir.clone(),
             what: format!("a record cannot be read: {error}"),

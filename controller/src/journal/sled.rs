@@ -257,10 +257,7 @@ impl Journal for SledJournal {
         if !self.reserve.can_take(bytes as u64) {
             return Err(AppendError::Full);
         }
-        let mut batch = sled::Batch::default();
-        for (first, value) in values(self.layout, &heads, payloads) {
-            batch.insert(&record_key(first), value);
-        }
+        let batch = batch(self.layout, &heads, payloads);
         self.poisoned = true;
         self.try_append(batch, last)?;
         self.poisoned = false;
@@ -316,6 +313,15 @@ impl Drop for SledJournal {
             std::mem::forget(self.db.take());
         }
     }
+}
+
+/// Records that are appended together, as the store takes them.
+pub(super) fn batch(layout: Layout, heads: &[Head], payloads: &[Vec<u8>]) -> sled::Batch {
+    let mut batch = sled::Batch::default();
+    for (first, value) in values(layout, heads, payloads) {
+        batch.insert(&record_key(first), value);
+    }
+    batch
 }
 
 fn record_key(number: u64) -> [u8; 9] {
@@ -418,6 +424,8 @@ impl Drop for Copied {
 #[derive(Debug)]
 pub(super) struct Followed {
     pub(super) id: JournalId,
+    /// How its records lie in the store.
+    pub(super) layout: Layout,
     /// What the first record is chained to: the anchor, or the end of an archive.
     pub(super) base: Head,
     /// The last record that is what was written.
@@ -538,6 +546,7 @@ fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
     }
     Ok(Followed {
         id,
+        layout,
         base,
         head,
         broken,
@@ -593,11 +602,8 @@ fn follow_value(
 /// The payloads of a store that was followed, from the first on.
 pub(super) fn payloads(
     db: &sled::Db,
+    layout: Layout,
 ) -> impl Iterator<Item = Result<Vec<u8>, sled::Error>> + use<> {
-    // It was read, and all values were checked, when the chain was followed.
-    let meta = db.get(META).ok().flatten();
-    let meta = meta.as_deref().and_then(read_meta);
-    let layout = meta.map_or(Layout::Bundles, |(layout, _)| layout);
     db.scan_prefix([RECORD]).flat_map(move |pair| match pair {
         Ok((_, value)) => payloads_of(layout, &value).into_iter().map(Ok).collect(),
         Err(error) => vec![Err(error)],

@@ -100,7 +100,6 @@ fn count() -> Result<Vec<Counted>> {
         Ok(Counted {
             name: path.name,
             instructions: valgrind::of_one_time(path)?,
-            bound: path.bound,
         })
     };
     PATHS.iter().map(count).collect()

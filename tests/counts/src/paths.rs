@@ -9,9 +9,6 @@ mod records;
 mod values;
 mod wire;
 
-/// How far a path may be from its pin, in percent.
-const BOUND: u32 = 3;
-
 /// One path.
 pub(crate) struct Path {
     /// Its name.
@@ -22,8 +19,6 @@ pub(crate) struct Path {
     pub(crate) few: u32,
     /// The larger one: the more it is, the less a start that differs a little weighs.
     pub(crate) many: u32,
-    /// How far it may be from its pin, in percent.
-    pub(crate) bound: u32,
 }
 
 /// All of them.
@@ -34,10 +29,7 @@ pub(crate) const PATHS: [Path; 7] = [
     path("record_encode", records::encode, 1_000, 11_000),
     path("record_decode", records::decode, 1_000, 6_000),
     path("event", wire::encode_events, 1_000, 21_000),
-    Path {
-        bound: 5,
-        ..path("journal_batch", journal::append, 5, 25)
-    },
+    path("journal_batch", journal::make, 5, 25),
 ];
 
 const fn path(name: &'static str, run: fn(u32), few: u32, many: u32) -> Path {
@@ -46,7 +38,6 @@ const fn path(name: &'static str, run: fn(u32), few: u32, many: u32) -> Path {
         run,
         few,
         many,
-        bound: BOUND,
     }
 }
 

@@ -9,6 +9,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+/// How far a path may be from its pin, in percent.
+const BOUND: u64 = 3;
+
 /// What decides which instructions the same source becomes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Made {
@@ -45,8 +48,6 @@ pub(crate) struct Counted {
     pub(crate) name: &'static str,
     /// So many instructions.
     pub(crate) instructions: u64,
-    /// How far it may be from its pin, in percent.
-    pub(crate) bound: u32,
 }
 
 impl Counted {
@@ -56,9 +57,9 @@ impl Counted {
         self.instructions as f64 / pinned as f64
     }
 
-    /// Whether it is further from its pin than its bound.
+    /// Whether it is further from its pin than it may be.
     fn is_off(&self, pinned: u64) -> bool {
-        self.instructions.abs_diff(pinned) * 100 > pinned * u64::from(self.bound)
+        self.instructions.abs_diff(pinned) * 100 > pinned * BOUND
     }
 }
 
@@ -126,10 +127,7 @@ impl Pins {
                     "cheaper"
                 };
                 let percent = (path.ratio(pinned) - 1.0).abs() * 100.0;
-                format!(
-                    "{name} is {percent:.1} % {way} than pinned, and {} % is allowed",
-                    path.bound
-                )
+                format!("{name} is {percent:.1} % {way} than pinned, and {BOUND} % is allowed")
             })
         };
         let gone = |name: &&String| counted.iter().all(|path| path.name != name.as_str());
@@ -174,7 +172,6 @@ mod tests {
         Counted {
             name: "fold",
             instructions,
-            bound: 3,
         }
     }
 

@@ -502,3 +502,48 @@ fn a_start_without_room_for_its_look_says_so() {
     disk.free();
     assert_eq!(read_all(&state).unwrap(), payloads(0..50));
 }
+
+/// A copy of it was followed when it was opened; what is read afterwards is followed once more.
+#[test]
+fn what_changes_after_the_look_is_found() {
+    type Change = fn(&sled::Db);
+    let (original, records) = filled();
+    let changes: [(&str, Change); 3] = [
+        ("its hash differs", |db| {
+            let (key, value) = db.scan_prefix([RECORD]).nth(1).unwrap().unwrap();
+            let mut value = value.to_vec();
+            *value.last_mut().unwrap() ^= 1;
+            db.insert(key, value).unwrap();
+        }),
+        ("is missing, though later ones are there", |db| {
+            let (key, _) = db.scan_prefix([RECORD]).nth(1).unwrap().unwrap();
+            db.remove(key).unwrap();
+        }),
+        ("it ends at record", |db| {
+            db.pop_max().unwrap();
+        }),
+    ];
+    for (said, change) in changes {
+        let dir = tempfile::tempdir().unwrap();
+        copy(original.path(), dir.path());
+        let journal = SledJournal::open(dir.path()).unwrap();
+        assert!(ends_at(journal.db(), journal.layout, journal.head).is_ok());
+        change(journal.db());
+        let (good, bad): (Vec<_>, Vec<_>) = journal.payloads().partition(Result::is_ok);
+        assert!(good.len() < records.len(), "{said}");
+        let [Err(OpenError::Quarantined { what, .. })] = &bad[..] else {
+            panic!("{said}: {bad:?}");
+        };
+        assert!(what.contains(said), "{what}");
+    }
+    let journal = SledJournal::open(original.path()).unwrap();
+    for head in [
+        journal.base.next(b"another"),
+        Head {
+            number: journal.head.number,
+            ..journal.base
+        },
+    ] {
+        assert!(ends_at(journal.db(), journal.layout, head).is_err());
+    }
+}

@@ -144,6 +144,16 @@ mod tests {
         }
     }
 
+    /// A journal of records is compacted into one of bundles.
+    #[test]
+    fn the_largest_record_is_the_same_in_both_layouts() {
+        let payloads = vec![vec![9; MAX_PAYLOAD]];
+        let heads = heads(&payloads);
+        let size = |layout| values(layout, &heads, &payloads)[0].1.len();
+        assert_eq!(size(Layout::Records), 32 << 10);
+        assert_eq!(size(Layout::Bundles), LARGEST);
+    }
+
     #[test]
     fn what_is_cut_short_is_said_once() {
         let payloads = vec![vec![1; 10], vec![2; 10]];

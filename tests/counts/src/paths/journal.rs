@@ -1,20 +1,19 @@
-//! Batches of records, made durable.
+//! Batches of records, as they go to the store. What the store does with them is left out: its
+//! threads do as much of it as their turns allow, and no two machines agree.
 
-use lockstep::fuzzing::OpenJournal;
+use lockstep::fuzzing::Batches;
 
 use super::values::entry;
 
 /// What the driver persists together at most.
 const BATCH: usize = 1024;
 
-/// Appends batches to a journal on the disk. The store's own threads are counted with it, and what
-/// they take varies.
-pub(super) fn append(times: u32) {
+/// Chains batches of payloads, and makes them into values.
+pub(super) fn make(times: u32) {
     let payload = |host| serde_json::to_vec(&entry(host)).expect("it has text as keys");
     let payloads: Vec<Vec<u8>> = (0..BATCH).map(payload).collect();
-    let state = tempfile::tempdir().expect("a directory can be made");
-    let mut journal = OpenJournal::at(state.path());
+    let mut batches = Batches::default();
     for _ in 0..times {
-        journal.append(&payloads);
+        batches.make(&payloads);
     }
 }
