@@ -103,15 +103,8 @@ mod tests {
 
     use lockstep_proto::wire::control_v1::EventKind;
 
+    use super::piece::tests::event;
     use super::*;
-
-    fn event(number: u64, kind: EventKind) -> RolloutEvent {
-        RolloutEvent {
-            number,
-            kind: kind.into(),
-            ..RolloutEvent::default()
-        }
-    }
 
     fn newest(piece: &Piece) -> u64 {
         piece.after(0).unwrap().1

@@ -255,7 +255,7 @@ mod tests {
     use crate::exec::Runner;
 
     #[tokio::test]
-    #[ignore = "needs a systemd that this user may command"]
+    #[ignore = "needs a systemd that this user may command: `make fleet` runs it"]
     async fn looks_of_this_host_s_earlier_daemon_are_ended() {
         let host = |name: &str| name.parse::<HostId>().unwrap();
         let id = std::process::id().to_string();

@@ -92,10 +92,10 @@ impl Open {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn event(number: u64, kind: EventKind) -> RolloutEvent {
+    pub(in crate::hub) fn event(number: u64, kind: EventKind) -> RolloutEvent {
         RolloutEvent {
             number,
             kind: kind.into(),

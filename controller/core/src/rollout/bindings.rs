@@ -83,11 +83,14 @@ impl Rollout {
         };
         // Of hardly any host, and every order asks.
         let spoken_for = self.members.get(host).is_some_and(|it| it.spoken_for);
-        let attempts = self.attempts.iter().filter(move |_| spoken_for);
-        let said = attempts.filter_map(move |(place, hosts)| {
-            let own = *place == (at, direction);
-            (own || earlier(place)).then_some((*place, own, hosts.get(host)?))
-        });
+        let attempts = spoken_for.then(|| self.attempts.iter());
+        let said = attempts
+            .into_iter()
+            .flatten()
+            .filter_map(move |(place, hosts)| {
+                let own = *place == (at, direction);
+                (own || earlier(place)).then_some((*place, own, hosts.get(host)?))
+            });
         said.flat_map(move |((place, way), own, attempts)| {
             attempts.iter().filter_map(move |attempt| {
                 let Resolved {

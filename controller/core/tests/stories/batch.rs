@@ -132,11 +132,7 @@ fn a_host_that_refuses_leaves_the_others_a_moment() {
 #[test]
 fn a_late_word_on_an_earlier_step_opens_no_later_wave() {
     let mut fleet = Fleet::new(&["a", "b"]);
-    let rolling = Strategy::Rolling {
-        batch: lockstep_proto::plan::Batch::Hosts(1),
-        max_failures: 0,
-        pause: Period(0),
-    };
+    let rolling = one_by_one(0);
     let run = step("exec.run", json!({"name": "x", "argv": ["x"]}));
     let mut waves = on("app", vec![stop()]);
     waves.strategy = rolling;
@@ -145,14 +141,7 @@ fn a_late_word_on_an_earlier_step_opens_no_later_wave() {
     let late = fleet.newest("b");
     let why = "the step process was killed".into();
     fleet.finish("b", StepOutcome::Unknown { why }, vec![]);
-    let resolved = Call::Resolve {
-        rollout: rollout(1),
-        host: host("b"),
-        at: late.at,
-        done: true,
-        reason: "seen".into(),
-        signed: None,
-    };
+    let resolved = resolve("b", late.at, true);
     fleet.call("olga", &[], resolved).unwrap();
     fleet.finish("a", ok(), vec![]);
     fleet.resume();

@@ -132,11 +132,7 @@ fn an_agent_that_was_installed_anew_numbers_its_reports_anew() {
 fn the_step_of_an_elected_host_that_stayed_behind_is_not_skipped() {
     let mut fleet = Fleet::new(&["a", "b"]);
     let one = || Target::OneOf(vec!["app".into()]);
-    let rolling = Strategy::Rolling {
-        batch: lockstep_proto::plan::Batch::Hosts(1),
-        max_failures: 1,
-        pause: Period(0),
-    };
+    let rolling = one_by_one(1);
     let run = |name: &str| step("exec.run", json!({"name": name, "argv": ["x"]}));
     let phases = vec![
         (one(), Strategy::All, run("first")),
@@ -160,11 +156,7 @@ fn the_step_of_an_elected_host_that_stayed_behind_is_not_skipped() {
 #[test]
 fn a_budget_does_not_stand_in_for_the_elected_host() {
     let mut fleet = Fleet::new(&["a", "b"]);
-    let rolling = Strategy::Rolling {
-        batch: lockstep_proto::plan::Batch::Hosts(1),
-        max_failures: 1,
-        pause: Period(0),
-    };
+    let rolling = one_by_one(1);
     let one = Target::OneOf(vec!["app".into()]);
     let look = step("check.disk", json!({"path": "/", "free": "1B"}));
     let all = Target::Groups(vec!["app".into()]);

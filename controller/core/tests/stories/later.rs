@@ -19,15 +19,8 @@ fn lost_with_a_blind_step() -> Fleet {
     fleet
 }
 
-fn resolve(done: bool) -> Call {
-    Call::Resolve {
-        rollout: rollout(1),
-        host: host("a"),
-        at: StepRef { phase: 0, step: 0 },
-        done,
-        reason: "seen".into(),
-        signed: None,
-    }
+fn resolve_first(done: bool) -> Call {
+    resolve("a", StepRef { phase: 0, step: 0 }, done)
 }
 
 #[test]
@@ -36,7 +29,7 @@ fn a_lost_blind_step_holds_a_rollback_up_only_until_somebody_says_what_it_did() 
         let mut fleet = lost_with_a_blind_step();
         fleet.resume();
         assert_eq!(fleet.state(1), "halted", "nobody has said anything");
-        fleet.call("olga", &[], resolve(done)).unwrap();
+        fleet.call("olga", &[], resolve_first(done)).unwrap();
         fleet.resume();
         fleet.surveyed("a", vec![]);
         assert_eq!(fleet.state(1), "rolled_back", "{}", fleet.reason(1));
@@ -54,7 +47,7 @@ fn a_lost_blind_step_holds_a_rollback_up_only_until_somebody_says_what_it_did() 
 #[test]
 fn a_host_that_contradicts_a_person_is_heard_and_the_word_stays() {
     let mut fleet = lost_with_a_blind_step();
-    fleet.call("olga", &[], resolve(false)).unwrap();
+    fleet.call("olga", &[], resolve_first(false)).unwrap();
     fleet.finish("a", ok(), vec![]);
     let events = fleet.coordinator.events(&rollout(1), 0).unwrap();
     let last = &events.last().unwrap().message;
@@ -165,7 +158,7 @@ fn what_nobody_ordered_is_acknowledged_and_changes_nothing() {
 #[test]
 fn a_host_repeats_itself_and_nobody_hears_it_twice() {
     let mut fleet = lost_with_a_blind_step();
-    fleet.call("olga", &[], resolve(false)).unwrap();
+    fleet.call("olga", &[], resolve_first(false)).unwrap();
     let events = |fleet: &Fleet| fleet.coordinator.events(&rollout(1), 0).unwrap().len();
     let before = events(&fleet);
     for _ in 0..10 {
@@ -295,14 +288,7 @@ fn resume_does_not_repeat_a_check_whose_requests_nobody_can_account_for() {
     fleet.resume();
     assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
     assert_eq!(fleet.state(1), "halted");
-    let resolved = Call::Resolve {
-        rollout: rollout(1),
-        host: host("a"),
-        at: fleet.newest("a").at,
-        done: false,
-        reason: "its log has no line of it".into(),
-        signed: None,
-    };
+    let resolved = resolve("a", fleet.newest("a").at, false);
     fleet.call("olga", &[], resolved).unwrap();
     fleet.resume();
     assert_eq!(fleet.newest("a").attempt, 2);

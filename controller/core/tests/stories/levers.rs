@@ -177,14 +177,7 @@ fn an_unknown_outcome_needs_a_person_s_word_first() {
         let why = refused_why(&mut fleet);
         let command = "lockstep resolve ro_010101010101 a 0.0 --done";
         assert!(why.contains("unknown") && why.contains(command), "{why}");
-        let resolve = Call::Resolve {
-            rollout: rollout(1),
-            host: host("a"),
-            at: StepRef { phase: 0, step: 0 },
-            done: true,
-            reason: "seen".into(),
-            signed: None,
-        };
+        let resolve = resolve("a", StepRef { phase: 0, step: 0 }, true);
         fleet.call("olga", &[], resolve).unwrap();
         assert_eq!(resume_failed(&mut fleet).unwrap().len(), 1);
         assert_eq!(fleet.newest("b").attempt, 2);

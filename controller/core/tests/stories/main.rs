@@ -12,7 +12,8 @@ use lockstep_proto::ids::{
 };
 use lockstep_proto::order::{Fact, Order};
 use lockstep_proto::plan::{
-    CompiledPlan, Notice, NoticeWhen, Phase, Selector, Slo, Stage, Step, Strategy, Target, Undo,
+    Batch, CompiledPlan, Notice, NoticeWhen, Phase, Selector, Slo, Stage, Step, Strategy, Target,
+    Undo,
 };
 use lockstep_proto::report::{Cause, Failure, Refusal, Report, ReportBody, StepOutcome};
 use lockstep_proto::seal::{SealedPlan, seal};
@@ -50,6 +51,27 @@ fn on(group: &str, steps: Vec<Step>) -> Stage {
         target,
         strategy: Strategy::All,
         steps,
+    }
+}
+
+/// Batches of one host.
+fn one_by_one(max_failures: u32) -> Strategy {
+    Strategy::Rolling {
+        batch: Batch::Hosts(1),
+        max_failures,
+        pause: Period(0),
+    }
+}
+
+/// A person's word on an attempt that is unknown.
+fn resolve(name: &str, at: StepRef, done: bool) -> Call {
+    Call::Resolve {
+        rollout: rollout(1),
+        host: host(name),
+        at,
+        done,
+        reason: "seen".into(),
+        signed: None,
     }
 }
 

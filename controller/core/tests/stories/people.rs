@@ -500,14 +500,7 @@ fn resume_does_not_repeat_what_nothing_can_prove() {
     assert_eq!(fleet.newest("a").attempt, 1, "INV-1");
 
     // Somebody has looked.
-    let resolve = || Call::Resolve {
-        rollout: rollout(1),
-        host: host("a"),
-        at: StepRef { phase: 0, step: 0 },
-        done: false,
-        reason: "its log has no line of it".into(),
-        signed: None,
-    };
+    let resolve = || resolve("a", StepRef { phase: 0, step: 0 }, false);
     fleet.call("olga", &[], resolve()).unwrap();
     assert!(matches!(
         fleet.call("olga", &[], resolve()),
@@ -529,14 +522,7 @@ fn a_person_s_word_settles_what_nothing_can_prove() {
         fleet.pause();
         let why = "the step process was killed".into();
         fleet.finish("a", StepOutcome::Unknown { why }, vec![]);
-        let resolve = Call::Resolve {
-            rollout: rollout(1),
-            host: host("a"),
-            at: StepRef { phase: 0, step: 0 },
-            done,
-            reason: "seen".into(),
-            signed: None,
-        };
+        let resolve = resolve("a", StepRef { phase: 0, step: 0 }, done);
         fleet.call("olga", &[], resolve).unwrap();
         fleet.resume();
         if !done {

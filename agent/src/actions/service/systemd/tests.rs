@@ -132,7 +132,7 @@ impl RealUnit {
 }
 
 #[tokio::test]
-#[ignore = "needs a systemd that this user may command"]
+#[ignore = "needs a systemd that this user may command: `make fleet` runs it"]
 async fn a_real_unit_is_started_restarted_stopped_and_put_back() {
     let port = std::net::TcpListener::bind("127.0.0.1:0")
         .unwrap()
@@ -191,7 +191,7 @@ async fn a_real_unit_is_started_restarted_stopped_and_put_back() {
 }
 
 #[tokio::test]
-#[ignore = "needs a systemd that this user may command"]
+#[ignore = "needs a systemd that this user may command: `make fleet` runs it"]
 async fn a_real_unit_that_fails_says_so_at_once_and_leaves_no_mark_after_the_undo() {
     let host = Host::new();
     let cx = host.context();
@@ -226,7 +226,7 @@ async fn a_real_unit_that_fails_says_so_at_once_and_leaves_no_mark_after_the_und
 }
 
 #[tokio::test]
-#[ignore = "needs a systemd that this user may command"]
+#[ignore = "needs a systemd that this user may command: `make fleet` runs it"]
 async fn a_unit_that_is_still_stopping_is_started_again_by_the_undo() {
     let resists = "ExecStart=/bin/sh -c 'trap \"\" TERM; while :; do sleep 1; done'\n\
                    TimeoutStopSec=5";
@@ -253,7 +253,7 @@ async fn a_unit_that_is_still_stopping_is_started_again_by_the_undo() {
 }
 
 #[tokio::test]
-#[ignore = "needs a systemd that this user may command"]
+#[ignore = "needs a systemd that this user may command: `make fleet` runs it"]
 async fn a_unit_that_is_not_there_is_named() {
     let host = Host::new();
     let stop = Stop {
@@ -270,7 +270,7 @@ async fn a_unit_that_is_not_there_is_named() {
 }
 
 #[tokio::test]
-#[ignore = "needs a systemd that this user may command"]
+#[ignore = "needs a systemd that this user may command: `make fleet` runs it"]
 async fn a_process_is_taken_into_a_scope_of_its_own() {
     let mut child = tokio::process::Command::new("sleep")
         .arg("60")
