@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
 use super::head::HeadFile;
 use super::memory::Memory;
 use super::offline::inspect;
@@ -13,6 +16,13 @@ use super::{AppendError, Journal, Layout, MAX_PAYLOAD, OpenError};
 
 fn payload(number: usize) -> Vec<u8> {
     format!("record {number} {}", "x".repeat(number % 700)).into_bytes()
+}
+
+/// What cannot be packed.
+pub(super) fn noise(random: &mut StdRng, size: usize) -> Vec<u8> {
+    let mut noise = vec![0; size];
+    random.fill(&mut noise[..]);
+    noise
 }
 
 pub(super) fn payloads(range: std::ops::Range<usize>) -> Vec<Vec<u8>> {
@@ -111,8 +121,9 @@ fn two_controllers_never_share_a_state_directory() {
 fn large_records_do_not_leave_the_synced_file() {
     let dir = tempfile::tempdir().unwrap();
     let mut journal = SledJournal::open(dir.path()).unwrap();
-    for number in 0..200 {
-        let batch = vec![vec![u8::try_from(number).unwrap(); MAX_PAYLOAD]; 3];
+    let random = &mut StdRng::seed_from_u64(1);
+    for _ in 0..200 {
+        let batch = [(); 3].map(|()| noise(random, MAX_PAYLOAD));
         journal.append(&batch).unwrap();
     }
     let blobs = dir.path().join("journal/store/blobs");

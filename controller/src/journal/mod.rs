@@ -44,8 +44,8 @@ pub(crate) const FORMAT: u32 = 1;
 pub(crate) enum Layout {
     /// A key for each record. What releases before bundles make.
     Records = 1,
-    /// A key for records that were appended together, up to 32 KiB of them: a thousandth of the
-    /// keys where thousands report at once.
+    /// A key for records that were appended together, up to 32 KiB of them, packed: a hundredth of
+    /// the keys where thousands report at once, and a third of the bytes.
     Bundles = 2,
 }
 

@@ -36,7 +36,7 @@ use crate::faults::reached;
 
 mod values;
 
-use values::{CutShort, records, values};
+use values::{CutShort, Value, values};
 
 /// sled's page cache, in bytes. Recovery streams, and running only appends: a small one will do.
 const CACHE: u64 = 16 << 20;
@@ -282,8 +282,9 @@ impl Journal for SledJournal {
             None => Some(Err(quarantined(ends_elsewhere(head.number, self.head)))),
             Some(Err(error)) => Some(Err(quarantined(format!("it cannot be read: {error}")))),
             Some(Ok((key, value))) => {
-                let followed = follow_value(&mut head, self.layout, &key, &value, None);
-                let payloads = payloads_of(self.layout, &value);
+                let value = Value::of(self.layout, &value);
+                let followed = follow_value(&mut head, &key, &value, None);
+                let payloads = payloads_of(&value);
                 Some(followed.map(|()| payloads).map_err(quarantined))
             }
         };
@@ -528,7 +529,8 @@ fn follow(db: &sled::Db, stored: Option<Stored>) -> Result<Followed, Unread> {
     let mut broken = None;
     for pair in db.scan_prefix([RECORD]) {
         let (key, value) = pair.map_err(unread)?;
-        if let Err(what) = follow_value(&mut head, layout, &key, &value, stored) {
+        let value = Value::of(layout, &value);
+        if let Err(what) = follow_value(&mut head, &key, &value, stored) {
             let record = Some(head.number + 1);
             broken = Some(Broken { record, what });
             break;
@@ -561,7 +563,8 @@ fn read_meta(meta: &[u8]) -> Option<(Layout, JournalId)> {
 
 /// What a compacted journal's first record is chained to; none if it is no such record.
 fn compacted_base(layout: Layout, key: &[u8], value: &[u8]) -> Option<Head> {
-    let (_, payload) = records(layout, value).next()?.ok()?;
+    let value = Value::of(layout, value);
+    let (_, payload) = value.records().next()?.ok()?;
     let (base, _) = begins_after(payload)?;
     (*key == record_key(base.number + 1)).then_some(base)
 }
@@ -569,9 +572,8 @@ fn compacted_base(layout: Layout, key: &[u8], value: &[u8]) -> Option<Head> {
 /// Moves the head over the records of one value, or to the last one before what is wrong with them.
 fn follow_value(
     head: &mut Head,
-    layout: Layout,
     key: &[u8],
-    value: &[u8],
+    value: &Value<'_>,
     stored: Option<Stored>,
 ) -> Result<(), String> {
     let number = head.number + 1;
@@ -580,7 +582,7 @@ fn follow_value(
             "record {number} is missing, though later ones are there"
         ));
     }
-    for record in records(layout, value) {
+    for record in value.records() {
         let number = head.number + 1;
         let (hash, payload) = record.map_err(|CutShort| format!("record {number} is cut short"))?;
         let next = head.next(payload);
@@ -605,13 +607,16 @@ pub(super) fn payloads(
     layout: Layout,
 ) -> impl Iterator<Item = Result<Vec<u8>, sled::Error>> + use<> {
     db.scan_prefix([RECORD]).flat_map(move |pair| match pair {
-        Ok((_, value)) => payloads_of(layout, &value).into_iter().map(Ok).collect(),
+        Ok((_, value)) => {
+            let payloads = payloads_of(&Value::of(layout, &value));
+            payloads.into_iter().map(Ok).collect()
+        }
         Err(error) => vec![Err(error)],
     })
 }
 
-fn payloads_of(layout: Layout, value: &[u8]) -> Vec<Vec<u8>> {
-    let records = records(layout, value).map_while(Result::ok);
+fn payloads_of(value: &Value<'_>) -> Vec<Vec<u8>> {
+    let records = value.records().map_while(Result::ok);
     records.map(|(_, payload)| payload.to_vec()).collect()
 }
 
@@ -621,7 +626,8 @@ fn ends_at(db: &sled::Db, layout: Layout, seen: Head) -> Result<(), Unread> {
     let last = last.map_err(|error| store_error("read", error))?;
     let end = last.and_then(|(key, value)| {
         let first = u64::from_be_bytes(key.strip_prefix(&[RECORD])?.try_into().ok()?);
-        let (place, record) = records(layout, &value).enumerate().last()?;
+        let value = Value::of(layout, &value);
+        let (place, record) = value.records().enumerate().last()?;
         let (hash, _) = record.ok()?;
         Some((first + u64::try_from(place).ok()?, hash.to_vec()))
     });

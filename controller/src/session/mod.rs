@@ -204,29 +204,10 @@ struct Reader {
 
 impl Reader {
     async fn run(self, mut inbound: Streaming<Up>, valid_for: Duration) {
-        // Made once: an agent that reports thousands of times does not queue up at each anew.
-        let expired = tokio::time::sleep(valid_for);
-        let ended = self.ending.token().cancelled();
-        let cut = self.peer.when_cut().cancelled();
-        tokio::pin!(expired, ended, cut);
-        let why = loop {
-            tokio::select! {
-                biased;
-                () = &mut ended => break "ended by the controller".to_owned(),
-                () = &mut cut => {
-                    self.ending.end(self.peer.cut_status());
-                    break "cut".to_owned();
-                }
-                () = &mut expired => {
-                    let why = "the agent's certificate has ended";
-                    self.ending.end(Status::unauthenticated(why));
-                    break why.to_owned();
-                }
-                message = inbound.message() => match self.take(message).await {
-                    Ok(()) => {}
-                    Err(why) => break why,
-                }
-            }
+        let why = tokio::select! {
+            biased;
+            why = self.stopped(valid_for) => why,
+            why = self.read(&mut inbound) => why,
         };
         let Self { host, peer, .. } = &self;
         tracing::info!(%host, peer = %peer.address(), why, "session is down");
@@ -234,6 +215,34 @@ impl Reader {
         self.ending.end_well();
         // If the driver is gone, so is what would have to know.
         let _ = self.driver.closed(self.host.clone(), self.number).await;
+    }
+
+    /// Waits until the session is not to go on, and says why.
+    async fn stopped(&self, valid_for: Duration) -> String {
+        let cut = self.peer.when_cut();
+        tokio::select! {
+            biased;
+            () = self.ending.token().cancelled() => "ended by the controller".to_owned(),
+            () = cut.cancelled() => {
+                self.ending.end(self.peer.cut_status());
+                "cut".to_owned()
+            }
+            () = tokio::time::sleep(valid_for) => {
+                let why = "the agent's certificate has ended";
+                self.ending.end(Status::unauthenticated(why));
+                why.to_owned()
+            }
+        }
+    }
+
+    /// Reads until nothing more comes, and says why. The driver's channel makes it wait now and
+    /// then, so that an agent that never ceases to talk is stopped, too.
+    async fn read(&self, inbound: &mut Streaming<Up>) -> String {
+        loop {
+            if let Err(why) = self.take(inbound.message().await).await {
+                return why;
+            }
+        }
     }
 
     /// Takes one message; what breaks the contract ends the session.

@@ -422,7 +422,7 @@ impl Simulated {
             head: Some(Head {
                 journal: self.instance.to_string(),
                 number: 2 * self.last,
-                hash: Digest([7; 32]),
+                hash: Digest(self.random.random()),
             }),
         };
         self.reports.push(report.clone());

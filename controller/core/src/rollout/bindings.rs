@@ -98,7 +98,7 @@ impl Rollout {
                     by,
                     signature,
                     ..
-                } = attempt.resolved.clone()?;
+                } = *attempt.resolved.clone()?;
                 (own || done).then(|| Binding {
                     origin: self.key(place, way, host, attempt.number),
                     fact: Fact::Resolved { done, by },

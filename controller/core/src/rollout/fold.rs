@@ -239,12 +239,12 @@ impl Rollout {
                         changed: false,
                     });
                 }
-                attempt.resolved = Some(Resolved {
+                attempt.resolved = Some(Box::new(Resolved {
                     done: *done,
                     by: operator.clone(),
                     signature: signature.clone(),
                     answered: false,
-                });
+                }));
                 if let Some(member) = self.members.get_mut(host) {
                     member.spoken_for = true;
                 }
@@ -264,13 +264,13 @@ impl Rollout {
                 else {
                     return illegal("accepted");
                 };
-                attempt.accepted = Some(Accepted {
+                attempt.accepted = Some(Box::new(Accepted {
                     at: now,
                     loss: loss.clone(),
                     by: operator.clone(),
                     reason: reason.clone(),
                     signature: signature.clone(),
-                });
+                }));
             }
             Record::Quarantined { host, why, .. } => {
                 let Some(member) = self.members.get_mut(host) else {

@@ -151,7 +151,8 @@ pub(crate) struct Ending {
     pub(crate) reason: String,
 }
 
-/// One attempt at a step on a host.
+/// One attempt at a step on a host. There is one for each order of a rollout, so that what hardly
+/// any of them has is kept elsewhere.
 #[derive(Debug, Clone)]
 pub(crate) struct Attempt {
     pub(crate) number: u16,
@@ -171,9 +172,9 @@ pub(crate) struct Attempt {
     /// For attempts forward: the number of the last undo before it, on the same host; 0 if none.
     pub(crate) after_undo: u16,
     /// A person's word on what it did, and whose.
-    pub(crate) resolved: Option<Resolved>,
+    pub(crate) resolved: Option<Box<Resolved>>,
     /// A person's word that what it would lose may be lost: it is an undo that refused.
-    pub(crate) accepted: Option<Accepted>,
+    pub(crate) accepted: Option<Box<Accepted>>,
     /// The lock was free since: what it has seen counts no more, and it is made again.
     pub(crate) stale: bool,
 }

@@ -13,7 +13,7 @@ use rand::{Rng as _, SeedableRng as _};
 use serde_json::json;
 
 use super::super::contract::{
-    contents, copy, filled, is_whole_or_quarantined, payloads, used_bytes,
+    contents, copy, filled, is_whole_or_quarantined, noise, payloads, used_bytes,
 };
 use super::*;
 
@@ -190,7 +190,8 @@ impl Lived {
             let batch: Vec<Vec<u8>> = (0..size)
                 .map(|_| {
                     let most = if large { 30_000 } else { 900 };
-                    vec![random.random(); random.random_range(1..most)]
+                    let size = random.random_range(1..most);
+                    noise(random, size)
                 })
                 .collect();
             journal.append(&batch).unwrap();
@@ -408,7 +409,7 @@ fn a_full_disk_costs_nothing_that_was_acknowledged() {
         Reserve::give_back(&state.join("journal/store/db")).unwrap();
         journal.reserve.fail(failing("/dev/null"));
         disk.fill(leaving);
-        let batch = vec![vec![b'z'; 30_000]; 20];
+        let batch = vec![noise(&mut StdRng::seed_from_u64(1), 30_000); 20];
         let failed = loop {
             match journal.append(&batch) {
                 Ok(_) => acknowledged.extend(batch.iter().cloned()),
@@ -448,7 +449,7 @@ fn a_full_disk_leaves_room_for_what_is_running() {
     journal.append(&acknowledged).unwrap();
     disk.fill(0);
     assert!(!journal.has_room(), "nothing new may begin");
-    let report = vec![b'r'; 900];
+    let report = noise(&mut StdRng::seed_from_u64(1), 900);
     for _ in 0..1000 {
         journal.append(std::slice::from_ref(&report)).unwrap();
         acknowledged.push(report.clone());
@@ -460,7 +461,7 @@ fn a_full_disk_leaves_room_for_what_is_running() {
     let mut journal = SledJournal::open(&state).unwrap();
     assert_eq!(contents(&journal), acknowledged);
     assert!(!journal.has_room());
-    let batch = vec![vec![b'z'; 30_000]; 20];
+    let batch = vec![noise(&mut StdRng::seed_from_u64(1), 30_000); 20];
     let mut more = 0;
     let failed = loop {
         match journal.append(&batch) {

@@ -2,21 +2,27 @@
 //!
 //! ```text
 //! a key for each record    hash (32 bytes), payload
-//! bundles                  length of the payload (4 bytes, big-endian), hash, payload; and so on
+//! bundles                  size of what follows when it is unpacked (4 bytes, big-endian), and LZ4 of:
+//!                          length of the payload (4 bytes, big-endian), hash, payload; and so on
 //! ```
 //!
-//! A bundle's key has the number of its first record.
+//! A bundle's key has the number of its first record. sled writes a value about three times until
+//! its leaf is full; records of one moment are alike, and take a third of their bytes when packed.
+
+use std::borrow::Cow;
+
+use lz4_flex::block;
 
 use super::super::{Head, Layout, MAX_PAYLOAD};
 
 /// The bytes of a length and a hash.
 const FRONT: usize = 4 + 32;
 
-/// A bundle is no larger than the largest record alone.
+/// A bundle is no larger than the largest record alone, before it is packed.
 const LARGEST: usize = FRONT + MAX_PAYLOAD;
 
-/// A value that ends within a record.
-#[derive(Debug, PartialEq, Eq)]
+/// A value that ends within a record, or cannot be unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct CutShort;
 
 /// The values of records that are appended together, each with the number of its first record.
@@ -25,46 +31,83 @@ pub(super) fn values<P: AsRef<[u8]>>(
     heads: &[Head],
     payloads: &[P],
 ) -> Vec<(u64, Vec<u8>)> {
-    let mut values: Vec<(u64, Vec<u8>)> = Vec::new();
-    for (head, payload) in heads.iter().zip(payloads) {
-        let payload = payload.as_ref();
-        match layout {
-            Layout::Records => {
-                let value = [head.hash.0.as_slice(), payload].concat();
-                values.push((head.number, value));
-            }
-            Layout::Bundles => {
-                let size = FRONT + payload.len();
-                let has_room = |(_, value): &(u64, Vec<u8>)| value.len() + size <= LARGEST;
-                if !values.last().is_some_and(has_room) {
-                    values.push((head.number, Vec::new()));
-                }
-                if let Some((_, value)) = values.last_mut() {
-                    let length = u32::try_from(payload.len()).expect("payloads are small");
-                    value.extend_from_slice(&length.to_be_bytes());
-                    value.extend_from_slice(&head.hash.0);
-                    value.extend_from_slice(payload);
-                }
-            }
+    let records = heads.iter().zip(payloads.iter().map(AsRef::as_ref));
+    match layout {
+        Layout::Records => records
+            .map(|(head, payload)| (head.number, [&head.hash.0, payload].concat()))
+            .collect(),
+        Layout::Bundles => bundles(records),
+    }
+}
+
+fn bundles<'a>(records: impl Iterator<Item = (&'a Head, &'a [u8])>) -> Vec<(u64, Vec<u8>)> {
+    let mut packed = vec![];
+    let mut first = 0;
+    let mut bundle: Vec<u8> = Vec::with_capacity(LARGEST);
+    for (head, payload) in records {
+        if bundle.len() + FRONT + payload.len() > LARGEST {
+            packed.push((first, pack(&bundle)));
+            bundle.clear();
+        }
+        if bundle.is_empty() {
+            first = head.number;
+        }
+        let length = u32::try_from(payload.len()).expect("payloads are small");
+        bundle.extend_from_slice(&length.to_be_bytes());
+        bundle.extend_from_slice(&head.hash.0);
+        bundle.extend_from_slice(payload);
+    }
+    if !bundle.is_empty() {
+        packed.push((first, pack(&bundle)));
+    }
+    packed
+}
+
+fn pack(bundle: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(bundle.len()).expect("bundles are small");
+    let packed = block::compress(bundle);
+    [size.to_be_bytes().as_slice(), &packed].concat()
+}
+
+fn unpack(value: &[u8]) -> Option<Vec<u8>> {
+    let (size, packed) = value.split_first_chunk()?;
+    let size = usize::try_from(u32::from_be_bytes(*size)).ok()?;
+    let bundle = (size <= LARGEST).then(|| block::decompress(packed, size))?;
+    bundle.ok().filter(|bundle| bundle.len() == size)
+}
+
+/// A value as it was read.
+#[derive(Debug)]
+pub(super) struct Value<'a> {
+    layout: Layout,
+    unpacked: Result<Cow<'a, [u8]>, CutShort>,
+}
+
+impl<'a> Value<'a> {
+    /// Unpacks it, if it is packed.
+    pub(super) fn of(layout: Layout, value: &'a [u8]) -> Self {
+        let unpacked = match layout {
+            Layout::Records => Ok(Cow::Borrowed(value)),
+            Layout::Bundles => unpack(value).map(Cow::Owned).ok_or(CutShort),
+        };
+        Self { layout, unpacked }
+    }
+
+    /// Hash and payload of each of its records.
+    pub(super) fn records(&self) -> Records<'_> {
+        Records {
+            layout: self.layout,
+            rest: Some(self.unpacked.as_deref().map_err(|why| *why)),
         }
     }
-    values
 }
 
-/// Hash and payload of each record of a value.
-pub(super) fn records(layout: Layout, value: &[u8]) -> Records<'_> {
-    Records {
-        layout,
-        rest: Some(value),
-    }
-}
-
-/// See [`records`].
+/// See [`Value::records`].
 #[derive(Debug)]
 pub(super) struct Records<'a> {
     layout: Layout,
     /// None after the last record, or what is cut short.
-    rest: Option<&'a [u8]>,
+    rest: Option<Result<&'a [u8], CutShort>>,
 }
 
 impl<'a> Iterator for Records<'a> {
@@ -72,7 +115,7 @@ impl<'a> Iterator for Records<'a> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let value = self.rest.take()?;
-        Some(self.split(value).ok_or(CutShort))
+        Some(value.and_then(|value| self.split(value).ok_or(CutShort)))
     }
 }
 
@@ -85,7 +128,7 @@ impl<'a> Records<'a> {
                 let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
                 let (hash, rest) = rest.split_at_checked(32)?;
                 let (payload, rest) = rest.split_at_checked(length)?;
-                self.rest = Some(rest).filter(|rest| !rest.is_empty());
+                self.rest = (!rest.is_empty()).then_some(Ok(rest));
                 Some((hash, payload))
             }
         }
@@ -94,6 +137,9 @@ impl<'a> Records<'a> {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::StdRng;
+    use rand::{Rng as _, SeedableRng as _};
+
     use super::*;
     use crate::journal::JournalId;
 
@@ -131,11 +177,10 @@ mod tests {
             let values = values(layout, &heads, &payloads);
             let found: Vec<u64> = values.iter().map(|(first, _)| *first).collect();
             assert_eq!(found, keys);
-            assert!(values.iter().all(|(_, value)| value.len() <= LARGEST));
-            let out: Vec<_> = values
-                .iter()
-                .flat_map(|(_, value)| records(layout, value).map(Result::unwrap))
-                .collect();
+            let read = values.iter().map(|(_, value)| Value::of(layout, value));
+            let read: Vec<Value<'_>> = read.collect();
+            let out = read.iter().flat_map(Value::records);
+            let out: Vec<_> = out.map(Result::unwrap).collect();
             let expected = heads.iter().zip(&payloads);
             let expected: Vec<_> = expected
                 .map(|(head, payload)| (head.hash.0.as_slice(), payload.as_slice()))
@@ -144,14 +189,35 @@ mod tests {
         }
     }
 
-    /// A journal of records is compacted into one of bundles.
+    /// A journal of records is compacted into one of bundles. What cannot be packed grows a little:
+    /// sled would put what is over a mebibyte, with up to 16 others, where nobody syncs it.
     #[test]
-    fn the_largest_record_is_the_same_in_both_layouts() {
-        let payloads = vec![vec![9; MAX_PAYLOAD]];
+    fn the_largest_record_fits_into_both_layouts() {
+        let mut random = StdRng::seed_from_u64(1);
+        let payloads = vec![(0..MAX_PAYLOAD).map(|_| random.random()).collect()];
         let heads = heads(&payloads);
         let size = |layout| values(layout, &heads, &payloads)[0].1.len();
         assert_eq!(size(Layout::Records), 32 << 10);
-        assert_eq!(size(Layout::Bundles), LARGEST);
+        assert!(size(Layout::Bundles) < (32 << 10) + 512);
+    }
+
+    #[test]
+    fn records_that_are_alike_take_a_third() {
+        let hash = |number: u8| hex::encode([number.wrapping_mul(41); 32]);
+        let payload = |number: u8| {
+            format!(
+                "{}{}",
+                "\"like\": \"the others\", ".repeat(15),
+                hash(number)
+            )
+        };
+        let payloads: Vec<Vec<u8>> = (0..60).map(|number| payload(number).into()).collect();
+        let heads = heads(&payloads);
+        let bytes = |layout| -> usize {
+            let values = values(layout, &heads, &payloads);
+            values.iter().map(|(_, value)| value.len()).sum()
+        };
+        assert!(bytes(Layout::Bundles) * 3 < bytes(Layout::Records));
     }
 
     #[test]
@@ -160,12 +226,37 @@ mod tests {
         let all = values(Layout::Bundles, &heads(&payloads), &payloads);
         let (_, value) = &all[0];
         for length in 0..value.len() {
-            let found: Vec<_> = records(Layout::Bundles, &value[..length]).collect();
+            let value = Value::of(Layout::Bundles, &value[..length]);
+            let found: Vec<_> = value.records().collect();
+            assert_eq!(found, [Err(CutShort)], "{length}");
+        }
+        // As it would be where it was packed like that.
+        let unpacked = unpack(value).unwrap();
+        for length in 1..unpacked.len() {
+            let value = pack(&unpacked[..length]);
+            let value = Value::of(Layout::Bundles, &value);
+            let found: Vec<_> = value.records().collect();
             let whole = usize::from(length >= 46);
             // Right after a record nothing is missing that could be told here.
             let cut = usize::from(length != 46);
             assert_eq!(found.len(), whole + cut, "{length}");
             assert_eq!(found.iter().filter(|it| it.is_err()).count(), cut);
+        }
+    }
+
+    /// Whatever stands there, it takes no more memory than a bundle.
+    #[test]
+    fn a_size_that_no_bundle_has_is_refused() {
+        let payloads = vec![vec![1; 10]];
+        let all = values(Layout::Bundles, &heads(&payloads), &payloads);
+        for size in [0, 45, 47, LARGEST + 1, u32::MAX as usize] {
+            let mut value = all[0].1.clone();
+            value[..4].copy_from_slice(&u32::try_from(size).unwrap().to_be_bytes());
+            let value = Value::of(Layout::Bundles, &value);
+            assert!(
+                value.records().all(|record| record == Err(CutShort)),
+                "{size}"
+            );
         }
     }
 }
