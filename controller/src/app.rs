@@ -15,7 +15,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lockstep_core::trust::Subject;
 use lockstep_proto::wire::agent_v1::agent_service_server::AgentServiceServer;
@@ -52,6 +52,9 @@ use crate::suspensions::Suspensions;
 use crate::tls::{Settings, spawn_accepting};
 pub(crate) use error::ServeError;
 use host::{Asked, Signals, notify_systemd};
+
+/// A start that reads its journal for longer says how to make it shorter.
+const LONG_START: Duration = Duration::from_secs(2);
 
 /// From the first signal to the end. Agents do without the controller meanwhile; systemd kills
 /// what takes longer.
@@ -169,6 +172,7 @@ impl App {
         if !state.join("journal").exists() && (blobs_dir.exists() || logs_dir.exists()) {
             return Err(ServeError::JournalMissing(state.clone()));
         }
+        let begun = Instant::now();
         let journal = SledJournal::open(state)?;
         let blobs = Arc::new(Blobs::open(blobs_dir)?);
         let logs = Logs::open(logs_dir).map_err(io_error("open the logs' directory"))?;
@@ -192,6 +196,7 @@ impl App {
                 None
             })
         })?;
+        warn_of_long_start(begun.elapsed(), state);
         let address = config.listen;
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(|source| ServeError::Bind { address, source })?;
@@ -312,6 +317,18 @@ pub(crate) struct Services {
     pub(crate) suspensions: Arc<Suspensions>,
     /// Who was refused what.
     pub(crate) refusals: Refusals,
+}
+
+/// A start reads all of the journal: about 10 us for each order that it holds.
+fn warn_of_long_start(took: Duration, state: &Path) {
+    if took > LONG_START {
+        tracing::warn!(
+            took_ms = took.as_millis(),
+            "reading the journal took long: while no controller runs, `lockstep journal compact \
+             --dir {} --older-than 90d` takes rollouts that have ended out of it",
+            state.display()
+        );
+    }
 }
 
 /// Says in time that hosts will not get certificates any more.

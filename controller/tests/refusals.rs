@@ -4,9 +4,9 @@
 mod support;
 
 use std::process::Command;
+use std::time::Duration;
 
 use lockstep_proto::wire::control_v1 as wire;
-use lockstep_proto::wire::control_v1::control_service_client::ControlServiceClient;
 use serde_json::{Value, json};
 use support::pki::roles::Role;
 use support::{Place, hello};
@@ -38,6 +38,12 @@ fn refused(place: &Place) -> Vec<Value> {
 
 fn record(who: &Value, call: &str, why: &str, count: u64) -> Value {
     json!({"who": who, "call": call, "why": why, "count": count})
+}
+
+/// To a client, TLS 1.3 is up before the server has looked at its certificate: what was dialled last
+/// is turned away a moment later.
+async fn noted() {
+    tokio::time::sleep(Duration::from_millis(500)).await;
 }
 
 #[tokio::test]
@@ -77,12 +83,9 @@ async fn the_journal_says_who_was_refused_what() {
     // Of another installation: it claims a name that is known here, which counts for nothing.
     let elsewhere = Place::new();
     for stranger in [elsewhere.agent("app-1"), elsewhere.operator("ada", &[])] {
-        if let Ok(channel) = controller.dial(Some(&stranger)).await {
-            let mut api = ControlServiceClient::new(channel);
-            let status = api.list_hosts(wire::ListHostsRequest {}).await;
-            status.unwrap_err();
-        }
+        let _ = controller.dial(Some(&stranger)).await;
     }
+    noted().await;
     assert_eq!(controller.terminate(), Some(0));
 
     let found = refused(&place);
@@ -93,10 +96,20 @@ async fn the_journal_says_who_was_refused_what() {
         record(&json!({"operator": "ada"}), "ForgetHost", "invalid", 1),
         record(&app, "Session", "not_allowed", 1),
         record(&app, "handshake", "suspended", 1),
-        record(&json!("unverified"), "handshake", "certificate", 1),
     ] {
         assert!(found.contains(&wanted), "{wanted} is not in {found:#?}");
     }
+    // Both strangers, in one record or in two.
+    let strangers = found.iter().filter(|it| it["who"] == "unverified");
+    let strangers: Vec<_> = strangers
+        .map(|it| (&it["call"], &it["why"], it["count"].as_u64().unwrap()))
+        .collect();
+    let handshakes = strangers
+        .iter()
+        .all(|(call, why, _)| (*call, *why) == (&json!("handshake"), &json!("certificate")));
+    assert!(handshakes, "{found:#?}");
+    let count: u64 = strangers.iter().map(|(.., count)| count).sum();
+    assert_eq!(count, 2, "{found:#?}");
     let who: Vec<&Value> = found.iter().map(|record| &record["who"]).collect();
     assert!(!who.contains(&&json!({"operator": "app-1"})), "{found:#?}");
 }
@@ -115,6 +128,7 @@ async fn whoever_is_refused_without_end_costs_a_few_records() {
     for _ in 0..30 {
         let _ = controller.dial(Some(&stranger)).await;
     }
+    noted().await;
     assert_eq!(controller.terminate(), Some(0));
 
     let found = refused(&place);
@@ -138,6 +152,7 @@ async fn one_with_too_many_connections_is_refused_in_the_journal() {
     for _ in 0..12 {
         open.push(controller.dial(Some(&agent)).await);
     }
+    noted().await;
     drop(open);
     assert_eq!(controller.terminate(), Some(0));
     let found = refused(&place);

@@ -156,3 +156,21 @@ fn a_late_word_on_an_earlier_step_opens_no_later_wave() {
     fleet.report("b", word);
     assert_eq!(fleet.newest("b").at.phase, 0, "its wave is not open");
 }
+
+/// What was due of the first step comes later than what is due of the second.
+#[test]
+fn a_next_step_with_less_time_is_given_up_in_its_own() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let mut slow = stop();
+    slow.timeout = Period::seconds(600);
+    fleet.start(vec![on("app", vec![slow, stop()])]);
+    for name in ["a", "b"] {
+        let key = fleet.newest(name);
+        fleet.report(name, ReportBody::Started { key });
+    }
+    fleet.later(300);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(fleet.newest("a").at.step, 1, "its next step");
+    let due = fleet.coordinator.next_deadline().unwrap();
+    assert!(due.0 < fleet.now + 200_000, "{} ms", due.0 - fleet.now);
+}
