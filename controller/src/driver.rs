@@ -443,6 +443,15 @@ impl Driver {
                 let result = self.open(round, *hello, version, candidate)?;
                 round.admitted.push((host, admitted, result));
             }
+            // One of a session that is over was not acknowledged: the agent says it again.
+            Input::Report {
+                host,
+                session,
+                report,
+            } if self.sessions.current(&host) == Some(session) => {
+                self.handle(round, Event::Report { host, report });
+            }
+            Input::Report { .. } => {}
             Input::Closed { host, session } => {
                 if self.sessions.closed(&host, session) {
                     self.handle(round, Event::HostDown { host });

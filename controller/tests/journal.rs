@@ -168,9 +168,9 @@ fn a_compaction_that_is_killed_leaves_a_whole_journal() {
         let found: Value = serde_json::from_str(&found.out).unwrap();
         if found["begins_after"].is_null() {
             assert_eq!(found["records"], 696, "turn {turn}");
-            assert_eq!(found["journal_format"], 1, "it keeps its own");
+            assert_eq!(found["store_format"], 1, "it keeps its own");
         } else {
-            assert_eq!(found["journal_format"], 2, "it is made anew");
+            assert_eq!(found["store_format"], 2, "it is made anew");
             assert_eq!(found["archives"][0]["whole"], true, "turn {turn}");
         }
         let again = journal(

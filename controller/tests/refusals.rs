@@ -41,9 +41,19 @@ fn record(who: &Value, call: &str, why: &str, count: u64) -> Value {
 }
 
 /// To a client, TLS 1.3 is up before the server has looked at its certificate: what was dialled last
-/// is turned away a moment later.
-async fn noted() {
-    tokio::time::sleep(Duration::from_millis(500)).await;
+/// is turned away a moment later, and the log says so.
+async fn turned_away(place: &Place, why: &str, times: usize) {
+    for _ in 0..600 {
+        let log = place.log();
+        let said = log
+            .lines()
+            .filter(|line| line.contains(why) && line.contains("address"));
+        if said.count() >= times {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("`{why}` is not there {times} times:\n{}", place.log());
 }
 
 #[tokio::test]
@@ -85,7 +95,7 @@ async fn the_journal_says_who_was_refused_what() {
     for stranger in [elsewhere.agent("app-1"), elsewhere.operator("ada", &[])] {
         let _ = controller.dial(Some(&stranger)).await;
     }
-    noted().await;
+    turned_away(&place, "a handshake was refused", 3).await;
     assert_eq!(controller.terminate(), Some(0));
 
     let found = refused(&place);
@@ -128,7 +138,7 @@ async fn whoever_is_refused_without_end_costs_a_few_records() {
     for _ in 0..30 {
         let _ = controller.dial(Some(&stranger)).await;
     }
-    noted().await;
+    turned_away(&place, "a handshake was refused", 30).await;
     assert_eq!(controller.terminate(), Some(0));
 
     let found = refused(&place);
@@ -152,7 +162,7 @@ async fn one_with_too_many_connections_is_refused_in_the_journal() {
     for _ in 0..12 {
         open.push(controller.dial(Some(&agent)).await);
     }
-    noted().await;
+    turned_away(&place, "too many connections", 4).await;
     drop(open);
     assert_eq!(controller.terminate(), Some(0));
     let found = refused(&place);

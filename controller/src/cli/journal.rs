@@ -11,10 +11,10 @@ use super::error::CliError;
 use super::exit::Exit;
 use super::printer::Printer;
 use super::render::{Line, Tone};
-use crate::journal::Layout;
 use crate::journal::archive::{ArchiveFound, ArchiveState};
 use crate::journal::compact::{self, Which};
 use crate::journal::offline::{self, ExportError, Imported, Inspection};
+use crate::journal::{FORMAT, Layout};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Journal {
@@ -136,7 +136,8 @@ fn document(found: &Inspection) -> serde_json::Value {
     json!({
         "format": "lockstep.journal-check/1",
         "journal": found.id.map(|id| id.to_string()),
-        "journal_format": found.layout.map(Layout::format),
+        "journal_format": FORMAT,
+        "store_format": found.layout.map(Layout::format),
         "begins_after": head(found.begins_after),
         "archives": found.archives.iter().map(archive_document).collect::<Vec<_>>(),
         "records": found.last.map(|last| last.number),
@@ -167,8 +168,9 @@ fn lines(found: &Inspection) -> Vec<String> {
             "journal      {}",
             or_unknown(found.id.map(|id| id.to_string()))
         ),
+        format!("format       {FORMAT}"),
         format!(
-            "format       {}",
+            "store        {}",
             or_unknown(found.layout.map(|layout| layout.format().to_string()))
         ),
         format!(

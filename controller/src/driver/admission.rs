@@ -27,6 +27,9 @@ impl Driver {
         if let Err(refused) = self.rates.may_open(self.clock.now(), &host) {
             return Ok(Err(refused));
         }
+        // What follows from what came before is for the session of before: the new one begins with
+        // its welcome.
+        self.settle(round);
         if !self.epoch.is_current(hello.highest_epoch) && heeds_terms() {
             return self.meet_term(&host, hello.highest_epoch).map(Err);
         }
@@ -64,9 +67,6 @@ impl Driver {
         if is_news && let Err(refused) = self.rates.may_change(self.clock.now(), &host) {
             return Ok(Err(refused));
         }
-        // What follows from what came before is for the session of before: the new one begins with
-        // its welcome.
-        self.settle(round);
         let replaced = self.sessions.current(&host).is_some();
         let number = match self.sessions.admit(candidate) {
             Ok(number) => number,

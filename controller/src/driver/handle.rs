@@ -2,6 +2,7 @@
 
 use lockstep_core::{Answer, Call, Coordinator, Event, Refused};
 use lockstep_proto::ids::{HostId, OperatorName};
+use lockstep_proto::report::Report;
 use lockstep_proto::wire::Hello;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
@@ -26,6 +27,11 @@ pub(super) enum Input {
         version: u32,
         candidate: Candidate,
         admitted: oneshot::Sender<Result<SessionNumber, Status>>,
+    },
+    Report {
+        host: HostId,
+        session: SessionNumber,
+        report: Report,
     },
     Closed {
         host: HostId,
@@ -102,6 +108,21 @@ impl Handle {
         })
         .await?;
         answered.await.map_err(|_| Status::from(Stopping))?
+    }
+
+    /// Hands over what an agent reports in a session.
+    pub(crate) async fn report(
+        &self,
+        host: HostId,
+        session: SessionNumber,
+        report: Report,
+    ) -> Result<(), Stopping> {
+        let input = Input::Report {
+            host,
+            session,
+            report,
+        };
+        self.send(input).await
     }
 
     /// Says that a session is gone.

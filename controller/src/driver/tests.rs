@@ -327,6 +327,27 @@ fn submission() -> Event {
     }
 }
 
+/// What an agent reports in the session that it has now.
+fn report(driver: &Driver, host: &str, number: u64, body: ReportBody) -> Input {
+    let host = host.parse().unwrap();
+    Input::Report {
+        session: driver.sessions.current(&host).unwrap(),
+        host,
+        report: Report {
+            number,
+            body,
+            head: None,
+        },
+    }
+}
+
+fn surveyed() -> ReportBody {
+    ReportBody::Surveyed {
+        rollout: RolloutId::from_random([1; 6]),
+        state: vec![],
+    }
+}
+
 /// The last consent makes everybody's first order due, and is settled at the end of its batch.
 #[test]
 fn a_session_begins_with_its_welcome_whatever_came_in_the_same_batch() {
@@ -345,15 +366,13 @@ fn a_session_begins_with_its_welcome_whatever_came_in_the_same_batch() {
             state: vec![],
             round: 0,
         };
-        let report = Report {
-            number: 1,
-            body,
-            head: None,
-        };
-        let host = host.parse().unwrap();
-        driver.handle(&mut round, Event::Report { host, report });
+        let report = report(&driver, host, 1, body);
+        driver.take_input(&mut round, report).unwrap();
     }
+    // Its reader has one more in its hand.
+    let late = report(&driver, "app-2", 2, surveyed());
     let mut again = open(&mut driver, &mut round, "app-2");
+    driver.take_input(&mut round, late).unwrap();
     driver.settle(&mut round);
     driver.finish(round).unwrap();
     let first = again.try_recv().unwrap().message;

@@ -265,7 +265,10 @@ fn a_batch_beyond_the_head_is_there_as_a_whole_or_not_at_all() {
     let store = original.path().join("journal/store/db");
     let before = used_bytes(&store);
     let mut journal = SledJournal::open(original.path()).unwrap();
-    journal.append(&payloads(200..260)).unwrap();
+    // Several values of the store.
+    let random = &mut StdRng::seed_from_u64(1);
+    let batch: Vec<Vec<u8>> = (0..60).map(|_| noise(random, 3000)).collect();
+    journal.append(&batch).unwrap();
     drop(journal);
     let after = used_bytes(&store);
     let mut found = [0; 2];

@@ -331,6 +331,12 @@ fn record_key(number: u64) -> [u8; 9] {
     key
 }
 
+/// The number in a key.
+fn number_of(key: &[u8]) -> Option<u64> {
+    let number = key.strip_prefix(&[RECORD])?.try_into().ok()?;
+    Some(u64::from_be_bytes(number))
+}
+
 fn settings(dir: &Path) -> sled::Config {
     sled::Config::new()
         .path(dir)
@@ -577,6 +583,10 @@ fn follow_value(
     stored: Option<Stored>,
 ) -> Result<(), String> {
     let number = head.number + 1;
+    if !value.is_readable() {
+        let first = number_of(key).unwrap_or(number);
+        return Err(format!("the records from {first} on cannot be unpacked"));
+    }
     if *key != record_key(number) {
         return Err(format!(
             "record {number} is missing, though later ones are there"
@@ -625,7 +635,7 @@ fn ends_at(db: &sled::Db, layout: Layout, seen: Head) -> Result<(), Unread> {
     let last = db.scan_prefix([RECORD]).next_back().transpose();
     let last = last.map_err(|error| store_error("read", error))?;
     let end = last.and_then(|(key, value)| {
-        let first = u64::from_be_bytes(key.strip_prefix(&[RECORD])?.try_into().ok()?);
+        let first = number_of(&key)?;
         let value = Value::of(layout, &value);
         let (place, record) = value.records().enumerate().last()?;
         let (hash, _) = record.ok()?;

@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use lockstep_core::Event;
 use lockstep_core::refusal::{Caller, Why};
 use lockstep_proto::ids::HostId;
 use lockstep_proto::report::{MAX_REPORT_BYTES, Report};
@@ -235,8 +234,9 @@ impl Reader {
         }
     }
 
-    /// Reads until nothing more comes, and says why. The driver's channel makes it wait now and
-    /// then, so that an agent that never ceases to talk is stopped, too.
+    /// Reads until nothing more comes, and says why. Where it is dropped with a report in its hand,
+    /// that one is not acknowledged, and the agent says it again. Handing one over takes from the
+    /// task's budget, so that an agent that never ceases to talk is stopped, too.
     async fn read(&self, inbound: &mut Streaming<Up>) -> String {
         loop {
             if let Err(why) = self.take(inbound.message().await).await {
@@ -264,11 +264,8 @@ impl Reader {
             self.ending.end(Status::invalid_argument(why.clone()));
             why
         })?;
-        let event = Event::Report {
-            host: self.host.clone(),
-            report,
-        };
-        let handed = self.driver.event(event).await;
+        let handed = self.driver.report(self.host.clone(), self.number, report);
+        let handed = handed.await;
         handed.map_err(|stopping| stopping.to_string())
     }
 }

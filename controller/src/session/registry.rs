@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// Messages that wait for one agent. A host has one order at a time, one acknowledgement for each
-/// batch of the driver's, and after a reconnect an offer and what is outstanding; an agent that
+/// Messages that wait for one agent. A host has one order at a time, an acknowledgement before it or
+/// now and then, and after a reconnect an offer and what is outstanding; an agent that
 /// lets so many pile up does not read. Room is taken as it is used, 32 at a time.
 pub(crate) const QUEUE: usize = 64;
 

@@ -509,12 +509,16 @@ fn a_start_without_room_for_its_look_says_so() {
 fn what_changes_after_the_look_is_found() {
     type Change = fn(&sled::Db);
     let (original, records) = filled();
-    let changes: [(&str, Change); 3] = [
+    let changes: [(&str, Change); 4] = [
         ("its hash differs", |db| {
             let (key, value) = db.scan_prefix([RECORD]).nth(1).unwrap().unwrap();
             let mut value = value.to_vec();
             *value.last_mut().unwrap() ^= 1;
             db.insert(key, value).unwrap();
+        }),
+        ("on cannot be unpacked", |db| {
+            let (key, value) = db.scan_prefix([RECORD]).nth(1).unwrap().unwrap();
+            db.insert(key, &value[..value.len() / 2]).unwrap();
         }),
         ("is missing, though later ones are there", |db| {
             let (key, _) = db.scan_prefix([RECORD]).nth(1).unwrap().unwrap();

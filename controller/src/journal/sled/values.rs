@@ -93,6 +93,11 @@ impl<'a> Value<'a> {
         Self { layout, unpacked }
     }
 
+    /// Whether it could be unpacked.
+    pub(super) fn is_readable(&self) -> bool {
+        self.unpacked.is_ok()
+    }
+
     /// Hash and payload of each of its records.
     pub(super) fn records(&self) -> Records<'_> {
         Records {
@@ -139,6 +144,7 @@ impl<'a> Records<'a> {
 mod tests {
     use rand::rngs::StdRng;
     use rand::{Rng as _, SeedableRng as _};
+    use serde_json::json;
 
     use super::*;
     use crate::journal::JournalId;
@@ -202,22 +208,34 @@ mod tests {
     }
 
     #[test]
-    fn records_that_are_alike_take_a_third() {
-        let hash = |number: u8| hex::encode([number.wrapping_mul(41); 32]);
-        let payload = |number: u8| {
-            format!(
-                "{}{}",
-                "\"like\": \"the others\", ".repeat(15),
-                hash(number)
-            )
+    fn records_of_one_moment_take_less_than_half() {
+        let random = &mut StdRng::seed_from_u64(1);
+        let mut record = |host: u16| {
+            let hash: [u8; 32] = random.random();
+            json!({"at": 1_795_370_745_851_u64 + u64::from(host), "record": {"reported": {
+                "host": format!("app-{host:05}"),
+                "number": 11,
+                "body": {"finished": {
+                    "key": {
+                        "rollout": "ro_0a1b2c3d4e5f", "host": format!("app-{host:05}"), "phase": 3,
+                        "step": 0, "direction": "do", "attempt": 1
+                    },
+                    "outcome": {"ok": {"changed": true, "summary": "stopped in 2.3 s"}},
+                    "facts": [],
+                    "took": 2341
+                }},
+                "head": {"journal": "in_0a1b2c3d4e5f6071", "number": 22, "hash": hex::encode(hash)}
+            }}})
         };
-        let payloads: Vec<Vec<u8>> = (0..60).map(|number| payload(number).into()).collect();
+        let payloads = (0..200).map(|host| record(host).to_string().into_bytes());
+        let payloads: Vec<Vec<u8>> = payloads.collect();
         let heads = heads(&payloads);
         let bytes = |layout| -> usize {
             let values = values(layout, &heads, &payloads);
             values.iter().map(|(_, value)| value.len()).sum()
         };
-        assert!(bytes(Layout::Bundles) * 3 < bytes(Layout::Records));
+        let (packed, plain) = (bytes(Layout::Bundles), bytes(Layout::Records));
+        assert!(packed * 2 < plain, "{packed} of {plain} bytes");
     }
 
     #[test]
@@ -249,7 +267,12 @@ mod tests {
     fn a_size_that_no_bundle_has_is_refused() {
         let payloads = vec![vec![1; 10]];
         let all = values(Layout::Bundles, &heads(&payloads), &payloads);
-        for size in [0, 45, 47, LARGEST + 1, u32::MAX as usize] {
+        let larger = [&32_737_u32.to_be_bytes(), [1; 32 + 32_737].as_slice()].concat();
+        assert_eq!(larger.len(), LARGEST + 1);
+        let value = pack(&larger);
+        let value = Value::of(Layout::Bundles, &value);
+        assert_eq!(value.records().collect::<Vec<_>>(), [Err(CutShort)]);
+        for size in [0, 45, 47, u32::MAX as usize] {
             let mut value = all[0].1.clone();
             value[..4].copy_from_slice(&u32::try_from(size).unwrap().to_be_bytes());
             let value = Value::of(Layout::Bundles, &value);
