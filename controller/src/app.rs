@@ -319,7 +319,7 @@ pub(crate) struct Services {
     pub(crate) refusals: Refusals,
 }
 
-/// A start reads all of the journal: about 10 us for each order that it holds.
+/// A start reads all of the journal: some microseconds for each order that it holds.
 fn warn_of_long_start(took: Duration, state: &Path) {
     if took > LONG_START {
         tracing::warn!(

@@ -8,11 +8,11 @@ use lockstep_tests::cluster::Cluster;
 
 use crate::dial::Place;
 use crate::person::Person;
-use crate::plans;
 use crate::process::Part;
 use crate::report::Report;
 use crate::side::Side;
 use crate::watch::{Heard, Said, Watch};
+use crate::{laws, plans};
 
 const AGENTS: usize = 1000;
 
@@ -61,6 +61,7 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     let paces = if quick { &PACES[..1] } else { &PACES };
     let mut readers = subscribers(&place, 1, true)?;
     let mut others = subscribers(&place, SUBSCRIBERS - 1, false)?;
+    let mut costs = vec![];
     for (number, pace) in paces.iter().enumerate() {
         // Evenly from 0 to twice as much as it should be in the middle.
         let most = 2.0 * (1000.0 * AGENTS as f64 * EVENTS / pace.rate - WAY_MS);
@@ -78,6 +79,16 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
         let watched = watched(&side, all)?;
         person.succeeded(&rollout)?;
         watched.tell(report, pace);
+        costs.push((watched.reader.rate, watched.cpu));
+    }
+    if costs.len() > 1 {
+        let exponent = laws::exponent(&costs);
+        report.bounded(
+            "exponent: CPU of the controller, by events",
+            exponent,
+            "",
+            Some(laws::MOST),
+        );
     }
     Ok(())
 }

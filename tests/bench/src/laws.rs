@@ -27,7 +27,7 @@ const TIMES: usize = 3;
 const HISTORY: [usize; 3] = [0, 10, 40];
 
 /// The most that an exponent may be.
-const MOST: f64 = 1.1;
+pub(crate) const MOST: f64 = 1.1;
 
 /// From what the fan-outs cost, what whole rollouts cost by their agents, and a fleet of its own.
 pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64)]) -> Result<()> {
@@ -114,7 +114,7 @@ fn by_steps(side: &Side<Cluster>) -> Result<Vec<(f64, f64)>> {
 
 /// The exponent of the power law that comes closest to these points; not a number for fewer than
 /// two of them. What costs nothing that could be measured says nothing.
-fn exponent(points: &[(f64, f64)]) -> f64 {
+pub(crate) fn exponent(points: &[(f64, f64)]) -> f64 {
     let logs = points
         .iter()
         .filter(|(size, cost)| *size > 0.0 && *cost > 0.0);
