@@ -135,7 +135,7 @@ async fn orders(report: &mut Report, cluster: &Cluster, pid: u32, quick: bool) -
     let (wanted, longest) = if quick {
         (2000, Duration::from_secs(15))
     } else {
-        (100_000, Duration::from_secs(300))
+        (100_000, Duration::from_mins(5))
     };
     let mut orderer = Orderer::begin(cluster).await?;
     // Its program's pages and its journal's tables are there afterwards.

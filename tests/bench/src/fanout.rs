@@ -6,7 +6,7 @@ use lockstep_tests::cluster::Cluster;
 use crate::dial::Place;
 use crate::load::{Load, Said};
 use crate::person::Person;
-use crate::process::{Used, used};
+use crate::process::running;
 use crate::report::{Report, median, part};
 use crate::side::{Side, controller_pid, ms};
 use crate::{clock, control, plans};
@@ -19,9 +19,10 @@ pub(crate) struct Cost {
     pub(crate) agents: usize,
     /// From the first order of a phase until its last result is durable, in milliseconds.
     pub(crate) wall: f64,
-    /// Of the controller, for one order to all of them, in milliseconds: over all turns, for one
-    /// alone may take less than the kernel counts.
+    /// Of the controller, for one order to all of them, in milliseconds.
     pub(crate) cpu: f64,
+    /// The same of the bare one.
+    pub(crate) bare_cpu: f64,
     /// All sessions together, in bytes.
     pub(crate) memory: f64,
 }
@@ -39,13 +40,13 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
     let (mut bares, mut bare_cpu) = (vec![], vec![]);
     let (mut reals, mut real_cpu, mut told, mut orders) = (vec![], vec![], vec![], vec![]);
     for turn in 0..turns {
-        let before = used(bare.pid)?;
+        let before = running(bare.pid)?;
         bares.extend(bare.rounds(ROUNDS)?);
-        bare_cpu.push(per_round(before, used(bare.pid)?, ROUNDS));
+        bare_cpu.push(per_round(before, running(bare.pid)?, ROUNDS));
 
         let rollout = submit(real.controller, turn)?;
         let mut last = 0;
-        let mut before = used(pid)?;
+        let mut before = running(pid)?;
         for phase in 0..=ROUNDS {
             let Said::Round {
                 orders: [from, to],
@@ -60,7 +61,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             // The first order of a phase says that every result of the one before it is durable:
             // agents are told so later, with their next order.
             if phase == 0 {
-                before = used(pid)?;
+                before = running(pid)?;
             } else {
                 reals.push(ms(from - last));
                 orders.push(ms(to - from));
@@ -68,7 +69,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
             }
             last = from;
         }
-        real_cpu.push(per_round(before, used(pid)?, ROUNDS));
+        real_cpu.push(per_round(before, running(pid)?, ROUNDS));
         person.succeeded(&rollout)?;
     }
 
@@ -109,7 +110,8 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
     Ok(Cost {
         agents,
         wall: median(&reals),
-        cpu: real_cpu.iter().sum::<f64>() / real_cpu.len() as f64,
+        cpu: cpu.0,
+        bare_cpu: cpu.1,
         memory: real.memory * agents as f64,
     })
 }
@@ -196,6 +198,6 @@ impl Restart {
 }
 
 /// Milliseconds of processor time.
-fn per_round(before: Used, after: Used, rounds: usize) -> f64 {
-    (after.cpu - before.cpu) * 1000.0 / rounds as f64
+fn per_round(before: f64, after: f64, rounds: usize) -> f64 {
+    (after - before) * 1000.0 / rounds as f64
 }

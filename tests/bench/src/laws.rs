@@ -42,10 +42,6 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
     let agents = [
         ("fan-out, by agents", against(|cost| cost.wall)),
         (
-            "its CPU at the controller, by agents",
-            against(|cost| cost.cpu),
-        ),
-        (
             "memory of the controller, by agents",
             against(|cost| cost.memory),
         ),
@@ -53,6 +49,16 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
     // Without fan-outs in this run there is nothing to say of them.
     for (what, exponent) in agents.into_iter().filter(|_| costs.len() > 1) {
         report.bounded(name(what), exponent, "", Some(MOST));
+    }
+    if costs.len() > 1 {
+        // The machine's caches and its kernel make the bare one's grow, too.
+        report.beside(
+            name("its CPU at the controller, by agents"),
+            against(|cost| cost.cpu),
+            "",
+            against(|cost| cost.bare_cpu),
+            Some(MOST),
+        );
     }
 
     let mut side = Side::real(crate::controller()?, AGENTS)?;
