@@ -267,7 +267,7 @@ mod tests {
     fn a_size_that_no_bundle_has_is_refused() {
         let payloads = vec![vec![1; 10]];
         let all = values(Layout::Bundles, &heads(&payloads), &payloads);
-        let larger = [&32_737_u32.to_be_bytes(), [1; 32 + 32_737].as_slice()].concat();
+        let larger = [32_737_u32.to_be_bytes().as_slice(), &vec![1; 32 + 32_737]].concat();
         assert_eq!(larger.len(), LARGEST + 1);
         let value = pack(&larger);
         let value = Value::of(Layout::Bundles, &value);
