@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 /// Messages that wait for one agent. A host has one order at a time, an acknowledgement before it or
-/// now and then, and after a reconnect an offer and what is outstanding; an agent that
-/// lets so many pile up does not read. Room is taken as it is used, 32 at a time.
+/// now and then, and after a reconnect an offer and what is outstanding; an agent that lets so many
+/// pile up does not read. Room is taken as it is used, 32 at a time.
 pub(crate) const QUEUE: usize = 64;
 
 /// A message on its way down. Boxed, because a channel reserves room for 32 of them: 256 bytes

@@ -183,6 +183,7 @@ mod tests {
             let values = values(layout, &heads, &payloads);
             let found: Vec<u64> = values.iter().map(|(first, _)| *first).collect();
             assert_eq!(found, keys);
+            assert!(values.iter().all(|(_, value)| value.len() <= LARGEST));
             let read = values.iter().map(|(_, value)| Value::of(layout, value));
             let read: Vec<Value<'_>> = read.collect();
             let out = read.iter().flat_map(Value::records);
