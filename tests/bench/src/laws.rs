@@ -42,6 +42,10 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
     let agents = [
         ("fan-out, by agents", against(|cost| cost.wall)),
         (
+            "its CPU at the controller, by agents",
+            against(|cost| cost.cpu),
+        ),
+        (
             "memory of the controller, by agents",
             against(|cost| cost.memory),
         ),
@@ -52,13 +56,8 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
     }
     if costs.len() > 1 {
         // The machine's caches and its kernel make the bare one's grow, too.
-        report.beside(
-            name("its CPU at the controller, by agents"),
-            against(|cost| cost.cpu),
-            "",
-            against(|cost| cost.bare_cpu),
-            Some(MOST),
-        );
+        let bare = against(|cost| cost.bare_cpu);
+        report.value(name("CPU of the bare fan-out, by agents"), bare, "");
     }
 
     let mut side = Side::real(crate::controller()?, AGENTS)?;
