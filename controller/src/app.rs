@@ -189,6 +189,7 @@ impl App {
             take_over: options.take_over,
             break_glass: config.break_glass.clone(),
             suspend: options.suspend.clone(),
+            compact_above: config.compact_above,
         };
         let driver = Driver::recover(parts, |digest| {
             blobs.plan(digest).unwrap_or_else(|error| {
@@ -319,7 +320,8 @@ pub(crate) struct Services {
     pub(crate) refusals: Refusals,
 }
 
-/// A start reads all of the journal: some microseconds for each order that it holds.
+/// A start reads all of the journal: some microseconds for each order that it holds. A controller makes
+/// it shorter by itself, but for what goes on and the newest rollout that has ended.
 fn warn_of_long_start(took: Duration, state: &Path) {
     if took > LONG_START {
         tracing::warn!(

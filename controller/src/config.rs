@@ -21,6 +21,9 @@
 //! [break_glass]                      # only where two people may let a gate be met, for an hour at most
 //! group = "incident_lead"            # both are of this group
 //!
+//! [journal]
+//! compact_above = 200000             # records; then ended rollouts go into an archive. 0: never
+//!
 //! [email]                            # only for `notify.email`
 //! host = "smtp.example.com"
 //! port = 587
@@ -56,6 +59,8 @@ pub(crate) struct Config {
     pub(crate) secrets_dir: Option<PathBuf>,
     /// The group two of whom may break the glass of a gate; none if nobody may.
     pub(crate) break_glass: Option<String>,
+    /// The journal is compacted once it has more records than this; none: never.
+    pub(crate) compact_above: Option<u64>,
     /// How mail is sent; none if it is not.
     pub(crate) email: Option<Email>,
 }
@@ -100,6 +105,15 @@ struct RawEnroll {
 struct RawBreakGlass {
     group: String,
 }
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawJournal {
+    compact_above: Option<u64>,
+}
+
+/// What a controller reads at its start in about a second: 100,000 orders.
+const COMPACT_ABOVE: u64 = 200_000;
 
 /// How long an agent's certificate lives, if nobody says otherwise.
 const AGENT_LIFE: Duration = Duration::from_hours(24);
@@ -184,6 +198,8 @@ struct RawConfig {
     tls: TlsFiles,
     enroll: Option<RawEnroll>,
     break_glass: Option<RawBreakGlass>,
+    #[serde(default)]
+    journal: RawJournal,
     email: Option<Email>,
 }
 
@@ -217,6 +233,7 @@ impl Config {
             tls,
             enroll,
             break_glass,
+            journal,
             email,
         } = raw;
         let life = enroll.as_ref().and_then(|enroll| enroll.life);
@@ -279,6 +296,8 @@ impl Config {
             }),
             secrets_dir: secrets_dir.map(|dir| base.join(dir)),
             break_glass,
+            compact_above: Some(journal.compact_above.unwrap_or(COMPACT_ABOVE))
+                .filter(|above| *above > 0),
             email,
         })
     }
@@ -309,6 +328,8 @@ mod tests {
         life = "1h"
         [break_glass]
         group = "incident"
+        [journal]
+        compact_above = 5000
     "#;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -326,6 +347,10 @@ mod tests {
         assert_eq!(enroll.life, Duration::from_hours(1));
         assert_eq!(config.break_glass.as_deref(), Some("incident"));
         assert_eq!(config.email.unwrap().security, EmailSecurity::Starttls);
+        assert_eq!(config.compact_above, Some(5000));
+        let above = |text: &str| parse(&GOOD.replace("compact_above = 5000", text));
+        assert_eq!(above("").unwrap().compact_above, Some(COMPACT_ABOVE));
+        assert_eq!(above("compact_above = 0").unwrap().compact_above, None);
     }
 
     #[test]
@@ -341,6 +366,7 @@ mod tests {
             ("secrets_dir", "# secrets_dir"),
             ("\"incident\"", "\" \""),
             ("127.0.0.1:0", "localhost"),
+            ("5000", "-1"),
             ("host = \"smtp\"", "host = \"smtp\"\nsecurity = \"none\""),
         ] {
             assert!(parse(&GOOD.replace(from, to)).is_err(), "{from} -> {to}");

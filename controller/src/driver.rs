@@ -13,6 +13,7 @@
 
 mod admission;
 mod clock;
+mod compaction;
 mod dues;
 mod handle;
 mod rates;
@@ -46,6 +47,7 @@ use crate::session::registry::Registry;
 use crate::suspensions::Suspensions;
 pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
+use compaction::Compaction;
 use dues::Dues;
 use handle::Input;
 pub(crate) use handle::{Handle, Stopping};
@@ -99,6 +101,9 @@ pub(crate) enum DriverError {
         /// What this journal has.
         ours: u64,
     },
+    /// A compacted journal is there, or the one before it; it could not be opened.
+    #[error("the journal that was compacted cannot be opened; start the controller again")]
+    Compaction(#[source] OpenError),
     /// The thread could not be started, or ended by a panic.
     #[error("the driver's thread has failed: {0}")]
     Thread(String),
@@ -144,6 +149,8 @@ pub(crate) struct Parts {
     pub(crate) break_glass: Option<String>,
     /// Who is suspended before anybody is let in.
     pub(crate) suspend: Vec<Subject>,
+    /// The journal is compacted once it has more records than this; none: never.
+    pub(crate) compact_above: Option<u64>,
 }
 
 /// The driver, before it runs.
@@ -170,6 +177,7 @@ pub(crate) struct Driver {
     doubted_by: BTreeSet<HostId>,
     rates: Rates,
     dues: Dues,
+    compaction: Compaction,
     /// Events that the driver owes itself.
     own: VecDeque<Event>,
 }
@@ -189,6 +197,7 @@ impl Driver {
             take_over,
             break_glass,
             suspend,
+            compact_above,
         } = parts;
         // The term follows from what is found.
         let config = Config {
@@ -215,6 +224,7 @@ impl Driver {
             suspensions.set_granted(host, coordinator.trust().granted(host));
         }
         suspensions.set(coordinator.trust().banned());
+        let compaction = Compaction::new(compact_above, &mut *journal);
         Ok(Self {
             coordinator,
             journal,
@@ -233,6 +243,7 @@ impl Driver {
             doubted_by: BTreeSet::new(),
             rates: Rates::default(),
             dues: Dues::default(),
+            compaction,
             own: VecDeque::new(),
         })
     }
@@ -279,7 +290,12 @@ impl Driver {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             let asleep = Instant::now();
-            let wake = self.wake_at().into_iter().chain(self.dues.at()).min();
+            let wakes = [
+                self.wake_at(),
+                self.dues.at(),
+                self.compaction.at(&*self.journal),
+            ];
+            let wake = wakes.into_iter().flatten().min();
             tokio::select! {
                 // A round looks at deadlines, whatever began it.
                 biased;
@@ -289,6 +305,7 @@ impl Driver {
                     }
                 }
                 () = sleep_until(wake) => {}
+                prepared = self.compaction.prepared() => self.end_compaction(prepared)?,
                 () = std::future::ready(()), if !self.own.is_empty() => {}
             }
             if wake.is_some_and(|wake| wake.max(asleep).elapsed() > AWAY) {
@@ -298,11 +315,13 @@ impl Driver {
             let heard = !batch.is_empty();
             self.round(&mut batch)?;
             self.tell_what_is_durable(heard);
+            self.look_at_length();
             if self.stopping {
                 // What was sent before is still received; what comes now is refused.
                 inputs.close();
             }
         }
+        self.compaction.end();
         self.journal.close();
         Ok(())
     }

@@ -173,6 +173,7 @@ pub fn start(
         notices: mpsc::channel(1).0,
         suspensions: Arc::default(),
         epoch_above: 0,
+        compact_above: None,
         take_over,
         break_glass: None,
         suspend: vec![],

@@ -7,8 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use lockstep_tests::wait;
 use serde_json::Value;
-use support::{Place, hello};
+use support::{Place, SOON, hello};
 
 struct Said {
     code: i32,
@@ -221,6 +222,68 @@ async fn a_compacted_rollout_is_said_to_be_in_its_archive() {
     assert!(state.join(archive).exists());
     let refused = journal(&["compact", "--keep", "0"], &state, None);
     assert_eq!(refused.code, 12, "{}", refused.err);
+}
+
+/// A controller whose journal has grown long makes it shorter by itself, and goes on meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_compacts_its_journal_while_it_runs() {
+    use lockstep_proto::wire::control_v1 as control;
+
+    let place = Place::new();
+    let state = place.path().join("state");
+    let fixtures = lockstep_tests::repository().join("tests/fixtures/journals/controller-1");
+    copy(&fixtures, &state);
+    let config = place.path().join("controller.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("{text}[journal]\ncompact_above = 100\n")).unwrap();
+    let controller = place.start();
+    let mut client = controller.control(&place.operator("olga", &[])).await;
+    let list = control::ListRolloutsRequest::default();
+    let before = client.list_rollouts(list).await.unwrap();
+    let before = before.into_inner().rollouts;
+    assert_eq!(before.len(), 3);
+    let agent = place.agent("web-9");
+    let session = controller.session(&agent, hello("web-9")).await.unwrap();
+
+    let said = || place.log().contains("went into an archive");
+    wait::until_true("the compaction", SOON, said).unwrap();
+    let after = client.list_rollouts(list).await.unwrap();
+    let after = after.into_inner().rollouts;
+    let [newest] = &after[..] else {
+        panic!("{after:?}");
+    };
+    assert!(before.contains(newest), "as it was");
+    let rollout = before.iter().find(|rollout| *rollout != newest).unwrap();
+    let request = control::GetRolloutRequest {
+        rollout: rollout.rollout.clone(),
+    };
+    let refused = client.get_rollout(request).await.unwrap_err();
+    assert!(
+        refused.message().contains("archive/journal-1-"),
+        "{refused:?}"
+    );
+    // Whoever was there is still there, and whoever comes is let in.
+    let hosts = client.list_hosts(control::ListHostsRequest {}).await;
+    let hosts = hosts.unwrap().into_inner().hosts;
+    let web = hosts.iter().find(|host| host.host == "web-9").unwrap();
+    assert!(web.connected, "{web:?}");
+    let other = place.agent("web-10");
+    let joined = controller.session(&other, hello("web-10")).await.unwrap();
+    assert_eq!(joined.epoch, session.epoch);
+
+    controller.kill();
+    let found = journal(&["verify", "--output", "json"], &state, None);
+    assert_eq!(found.code, 0, "{}", found.err);
+    let found: Value = serde_json::from_str(&found.out).unwrap();
+    assert_eq!(found["archives"][0]["whole"], true);
+    assert_eq!(found["store_format"], 1, "an earlier release can go back to it");
+    let archived = &found["begins_after"]["number"];
+    let left = found["records"].as_u64().zip(archived.as_u64());
+    assert!(left.is_some_and(|(all, archived)| all - archived < 696 / 2));
+    let controller = place.start();
+    let mut client = controller.control(&place.operator("olga", &[])).await;
+    let next = client.list_rollouts(list).await.unwrap().into_inner();
+    assert_eq!(next.rollouts, after);
 }
 
 fn copy(from: &Path, to: &Path) {

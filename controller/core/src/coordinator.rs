@@ -9,10 +9,11 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
 
 use crate::event::{Answer, Effects, Event, Message, Notify};
-use crate::record::{Archived, Entry, Record};
+use crate::record::{Archived, End, Entry, Record};
 use crate::rollout::{HELD_BACK_BY, Rollout, order_life};
 use crate::trust::Trust;
 
+mod archive;
 mod calls;
 mod fold;
 mod gates;
@@ -97,8 +98,9 @@ pub struct Coordinator {
     config: Config,
     hosts: BTreeMap<HostId, HostInfo>,
     rollouts: BTreeMap<RolloutId, Rollout>,
-    /// In the order of their submission.
+    /// In the order of their submission, and where each stands in it.
     order: Vec<RolloutId>,
+    places: BTreeMap<RolloutId, usize>,
     /// Rollouts of which something may become due, by their place in that order, and when they are
     /// looked at at the latest; none where only events matter.
     awake: BTreeMap<usize, Option<Timestamp>>,
@@ -110,6 +112,8 @@ pub struct Coordinator {
     floor: Timestamp,
     /// When something was last decided.
     now: Timestamp,
+    /// When the newest record was written.
+    last_at: Timestamp,
     /// Hosts that were asked for their state in their present session.
     surveyed: BTreeSet<(RolloutId, HostId)>,
     last_epoch: Option<Epoch>,
@@ -134,11 +138,13 @@ impl Coordinator {
             hosts: BTreeMap::new(),
             rollouts: BTreeMap::new(),
             order: Vec::new(),
+            places: BTreeMap::new(),
             awake: BTreeMap::new(),
             unsettled: false,
             serials: BTreeMap::new(),
             floor: Timestamp::default(),
             now: Timestamp::default(),
+            last_at: Timestamp::default(),
             surveyed: BTreeSet::new(),
             last_epoch: None,
             took_over: None,
@@ -161,8 +167,8 @@ impl Coordinator {
                 let illegal = |why: String| RecoverError::Illegal { number, why };
                 coordinator.apply(&entry).map_err(illegal)?;
             }
-            coordinator.floor = entry.at;
         }
+        coordinator.floor = coordinator.last_at;
         Ok(coordinator)
     }
 
@@ -173,7 +179,7 @@ impl Coordinator {
 
     /// When the last record of the journal was written; the beginning of time if there is none.
     pub fn last_at(&self) -> Timestamp {
-        self.floor
+        self.last_at
     }
 
     /// The newest term in the journal.
@@ -476,7 +482,12 @@ impl Coordinator {
             return;
         }
         let epoch = self.config.epoch;
-        if known.is_none_or(Rollout::is_cancelled) {
+        let archived = self.archived.get(&rollout);
+        let cancelled = match known {
+            Some(rollout) => rollout.is_cancelled(),
+            None => archived.is_none_or(|archived| archived.end == End::Cancelled),
+        };
+        if cancelled {
             let cancel = Message::Cancel {
                 rollout: rollout.clone(),
                 epoch,

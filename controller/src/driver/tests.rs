@@ -69,6 +69,7 @@ pub(crate) fn parts(memory: &Memory, broken: &Arc<AtomicBool>) -> Parts {
         take_over: false,
         suspend: vec![],
         epoch_above: 0,
+        compact_above: None,
         break_glass: None,
     }
 }

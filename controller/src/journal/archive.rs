@@ -5,17 +5,20 @@
 //! STATE/archive/journal-1483-2900.jsonl   the next ones: its first record names the former's last
 //! ```
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use super::disk::io_error;
 use super::offline::{ExportError, ImportError, Records, read_export, verify_export};
-use super::{Head, JournalId, begins_after};
+use super::{Head, JournalId, OpenError, begins_after};
 
 /// Archives that one journal goes back to: more than a journal that is compacted daily has in a
 /// hundred years, so that files that name each other end somewhere.
 const MOST: usize = 40_000;
+
+/// The extension of one that is not whole yet.
+const PART: &str = "part";
 
 /// What is found of an archive.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,6 +45,23 @@ pub(crate) enum ArchiveState {
 /// The directory of a state directory's archives.
 pub(super) fn directory(state: &Path) -> PathBuf {
     state.join("archive")
+}
+
+/// Where an archive is written, and where it is found once it is whole.
+pub(super) fn paths(state: &Path, name: &str) -> (PathBuf, PathBuf) {
+    let path = directory(state).join(name);
+    (path.with_extension(PART), path)
+}
+
+/// Removes what a compaction left that was ended.
+pub(super) fn remove_parts(dir: &Path) -> Result<(), OpenError> {
+    for entry in fs::read_dir(dir).map_err(io_error("read", dir))? {
+        let path = entry.map_err(io_error("read", dir))?.path();
+        if path.extension().is_some_and(|extension| extension == PART) {
+            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Follows archives back from what a compacted journal begins after.

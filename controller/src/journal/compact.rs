@@ -11,27 +11,35 @@
 //! durable. Records of other rollouts and of hosts are kept word for word, in their order.
 //!
 //! First the archive is on the disk and was read again; then the new journal is made beside the
-//! old one; then the two change places in one step. Whatever ends it before, the old journal is
-//! whole; afterwards, the new one.
+//! old one, and folded: it must say what the old one says of everything that stays. Only then the
+//! archive gets its name, and the two journals change places in one step. Whatever ends it before,
+//! the old journal is whole; afterwards, the new one.
+//!
+//! A controller that runs prepares it on a thread of its own (see `driver/compaction.rs`).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufWriter};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use lockstep_core::trust::TrustRecord;
-use lockstep_core::{Archived, Config, Coordinator, End, Entry, Record, RecoverError};
-use lockstep_proto::ids::{Epoch, HostId, RolloutId};
+use lockstep_core::coordinator::HostInfo;
+use lockstep_core::trust::{Trust, TrustRecord};
+use lockstep_core::{Archived, Config, Coordinator, Entry, Record, RecoverError};
+use lockstep_proto::ids::{Epoch, HostId, PlanDigest, RolloutId};
+use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::{Period, Timestamp};
 
 use super::archive;
 use super::disk::{io_error, sync, sync_directory};
-use super::offline::{ExportError, ImportError, Offline, Records, read_entries};
+use super::offline::{ExportError, ImportError, Offline, read_entries};
 use super::sled::SledJournal;
-use super::{AppendError, Head, Journal as _, MAX_PAYLOAD, OpenError};
+use super::source::Source;
+use super::{AppendError, Head, Journal as _, Layout, MAX_PAYLOAD, OpenError};
 use crate::blobs::{BlobError, Blobs};
 use crate::driver::wall_clock;
+use crate::faults::reached;
 
 /// Records that are written together; a batch is at most 8 MiB then.
 const BATCH: usize = 256;
@@ -75,6 +83,12 @@ pub(crate) enum CompactError {
     /// The new journal would not say the same as the old one.
     #[error("the compacted journal would say something else of {0}; nothing was changed")]
     Differs(String),
+    /// More records than that would stay.
+    #[error("the compacted journal would be hardly shorter")]
+    InVain,
+    /// Its thread could not be started, or ended by a panic.
+    #[error("the thread that compacts the journal has failed; see the lines above")]
+    Thread,
 }
 
 /// What a compaction did.
@@ -97,87 +111,68 @@ pub(crate) struct Compacted {
 /// Takes rollouts out of a journal on which no controller runs.
 pub(crate) fn compact(state: &Path, which: Which) -> Result<Compacted, CompactError> {
     let journal = Offline::open(state)?;
-    let records = journal.read_all()?;
-    let lock = journal.into_lock();
-    let Records {
-        id,
-        base,
-        head,
-        ref payloads,
-        ref entries,
-    } = records;
+    let source = journal.source()?;
     let blobs = Blobs::open(state.join("blobs"))?;
-    let before = fold(entries, &blobs)?;
-    let goes_out = choose(&before, entries, which);
+    // A plan that cannot be read is missing, which the fold says by name.
+    let plan = |digest| blobs.plan(digest).ok().flatten();
+    let before = fold(source.records().map(|read| Ok(read?.0)), &plan)?;
+    let goes_out = choose(&before, which);
     let mut compacted = Compacted {
         archive: None,
-        archived: head,
+        archived: source.head,
         rollouts: goes_out.clone(),
-        records: payloads.len() as u64,
-        bytes_before: size(&state.join("journal")),
-        bytes_after: size(&state.join("journal")),
+        records: source.count(),
+        bytes_before: size(&source.directory()),
+        bytes_after: size(&source.directory()),
     };
     if goes_out.is_empty() {
         return Ok(compacted);
     }
-
-    let name = format!("journal-{}-{}.jsonl", base.number + 1, head.number);
-    let kept = keep(&before, &records, &goes_out, &name);
-    let folded = fold(&read_entries(&kept, head.number)?, &blobs)?;
-    let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
-    compare(&before, &folded, &goes_out, last)?;
-
-    let path = archive::directory(state).join(&name);
-    write_archive(&records, &path)?;
-    archive::check(&path, id, head).map_err(|source| CompactError::Archive {
-        path: path.clone(),
-        source,
-    })?;
-    let (first, rest) = kept.split_first().expect("its first record says so");
-    let first = Some((head, first.as_slice()));
-    SledJournal::build(state, &lock, id, first, |new| {
-        for batch in rest.chunks(BATCH) {
-            new.append(batch)?;
-        }
-        Ok::<_, CompactError>(())
-    })?;
-    SledJournal::exchange(state, &lock)?;
-    compacted.archive = Some(path);
-    compacted.records = kept.len() as u64;
+    let outgoing = Outgoing::new(&before, &source, &goes_out);
+    let prepared = prepare(source, outgoing, Layout::Bundles, &plan, usize::MAX)?;
+    // The copy goes; the state directory stays locked.
+    drop(journal);
+    let asked_for = |info: &HostInfo| {
+        let mut info = info.clone();
+        // What nobody had asked for went out with the rest.
+        info.unasked = 0;
+        info
+    };
+    let published = prepared.check(&before, asked_for);
+    let published = published.and_then(|()| prepared.publish());
+    if published.is_err() {
+        prepared.discard();
+    }
+    compacted.archive = Some(published?);
+    compacted.records = prepared.records;
+    SledJournal::exchange(state, &prepared.lock)?;
     compacted.bytes_after = size(&state.join("journal"));
     Ok(compacted)
 }
 
-fn fold(entries: &[Entry], blobs: &Blobs) -> Result<Coordinator, CompactError> {
-    let epoch = Epoch::NONE;
-    // A plan that cannot be read is missing, which the fold says by name.
-    let plan = |digest| blobs.plan(digest).ok().flatten();
-    let folded = Coordinator::recover(
-        Config {
-            epoch,
-            break_glass: None,
-        },
-        entries.iter().cloned(),
-        plan,
-    )?;
-    Ok(folded)
+fn fold(
+    entries: impl Iterator<Item = Result<Entry, ExportError>>,
+    plan: &impl Fn(PlanDigest) -> Option<Arc<SealedPlan>>,
+) -> Result<Coordinator, CompactError> {
+    let config = Config {
+        epoch: Epoch::NONE,
+        break_glass: None,
+    };
+    let mut unread = None;
+    let entries = entries.map_while(|entry| entry.map_err(|error| unread = Some(error)).ok());
+    let folded = Coordinator::recover(config, entries, plan);
+    match unread {
+        // What could not be read comes before what could not be folded without it.
+        Some(error) => Err(error.into()),
+        None => Ok(folded?),
+    }
 }
 
 /// The rollouts that go out, in the order of their submission.
-fn choose(folded: &Coordinator, entries: &[Entry], which: Which) -> Vec<RolloutId> {
-    let last = entries.last().map_or(Timestamp(0), |entry| entry.at);
-    let now = wall_clock().max(last);
-    let unsent = unsent(entries);
-    let mut ended: Vec<(Timestamp, RolloutId)> = folded
-        .rollouts()
-        .filter(|rollout| !unsent.contains(*rollout))
-        .filter_map(|rollout| folded.summary(rollout))
-        .filter(|summary| summary.ended && !summary.open)
-        .filter_map(|summary| Some((summary.ended_at?, summary.rollout)))
-        .collect();
-    ended.sort();
-    ended.reverse();
-    let newest = ended.iter().enumerate();
+fn choose(folded: &Coordinator, which: Which) -> Vec<RolloutId> {
+    let now = wall_clock().max(folded.last_at());
+    let over = folded.over();
+    let newest = over.iter().rev().enumerate();
     let goes_out: BTreeSet<&RolloutId> = newest
         .filter(|(place, (ended_at, _))| {
             let old = which
@@ -185,7 +180,7 @@ fn choose(folded: &Coordinator, entries: &[Entry], which: Which) -> Vec<RolloutI
                 .is_some_and(|age| now.since(*ended_at) > age);
             old || which.keep.is_some_and(|keep| *place >= keep)
         })
-        .map(|(_, (_, rollout))| rollout)
+        .map(|(_, (_, rollout))| *rollout)
         .collect();
     let in_order = folded.rollouts();
     in_order
@@ -194,143 +189,265 @@ fn choose(folded: &Coordinator, entries: &[Entry], which: Which) -> Vec<RolloutI
         .collect()
 }
 
-/// Rollouts of which a message was about to be sent: the next controller says what became of it.
-fn unsent(entries: &[Entry]) -> BTreeSet<RolloutId> {
-    let mut open = BTreeSet::new();
-    for entry in entries {
-        match &entry.record {
-            Record::NoticeOrdered { rollout, which } => _ = open.insert((rollout, *which)),
-            Record::NoticeSent { rollout, which, .. } => _ = open.remove(&(rollout, *which)),
-            _ => {}
+/// What goes out of a journal, and what its records are held against.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    /// The archive's file name.
+    archive: String,
+    /// In the order of their submission.
+    archived: Vec<Archived>,
+    trust: Trust,
+    term: Option<Epoch>,
+    took_over: Option<Epoch>,
+    /// When the last record was written.
+    last_at: Timestamp,
+}
+
+impl Outgoing {
+    /// These rollouts, which have ended. `folded` is what the source says.
+    pub(crate) fn new(folded: &Coordinator, source: &Source, rollouts: &[RolloutId]) -> Self {
+        let (first, last) = (source.base.number + 1, source.head.number);
+        let archive = format!("journal-{first}-{last}.jsonl");
+        let archived = rollouts.iter();
+        let archived = archived.filter_map(|rollout| folded.as_archived(rollout, &archive));
+        Self {
+            archived: archived.collect(),
+            archive,
+            trust: folded.trust().clone(),
+            term: folded.last_epoch(),
+            took_over: folded.took_over(),
+            last_at: folded.last_at(),
         }
     }
-    open.into_iter()
-        .map(|(rollout, _)| rollout.clone())
-        .collect()
+}
+
+/// An archive and the journal that goes on from it, on the disk under names that nobody looks for.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    /// The last record of the archive.
+    pub(crate) archived: Head,
+    /// The new journal's records.
+    pub(crate) records: u64,
+    outgoing: Outgoing,
+    /// What the new journal says.
+    folded: Coordinator,
+    state: PathBuf,
+    lock: File,
+}
+
+/// Makes the archive and the new journal, of this layout; nothing, if more records than `at_most`
+/// would stay.
+pub(crate) fn prepare(
+    source: Source,
+    outgoing: Outgoing,
+    layout: Layout,
+    plan: &impl Fn(PlanDigest) -> Option<Arc<SealedPlan>>,
+    at_most: usize,
+) -> Result<Prepared, CompactError> {
+    let kept = keep(&source, &outgoing, at_most)?;
+    let entries = read_entries(&kept, source.head.number)?;
+    let folded = fold(entries.into_iter().map(Ok), plan)?;
+    write_archive(&source, &outgoing)?;
+    let (first, rest) = kept.split_first().expect("its first record says so");
+    let first = Some((source.head, first.as_slice()));
+    let id = (source.id, layout);
+    SledJournal::build(&source.state, &source.lock, id, first, |new| {
+        for batch in rest.chunks(BATCH) {
+            new.append(batch)?;
+        }
+        Ok::<_, CompactError>(())
+    })?;
+    Ok(Prepared {
+        archived: source.head,
+        records: kept.len() as u64,
+        outgoing,
+        folded,
+        state: source.state,
+        lock: source.lock,
+    })
+}
+
+impl Prepared {
+    /// Whether the new journal says what this coordinator does, but for what goes out. `recorded`
+    /// leaves of a host what both must say.
+    pub(crate) fn check(
+        &self,
+        before: &Coordinator,
+        recorded: impl Fn(&HostInfo) -> HostInfo,
+    ) -> Result<(), CompactError> {
+        let after = &self.folded;
+        let differs = |what: &dyn std::fmt::Display| Err(CompactError::Differs(what.to_string()));
+        if before.last_epoch() != after.last_epoch() || before.took_over() != after.took_over() {
+            return differs(&"the term");
+        }
+        if before.serials() != after.serials() {
+            return differs(&"the serials");
+        }
+        // What has ended says nothing any more.
+        let last = self.outgoing.last_at;
+        if before.trust().as_of(last) != after.trust().as_of(last) {
+            return differs(&"who may be");
+        }
+        let hosts = |folded: &Coordinator| {
+            let hosts = folded.all_hosts();
+            let hosts: Vec<_> = hosts.map(|(host, info)| (host, recorded(info))).collect();
+            format!("{hosts:?}")
+        };
+        if hosts(before) != hosts(after) {
+            return differs(&"the hosts");
+        }
+        let goes_out: BTreeSet<&RolloutId> = self.rollouts().collect();
+        for rollout in before.rollouts() {
+            if goes_out.contains(rollout) {
+                if after.archived(rollout).is_none() {
+                    return differs(rollout);
+                }
+            } else if !before.agrees_with(after, rollout) {
+                return differs(rollout);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the archive its name, which it has when this returns; answers with its path.
+    pub(crate) fn publish(&self) -> Result<PathBuf, CompactError> {
+        let (part, path) = archive::paths(&self.state, &self.outgoing.archive);
+        fs::rename(&part, &path).map_err(io_error("make", &path))?;
+        sync_directory(&archive::directory(&self.state))?;
+        sync_directory(&self.state)?;
+        reached("compact: archived");
+        Ok(path)
+    }
+
+    /// Removes what was made, as far as that can be done: the next one is made over it.
+    pub(crate) fn discard(&self) {
+        let (part, _) = archive::paths(&self.state, &self.outgoing.archive);
+        let _ = fs::remove_file(part);
+        let _ = fs::remove_dir_all(self.state.join("journal.new"));
+    }
+
+    /// The rollouts that go out, in the order of their submission.
+    pub(crate) fn rollouts(&self) -> impl Iterator<Item = &RolloutId> {
+        self.outgoing.archived.iter().map(|it| &it.rollout)
+    }
+
+    /// What is known of them afterwards.
+    pub(crate) fn into_archived(self) -> Vec<Archived> {
+        self.outgoing.archived
+    }
 }
 
 /// The records of the new journal.
 fn keep(
-    folded: &Coordinator,
-    records: &Records,
-    goes_out: &[RolloutId],
-    archive: &str,
-) -> Vec<Vec<u8>> {
-    let Records {
-        head,
-        payloads,
-        entries,
-        ..
-    } = records;
-    let goes_out: BTreeSet<&RolloutId> = goes_out.iter().collect();
-    // Times never go back, so what is said first has the time of the first record.
-    let at = entries.first().map_or(Timestamp(0), |entry| entry.at);
-    let mut kept = vec![Some(encode(
-        at,
-        Record::Compacted {
-            number: head.number,
-            hash: head.hash,
-            archive: archive.to_owned(),
-        },
-    ))];
-    let last = entries.last().map_or(at, |entry| entry.at);
-    let ends = ends(entries);
-    let serials: HashMap<&RolloutId, u64> = folded
-        .serials()
-        .iter()
-        .map(|(serial, rollout)| (rollout, *serial))
-        .collect();
-    for rollout in folded
-        .rollouts()
-        .filter(|rollout| goes_out.contains(rollout))
-    {
-        let summary = folded.summary(rollout).expect("it is one of them");
-        kept.push(Some(encode(
-            at,
-            Record::Archived(Archived {
-                rollout: rollout.clone(),
-                serial: serials.get(rollout).copied().unwrap_or(0),
-                plan: summary.digest,
-                name: summary.plan,
-                end: ends[rollout],
-                submitted: summary.submitted,
-                ended: summary.ended_at.expect("only what has ended goes out"),
-                archive: archive.to_owned(),
-            }),
-        )));
-    }
-
-    let newest = |wanted: fn(&Record) -> bool| {
-        let found = entries.iter().rposition(|entry| wanted(&entry.record));
-        found.unwrap_or(usize::MAX)
-    };
-    let last_term = newest(|record| matches!(record, Record::TermBegan { .. }));
-    let last_take_over = newest(|record| matches!(record, Record::TookOver { .. }));
+    source: &Source,
+    outgoing: &Outgoing,
+    at_most: usize,
+) -> Result<Vec<Vec<u8>>, CompactError> {
+    let goes_out: HashSet<&RolloutId> = outgoing.archived.iter().map(|it| &it.rollout).collect();
+    let mut kept = Kept::default();
     // Where the newest of a host's reports is counted that are only counted.
-    let mut counted: HashMap<&HostId, usize> = HashMap::new();
+    let mut counted: HashMap<HostId, usize> = HashMap::new();
     // Hosts of which something is left.
-    let mut named: HashSet<&HostId> = HashSet::new();
-    for (index, entry) in entries.iter().enumerate() {
+    let mut named: HashSet<HostId> = HashSet::new();
+    for read in source.records() {
+        let (entry, payload) = read?;
+        if kept.left > at_most {
+            return Err(CompactError::InVain);
+        }
+        if kept.left == 0 {
+            // Times never go back, so what is said first has the time of the first record.
+            for payload in beginning(entry.at, source.head, outgoing) {
+                kept.push(payload);
+            }
+        }
         let out = entry
             .record
             .rollout()
             .is_some_and(|rollout| goes_out.contains(rollout));
-        let said = match &entry.record {
+        let said = match entry.record {
             // The archive has them.
             Record::Compacted { .. } | Record::CallsRefused(_) => continue,
-            Record::TermBegan { .. } if index != last_term => continue,
-            Record::TookOver { .. } if index != last_take_over => continue,
+            Record::TermBegan { epoch } if Some(epoch) != outgoing.term => continue,
+            Record::TookOver { epoch } if Some(epoch) != outgoing.took_over => continue,
             Record::Reported { host, number, .. } if out => {
-                let place = kept.len();
-                forget(&mut kept, counted.insert(host, place));
-                let (host, through) = (host.clone(), *number);
+                kept.forget(counted.insert(host.clone(), kept.place()));
+                let through = number;
                 encode(entry.at, Record::ReportsArchived { host, through })
             }
-            Record::Trust(record) if !folded.trust().is_of_use(record, last) => continue,
+            Record::Trust(record) if !outgoing.trust.is_of_use(&record, outgoing.last_at) => {
+                continue;
+            }
             // Its certificates have ended, and it was never seen.
-            Record::HostForgotten { host, .. } if !named.contains(host) => continue,
-            _ if out && !matches!(entry.record, Record::Archived(_)) => continue,
+            Record::HostForgotten { host, .. } if !named.contains(&host) => continue,
+            Record::Archived(_) => payload,
+            _ if out => continue,
             record => {
                 match record {
                     Record::ReportsArchived { host, .. } => {
-                        let place = kept.len();
-                        forget(&mut kept, counted.insert(host, place));
+                        kept.forget(counted.insert(host, kept.place()));
                     }
                     Record::Reported { host, .. } | Record::ReportsLost { host, .. } => {
-                        forget(&mut kept, counted.remove(host));
+                        kept.forget(counted.remove(&host));
                     }
                     // Another installation counts anew: what was counted before stays said.
                     Record::HostSeen { host, .. } => {
-                        counted.remove(host);
+                        counted.remove(&host);
                         named.insert(host);
                     }
                     Record::Trust(
                         TrustRecord::Enrolled { grant, .. } | TrustRecord::Renewed { grant, .. },
-                    ) => _ = named.insert(&grant.host),
+                    ) => _ = named.insert(grant.host),
                     _ => {}
                 }
-                payloads[index].clone()
+                payload
             }
         };
-        kept.push(Some(said));
+        kept.push(said);
     }
-    kept.into_iter().flatten().collect()
+    Ok(kept.payloads.into_iter().flatten().collect())
 }
 
-/// A later record says more.
-fn forget(kept: &mut [Option<Vec<u8>>], place: Option<usize>) {
-    if let Some(place) = place {
-        kept[place] = None;
+/// Records that are kept, as far as no later one says more.
+#[derive(Debug, Default)]
+struct Kept {
+    payloads: Vec<Option<Vec<u8>>>,
+    left: usize,
+}
+
+impl Kept {
+    /// Where the next one goes.
+    fn place(&self) -> usize {
+        self.payloads.len()
+    }
+
+    fn push(&mut self, payload: Vec<u8>) {
+        self.payloads.push(Some(payload));
+        self.left += 1;
+    }
+
+    fn forget(&mut self, place: Option<usize>) {
+        if let Some(place) = place {
+            self.payloads[place] = None;
+            self.left -= 1;
+        }
     }
 }
 
-/// How each rollout ended last.
-fn ends(entries: &[Entry]) -> BTreeMap<RolloutId, End> {
-    let ends = entries.iter().filter_map(|entry| match &entry.record {
-        Record::Ended { rollout, end, .. } => Some((rollout.clone(), *end)),
-        _ => None,
-    });
-    ends.collect()
+/// What a compacted journal says first: what it goes on from, and what went out.
+fn beginning(
+    at: Timestamp,
+    Head { number, hash }: Head,
+    outgoing: &Outgoing,
+) -> impl Iterator<Item = Vec<u8>> {
+    let archive = outgoing.archive.clone();
+    let compacted = Record::Compacted {
+        number,
+        hash,
+        archive,
+    };
+    let archived = outgoing.archived.iter().cloned().map(Record::Archived);
+    let records = std::iter::once(compacted).chain(archived);
+    records.map(move |record| encode(at, record))
 }
 
 fn encode(at: Timestamp, record: Record) -> Vec<u8> {
@@ -339,72 +456,38 @@ fn encode(at: Timestamp, record: Record) -> Vec<u8> {
     payload
 }
 
-/// What a controller is after the new journal must be what it was, but for what went out.
-fn compare(
-    before: &Coordinator,
-    after: &Coordinator,
-    goes_out: &[RolloutId],
-    last: Timestamp,
-) -> Result<(), CompactError> {
-    let differs = |what: &dyn std::fmt::Display| Err(CompactError::Differs(what.to_string()));
-    if before.last_epoch() != after.last_epoch() || before.took_over() != after.took_over() {
-        return differs(&"the term");
-    }
-    if before.serials() != after.serials() {
-        return differs(&"the serials");
-    }
-    // What has ended says nothing any more.
-    if before.trust().as_of(last) != after.trust().as_of(last) {
-        return differs(&"who may be");
-    }
-    // What nobody had asked for went out with the rest.
-    let hosts = |folded: &Coordinator| {
-        let hosts = folded.all_hosts().map(|(host, info)| {
-            let mut info = info.clone();
-            info.unasked = 0;
-            (host, info)
-        });
-        format!("{:?}", hosts.collect::<Vec<_>>())
-    };
-    if hosts(before) != hosts(after) {
-        return differs(&"the hosts");
-    }
-    for rollout in before.rollouts() {
-        if goes_out.contains(rollout) {
-            if after.archived(rollout).is_none() {
-                return differs(rollout);
-            }
-        } else if before.document(rollout) != after.document(rollout) {
-            return differs(rollout);
-        }
-    }
-    Ok(())
-}
-
-/// Writes the archive, durable under its name. One that a compaction left that was ended is the
-/// same, or is found not to be when it is verified.
-fn write_archive(records: &Records, path: &Path) -> Result<(), CompactError> {
-    if path.exists() {
-        return Ok(());
-    }
-    let dir = path.parent().expect("it lies in the archives' directory");
+/// Writes the archive, and reads it again; it has no name yet that anybody looks for.
+fn write_archive(source: &Source, outgoing: &Outgoing) -> Result<(), CompactError> {
+    let dir = &archive::directory(&source.state);
     let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(io_error("make", dir))?;
-    let part = path.with_extension("part");
+    archive::remove_parts(dir)?;
+    let (part, _) = archive::paths(&source.state, &outgoing.archive);
     let mut options = OpenOptions::new();
-    let options = options.write(true).create(true).truncate(true).mode(0o600);
+    let options = options.write(true).create_new(true).mode(0o600);
     let file = options.open(&part).map_err(io_error("make", &part))?;
-    let written = records.write(&mut BufWriter::new(&file));
+    let written = write_and_check(source, outgoing, &file, &part);
     if written.is_err() {
+        // What is wrong matters more than what is left behind.
         let _ = fs::remove_file(&part);
     }
-    written.map_err(io_error("write", &part))?;
-    sync(&file, &part).map_err(io_error("sync", &part))?;
-    fs::rename(&part, path).map_err(io_error("make", path))?;
-    sync_directory(dir)?;
-    if let Some(state) = dir.parent() {
-        sync_directory(state)?;
-    }
+    written
+}
+
+fn write_and_check(
+    source: &Source,
+    outgoing: &Outgoing,
+    file: &File,
+    path: &Path,
+) -> Result<(), CompactError> {
+    let term = outgoing.term.map_or(0, |term| term.counter);
+    source.export(term, &mut BufWriter::new(file))?;
+    sync(file, path).map_err(io_error("sync", path))?;
+    let checked = archive::check(path, source.id, source.head);
+    checked.map_err(|source| CompactError::Archive {
+        path: path.to_owned(),
+        source,
+    })?;
     Ok(())
 }
 

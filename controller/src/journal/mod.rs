@@ -26,6 +26,7 @@ pub(crate) mod memory;
 pub(crate) mod offline;
 mod reserve;
 pub(crate) mod sled;
+pub(crate) mod source;
 
 use std::fmt;
 use std::io;
@@ -34,6 +35,8 @@ use std::path::PathBuf;
 use lockstep_core::{Entry, Record};
 use lockstep_proto::ids::Digest;
 use sha2::Digest as _;
+
+use source::Source;
 
 /// The version of the chain, and of what is exported.
 pub(crate) const FORMAT: u32 = 1;
@@ -162,8 +165,23 @@ pub(crate) trait Journal: fmt::Debug + Send {
     /// All payloads, from the first on. The chain was verified when the journal was opened.
     fn payloads(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, OpenError>> + '_>;
 
+    /// What compacts it while it is open; none if it is kept where nothing can.
+    fn compactable(&mut self) -> Option<&mut dyn Compactable> {
+        None
+    }
+
     /// Closes the journal; what was appended was durable before.
     fn close(self: Box<Self>);
+}
+
+/// A journal whose records another thread can read, to make a shorter one of them.
+pub(crate) trait Compactable {
+    /// The records of this moment.
+    fn source(&self) -> Result<Source, OpenError>;
+
+    /// Goes on as the journal that was built beside it, in its place. If the two cannot be exchanged
+    /// it goes on as it was, and its base tells. After an error it takes nothing any more.
+    fn exchange(&mut self) -> Result<(), OpenError>;
 }
 
 /// Where a journal ceases to be what was written.

@@ -14,6 +14,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, BufRead, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use lockstep_core::{Entry, Record};
 use lockstep_proto::ids::{Digest, Epoch, PlanDigest};
@@ -24,6 +25,7 @@ use super::archive::{self, ArchiveFound};
 use super::disk::io_error;
 use super::head::{HeadError, HeadFile, Stored};
 use super::sled::{self, Copied, SledJournal, Unread};
+use super::source::Source;
 use super::{
     AppendError, Broken, FORMAT, Head, Journal as _, JournalId, Layout, OpenError, begins_after,
 };
@@ -225,36 +227,49 @@ pub(super) struct Records {
 
 impl Records {
     /// Writes them as text.
-    pub(super) fn write(&self, out: &mut impl Write) -> io::Result<()> {
+    pub(super) fn write(&self, out: &mut impl Write) -> Result<(), ExportError> {
         let Self { id, base, head, .. } = *self;
-        let header = Header {
-            format: EXPORT.to_owned(),
-            journal: id.to_string(),
-            journal_format: FORMAT,
-            anchor: id.anchor().hash,
-            records: head.number,
-            head: head.hash,
-            term: self.entries.iter().rev().find_map(term_of).unwrap_or(0),
-            after: (base.number > 0).then(|| After::from(base)),
-        };
-        write_line(out, &header)?;
-        let mut at = base;
-        for payload in &self.payloads {
-            at = at.next(payload);
-            let Head { number, hash } = at;
-            let payload = std::str::from_utf8(payload).expect("it was read as JSON");
-            let payload = payload.to_owned();
-            write_line(
-                out,
-                &ExportedRecord {
-                    number,
-                    hash,
-                    payload,
-                },
-            )?;
-        }
-        out.flush()
+        let term = self.entries.iter().rev().find_map(term_of).unwrap_or(0);
+        let payloads = self.payloads.iter().cloned().map(Ok);
+        write_export(out, (id, base, head), term, payloads)
     }
+}
+
+/// Writes a journal as text: its records, from what the first one is chained to until the head.
+pub(super) fn write_export(
+    out: &mut impl Write,
+    (id, base, head): (JournalId, Head, Head),
+    term: u64,
+    payloads: impl Iterator<Item = Result<Vec<u8>, ExportError>>,
+) -> Result<(), ExportError> {
+    let header = Header {
+        format: EXPORT.to_owned(),
+        journal: id.to_string(),
+        journal_format: FORMAT,
+        anchor: id.anchor().hash,
+        records: head.number,
+        head: head.hash,
+        term,
+        after: (base.number > 0).then(|| After::from(base)),
+    };
+    write_line(out, &header)?;
+    let mut at = base;
+    for payload in payloads {
+        let payload = payload?;
+        at = at.next(&payload);
+        let Head { number, hash } = at;
+        let payload = String::from_utf8(payload).expect("it is JSON");
+        write_line(
+            out,
+            &ExportedRecord {
+                number,
+                hash,
+                payload,
+            },
+        )?;
+    }
+    out.flush()?;
+    Ok(())
 }
 
 /// Reads payloads as the records that they are; `base` is the number before the first one's.
@@ -330,6 +345,7 @@ pub(crate) fn import(
 /// A journal on which nobody runs.
 #[derive(Debug)]
 pub(super) struct Offline {
+    state: PathBuf,
     dir: PathBuf,
     stored: Result<Stored, HeadError>,
     /// None if there is no store to copy.
@@ -356,6 +372,7 @@ impl Offline {
         if !dir.join(sled::STORE_FILE).exists() {
             // sled would make an empty one.
             return Ok(Self {
+                state: state.to_owned(),
                 dir,
                 stored,
                 copied: None,
@@ -365,6 +382,7 @@ impl Offline {
         // Not where a controller puts its copy: what another user left there would be in its way.
         let copied = Copied::make(&dir.join("store"), &state.join("journal.verify"))?;
         Ok(Self {
+            state: state.to_owned(),
             dir,
             stored,
             copied: Some(copied),
@@ -374,15 +392,9 @@ impl Offline {
 
     /// All records of a whole journal.
     pub(super) fn read_all(&self) -> Result<Records, ExportError> {
-        self.stored.as_ref().map_err(|error| error.of(&self.dir))?;
-        let looked = self.look().and_then(sled::whole);
-        let (db, followed) = looked.map_err(|unread| unread.of(&self.dir))?;
-        let payloads = sled::payloads(&db, followed.layout).collect::<Result<Vec<_>, _>>();
-        let payloads = payloads.map_err(|error| OpenError::Quarantined {
-            dir: self.dir.clone(),
-            what: format!("a record cannot be read: {error}"),
-        })?;
-        let sled::Followed { id, base, head, .. } = followed;
+        let source = self.source()?;
+        let payloads = source.payloads().collect::<Result<Vec<_>, _>>()?;
+        let Source { id, base, head, .. } = source;
         Ok(Records {
             id,
             base,
@@ -392,9 +404,22 @@ impl Offline {
         })
     }
 
-    /// Gives up the copy, and keeps the state directory for this process alone.
-    pub(super) fn into_lock(self) -> fs::File {
-        self.lock
+    /// The records of a whole journal, out of the copy.
+    pub(super) fn source(&self) -> Result<Source, OpenError> {
+        self.stored.as_ref().map_err(|error| error.of(&self.dir))?;
+        let looked = self.look().and_then(sled::whole);
+        let (db, followed) = looked.map_err(|unread| unread.of(&self.dir))?;
+        let lock = self.lock.try_clone();
+        Ok(Source {
+            state: self.state.clone(),
+            id: followed.id,
+            base: followed.base,
+            head: followed.head,
+            db,
+            layout: followed.layout,
+            lock: lock.map_err(io_error("lock", &self.state))?,
+            stop: Arc::default(),
+        })
     }
 
     fn look(&self) -> Result<(::sled::Db, sled::Followed), Unread> {

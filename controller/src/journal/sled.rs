@@ -22,13 +22,15 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::disk::{io_error, sync, sync_directory, sync_files, write_again};
 use super::head::{HeadError, HeadFile, Stored};
 use super::reserve::Reserve;
-use super::{AppendError, Head, Journal, JournalId, Layout, OpenError, chain};
+use super::source::Source;
+use super::{AppendError, Compactable, Head, Journal, JournalId, Layout, OpenError, chain};
 use crate::faults::reached;
 
 mod follow;
@@ -66,8 +68,8 @@ pub(crate) struct SledJournal {
     head: Head,
     /// An append has begun and not come to its end.
     poisoned: bool,
-    /// Held for as long as the journal is open.
-    _lock: File,
+    /// Of the state directory, held for as long as the journal is open.
+    lock: File,
 }
 
 impl SledJournal {
@@ -102,7 +104,7 @@ impl SledJournal {
         fill: impl FnOnce(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
         let lock = lock(state)?;
-        Self::build(state, &lock, id, first, fill)?;
+        Self::build(state, &lock, (id, Layout::Bundles), first, fill)?;
         publish(&state.join("journal.new"), state)?;
         Ok(())
     }
@@ -111,14 +113,14 @@ impl SledJournal {
     pub(super) fn build<E: From<OpenError>>(
         state: &Path,
         lock: &File,
-        id: JournalId,
+        (id, layout): (JournalId, Layout),
         first: Option<(Head, &[u8])>,
         fill: impl FnOnce(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
         let lock = lock.try_clone().map_err(io_error("lock", state))?;
         let new = state.join("journal.new");
         remove_all(&new)?;
-        create(&new, id, Layout::Bundles, first)?;
+        create(&new, id, layout, first)?;
         let filled = Self::open_existing(new.clone(), &state.join("journal.check"), lock)
             .map_err(E::from)
             .and_then(|mut journal| fill(&mut journal));
@@ -136,7 +138,9 @@ impl SledJournal {
         sync_directory(state)?;
         renameat_with(CWD, &new, CWD, &dir, RenameFlags::EXCHANGE)
             .map_err(|error| io_error("exchange", &dir)(error.into()))?;
+        reached("exchange: named");
         sync_directory(state)?;
+        reached("exchange: durable");
         remove_all(&new)
     }
 
@@ -197,8 +201,13 @@ impl SledJournal {
             base,
             head,
             poisoned: false,
-            _lock: lock,
+            lock,
         })
+    }
+
+    /// The state directory.
+    fn state(&self) -> &Path {
+        self.dir.parent().expect("it lies in its state directory")
     }
 
     fn db(&self) -> &sled::Db {
@@ -300,9 +309,49 @@ impl Journal for SledJournal {
         }))
     }
 
+    fn compactable(&mut self) -> Option<&mut dyn Compactable> {
+        Some(self)
+    }
+
     fn close(self: Box<Self>) {
         // sled flushes and syncs as it is dropped; the lock goes last.
         drop(self);
+    }
+}
+
+impl Compactable for SledJournal {
+    fn source(&self) -> Result<Source, OpenError> {
+        let state = self.state();
+        let lock = self.lock.try_clone().map_err(io_error("lock", state))?;
+        Ok(Source {
+            state: state.to_owned(),
+            id: self.id,
+            base: self.base,
+            head: self.head,
+            db: self.db().clone(),
+            layout: self.layout,
+            lock,
+            stop: Arc::default(),
+        })
+    }
+
+    fn exchange(&mut self) -> Result<(), OpenError> {
+        let state = self.state().to_owned();
+        let lock = self.lock.try_clone().map_err(io_error("lock", &state))?;
+        // sled writes by name until it is gone.
+        self.poisoned = true;
+        drop(self.db.take());
+        let exchanged = Self::exchange(&state, &lock);
+        let check = state.join("journal.check");
+        *self = Self::open_existing(self.dir.clone(), &check, lock)?;
+        if let Err(error) = exchanged {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(
+                error,
+                "the compacted journal cannot take the place of the old one"
+            );
+        }
+        Ok(())
     }
 }
 

@@ -24,14 +24,17 @@ impl Coordinator {
             self.serials.insert(plan.plan().serial, rollout.clone());
         }
         let mut state = Rollout::new(rollout.clone(), plan, requester.clone(), *dry_run, entry.at);
-        state.place = self.order.len();
-        self.awake.insert(state.place, Some(entry.at));
+        state.records = 1;
+        self.last_at = entry.at;
+        self.awake.insert(self.order.len(), Some(entry.at));
+        self.places.insert(rollout.clone(), self.order.len());
         self.order.push(rollout.clone());
         self.rollouts.insert(rollout.clone(), state);
     }
 
     /// The fold: the running path and recovery both go through here.
     pub(super) fn apply(&mut self, entry: &Entry) -> Result<(), String> {
+        self.last_at = entry.at;
         match &entry.record {
             Record::TermBegan { epoch } => self.last_epoch = Some(*epoch),
             Record::TookOver { epoch } => self.took_over = Some(*epoch),
@@ -93,6 +96,7 @@ impl Coordinator {
             Record::Trust(record) => self.trust.apply(entry.at, record)?,
             Record::Matched { rollout, hosts } => {
                 let state = self.rollouts.get_mut(rollout).ok_or("no such rollout")?;
+                state.records += 1;
                 for host in hosts {
                     let info = self
                         .hosts
@@ -127,8 +131,9 @@ impl Coordinator {
         let id = record.rollout().ok_or("a record without a rollout")?;
         match self.rollouts.get_mut(id) {
             Some(state) => {
+                state.records += 1;
                 // Whatever it is, it may make something due of one that had come to rest.
-                self.awake.entry(state.place).or_insert(Some(*at));
+                self.awake.entry(self.places[id]).or_insert(Some(*at));
                 let applied = state.apply(*at, record);
                 applied.map_err(|illegal| illegal.to_string())
             }

@@ -67,7 +67,7 @@ impl Coordinator {
         };
         let rollout = self.rollouts.get(record.rollout()?)?;
         // What time has made due, and what follows from other reports, comes first.
-        let wake = self.awake.get(&rollout.place).copied().flatten();
+        let wake = self.awake.get(&self.places[&rollout.id]).copied().flatten();
         let follows = if self.unsettled || wake.is_some_and(|wake| now >= wake) {
             Follows::Anything
         } else {
@@ -114,10 +114,10 @@ impl Coordinator {
 
     /// A rollout is looked at by then.
     fn wake_by(&mut self, id: &RolloutId, next: Option<Timestamp>) {
-        let Some(rollout) = self.rollouts.get(id) else {
+        let Some(place) = self.places.get(id) else {
             return;
         };
-        if let (Some(next), Some(wake)) = (next, self.awake.get_mut(&rollout.place)) {
+        if let (Some(next), Some(wake)) = (next, self.awake.get_mut(place)) {
             *wake = Some(wake.map_or(next, |wake| wake.min(next)));
         }
     }

@@ -109,7 +109,7 @@ impl Rollout {
             .collect();
         Self {
             id,
-            place: 0,
+            records: 0,
             plan,
             requester,
             dry_run,

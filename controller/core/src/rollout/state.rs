@@ -16,11 +16,11 @@ use crate::faults::planted;
 use crate::record::{End, Lost, NoticeRef};
 
 /// A rollout.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rollout {
     pub(crate) id: RolloutId,
-    /// How many were submitted before it.
-    pub(crate) place: usize,
+    /// How many records of the journal are of it.
+    pub(crate) records: u64,
     pub(crate) plan: Arc<SealedPlan>,
     pub(crate) requester: OperatorName,
     pub(crate) dry_run: bool,
@@ -56,7 +56,7 @@ pub struct Rollout {
 }
 
 /// The rollout's right to change what its plan touches.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Lock {
     /// A gate waits that frees it: nobody has consented to anything that could be done now.
     pub(crate) released: bool,
@@ -73,7 +73,7 @@ pub(crate) struct Lock {
 pub(crate) type States = BTreeMap<String, (Digest, String)>;
 
 /// A host's answer when it was asked for its state.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Survey {
     pub(crate) states: States,
     /// Why it could not say.
@@ -81,7 +81,7 @@ pub(crate) struct Survey {
 }
 
 /// What is known of a host in a rollout.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Member {
     pub(crate) consent: Option<Result<(), Vec<Refusal>>>,
     /// When it refused.
@@ -106,7 +106,7 @@ pub(crate) struct Member {
 
 /// Which way a rollout goes. That it has ended is said by `Rollout::ended`, beside it: a halted
 /// rollout can be resumed where it stood.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Mode {
     /// Hosts are asked whether they may; nothing has happened.
     Consenting,
@@ -117,7 +117,7 @@ pub(crate) enum Mode {
 }
 
 /// Where the forward engine stands.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Cursor {
     pub(crate) phase: u16,
     pub(crate) opened: Option<Timestamp>,
@@ -131,7 +131,7 @@ pub(crate) struct Cursor {
 }
 
 /// Where a rollback stands.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Backward {
     pub(crate) started: Timestamp,
     pub(crate) reason: String,
@@ -144,7 +144,7 @@ pub(crate) struct Backward {
 }
 
 /// How and why a rollout ended.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Ending {
     pub(crate) at: Timestamp,
     pub(crate) end: End,
@@ -153,7 +153,7 @@ pub(crate) struct Ending {
 
 /// One attempt at a step on a host. There is one for each order of a rollout, so that what hardly
 /// any of them has is kept elsewhere.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Attempt {
     pub(crate) number: u16,
     pub(crate) ordered: Timestamp,
@@ -180,7 +180,7 @@ pub(crate) struct Attempt {
 }
 
 /// A person's word on what an attempt did.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Resolved {
     pub(crate) done: bool,
     pub(crate) by: OperatorName,
@@ -191,7 +191,7 @@ pub(crate) struct Resolved {
 }
 
 /// A person's word that what an undo would lose may be lost.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Accepted {
     pub(crate) at: Timestamp,
     pub(crate) loss: LossId,
@@ -202,7 +202,7 @@ pub(crate) struct Accepted {
 }
 
 /// How an attempt ended, as far as the controller knows.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct AttemptResult {
     pub(crate) at: Timestamp,
     pub(crate) took: Period,
@@ -221,14 +221,14 @@ pub(crate) enum Outcome {
     Lost(Lost),
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct PhaseTimes {
     pub(crate) opened: Option<Timestamp>,
     pub(crate) closed: Option<Timestamp>,
 }
 
 /// A gate that waits or waited.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Gate {
     pub(crate) opened: Timestamp,
     pub(crate) until: Timestamp,
@@ -242,7 +242,7 @@ pub(crate) struct Gate {
 }
 
 /// A person's word that a gate is to be met without what it waits for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Glass {
     pub(crate) at: Timestamp,
     pub(crate) operator: OperatorName,
@@ -252,7 +252,7 @@ pub(crate) struct Glass {
 }
 
 /// What somebody decided.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Decision {
     pub(crate) at: Timestamp,
     pub(crate) operator: OperatorName,
@@ -263,14 +263,14 @@ pub(crate) struct Decision {
     pub(crate) signed: Option<Signature>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct NoticeState {
     pub(crate) ordered: Timestamp,
     /// Whether it was sent, or why not; none as long as that is open.
     pub(crate) sent: Option<Result<(), String>>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SignOff {
     pub(crate) at: Timestamp,
     pub(crate) role: String,

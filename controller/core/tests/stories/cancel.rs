@@ -6,7 +6,7 @@ use lockstep_proto::report::HOLDS_NOT;
 use super::levers::{failed_because, run, unknown};
 use super::*;
 
-fn cancel(fleet: &mut Fleet) {
+pub(super) fn cancel(fleet: &mut Fleet) {
     let cancel = Call::Cancel {
         rollout: rollout(1),
         reason: "wrong day".into(),
@@ -32,7 +32,7 @@ fn left(fleet: &Fleet) -> Vec<(String, LeftState, String)> {
         .collect()
 }
 
-fn back(fleet: &mut Fleet, name: &str, held: Option<RolloutId>) -> Vec<&'static str> {
+pub(super) fn back(fleet: &mut Fleet, name: &str, held: Option<RolloutId>) -> Vec<&'static str> {
     let before = fleet.sent.len();
     fleet.up_holding(name, held);
     let to_it = fleet.sent[before..].iter();

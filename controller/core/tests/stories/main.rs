@@ -20,6 +20,7 @@ use lockstep_proto::seal::{SealedPlan, seal};
 use lockstep_proto::values::{Period, Timestamp};
 use serde_json::json;
 
+mod archive;
 mod backward;
 mod batch;
 mod cancel;

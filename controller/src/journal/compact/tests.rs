@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lockstep_core::trust::{Serial, TrustRecord, Wanted};
@@ -15,6 +16,7 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 
+use super::super::Compactable;
 use super::super::contract::copy;
 use super::super::offline::{self, inspect};
 use super::*;
@@ -174,6 +176,40 @@ impl<'a> Life<'a> {
         effects.answer.and_then(Result::err)
     }
 
+    /// Compacts the journal while it is open; all but the newest rollout go out.
+    fn compact(&mut self) -> PathBuf {
+        let source = self.journal.source().unwrap();
+        let rollouts = self.core.outgrown(Timestamp(self.now), 0);
+        let outgoing = Outgoing::new(&self.core, &source, &rollouts);
+        let layout = source.layout;
+        let plans = self.core.plans();
+        let plan = |digest| plans.get(&digest).cloned();
+        let prepared = prepare(source, outgoing, layout, &plan, usize::MAX).unwrap();
+        prepared.check(&self.core, HostInfo::as_recorded).unwrap();
+        let archive = prepared.publish().unwrap();
+        Compactable::exchange(&mut self.journal).unwrap();
+        assert_eq!(self.journal.base(), prepared.archived);
+        self.core.archive(prepared.into_archived());
+        archive
+    }
+
+    /// Whether the next controller would know what this one does.
+    fn is_what_its_journal_says(&self) {
+        let entries =
+            read_entries(&payloads_of(&self.journal), self.journal.base().number).unwrap();
+        let plan = |plan| self.blobs.plan(plan).unwrap();
+        let folded = fold(entries.into_iter().map(Ok), &plan).unwrap();
+        let known = |core: &Coordinator| {
+            let rollouts: Vec<_> = core.rollouts().map(|id| core.document(id)).collect();
+            let hosts = core.all_hosts();
+            let hosts: Vec<_> = hosts.map(|(id, info)| (id, info.as_recorded())).collect();
+            let archived = [1, 2, 3, 40].map(|serial| core.archived(&rollout(serial)));
+            format!("{rollouts:?} {hosts:?} {archived:?} {:?}", core.serials())
+        };
+        assert_eq!(known(&self.core), known(&folded));
+        assert_eq!(self.core.last_at(), folded.last_at());
+    }
+
     fn report(&mut self, host: &HostId, body: ReportBody) {
         let number = self.reports[host] + 1;
         self.reports.insert(host.clone(), number);
@@ -254,7 +290,10 @@ fn keep_newest(keep: usize) -> Which {
 }
 
 fn payloads(state: &Path) -> Vec<Vec<u8>> {
-    let journal = SledJournal::open(state).unwrap();
+    payloads_of(&SledJournal::open(state).unwrap())
+}
+
+fn payloads_of(journal: &SledJournal) -> Vec<Vec<u8>> {
     journal.payloads().map(Result::unwrap).collect()
 }
 
@@ -449,6 +488,77 @@ fn a_compaction_that_is_cut_off_has_happened_or_not() {
         "{found:?} of {}",
         moments.len()
     );
+}
+
+#[test]
+fn an_open_journal_is_compacted_and_goes_on() {
+    let dir = filled(6);
+    let state = dir.path();
+    let mut life = Life::begin(state, 2);
+    let all = payloads_of(&life.journal);
+    let archive = life.compact();
+    let archived = fs::read_to_string(archive).unwrap();
+    assert_eq!(archived.lines().count(), 1 + all.len());
+    assert!(payloads_of(&life.journal).len() * 2 < all.len());
+    life.is_what_its_journal_says();
+    assert!(
+        life.core.document(&rollout(7)).is_some(),
+        "the newest one stays"
+    );
+    let used = Refused::SerialUsed(3, rollout(3));
+    assert_eq!(life.submit(3), Some(used), "a serial stays used up");
+    for serial in 40..44 {
+        assert_eq!(life.submit(serial), None);
+        assert!(life.core.summary(&rollout(serial)).unwrap().ended);
+    }
+    life.is_what_its_journal_says();
+    life.compact();
+    life.is_what_its_journal_says();
+    assert_eq!(life.submit(50), None);
+    drop(life);
+    let found = inspect(state).unwrap();
+    assert_eq!(found.broken, None);
+    let states: Vec<_> = found.archives.iter().map(|found| &found.state).collect();
+    assert_eq!(states, [&ArchiveState::Whole; 2]);
+    let mut life = Life::begin(state, 3);
+    assert!(life.core.summary(&rollout(50)).unwrap().ended);
+    let used = Refused::SerialUsed(42, rollout(42));
+    assert_eq!(life.submit(42), Some(used));
+}
+
+/// The power goes while a controller compacts its journal, and while it goes on: every record that
+/// was acknowledged is in the journal, or in the archive that it goes on from.
+#[test]
+fn a_controller_that_is_cut_off_as_it_compacts_loses_nothing() {
+    let dir = filled(4);
+    let state = dir.path();
+    let mut life = Life::begin(state, 2);
+    let mut watch = Watch::begin(state).trusting("snap.");
+    let heads = |life: &Life<'_>| life.journal.head();
+    let mut acknowledged = vec![heads(&life)];
+    life.compact();
+    for serial in 40..43 {
+        assert_eq!(life.submit(serial), None);
+        acknowledged.push(heads(&life));
+        watch.acknowledge(acknowledged.len() - 1);
+    }
+    let moments = watch.end();
+    drop(life);
+    let whole = Chain::read(state).unwrap();
+    let mut random = StdRng::seed_from_u64(5);
+    let mut compacted = 0;
+    for (turn, moment) in moments.iter().enumerate().step_by(3) {
+        let cut = tempfile::tempdir().unwrap();
+        moment.cut(&mut random, cut.path());
+        drop(SledJournal::open(cut.path()).unwrap());
+        let found = Chain::read(cut.path()).unwrap();
+        let least = acknowledged[moment.acknowledged];
+        let least = whole.records.iter().position(|(head, _)| *head == least);
+        assert!(found.records.len() > least.unwrap(), "turn {turn}");
+        assert_eq!(found.records[..], whole.records[..found.records.len()]);
+        compacted += usize::from(inspect(cut.path()).unwrap().begins_after.is_some());
+    }
+    assert!(0 < compacted && compacted < moments.len(), "{compacted}");
 }
 
 #[test]

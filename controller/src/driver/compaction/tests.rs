@@ -1,0 +1,169 @@
+use std::fs;
+use std::path::Path;
+
+use lockstep_core::refusal::{Caller, CallsRefused, Why};
+use lockstep_proto::values::Timestamp;
+
+use super::super::handle::Input;
+use super::super::tests::{candidate, hello, parts};
+use super::super::{Parts, oneshot};
+use super::*;
+use crate::journal::memory::Memory;
+use crate::journal::offline::inspect;
+use crate::journal::sled::SledJournal;
+
+/// A driver on a state directory that has begun its term.
+fn driver(state: &Path) -> Driver {
+    let parts = Parts {
+        journal: Box::new(SledJournal::open(state).unwrap()),
+        compact_above: Some(20),
+        ..parts(&Memory::default(), &Arc::default())
+    };
+    let mut driver = Driver::recover(parts, |_| None).unwrap();
+    let round = driver.begin();
+    driver.finish(round).unwrap();
+    driver
+}
+
+fn take(driver: &mut Driver, inputs: Vec<Input>) {
+    driver.round(&mut { inputs }).unwrap();
+}
+
+fn refused(count: u64) -> Input {
+    Input::Event(lockstep_core::Event::CallsRefused(CallsRefused {
+        who: Caller::Nobody,
+        call: "Submit".to_owned(),
+        why: Why::Certificate,
+        count,
+        since: Timestamp(0),
+    }))
+}
+
+fn host_comes(number: u64) -> Input {
+    let host = format!("app-{number}");
+    let (candidate, _) = candidate(&host);
+    Input::Open {
+        hello: Box::new(hello(&host)),
+        version: 1,
+        candidate,
+        admitted: oneshot::channel().0,
+    }
+}
+
+async fn compact(driver: &mut Driver) {
+    driver.begin_compaction().unwrap();
+    let prepared = driver.compaction.prepared().await;
+    driver.end_compaction(prepared).unwrap();
+}
+
+/// What a compaction leaves behind that did not come to its end: nothing.
+fn is_as_it_was(state: &Path) {
+    let archives = fs::read_dir(state.join("archive"));
+    assert_eq!(archives.map_or(0, Iterator::count), 0);
+    assert!(!state.join("journal.new").exists());
+}
+
+#[tokio::test]
+async fn a_long_journal_is_compacted_once_nothing_is_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (0..3).map(host_comes).collect());
+    assert_eq!(driver.compaction.at(&*driver.journal), None, "it is short");
+    take(&mut driver, (1..30).map(refused).collect());
+    let begun = Instant::now();
+    driver.look_at_length();
+    let at = driver.compaction.at(&*driver.journal).unwrap();
+    assert!(at >= begun + QUIET);
+    assert!(driver.compaction.running.is_none(), "something may come");
+    driver.compaction.since = begun - QUIET;
+    driver.look_at_length();
+    assert!(driver.compaction.running.is_some());
+    let prepared = driver.compaction.prepared().await;
+    let head = driver.journal.head();
+    driver.end_compaction(prepared).unwrap();
+
+    assert_eq!(driver.journal.base(), head, "the chain goes on");
+    assert_eq!(driver.journal.head().number, head.number + 5);
+    assert_eq!(driver.compaction.at(&*driver.journal), None);
+    assert_eq!(driver.coordinator.hosts().count(), 3);
+    take(&mut driver, vec![host_comes(7)]);
+    let head = driver.journal.head();
+    driver.journal.close();
+    let found = inspect(dir.path()).unwrap();
+    assert_eq!((found.broken, found.last), (None, Some(head)));
+    let parts = Parts {
+        journal: Box::new(SledJournal::open(dir.path()).unwrap()),
+        ..parts(&Memory::default(), &Arc::default())
+    };
+    let next = Driver::recover(parts, |_| None).unwrap();
+    assert_eq!(next.coordinator.hosts().count(), 4);
+}
+
+#[tokio::test]
+async fn what_is_recorded_meanwhile_is_not_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    driver.begin_compaction().unwrap();
+    take(&mut driver, vec![host_comes(1)]);
+    let prepared = driver.compaction.prepared().await;
+    let head = driver.journal.head();
+    driver.end_compaction(prepared).unwrap();
+    assert_eq!(driver.journal.head(), head);
+    assert_eq!(driver.journal.base().number, 0);
+    is_as_it_was(dir.path());
+    let at = driver.compaction.at(&*driver.journal).unwrap();
+    assert!(at > Instant::now() + QUIET, "not at once again");
+
+    compact(&mut driver).await;
+    assert_eq!(driver.journal.base(), head);
+    assert_eq!(driver.coordinator.hosts().count(), 1);
+}
+
+#[tokio::test]
+async fn a_journal_of_which_most_would_stay_is_left_until_it_is_twice_as_long() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (0..30).map(host_comes).collect());
+    compact(&mut driver).await;
+    assert_eq!(driver.journal.base().number, 0);
+    is_as_it_was(dir.path());
+    assert_eq!(driver.compaction.at(&*driver.journal), None);
+    take(&mut driver, (1..40).map(refused).collect());
+    assert!(driver.compaction.at(&*driver.journal).is_some());
+    compact(&mut driver).await;
+    assert!(driver.journal.base().number > 0);
+}
+
+#[tokio::test]
+async fn a_compaction_that_fails_changes_nothing_and_is_tried_later() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("archive"), "in its way").unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    for _ in 0..12 {
+        let before = Instant::now();
+        compact(&mut driver).await;
+        let again = driver.compaction.not_before - before;
+        assert!((AGAIN..AGAIN_AT_MOST + AGAIN).contains(&again), "{again:?}");
+    }
+    assert_eq!(driver.journal.base().number, 0);
+    take(&mut driver, vec![host_comes(1)]);
+    fs::remove_file(dir.path().join("archive")).unwrap();
+    compact(&mut driver).await;
+    assert!(driver.journal.base().number > 0);
+}
+
+#[tokio::test]
+async fn a_controller_that_ends_meanwhile_leaves_its_journal_to_the_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut former = driver(dir.path());
+    take(&mut former, (1..3000).map(refused).collect());
+    let head = former.journal.head();
+    former.begin_compaction().unwrap();
+    former.compaction.end();
+    former.journal.close();
+    let next = driver(dir.path());
+    assert_eq!(next.journal.head().number, head.number + 1, "its term");
+    assert_eq!(next.journal.base().number, 0);
+}

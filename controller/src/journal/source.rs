@@ -1,0 +1,81 @@
+//! The records of a whole journal, to be read as often as one likes, also while more are appended.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use lockstep_core::Entry;
+
+use super::disk::io_error;
+use super::offline::{ExportError, write_export};
+use super::sled::payloads;
+use super::{Head, JournalId, Layout, OpenError};
+
+/// The records that a journal had at one moment, and the right to put another one in its place.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// The state directory.
+    pub(super) state: PathBuf,
+    pub(super) id: JournalId,
+    /// What the first record is chained to.
+    pub(super) base: Head,
+    pub(super) head: Head,
+    pub(super) db: sled::Db,
+    pub(crate) layout: Layout,
+    /// Of the state directory.
+    pub(super) lock: File,
+    /// Whether to end before all is read.
+    pub(super) stop: Arc<AtomicBool>,
+}
+
+impl Source {
+    /// How many records there are.
+    pub(crate) fn count(&self) -> u64 {
+        self.head.number - self.base.number
+    }
+
+    /// All payloads, from the first on. The chain was verified when the journal was opened.
+    pub(super) fn payloads(&self) -> impl Iterator<Item = Result<Vec<u8>, OpenError>> {
+        let payloads = payloads(&self.db, self.layout);
+        let payloads = payloads.zip(self.base.number..self.head.number);
+        payloads.map(|(payload, _)| {
+            if self.stop.load(Ordering::Relaxed) {
+                let stopped = io::ErrorKind::Interrupted.into();
+                return Err(io_error("go on reading", &self.directory())(stopped));
+            }
+            payload.map_err(|error| OpenError::Quarantined {
+                dir: self.directory(),
+                what: format!("a record cannot be read: {error}"),
+            })
+        })
+    }
+
+    /// All records, each with its payload.
+    pub(super) fn records(&self) -> impl Iterator<Item = Result<(Entry, Vec<u8>), ExportError>> {
+        let numbered = self.payloads().zip(self.base.number + 1..);
+        numbered.map(|(payload, number)| {
+            let payload = payload?;
+            let entry = serde_json::from_slice(&payload);
+            let entry = entry.map_err(|source| ExportError::Record { number, source })?;
+            Ok((entry, payload))
+        })
+    }
+
+    /// Writes them as text; `term` is the last one that began.
+    pub(super) fn export(&self, term: u64, out: &mut impl Write) -> Result<(), ExportError> {
+        let payloads = self.payloads().map(|payload| Ok(payload?));
+        write_export(out, (self.id, self.base, self.head), term, payloads)
+    }
+
+    /// Has whoever reads it end before its time, with an error.
+    pub(crate) fn stopper(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+
+    /// The journal's directory.
+    pub(super) fn directory(&self) -> PathBuf {
+        self.state.join("journal")
+    }
+}
