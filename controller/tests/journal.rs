@@ -276,7 +276,10 @@ async fn a_controller_compacts_its_journal_while_it_runs() {
     assert_eq!(found.code, 0, "{}", found.err);
     let found: Value = serde_json::from_str(&found.out).unwrap();
     assert_eq!(found["archives"][0]["whole"], true);
-    assert_eq!(found["store_format"], 1, "an earlier release can go back to it");
+    assert_eq!(
+        found["store_format"], 1,
+        "an earlier release can go back to it"
+    );
     let archived = &found["begins_after"]["number"];
     let left = found["records"].as_u64().zip(archived.as_u64());
     assert!(left.is_some_and(|(all, archived)| all - archived < 696 / 2));

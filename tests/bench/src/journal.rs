@@ -25,6 +25,14 @@ pub(crate) fn bytes(cluster: &Cluster) -> Result<u64> {
     length(&state(cluster).join("journal"))
 }
 
+/// The archives of a controller that compacts its journal.
+pub(crate) fn archives(cluster: &Cluster) -> usize {
+    let archives = fs::read_dir(state(cluster).join("archive"));
+    let archives = archives.into_iter().flatten().flatten();
+    let whole = |path: &Path| path.extension().is_some_and(|it| it == "jsonl");
+    archives.filter(|entry| whole(&entry.path())).count()
+}
+
 fn state(cluster: &Cluster) -> PathBuf {
     cluster.root().join("controller/state")
 }

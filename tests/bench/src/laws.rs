@@ -10,7 +10,7 @@ use crate::person::Person;
 use crate::report::Report;
 use crate::rollout::PHASES;
 use crate::side::Side;
-use crate::{journal, plans, rollout};
+use crate::{history, plans, rollout};
 
 const AGENTS: usize = 300;
 
@@ -22,9 +22,6 @@ const WHOLE: usize = PHASES * rollout::STEPS;
 
 /// Each of those so many times: one alone is short beside the kernel's ticks.
 const TIMES: usize = 3;
-
-/// Rollouts that have ended before a start.
-const HISTORY: [usize; 3] = [0, 10, 40];
 
 /// The most that an exponent may be.
 pub(crate) const MOST: f64 = 1.1;
@@ -60,8 +57,7 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
         report.value(name("CPU of the bare fan-out, by agents"), bare, "");
     }
 
-    let mut side = Side::real(crate::controller()?, AGENTS)?;
-    let starts = starts(&mut side)?;
+    let side = Side::real(crate::controller()?, AGENTS)?;
     let costs = by_steps(&side)?;
     let what = format!("rollout's CPU at the controller, by steps ({AGENTS} agents)");
     report.bounded(name(&what), exponent(&costs), "", Some(MOST));
@@ -72,32 +68,7 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
         let what = format!("rollout's CPU at the controller, by agents ({WHOLE} steps)");
         report.bounded(name(&what), exponent(&by_agents), "", Some(MOST));
     }
-    for (rollouts, took) in &starts {
-        let what = format!("kill -9, {rollouts} rollouts in the journal: until it listens");
-        report.bounded(what, *took, "ms", Some(5000.0));
-    }
-    let grown: Vec<_> = starts.into_iter().filter(|(size, _)| *size > 0.0).collect();
-    report.value(name("that, by rollouts"), exponent(&grown), "");
-    Ok(())
-}
-
-/// How long a start takes after a kill, in milliseconds, by rollouts in the journal.
-fn starts(side: &mut Side<Cluster>) -> Result<Vec<(f64, f64)>> {
-    let mut starts = vec![];
-    let mut ended = 0;
-    for rollouts in HISTORY {
-        let person = Person::new(&Place::of(&side.controller))?;
-        for number in ended..rollouts {
-            let name = format!("history-{number}");
-            let rollout = plans::submit(&side.controller, &name, PHASES, 1)?;
-            person.succeeded(&rollout)?;
-        }
-        ended = rollouts;
-        side.controller.kill_controller();
-        starts.push((rollouts as f64, journal::start(&mut side.controller)?));
-        side.connected()?;
-    }
-    Ok(starts)
+    history::measure(report, AGENTS)
 }
 
 /// Processor time of the controller for a rollout, in seconds, by steps.

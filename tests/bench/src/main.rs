@@ -21,6 +21,7 @@ mod dial;
 mod events;
 mod fair;
 mod fanout;
+mod history;
 mod journal;
 mod laws;
 mod load;
@@ -38,7 +39,7 @@ mod watch;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use lockstep_tests::cluster::Cluster;
+use lockstep_tests::cluster::{Builder, Cluster};
 use report::Report;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -133,5 +134,9 @@ fn raise_limit() -> Result<()> {
 
 /// A controller without hosts.
 fn controller() -> Result<Cluster> {
-    Cluster::builder().without_database().hosts(&[]).start()
+    without_hosts().start()
+}
+
+fn without_hosts() -> Builder {
+    Cluster::builder().without_database().hosts(&[])
 }

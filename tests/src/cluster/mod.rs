@@ -66,6 +66,7 @@ pub struct Builder {
     agent_env: BTreeMap<String, Vec<(String, String)>>,
     binaries: Option<Binaries>,
     enrol: Option<String>,
+    compact_above: Option<u64>,
     rehearsing: bool,
 }
 
@@ -85,6 +86,8 @@ pub struct Cluster {
     address: String,
     /// How long certificates live of hosts that join; none: nobody may.
     enrol: Option<String>,
+    /// How many records the journal may have; none: the controller's own number.
+    compact_above: Option<u64>,
     root: tempfile::TempDir,
     _reaper: Reaper,
 }
@@ -147,6 +150,13 @@ impl Builder {
         self
     }
 
+    /// The controller compacts its journal once it has more records than this.
+    #[must_use]
+    pub fn compact_above(mut self, records: u64) -> Self {
+        self.compact_above = Some(records);
+        self
+    }
+
     /// More tables of a host's agent.toml, as they stand; `@HOST@` is the host's directory.
     #[must_use]
     pub fn tables(mut self, host: &str, text: &str) -> Self {
@@ -188,6 +198,7 @@ impl Builder {
             binaries,
             address: String::new(),
             enrol: self.enrol.clone(),
+            compact_above: self.compact_above,
             _reaper: Reaper::of_cluster(root.path())?,
             root,
         };
@@ -222,6 +233,7 @@ impl Cluster {
             agent_env: BTreeMap::new(),
             binaries: None,
             enrol: None,
+            compact_above: None,
             rehearsing: false,
         }
     }

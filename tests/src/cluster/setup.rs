@@ -119,7 +119,11 @@ impl Cluster {
                 quote(life),
             )
         });
-        Ok(fs::write(directory.join("controller.toml"), text + &enrol)?)
+        let journal = self.compact_above.map_or_else(String::new, |records| {
+            format!("\n[journal]\ncompact_above = {records}\n")
+        });
+        let text = text + &enrol + &journal;
+        Ok(fs::write(directory.join("controller.toml"), text)?)
     }
 
     pub(super) fn make_profiles(&self) -> Result<()> {

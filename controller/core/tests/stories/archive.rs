@@ -42,7 +42,10 @@ fn the_oldest_go_out_and_the_newest_one_stays() {
     let plan = plan(5, vec![on("app", vec![stop()])]);
     fleet.submit(5, plan).unwrap();
     assert_eq!(outgrown(&fleet, 0), [1, 2, 3].map(rollout));
+    let due = fleet.coordinator.next_deadline();
+    assert!(due.is_some(), "it waits for the host's consent");
     archive(&mut fleet, &[1, 2, 3].map(rollout));
+    assert_eq!(fleet.coordinator.next_deadline(), due);
     let known: Vec<_> = fleet.coordinator.rollouts().cloned().collect();
     assert_eq!(known, [4, 5].map(rollout));
     fleet.consent(5, "a", vec![]);
