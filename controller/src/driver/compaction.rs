@@ -36,7 +36,7 @@ const AGAIN_AT_MOST: Duration = Duration::from_hours(6);
 pub(super) struct Compaction {
     /// The journal may have so many records; none: it is never compacted.
     above: Option<u64>,
-    /// It may also have twice what stayed of it the last time, or would have.
+    /// Of what it had when that was last looked at, so much stayed, or would have.
     stayed: u64,
     /// The newest record when somebody last looked, and since when it is.
     newest: u64,
@@ -45,6 +45,11 @@ pub(super) struct Compaction {
     not_before: Instant,
     waited: Duration,
     running: Option<Running>,
+}
+
+/// Compacting writes the whole journal once more: that is worth it if no more of so many records stay.
+fn worth(records: u64) -> u64 {
+    records / 4 * 3
 }
 
 /// A compaction on its thread.
@@ -72,8 +77,8 @@ impl Compaction {
     /// When one begins, if nothing is recorded until then; none if the journal is short.
     pub(super) fn at(&self, journal: &dyn Journal) -> Option<Instant> {
         let records = journal.head().number - journal.base().number;
-        let may_have = self.above?.max(self.stayed.saturating_mul(2));
-        let due = records > may_have && self.running.is_none();
+        let worth_it = self.stayed <= worth(records) && self.running.is_none();
+        let due = records > self.above? && worth_it;
         due.then(|| self.not_before.max(self.since + QUIET))
     }
 
@@ -97,7 +102,9 @@ impl Compaction {
         }
     }
 
+    /// Nothing was changed; the next one is tried later.
     fn came_to_nothing(&mut self) {
+        self.stayed = 0;
         self.waited = (self.waited * 2).clamp(AGAIN, AGAIN_AT_MOST);
         self.not_before = Instant::now() + self.waited;
     }
@@ -142,13 +149,13 @@ impl Driver {
         // The other half is for what comes.
         let rollouts = self.coordinator.outgrown(self.clock.now(), above / 2);
         let stays = self.coordinator.records_but_of(&rollouts);
-        if stays > records / 2 {
+        if stays > worth(records) {
             compaction.stayed = stays;
             return Ok(());
         }
         // If most of the records are of hosts, that is found out on the way.
-        let at_most = usize::try_from(records / 2).unwrap_or(usize::MAX);
-        compaction.stayed = records / 4 * 3;
+        let at_most = usize::try_from(worth(records)).unwrap_or(usize::MAX);
+        compaction.stayed = records;
         let outgoing = Outgoing::new(&self.coordinator, &source, &rollouts);
         let plans = self.coordinator.plans();
         let stop = source.stopper();
@@ -179,7 +186,6 @@ impl Driver {
             Ok(prepared) if prepared.archived == self.journal.head() => prepared,
             Ok(outdated) => {
                 outdated.discard();
-                self.compaction.stayed = 0;
                 self.compaction.came_to_nothing();
                 return Ok(());
             }
