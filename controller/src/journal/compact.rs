@@ -33,7 +33,7 @@ use lockstep_proto::values::{Period, Timestamp};
 
 use super::archive;
 use super::disk::{io_error, sync, sync_directory};
-use super::offline::{ExportError, ImportError, Offline, read_entries};
+use super::offline::{ExportError, ImportError, Offline, read};
 use super::sled::SledJournal;
 use super::source::Source;
 use super::{AppendError, Head, Journal as _, Layout, MAX_PAYLOAD, OpenError};
@@ -245,8 +245,11 @@ pub(crate) fn prepare(
     at_most: usize,
 ) -> Result<Prepared, CompactError> {
     let kept = keep(&source, &outgoing, at_most)?;
-    let entries = read_entries(&kept, source.head.number)?;
-    let folded = fold(entries.into_iter().map(Ok), plan)?;
+    let numbered = kept.iter().zip(source.head.number + 1..);
+    let folded = fold(
+        numbered.map(|(payload, number)| read(payload, number)),
+        plan,
+    )?;
     write_archive(&source, &outgoing)?;
     let (first, rest) = kept.split_first().expect("its first record says so");
     let first = Some((source.head, first.as_slice()));

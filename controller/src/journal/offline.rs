@@ -272,13 +272,16 @@ pub(super) fn write_export(
     Ok(())
 }
 
-/// Reads payloads as the records that they are; `base` is the number before the first one's.
+/// Reads a payload as the record that it is, under this number.
+pub(super) fn read(payload: &[u8], number: u64) -> Result<Entry, ExportError> {
+    serde_json::from_slice(payload).map_err(|source| ExportError::Record { number, source })
+}
+
+/// Reads payloads; `base` is the number before the first one's.
 pub(super) fn read_entries(payloads: &[Vec<u8>], base: u64) -> Result<Vec<Entry>, ExportError> {
     let numbered = payloads.iter().zip(base + 1..);
-    let read = numbered.map(|(payload, number)| {
-        serde_json::from_slice(payload).map_err(|source| ExportError::Record { number, source })
-    });
-    read.collect()
+    let entries = numbered.map(|(payload, number)| read(payload, number));
+    entries.collect()
 }
 
 /// Makes a journal from an export, in a state directory that holds nothing but perhaps the plans

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use lockstep_core::Entry;
 
 use super::disk::io_error;
-use super::offline::{ExportError, write_export};
+use super::offline::{ExportError, read, write_export};
 use super::sled::payloads;
 use super::{Head, JournalId, Layout, OpenError};
 
@@ -57,9 +57,7 @@ impl Source {
         let numbered = self.payloads().zip(self.base.number + 1..);
         numbered.map(|(payload, number)| {
             let payload = payload?;
-            let entry = serde_json::from_slice(&payload);
-            let entry = entry.map_err(|source| ExportError::Record { number, source })?;
-            Ok((entry, payload))
+            Ok((read(&payload, number)?, payload))
         })
     }
 

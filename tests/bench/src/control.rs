@@ -3,8 +3,9 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::thread;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use lockstep_tests::cluster::Cluster;
 use lockstep_tests::operator::{list, steps};
 
@@ -13,7 +14,7 @@ use crate::load::Said;
 use crate::person::Person;
 use crate::real::binaries;
 use crate::report::{Report, median};
-use crate::side::Side;
+use crate::side::{Side, ms};
 
 /// Its name and its role: plans for the simulated alone leave it out.
 const REAL: &str = "real";
@@ -32,11 +33,7 @@ pub(crate) fn cluster() -> Result<Cluster> {
 
 pub(crate) fn measure(report: &mut Report, side: &mut Side<&mut Cluster>) -> Result<()> {
     let rollout = submit(side.controller)?;
-    for _ in 0..PHASES {
-        let Said::Round { .. } = side.load.next()? else {
-            bail!("the load does not tell of a round");
-        };
-    }
+    orders(side)?;
     Person::new(&Place::of(side.controller))?.succeeded(&rollout)?;
     let document = side.controller.requester().rollout(&rollout)?;
     let mut took = vec![];
@@ -54,6 +51,41 @@ pub(crate) fn measure(report: &mut Report, side: &mut Side<&mut Cluster>) -> Res
     );
     report.value(name, median(&took), "ms");
     Ok(())
+}
+
+/// From the first order of a phase until a person is told of its first result, which is durable then.
+/// Apart from what else is measured: whoever watches is told of everything.
+pub(crate) fn first_result(report: &mut Report, side: &mut Side<&mut Cluster>) -> Result<()> {
+    let person = Person::new(&Place::of(side.controller))?;
+    let rollout = submit(side.controller)?;
+    let watching = thread::spawn(move || person.first_results(&rollout));
+    let orders = orders(side)?;
+    let told = watching.join();
+    let told = told.map_err(|_| anyhow!("whoever watched has panicked"))??;
+    ensure!(told.len() == PHASES, "{} first results", told.len());
+    // The first phase begins with the plan's way to every agent.
+    let took = orders.iter().zip(&told).skip(1);
+    let took: Vec<f64> = took
+        .map(|(from, told)| ms(told.saturating_sub(*from)))
+        .collect();
+    let name = format!(
+        "{} agents: first order until a person knows its first result",
+        side.agents
+    );
+    report.value(name, median(&took), "ms");
+    Ok(())
+}
+
+/// When the first order of each phase came.
+fn orders(side: &mut Side<&mut Cluster>) -> Result<Vec<u64>> {
+    let mut first = vec![];
+    while first.len() < PHASES {
+        let Said::Round { orders, .. } = side.load.next()? else {
+            bail!("the load does not tell of a round");
+        };
+        first.push(orders[0]);
+    }
+    Ok(first)
 }
 
 /// One step in each phase, for all of them.

@@ -74,6 +74,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
     }
 
     control::measure(report, &mut real)?;
+    control::first_result(report, &mut real)?;
     let restart = restart(&mut real)?;
     let name = |what: &str| format!("{agents} agents: {what}");
     let target = (agents == 10_000).then_some(1.5);

@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_proto::wire::control_v1::control_service_client::ControlServiceClient;
-use lockstep_proto::wire::control_v1::{Host, ListHostsRequest, ListRolloutsRequest};
+use lockstep_proto::wire::control_v1::{
+    EventKind, Host, ListHostsRequest, ListRolloutsRequest, WatchRequest,
+};
 use lockstep_tests::cluster::REQUESTER;
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 
+use crate::clock;
 use crate::dial::Place;
 
 /// Between two looks at a rollout. It is read without its document, which costs the controller
@@ -79,5 +82,24 @@ impl Person {
             thread::sleep(LOOK_EVERY);
         }
         bail!("{rollout} has not ended within {PATIENCE:?}")
+    }
+
+    /// Watches a rollout of one step in each phase until its end; when the first result of each
+    /// phase was told, on the machine's clock.
+    pub(crate) fn first_results(&self, rollout: &str) -> Result<Vec<u64>> {
+        let mut client = self.client.clone();
+        let rollout = rollout.to_owned();
+        self.runtime.block_on(async {
+            let watch = WatchRequest { rollout, after: 0 };
+            let mut events = client.watch(watch).await?.into_inner();
+            let mut first = vec![];
+            while let Some(event) = events.message().await? {
+                let of_next = event.step == format!("{}.0", first.len());
+                if event.kind() == EventKind::StepOk && of_next {
+                    first.push(clock::now());
+                }
+            }
+            Ok(first)
+        })
     }
 }

@@ -18,7 +18,7 @@ use rand::seq::IndexedRandom as _;
 
 use super::super::Compactable;
 use super::super::contract::copy;
-use super::super::offline::{self, inspect};
+use super::super::offline::{self, inspect, read_entries};
 use super::*;
 use crate::journal::archive::ArchiveState;
 use crate::journal::audit::Chain;
