@@ -20,7 +20,8 @@ use lockstep_proto::seal::{self, InvalidPlan, SealedPlan};
 #[derive(Debug)]
 pub(crate) struct Blobs {
     dir: PathBuf,
-    /// Plans that were read or stored. The coordinator holds every one of them anyway.
+    /// Plans that were read or stored. The coordinator holds almost every one of them anyway: but for
+    /// those whose rollouts went out of the journal since.
     plans: Mutex<HashMap<PlanDigest, Arc<SealedPlan>>>,
 }
 

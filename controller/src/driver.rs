@@ -296,6 +296,7 @@ impl Driver {
                 self.compaction.at(&*self.journal),
             ];
             let wake = wakes.into_iter().flatten().min();
+            let mut compacted = None;
             tokio::select! {
                 // A round looks at deadlines, whatever began it.
                 biased;
@@ -305,12 +306,15 @@ impl Driver {
                     }
                 }
                 () = sleep_until(wake) => {}
-                prepared = self.compaction.prepared() => self.end_compaction(prepared)?,
+                prepared = self.compaction.prepared() => compacted = Some(prepared),
                 () = std::future::ready(()), if !self.own.is_empty() => {}
             }
             if wake.is_some_and(|wake| wake.max(asleep).elapsed() > AWAY) {
                 tracing::warn!("the controller was stopped for a while; hosts get time to return");
                 self.coordinator.was_away(self.clock.now());
+            }
+            if let Some(prepared) = compacted {
+                self.end_compaction(prepared)?;
             }
             let heard = !batch.is_empty();
             self.round(&mut batch)?;

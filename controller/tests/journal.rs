@@ -246,7 +246,7 @@ async fn a_controller_compacts_its_journal_while_it_runs() {
     let session = controller.session(&agent, hello("web-9")).await.unwrap();
 
     let said = || place.log().contains("went into an archive");
-    wait::until_true("the compaction", SOON, said).unwrap();
+    wait::until_true("the compaction", 3 * SOON, said).unwrap();
     let after = client.list_rollouts(list).await.unwrap();
     let after = after.into_inner().rollouts;
     let [newest] = &after[..] else {

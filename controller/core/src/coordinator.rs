@@ -54,7 +54,7 @@ pub enum RecoverError {
 }
 
 /// A host as the controller knows it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct HostInfo {
     /// Whether its session is up.
     pub connected: bool,

@@ -79,9 +79,16 @@ impl ServeError {
             Self::Journal(OpenError::Quarantined { .. } | OpenError::Format { .. })
             | Self::JournalMissing(_)
             | Self::Start(_)
-            | Self::Driver(DriverError::Outdated { .. }) => 10,
+            | Self::Driver(
+                DriverError::Outdated { .. }
+                | DriverError::Compaction(OpenError::Quarantined { .. }),
+            ) => 10,
             Self::Driver(DriverError::Append(_)) => 11,
-            Self::Journal(error) if error.is_full_disk() => 11,
+            Self::Journal(error) | Self::Driver(DriverError::Compaction(error))
+                if error.is_full_disk() =>
+            {
+                11
+            }
             _ => 4,
         }
     }

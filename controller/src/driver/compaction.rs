@@ -2,14 +2,15 @@
 //! controller runs: rollouts that have ended go into an archive, as `lockstep journal compact` does it.
 //!
 //! ```text
-//! nothing recorded for a while -> another thread: archive, shorter journal beside the journal
+//! calm for a while -> another thread: archive, shorter journal beside the journal
 //!   -> nothing recorded since? the two change places, and the driver lets go of what went out
 //!   -> else what was made is thrown away, and made again later
 //! ```
 //!
-//! The driver itself waits only for the exchange, which takes as long as a start on what stays.
+//! The driver itself waits for the comparison and the exchange: no longer than a start on what stays.
 
 use std::error::Error;
+use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -23,22 +24,25 @@ use super::{Driver, DriverError};
 use crate::journal::Journal;
 use crate::journal::compact::{CompactError, Outgoing, Prepared, prepare};
 
-/// Nothing was recorded for so long: probably nothing is while the journal is compacted.
-const QUIET: Duration = Duration::from_secs(5);
+/// A controller is calm if hardly anything was recorded for so long: then probably nothing is while
+/// the journal is compacted, and whoever waited for the end of a rollout knows it.
+const CALM: Duration = Duration::from_secs(15);
 
-/// After one that came to nothing the next one begins so much later, and twice that after the
-/// next one, and so on.
+/// Hardly anything: certificates of a large fleet are renewed all the time.
+const HARDLY_ANY: u64 = 64;
+
+/// After one that came to nothing the next one begins so much later.
 const AGAIN: Duration = Duration::from_mins(1);
-const AGAIN_AT_MOST: Duration = Duration::from_hours(6);
+
+/// After one that failed, or was not worth it: twice that, and so on, up to this.
+const AGAIN_AT_MOST: Duration = Duration::from_hours(1);
 
 /// When the journal is compacted, and what is being done about it.
 #[derive(Debug)]
 pub(super) struct Compaction {
     /// The journal may have so many records; none: it is never compacted.
     above: Option<u64>,
-    /// Of what it had when that was last looked at, so much stayed, or would have.
-    stayed: u64,
-    /// The newest record when somebody last looked, and since when it is.
+    /// The newest record when it was last calm or began to be, and since when it is.
     newest: u64,
     since: Instant,
     /// After one that came to nothing: not before then, and how long that was.
@@ -65,7 +69,6 @@ impl Compaction {
         let now = Instant::now();
         Self {
             above: above.filter(|_| journal.compactable().is_some()),
-            stayed: 0,
             newest: 0,
             since: now,
             not_before: now,
@@ -74,12 +77,11 @@ impl Compaction {
         }
     }
 
-    /// When one begins, if nothing is recorded until then; none if the journal is short.
+    /// When one begins, if it is calm until then; none if the journal is short.
     pub(super) fn at(&self, journal: &dyn Journal) -> Option<Instant> {
         let records = journal.head().number - journal.base().number;
-        let worth_it = self.stayed <= worth(records) && self.running.is_none();
-        let due = records > self.above? && worth_it;
-        due.then(|| self.not_before.max(self.since + QUIET))
+        let due = records > self.above? && self.running.is_none();
+        due.then(|| self.not_before.max(self.since + CALM))
     }
 
     /// Waits for the thread, if there is one.
@@ -93,27 +95,37 @@ impl Compaction {
         prepared.unwrap_or(Err(CompactError::Thread))
     }
 
-    /// Ends what is being done: nobody else has the journal afterwards.
-    pub(super) fn end(&mut self) {
-        if let Some(running) = self.running.take() {
-            running.stop.store(true, Ordering::Relaxed);
-            // What it says is in the log.
-            let _ = running.thread.join();
+    /// Ends what is being done: nobody else has the journal afterwards. Answers with what came of it.
+    pub(super) fn end(&mut self) -> Option<CompactError> {
+        let mut running = self.running.take()?;
+        running.stop.store(true, Ordering::Relaxed);
+        // A panic is in the log.
+        let _ = running.thread.join();
+        match running.prepared.try_recv().ok()? {
+            Ok(prepared) => {
+                prepared.discard();
+                None
+            }
+            Err(error) => Some(error),
         }
     }
 
-    /// Nothing was changed; the next one is tried later.
-    fn came_to_nothing(&mut self) {
-        self.stayed = 0;
-        self.waited = (self.waited * 2).clamp(AGAIN, AGAIN_AT_MOST);
+    fn try_again_after(&mut self, wait: Duration) {
+        self.waited = wait.clamp(AGAIN, AGAIN_AT_MOST);
         self.not_before = Instant::now() + self.waited;
     }
 
+    fn not_worth_it(&mut self) {
+        tracing::debug!("the journal has grown long, and hardly anything of it may go out");
+        self.try_again_after(self.waited * 2);
+    }
+
     fn failed(&mut self, error: &CompactError) {
-        self.came_to_nothing();
+        self.try_again_after(self.waited * 2);
         let error = error as &dyn Error;
         tracing::error!(
             error,
+            again_in_s = self.waited.as_secs(),
             "the journal has grown long, and could not be compacted; it is as it was"
         );
     }
@@ -124,14 +136,10 @@ impl Driver {
     pub(super) fn look_at_length(&mut self) {
         let (newest, now) = (self.journal.head().number, Instant::now());
         let compaction = &mut self.compaction;
-        if newest != compaction.newest {
+        if newest - compaction.newest > HARDLY_ANY {
             (compaction.newest, compaction.since) = (newest, now);
         }
         if compaction.at(&*self.journal).is_none_or(|at| at > now) {
-            return;
-        }
-        if self.full {
-            compaction.came_to_nothing();
             return;
         }
         if let Err(error) = self.begin_compaction() {
@@ -150,12 +158,14 @@ impl Driver {
         let rollouts = self.coordinator.outgrown(self.clock.now(), above / 2);
         let stays = self.coordinator.records_but_of(&rollouts);
         if stays > worth(records) {
-            compaction.stayed = stays;
+            compaction.not_worth_it();
             return Ok(());
+        }
+        if self.full || !source.has_room()? {
+            return Err(CompactError::NoRoom(source.state()));
         }
         // If most of the records are of hosts, that is found out on the way.
         let at_most = usize::try_from(worth(records)).unwrap_or(usize::MAX);
-        compaction.stayed = records;
         let outgoing = Outgoing::new(&self.coordinator, &source, &rollouts);
         let plans = self.coordinator.plans();
         let stop = source.stopper();
@@ -186,10 +196,17 @@ impl Driver {
             Ok(prepared) if prepared.archived == self.journal.head() => prepared,
             Ok(outdated) => {
                 outdated.discard();
-                self.compaction.came_to_nothing();
+                tracing::info!(
+                    "the journal has grown long, and is compacted later: something was recorded \
+                     meanwhile"
+                );
+                self.compaction.try_again_after(AGAIN);
                 return Ok(());
             }
-            Err(CompactError::InVain) => return Ok(()),
+            Err(CompactError::InVain) => {
+                self.compaction.not_worth_it();
+                return Ok(());
+            }
             Err(error) => {
                 self.compaction.failed(&error);
                 return Ok(());
@@ -207,19 +224,23 @@ impl Driver {
         let journal = self.journal.compactable().expect("it was compacted");
         journal.exchange().map_err(DriverError::Compaction)?;
         if self.journal.base() != prepared.archived {
-            self.compaction.came_to_nothing();
+            // The journal has what the archive has. It cannot be exchanged the next time either.
+            let _ = fs::remove_file(archive);
+            self.compaction.above = None;
             return Ok(());
         }
-        self.compaction.stayed = prepared.records;
         self.compaction.waited = Duration::ZERO;
+        let records = prepared.records;
         let archived = prepared.into_archived();
         tracing::info!(
             archive = %archive.display(),
             rollouts = archived.len(),
-            records = self.compaction.stayed,
+            records,
             "the journal had grown long: rollouts that have ended went into an archive"
         );
         self.coordinator.archive(archived);
+        let newest = self.journal.head().number;
+        (self.compaction.newest, self.compaction.since) = (newest, Instant::now());
         Ok(())
     }
 }

@@ -36,7 +36,7 @@ use super::disk::{io_error, sync, sync_directory};
 use super::offline::{ExportError, ImportError, Offline, read};
 use super::sled::SledJournal;
 use super::source::Source;
-use super::{AppendError, Head, Journal as _, Layout, MAX_PAYLOAD, OpenError};
+use super::{AppendError, Head, Journal as _, JournalId, Layout, MAX_PAYLOAD, OpenError};
 use crate::blobs::{BlobError, Blobs};
 use crate::driver::wall_clock;
 use crate::faults::reached;
@@ -53,7 +53,7 @@ pub(crate) struct Which {
     pub(crate) keep: Option<usize>,
 }
 
-/// A journal that cannot be compacted. It is as it was.
+/// A journal that cannot be compacted. It is as it was, or compacted already.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CompactError {
     /// It cannot be opened or made.
@@ -83,6 +83,9 @@ pub(crate) enum CompactError {
     /// The new journal would not say the same as the old one.
     #[error("the compacted journal would say something else of {0}; nothing was changed")]
     Differs(String),
+    /// It would make the disk full.
+    #[error("there is too little room to compact the journal; make some in {0}")]
+    NoRoom(PathBuf),
     /// More records than that would stay.
     #[error("the compacted journal would be hardly shorter")]
     InVain,
@@ -228,6 +231,7 @@ pub(crate) struct Prepared {
     pub(crate) archived: Head,
     /// The new journal's records.
     pub(crate) records: u64,
+    id: JournalId,
     outgoing: Outgoing,
     /// What the new journal says.
     folded: Coordinator,
@@ -256,12 +260,14 @@ pub(crate) fn prepare(
     let id = (source.id, layout);
     SledJournal::build(&source.state, &source.lock, id, first, |new| {
         for batch in rest.chunks(BATCH) {
+            source.go_on()?;
             new.append(batch)?;
         }
         Ok::<_, CompactError>(())
     })?;
     Ok(Prepared {
         archived: source.head,
+        id: source.id,
         records: kept.len() as u64,
         outgoing,
         folded,
@@ -291,13 +297,16 @@ impl Prepared {
         if before.trust().as_of(last) != after.trust().as_of(last) {
             return differs(&"who may be");
         }
-        let hosts = |folded: &Coordinator| {
-            let hosts = folded.all_hosts();
-            let hosts: Vec<_> = hosts.map(|(host, info)| (host, recorded(info))).collect();
-            format!("{hosts:?}")
-        };
-        if hosts(before) != hosts(after) {
+        let hosts = before
+            .all_hosts()
+            .map(|(host, info)| (host, recorded(info)));
+        if !hosts.eq(after.all_hosts().map(|(host, info)| (host, recorded(info)))) {
             return differs(&"the hosts");
+        }
+        for archived in before.all_archived() {
+            if after.archived(&archived.rollout) != Some(archived) {
+                return differs(&archived.rollout);
+            }
         }
         let goes_out: BTreeSet<&RolloutId> = self.rollouts().collect();
         for rollout in before.rollouts() {
@@ -315,6 +324,10 @@ impl Prepared {
     /// Gives the archive its name, which it has when this returns; answers with its path.
     pub(crate) fn publish(&self) -> Result<PathBuf, CompactError> {
         let (part, path) = archive::paths(&self.state, &self.outgoing.archive);
+        if path.exists() {
+            // A compaction was ended here; or it is another journal's, and nothing else has it.
+            check_archive(&path, self.id, self.archived)?;
+        }
         fs::rename(&part, &path).map_err(io_error("make", &path))?;
         sync_directory(&archive::directory(&self.state))?;
         sync_directory(&self.state)?;
@@ -352,7 +365,7 @@ fn keep(
     let mut counted: HashMap<HostId, usize> = HashMap::new();
     // Hosts of which something is left.
     let mut named: HashSet<HostId> = HashSet::new();
-    for read in source.records() {
+    for (read, further) in source.records().zip((0..source.count()).rev()) {
         let (entry, payload) = read?;
         if kept.left > at_most {
             return Err(CompactError::InVain);
@@ -369,7 +382,9 @@ fn keep(
             .is_some_and(|rollout| goes_out.contains(rollout));
         let said = match entry.record {
             // The archive has them.
-            Record::Compacted { .. } | Record::CallsRefused(_) => continue,
+            Record::Compacted { .. } => continue,
+            // The last record says what time it is.
+            Record::CallsRefused(_) if further > 0 => continue,
             Record::TermBegan { epoch } if Some(epoch) != outgoing.term => continue,
             Record::TookOver { epoch } if Some(epoch) != outgoing.took_over => continue,
             Record::Reported { host, number, .. } if out => {
@@ -486,7 +501,11 @@ fn write_and_check(
     let term = outgoing.term.map_or(0, |term| term.counter);
     source.export(term, &mut BufWriter::new(file))?;
     sync(file, path).map_err(io_error("sync", path))?;
-    let checked = archive::check(path, source.id, source.head);
+    check_archive(path, source.id, source.head)
+}
+
+fn check_archive(path: &Path, id: JournalId, last: Head) -> Result<(), CompactError> {
+    let checked = archive::check(path, id, last);
     checked.map_err(|source| CompactError::Archive {
         path: path.to_owned(),
         source,

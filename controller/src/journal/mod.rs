@@ -42,7 +42,7 @@ use source::Source;
 pub(crate) const FORMAT: u32 = 1;
 
 /// How records lie in the store. A journal keeps the layout that it was made with, so that the
-/// release that made it can go on with it; a compacted one is made anew.
+/// release that made it can go on with it; `lockstep journal compact` makes it anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// A key for each record. What releases before bundles make.

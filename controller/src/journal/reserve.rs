@@ -126,7 +126,12 @@ impl Reserve {
     }
 
     fn free(&self) -> io::Result<u64> {
-        let stat = fstatvfs(&self.file)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        free(&self.file)
     }
+}
+
+/// How much is free where this file is, in bytes.
+pub(super) fn free(file: &File) -> io::Result<u64> {
+    let stat = fstatvfs(file)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -91,7 +91,16 @@ impl SledJournal {
             create(&new, JournalId::random(), layout, None)?;
             publish(&new, state)?;
         }
-        Self::open_existing(dir, &check, lock)
+        Self::open_named(state, lock)
+    }
+
+    /// Opens the journal under its name.
+    fn open_named(state: &Path, lock: File) -> Result<Self, OpenError> {
+        let check = state.join("journal.check");
+        let journal = Self::open_existing(state.join("journal"), &check, lock)?;
+        // Whoever gave it its name may have been killed before that was on the disk.
+        sync_directory(state)?;
+        Ok(journal)
     }
 
     /// Makes a journal of this id in a state directory that has none, with what `fill` appends:
@@ -134,14 +143,10 @@ impl SledJournal {
     /// Puts `journal.new` in the place of the journal, in one step: whenever the power goes, one
     /// of the two is there. The former one is removed.
     pub(super) fn exchange(state: &Path, _lock: &File) -> Result<(), OpenError> {
-        let (dir, new) = (state.join("journal"), state.join("journal.new"));
-        sync_directory(state)?;
-        renameat_with(CWD, &new, CWD, &dir, RenameFlags::EXCHANGE)
-            .map_err(|error| io_error("exchange", &dir)(error.into()))?;
-        reached("exchange: named");
+        swap(state)?;
         sync_directory(state)?;
         reached("exchange: durable");
-        remove_all(&new)
+        remove_all(&state.join("journal.new"))
     }
 
     fn open_existing(dir: PathBuf, check: &Path, lock: File) -> Result<Self, OpenError> {
@@ -341,16 +346,19 @@ impl Compactable for SledJournal {
         // sled writes by name until it is gone.
         self.poisoned = true;
         drop(self.db.take());
-        let exchanged = Self::exchange(&state, &lock);
-        let check = state.join("journal.check");
-        *self = Self::open_existing(self.dir.clone(), &check, lock)?;
-        if let Err(error) = exchanged {
+        let swapped = swap(&state);
+        // Nothing is appended before the name is on the disk.
+        *self = Self::open_named(&state, lock)?;
+        reached("exchange: durable");
+        if let Err(error) = swapped {
             let error = &error as &dyn std::error::Error;
             tracing::error!(
                 error,
                 "the compacted journal cannot take the place of the old one"
             );
         }
+        // What is left is removed before the next one is made.
+        let _ = remove_all(&state.join("journal.new"));
         Ok(())
     }
 }
@@ -427,6 +435,16 @@ fn create(
     let stored = Stored { id, layout, head };
     HeadFile::create(&head_path, stored).map_err(io_error("make", &head_path))?;
     sync_directory(dir)
+}
+
+/// Exchanges the names of the journal and of `journal.new`; after an error they are as they were.
+fn swap(state: &Path) -> Result<(), OpenError> {
+    let (dir, new) = (state.join("journal"), state.join("journal.new"));
+    sync_directory(state)?;
+    renameat_with(CWD, &new, CWD, &dir, RenameFlags::EXCHANGE)
+        .map_err(|error| io_error("exchange", &dir)(error.into()))?;
+    reached("exchange: named");
+    Ok(())
 }
 
 /// Gives a journal that was made its name.

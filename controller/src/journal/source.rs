@@ -1,6 +1,6 @@
 //! The records of a whole journal, to be read as often as one likes, also while more are appended.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,13 +10,13 @@ use lockstep_core::Entry;
 
 use super::disk::io_error;
 use super::offline::{ExportError, read, write_export};
-use super::sled::payloads;
+use super::reserve::{RESERVE, free};
+use super::sled::{STORE_FILE, payloads};
 use super::{Head, JournalId, Layout, OpenError};
 
 /// The records that a journal had at one moment, and the right to put another one in its place.
 #[derive(Debug)]
 pub(crate) struct Source {
-    /// The state directory.
     pub(super) state: PathBuf,
     pub(super) id: JournalId,
     /// What the first record is chained to.
@@ -31,6 +31,11 @@ pub(crate) struct Source {
 }
 
 impl Source {
+    /// The state directory.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.state.clone()
+    }
+
     /// How many records there are.
     pub(crate) fn count(&self) -> u64 {
         self.head.number - self.base.number
@@ -41,15 +46,21 @@ impl Source {
         let payloads = payloads(&self.db, self.layout);
         let payloads = payloads.zip(self.base.number..self.head.number);
         payloads.map(|(payload, _)| {
-            if self.stop.load(Ordering::Relaxed) {
-                let stopped = io::ErrorKind::Interrupted.into();
-                return Err(io_error("go on reading", &self.directory())(stopped));
-            }
+            self.go_on()?;
             payload.map_err(|error| OpenError::Quarantined {
                 dir: self.directory(),
                 what: format!("a record cannot be read: {error}"),
             })
         })
+    }
+
+    /// An error if it is to end before its time.
+    pub(super) fn go_on(&self) -> Result<(), OpenError> {
+        if self.stop.load(Ordering::Relaxed) {
+            let stopped = io::ErrorKind::Interrupted.into();
+            return Err(io_error("go on compacting", &self.directory())(stopped));
+        }
+        Ok(())
     }
 
     /// All records, each with its payload.
@@ -65,6 +76,15 @@ impl Source {
     pub(super) fn export(&self, term: u64, out: &mut impl Write) -> Result<(), ExportError> {
         let payloads = self.payloads().map(|payload| Ok(payload?));
         write_export(out, (self.id, self.base, self.head), term, payloads)
+    }
+
+    /// Whether there is room to compact it without filling the disk: for the archive, which is
+    /// text of about three times its length, the new journal, and a copy of that to look at.
+    pub(crate) fn has_room(&self) -> Result<bool, OpenError> {
+        let path = self.directory().join(STORE_FILE);
+        let length = fs::metadata(&path).map_err(io_error("read", &path))?.len();
+        let free = free(&self.lock).map_err(io_error("read", &self.state))?;
+        Ok(free > length.saturating_mul(6) + 2 * RESERVE)
     }
 
     /// Has whoever reads it end before its time, with an error.

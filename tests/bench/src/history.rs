@@ -24,7 +24,7 @@ const COMPACT_ABOVE: u64 = 25_000;
 /// The most that the exponent of a start may be, by rollouts that have ended.
 const MOST: f64 = 0.2;
 
-/// A compaction waits for five seconds in which nothing is recorded.
+/// A compaction waits for fifteen calm seconds.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {

@@ -10,30 +10,37 @@ use lockstep_proto::values::{Period, Timestamp};
 
 use super::{Coordinator, HostInfo};
 use crate::record::Archived;
-use crate::rollout::{LeftState, Rollout};
+use crate::rollout::{Left, LeftState, Rollout};
 
 /// A host that has not said what became of a step may still do so, for this long after the end of
 /// its rollout; what it says later is in the journal, and changes nothing.
 const MAY_STILL_SPEAK: Period = Period::seconds(24 * 60 * 60);
 
+/// People who have not signed a rollout off may still do so, for this long after its end.
+const MAY_STILL_SIGN: Period = Period::seconds(30 * 24 * 60 * 60);
+
 impl Coordinator {
-    /// The rollouts that may go out, in the order of their ends: they have ended, wait for nobody,
-    /// and no message of theirs is on its way.
+    /// The rollouts that may go out, in the order in which they were over: they have ended, wait for
+    /// no decision, and no message of theirs is on its way.
     pub fn over(&self) -> Vec<(Timestamp, &RolloutId)> {
         let over = self.rollouts.values().filter(|rollout| {
             let unsent = rollout.notices.values().any(|state| state.sent.is_none());
             !rollout.is_locking() && !unsent
         });
         let mut over: Vec<_> = over
-            .filter_map(|rollout| Some((rollout.ended.as_ref()?.at, &rollout.id)))
+            .filter_map(|rollout| {
+                let ended = rollout.ended.as_ref()?.at;
+                let closed = rollout.closed.as_ref().map_or(ended, |(at, ..)| *at);
+                Some((ended.max(closed), &rollout.id))
+            })
             .collect();
         over.sort();
         over
     }
 
     /// Those of them that people look for no longer, in the order of their submission: all but the newest
-    /// one, and but for as many before it as have up to this many records together. One of which a
-    /// host may still say something stays.
+    /// one, and but for as many before it as have up to this many records together. One that a host or
+    /// a person may still say something of stays.
     pub fn outgrown(&self, now: Timestamp, records: u64) -> Vec<RolloutId> {
         let over = self.over();
         let mut left = records;
@@ -41,12 +48,11 @@ impl Coordinator {
             .iter()
             .rev()
             .enumerate()
-            .filter(|(place, (ended, id))| {
+            .filter(|(place, (over_at, id))| {
                 let rollout = &self.rollouts[*id];
                 let fits = rollout.records <= left;
                 left = if fits { left - rollout.records } else { 0 };
-                let may_speak = || now.since(*ended) < MAY_STILL_SPEAK && rollout.may_be_heard_of();
-                *place > 0 && !fits && !may_speak()
+                *place > 0 && !fits && !rollout.may_be_spoken_of(now.since(*over_at))
             })
             .map(|(_, (_, id))| *id)
             .collect();
@@ -73,6 +79,11 @@ impl Coordinator {
     /// Whether another coordinator knows the same of a rollout.
     pub fn agrees_with(&self, other: &Self, rollout: &RolloutId) -> bool {
         self.rollouts.get(rollout) == other.rollouts.get(rollout)
+    }
+
+    /// What is known of all rollouts that are in archives.
+    pub fn all_archived(&self) -> impl Iterator<Item = &Archived> {
+        self.archived.values()
     }
 
     /// What a journal says of a rollout whose records are in this archive; none if it goes on, or is
@@ -131,9 +142,11 @@ impl HostInfo {
 }
 
 impl Rollout {
-    /// Whether a host has not said yet what became of a step there.
-    fn may_be_heard_of(&self) -> bool {
-        let left = self.left(&|_| false);
-        left.iter().any(|left| left.state != LeftState::Stopped)
+    /// Whether somebody may still say something of it, so long after it was over.
+    fn may_be_spoken_of(&self, over_for: Period) -> bool {
+        let unsigned = |role: &String| !self.signoffs.iter().any(|signed| signed.role == *role);
+        let open = |left: &Left| left.state != LeftState::Stopped;
+        (over_for < MAY_STILL_SIGN && self.compiled().signoff.iter().any(unsigned))
+            || (over_for < MAY_STILL_SPEAK && self.left(&|_| false).iter().any(open))
     }
 }

@@ -4,11 +4,19 @@ use super::cancel::{back, cancel};
 use super::levers::run;
 use super::*;
 
+/// A plan that nobody signs off.
+fn unsigned(serial: u64, steps: Vec<Step>) -> CompiledPlan {
+    CompiledPlan {
+        signoff: vec![],
+        ..plan(serial, vec![on("app", steps)])
+    }
+}
+
 /// A fleet of one host on which this many rollouts have succeeded, a minute each.
 fn after(rollouts: u8) -> Fleet {
     let mut fleet = Fleet::new(&["a"]);
     for number in 1..=rollouts {
-        let plan = plan(u64::from(number), vec![on("app", vec![stop()])]);
+        let plan = unsigned(u64::from(number), vec![stop()]);
         fleet.submit(number, plan).unwrap();
         fleet.consent(number, "a", vec![]);
         fleet.finish("a", ok(), vec![]);
@@ -39,8 +47,7 @@ fn the_oldest_go_out_and_the_newest_one_stays() {
     assert_eq!(outgrown(&fleet, 4 * of_one), []);
 
     // One that goes on stays, whatever its size.
-    let plan = plan(5, vec![on("app", vec![stop()])]);
-    fleet.submit(5, plan).unwrap();
+    fleet.submit(5, unsigned(5, vec![stop()])).unwrap();
     assert_eq!(outgrown(&fleet, 0), [1, 2, 3].map(rollout));
     let due = fleet.coordinator.next_deadline();
     assert!(due.is_some(), "it waits for the host's consent");
@@ -77,7 +84,9 @@ fn one_that_waits_for_a_person_never_goes_out() {
 #[test]
 fn one_of_which_a_host_may_still_speak_stays_for_a_day() {
     let mut fleet = Fleet::new(&["a", "b"]);
-    fleet.start(vec![on("app", vec![run()])]);
+    fleet.submit(1, unsigned(1, vec![run()])).unwrap();
+    fleet.consent(1, "a", vec![]);
+    fleet.consent(1, "b", vec![]);
     fleet.event(Event::HostDown { host: host("a") });
     cancel(&mut fleet);
     fleet.consent(9, "b", vec![]);
@@ -89,6 +98,35 @@ fn one_of_which_a_host_may_still_speak_stays_for_a_day() {
     assert_eq!(outgrown(&fleet, 0), []);
     fleet.now += 24 * 60 * 60 * 1000;
     assert_eq!(outgrown(&fleet, 0), [rollout(1)]);
+}
+
+#[test]
+fn one_that_is_not_signed_off_stays_and_what_counts_of_a_halted_one_is_when_it_was_closed() {
+    let mut fleet = after(1);
+    let mut signed = unsigned(2, vec![stop()]);
+    signed.signoff = vec!["dba".into()];
+    fleet.submit(2, signed).unwrap();
+    fleet.consent(2, "a", vec![]);
+    fleet.finish("a", ok(), vec![]);
+    fleet.submit(3, unsigned(3, vec![stop()])).unwrap();
+    fleet.consent(3, "a", vec![]);
+    fleet.finish("a", ok(), vec![]);
+    assert_eq!(outgrown(&fleet, 0), [rollout(1)]);
+    fleet.now += 30 * 24 * 60 * 60 * 1000;
+    assert_eq!(outgrown(&fleet, 0), [1, 2].map(rollout));
+
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.start(vec![on("app", vec![run()])]);
+    fleet.event(Event::HostDown { host: host("a") });
+    fleet.later(60 * 60);
+    assert_eq!(fleet.state(1), "halted", "{}", fleet.reason(1));
+    let close = Call::Close {
+        rollout: rollout(1),
+        reason: "by hand".into(),
+    };
+    fleet.call("olga", &[], close).unwrap();
+    let over = fleet.coordinator.over();
+    assert_eq!(over, [(Timestamp(fleet.now), &rollout(1))]);
 }
 
 #[test]

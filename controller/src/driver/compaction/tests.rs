@@ -69,13 +69,15 @@ async fn a_long_journal_is_compacted_once_nothing_is_recorded() {
     let mut driver = driver(dir.path());
     take(&mut driver, (0..3).map(host_comes).collect());
     assert_eq!(driver.compaction.at(&*driver.journal), None, "it is short");
-    take(&mut driver, (1..30).map(refused).collect());
+    take(&mut driver, (1..100).map(refused).collect());
     let begun = Instant::now();
     driver.look_at_length();
     let at = driver.compaction.at(&*driver.journal).unwrap();
-    assert!(at >= begun + QUIET);
+    assert!(at >= begun + CALM);
     assert!(driver.compaction.running.is_none(), "something may come");
-    driver.compaction.since = begun - QUIET;
+    driver.compaction.since = begun - CALM;
+    // A few records more are as good as none.
+    take(&mut driver, vec![refused(7)]);
     driver.look_at_length();
     assert!(driver.compaction.running.is_some());
     let prepared = driver.compaction.prepared().await;
@@ -83,7 +85,7 @@ async fn a_long_journal_is_compacted_once_nothing_is_recorded() {
     driver.end_compaction(prepared).unwrap();
 
     assert_eq!(driver.journal.base(), head, "the chain goes on");
-    assert_eq!(driver.journal.head().number, head.number + 5);
+    assert!(driver.journal.head().number < head.number + 10);
     assert_eq!(driver.compaction.at(&*driver.journal), None);
     assert_eq!(driver.coordinator.hosts().count(), 3);
     take(&mut driver, vec![host_comes(7)]);
@@ -113,7 +115,7 @@ async fn what_is_recorded_meanwhile_is_not_lost() {
     assert_eq!(driver.journal.base().number, 0);
     is_as_it_was(dir.path());
     let at = driver.compaction.at(&*driver.journal).unwrap();
-    assert!(at > Instant::now() + QUIET, "not at once again");
+    assert!(at > Instant::now() + CALM, "not at once again");
 
     compact(&mut driver).await;
     assert_eq!(driver.journal.base(), head);
@@ -128,9 +130,9 @@ async fn a_journal_of_which_most_would_stay_is_left_until_it_is_longer() {
     compact(&mut driver).await;
     assert_eq!(driver.journal.base().number, 0);
     is_as_it_was(dir.path());
-    assert_eq!(driver.compaction.at(&*driver.journal), None);
+    let at = driver.compaction.at(&*driver.journal).unwrap();
+    assert!(at > Instant::now() + CALM, "not at once again");
     take(&mut driver, (1..40).map(refused).collect());
-    assert!(driver.compaction.at(&*driver.journal).is_some());
     compact(&mut driver).await;
     assert!(driver.journal.base().number > 0);
 }
@@ -161,7 +163,13 @@ async fn a_controller_that_ends_meanwhile_leaves_its_journal_to_the_next_one() {
     take(&mut former, (1..3000).map(refused).collect());
     let head = former.journal.head();
     former.begin_compaction().unwrap();
-    former.compaction.end();
+    let Some(CompactError::Export(stopped)) = former.compaction.end() else {
+        panic!("it was not stopped");
+    };
+    assert!(
+        stopped.to_string().contains("go on compacting"),
+        "{stopped}"
+    );
     former.journal.close();
     let next = driver(dir.path());
     assert_eq!(next.journal.head().number, head.number + 1, "its term");

@@ -15,6 +15,7 @@ use lockstep_tests::power::Watch;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::super::Compactable;
 use super::super::contract::copy;
@@ -178,19 +179,23 @@ impl<'a> Life<'a> {
 
     /// Compacts the journal while it is open; all but the newest rollout go out.
     fn compact(&mut self) -> PathBuf {
-        let source = self.journal.source().unwrap();
-        let rollouts = self.core.outgrown(Timestamp(self.now), 0);
-        let outgoing = Outgoing::new(&self.core, &source, &rollouts);
-        let layout = source.layout;
-        let plans = self.core.plans();
-        let plan = |digest| plans.get(&digest).cloned();
-        let prepared = prepare(source, outgoing, layout, &plan, usize::MAX).unwrap();
+        let prepared = self.prepare();
         prepared.check(&self.core, HostInfo::as_recorded).unwrap();
         let archive = prepared.publish().unwrap();
         Compactable::exchange(&mut self.journal).unwrap();
         assert_eq!(self.journal.base(), prepared.archived);
         self.core.archive(prepared.into_archived());
         archive
+    }
+
+    fn prepare(&mut self) -> Prepared {
+        let source = self.journal.source().unwrap();
+        let rollouts = self.core.outgrown(Timestamp(self.now), 0);
+        let outgoing = Outgoing::new(&self.core, &source, &rollouts);
+        let layout = source.layout;
+        let plans = self.core.plans();
+        let plan = |digest| plans.get(&digest).cloned();
+        prepare(source, outgoing, layout, &plan, usize::MAX).unwrap()
     }
 
     /// Whether the next controller would know what this one does.
@@ -559,6 +564,35 @@ fn a_controller_that_is_cut_off_as_it_compacts_loses_nothing() {
         compacted += usize::from(inspect(cut.path()).unwrap().begins_after.is_some());
     }
     assert!(0 < compacted && compacted < moments.len(), "{compacted}");
+}
+
+/// Killed just after the two journals have changed places: the next controller acknowledges nothing
+/// before that is on the disk.
+#[test]
+fn a_name_that_may_be_lost_is_made_durable_before_anything_is_acknowledged() {
+    let dir = filled(4);
+    let state = dir.path();
+    let mut life = Life::begin(state, 2);
+    let prepared = life.prepare();
+    prepared.publish().unwrap();
+    drop((life, prepared));
+    let mut watch = Watch::begin(state).trusting("snap.");
+    let (old, new) = (state.join("journal"), state.join("journal.new"));
+    renameat_with(CWD, &new, CWD, &old, RenameFlags::EXCHANGE).unwrap();
+    let mut journal = SledJournal::open(state).unwrap();
+    let said = journal.payloads().next().unwrap().unwrap();
+    journal.append(&[said]).unwrap();
+    let head = journal.head();
+    watch.acknowledge(1);
+    drop(journal);
+    let mut random = StdRng::seed_from_u64(9);
+    for moment in watch.end().iter().filter(|it| it.acknowledged == 1) {
+        for _ in 0..8 {
+            let cut = tempfile::tempdir().unwrap();
+            moment.cut(&mut random, cut.path());
+            assert_eq!(SledJournal::open(cut.path()).unwrap().head(), head);
+        }
+    }
 }
 
 #[test]
