@@ -116,8 +116,11 @@ impl Compaction {
     }
 
     fn not_worth_it(&mut self) {
-        tracing::debug!("the journal has grown long, and hardly anything of it may go out");
         self.try_again_after(self.waited * 2);
+        tracing::info!(
+            again_in_s = self.waited.as_secs(),
+            "the journal has grown long, and hardly anything of it may go out"
+        );
     }
 
     fn failed(&mut self, error: &CompactError) {

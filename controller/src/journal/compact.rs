@@ -258,13 +258,18 @@ pub(crate) fn prepare(
     let (first, rest) = kept.split_first().expect("its first record says so");
     let first = Some((source.head, first.as_slice()));
     let id = (source.id, layout);
-    SledJournal::build(&source.state, &source.lock, id, first, |new| {
+    let built = SledJournal::build(&source.state, &source.lock, id, first, |new| {
         for batch in rest.chunks(BATCH) {
             source.go_on()?;
             new.append(batch)?;
         }
         Ok::<_, CompactError>(())
-    })?;
+    });
+    if built.is_err() {
+        // It takes room that may be missing.
+        archive::remove_parts(&archive::directory(&source.state))?;
+    }
+    built?;
     Ok(Prepared {
         archived: source.head,
         id: source.id,

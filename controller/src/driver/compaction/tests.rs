@@ -2,6 +2,7 @@ use std::fs;
 use std::path::Path;
 
 use lockstep_core::refusal::{Caller, CallsRefused, Why};
+use lockstep_core::trust::Subject;
 use lockstep_proto::values::Timestamp;
 
 use super::super::handle::Input;
@@ -152,8 +153,52 @@ async fn a_compaction_that_fails_changes_nothing_and_is_tried_later() {
     assert_eq!(driver.journal.base().number, 0);
     take(&mut driver, vec![host_comes(1)]);
     fs::remove_file(dir.path().join("archive")).unwrap();
+    // The archive is there already, and the journal cannot be made.
+    let check = dir.path().join("journal.check");
+    fs::write(&check, "in its way").unwrap();
+    compact(&mut driver).await;
+    assert_eq!(driver.journal.base().number, 0);
+    is_as_it_was(dir.path());
+    fs::remove_file(check).unwrap();
     compact(&mut driver).await;
     assert!(driver.journal.base().number > 0);
+}
+
+#[tokio::test]
+async fn where_nothing_can_be_exchanged_the_journal_goes_on_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    driver.begin_compaction().unwrap();
+    let prepared = driver.compaction.prepared().await;
+    fs::remove_dir_all(dir.path().join("journal.new")).unwrap();
+    let head = driver.journal.head();
+    driver.end_compaction(prepared).unwrap();
+    assert_eq!(driver.journal.head(), head);
+    assert_eq!(driver.journal.base().number, 0);
+    is_as_it_was(dir.path());
+    assert_eq!(driver.compaction.at(&*driver.journal), None, "not again");
+    take(&mut driver, vec![host_comes(1)]);
+    let head = driver.journal.head();
+    driver.journal.close();
+    let found = inspect(dir.path()).unwrap();
+    assert_eq!((found.broken, found.last), (None, Some(head)));
+}
+
+#[tokio::test]
+async fn a_journal_that_would_say_something_else_does_not_take_the_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    driver.begin_compaction().unwrap();
+    let prepared = driver.compaction.prepared().await;
+    // As if a record that counts had been left out.
+    let host = Subject::Host("app-1".parse().unwrap());
+    let now = driver.clock.now();
+    driver.coordinator.suspend(now, host, "stolen");
+    driver.end_compaction(prepared).unwrap();
+    assert_eq!(driver.journal.base().number, 0);
+    is_as_it_was(dir.path());
 }
 
 #[tokio::test]
