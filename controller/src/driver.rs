@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use lockstep_core::event::EventKind;
 use lockstep_core::trust::{Subject, TrustRecord};
-use lockstep_core::{Answer, Config, Coordinator, Event, Notify, Record, RecoverError, Refused};
+use lockstep_core::{Config, Coordinator, Event, Notify, Record, RecoverError};
 use lockstep_proto::ids::{Epoch, HostId, PlanDigest};
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::Timestamp;
@@ -49,7 +49,7 @@ pub(crate) use clock::wall_clock;
 use clock::{Alarm, Clock};
 use compaction::Compaction;
 use dues::Dues;
-use handle::Input;
+use handle::{Asker, Input};
 pub(crate) use handle::{Handle, Stopping};
 use rates::Rates;
 use round::Round;
@@ -315,6 +315,7 @@ impl Driver {
             }
             if let Some(prepared) = compacted {
                 self.end_compaction(prepared)?;
+                batch.extend(self.compaction.answered_now());
             }
             let heard = !batch.is_empty();
             self.round(&mut batch)?;
@@ -449,6 +450,9 @@ impl Driver {
                 };
                 self.answer(round, event, answer);
             }
+            Input::Ask { event, answer } if self.compaction.can_wait(&event, self.clock.now()) => {
+                self.compaction.wait(event, answer);
+            }
             Input::Ask { event, answer } => {
                 if let Some(refused) = self.refused_without_room() {
                     round.answers.push((answer, Err(refused)));
@@ -491,12 +495,7 @@ impl Driver {
         Ok(())
     }
 
-    fn answer(
-        &mut self,
-        round: &mut Round,
-        event: Event,
-        answer: oneshot::Sender<Result<Answer, Refused>>,
-    ) {
+    fn answer(&mut self, round: &mut Round, event: Event, answer: Asker) {
         self.handle(round, event);
         if let Some(result) = round.effects.answer.take() {
             round.answers.push((answer, result));
@@ -539,6 +538,9 @@ impl Driver {
             match &entry.record {
                 Record::Trust(record) => {
                     changed = true;
+                    if let TrustRecord::Renewed { .. } = record {
+                        self.compaction.count_renewed();
+                    }
                     if let TrustRecord::Enrolled { grant, .. }
                     | TrustRecord::Renewed { grant, .. } = record
                     {

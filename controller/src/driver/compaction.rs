@@ -7,6 +7,7 @@
 //!   -> else what was made is thrown away, and made again later
 //! ```
 //!
+//! Certificates of a large fleet are renewed all the time: that is no unrest, and waits meanwhile.
 //! The driver itself waits for the comparison and the exchange: no longer than a start on what stays.
 
 use std::error::Error;
@@ -16,10 +17,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use lockstep_core::Event;
 use lockstep_core::coordinator::HostInfo;
+use lockstep_proto::values::{Period, Timestamp};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::handle::{Asker, Input};
 use super::{Driver, DriverError};
 use crate::journal::Journal;
 use crate::journal::compact::{CompactError, Outgoing, Prepared, prepare};
@@ -28,8 +32,15 @@ use crate::journal::compact::{CompactError, Outgoing, Prepared, prepare};
 /// the journal is compacted, and whoever waited for the end of a rollout knows it.
 const CALM: Duration = Duration::from_secs(15);
 
-/// Hardly anything: certificates of a large fleet are renewed all the time.
+/// Hardly anything, in records; renewed certificates do not count.
 const HARDLY_ANY: u64 = 64;
+
+/// A certificate that lives for as long as this can be renewed later: an agent asks again after a
+/// minute at the latest.
+const CAN_WAIT: Period = Period::seconds(10 * 60);
+
+/// Renewals that wait at once.
+const WAITING: usize = 1024;
 
 /// After one that came to nothing the next one begins so much later.
 const AGAIN: Duration = Duration::from_mins(1);
@@ -42,13 +53,17 @@ const AGAIN_AT_MOST: Duration = Duration::from_hours(1);
 pub(super) struct Compaction {
     /// The journal may have so many records; none: it is never compacted.
     above: Option<u64>,
-    /// The newest record when it was last calm or began to be, and since when it is.
+    /// The records, without renewals, when it was last calm or began to be, and since when it is.
     newest: u64,
     since: Instant,
     /// After one that came to nothing: not before then, and how long that was.
     not_before: Instant,
     waited: Duration,
     running: Option<Running>,
+    /// Certificates that were renewed by this process.
+    renewed: u64,
+    /// What was asked for while it is compacted, and is answered afterwards.
+    waiting: Vec<(Event, Asker)>,
 }
 
 /// Compacting writes the whole journal once more: that is worth it if no more of so many records stay.
@@ -74,6 +89,8 @@ impl Compaction {
             not_before: now,
             waited: Duration::ZERO,
             running: None,
+            renewed: 0,
+            waiting: vec![],
         }
     }
 
@@ -82,6 +99,32 @@ impl Compaction {
         let records = journal.head().number - journal.base().number;
         let due = records > self.above? && self.running.is_none();
         due.then(|| self.not_before.max(self.since + CALM))
+    }
+
+    /// A certificate's renewal was recorded.
+    pub(super) fn count_renewed(&mut self) {
+        self.renewed += 1;
+    }
+
+    /// Whether to answer this once the journal is compacted: that would be in vain otherwise.
+    pub(super) fn can_wait(&self, event: &Event, now: Timestamp) -> bool {
+        let Event::Renew { parent_ends, .. } = event else {
+            return false;
+        };
+        let compacts = self.running.is_some() && self.waiting.len() < WAITING;
+        compacts && parent_ends.since(now) > CAN_WAIT
+    }
+
+    /// Has it wait.
+    pub(super) fn wait(&mut self, event: Event, answer: Asker) {
+        self.waiting.push((event, answer));
+    }
+
+    /// What has waited, and is still waited for.
+    pub(super) fn answered_now(&mut self) -> impl Iterator<Item = Input> {
+        let waited = self.waiting.drain(..);
+        let waited = waited.filter(|(_, answer)| !answer.is_closed());
+        waited.map(|(event, answer)| Input::Ask { event, answer })
     }
 
     /// Waits for the thread, if there is one.
@@ -137,8 +180,9 @@ impl Compaction {
 impl Driver {
     /// Begins a compaction if it is time for one.
     pub(super) fn look_at_length(&mut self) {
-        let (newest, now) = (self.journal.head().number, Instant::now());
+        let now = Instant::now();
         let compaction = &mut self.compaction;
+        let newest = self.journal.head().number - compaction.renewed;
         if newest - compaction.newest > HARDLY_ANY {
             (compaction.newest, compaction.since) = (newest, now);
         }
@@ -242,7 +286,7 @@ impl Driver {
             "the journal had grown long: rollouts that have ended went into an archive"
         );
         self.coordinator.archive(archived);
-        let newest = self.journal.head().number;
+        let newest = self.journal.head().number - self.compaction.renewed;
         (self.compaction.newest, self.compaction.since) = (newest, Instant::now());
         Ok(())
     }

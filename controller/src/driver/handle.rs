@@ -16,11 +16,11 @@ pub(super) enum Input {
         operator: OperatorName,
         groups: Vec<String>,
         call: Call,
-        answer: oneshot::Sender<Result<Answer, Refused>>,
+        answer: Asker,
     },
     Ask {
         event: Event,
-        answer: oneshot::Sender<Result<Answer, Refused>>,
+        answer: Asker,
     },
     Open {
         hello: Box<Hello>,
@@ -41,6 +41,9 @@ pub(super) enum Input {
     Drain,
     Stop,
 }
+
+/// Who waits for an answer.
+pub(super) type Asker = oneshot::Sender<Result<Answer, Refused>>;
 
 pub(super) type Read = Box<dyn FnOnce(&Coordinator) + Send>;
 

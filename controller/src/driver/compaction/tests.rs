@@ -2,12 +2,13 @@ use std::fs;
 use std::path::Path;
 
 use lockstep_core::refusal::{Caller, CallsRefused, Why};
-use lockstep_core::trust::Subject;
-use lockstep_proto::values::Timestamp;
+use lockstep_core::trust::{Serial, Subject, Wanted};
+use lockstep_core::{Answer, Refused};
+use lockstep_proto::ids::{Digest, HostId};
 
 use super::super::handle::Input;
 use super::super::tests::{candidate, hello, parts};
-use super::super::{Parts, oneshot};
+use super::super::{Parts, mpsc, oneshot};
 use super::*;
 use crate::journal::memory::Memory;
 use crate::journal::offline::inspect;
@@ -31,7 +32,7 @@ fn take(driver: &mut Driver, inputs: Vec<Input>) {
 }
 
 fn refused(count: u64) -> Input {
-    Input::Event(lockstep_core::Event::CallsRefused(CallsRefused {
+    Input::Event(Event::CallsRefused(CallsRefused {
         who: Caller::Nobody,
         call: "Submit".to_owned(),
         why: Why::Certificate,
@@ -49,6 +50,28 @@ fn host_comes(number: u64) -> Input {
         candidate,
         admitted: oneshot::channel().0,
     }
+}
+
+/// A host asks for its next certificate, with one that lives for so long yet.
+fn renew(
+    driver: &Driver,
+    number: u8,
+    left: Period,
+) -> (Input, oneshot::Receiver<Result<Answer, Refused>>) {
+    let host: HostId = format!("app-{number}").parse().unwrap();
+    let (answer, answered) = oneshot::channel();
+    let event = Event::Renew {
+        host: host.clone(),
+        parent: Serial::from_bytes(&[1, number]),
+        parent_ends: driver.clock.now().plus(left),
+        wanted: Box::new(Wanted {
+            host,
+            key: Digest::of(&[number]),
+            serial: Serial::from_bytes(&[2, number]),
+            life: Period::seconds(3600),
+        }),
+    };
+    (Input::Ask { event, answer }, answered)
 }
 
 async fn compact(driver: &mut Driver) {
@@ -121,6 +144,80 @@ async fn what_is_recorded_meanwhile_is_not_lost() {
     compact(&mut driver).await;
     assert_eq!(driver.journal.base(), head);
     assert_eq!(driver.coordinator.hosts().count(), 1);
+}
+
+#[tokio::test]
+async fn certificates_are_renewed_once_the_journal_is_compacted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    let half_an_hour = Period::seconds(1800);
+    let (before, answered) = renew(&driver, 1, half_an_hour);
+    take(&mut driver, vec![before]);
+    assert!(answered.await.unwrap().is_ok(), "nothing is compacted");
+
+    driver.begin_compaction().unwrap();
+    let (waits, mut answered) = renew(&driver, 2, half_an_hour);
+    let (gone, _) = renew(&driver, 3, half_an_hour);
+    take(&mut driver, vec![waits, gone]);
+    assert!(answered.try_recv().is_err(), "it is compacted");
+    let prepared = driver.compaction.prepared().await;
+    let head = driver.journal.head();
+    driver.end_compaction(prepared).unwrap();
+    assert_eq!(driver.journal.base(), head);
+    let waited: Vec<Input> = driver.compaction.answered_now().collect();
+    assert_eq!(waited.len(), 1, "whoever is gone will ask again");
+    take(&mut driver, waited);
+    assert!(answered.await.unwrap().is_ok());
+
+    take(&mut driver, (1..30).map(refused).collect());
+    driver.begin_compaction().unwrap();
+    let (urgent, answered) = renew(&driver, 4, Period::seconds(60));
+    take(&mut driver, vec![urgent]);
+    assert!(answered.await.unwrap().is_ok(), "its certificate ends");
+    driver.compaction.end();
+}
+
+#[tokio::test]
+async fn a_driver_answers_what_has_waited_for_its_compaction() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    driver.look_at_length();
+    driver.compaction.since = Instant::now().checked_sub(CALM).unwrap();
+    let (waits, answered) = renew(&driver, 1, Period::seconds(1800));
+    let (inputs, receiver) = mpsc::channel(1);
+    let asks = async {
+        // After the round of this one it is compacted.
+        let (read, was_read) = oneshot::channel();
+        let read = Input::Read(Box::new(|_| read.send(()).unwrap()));
+        inputs.send(read).await.ok().unwrap();
+        was_read.await.unwrap();
+        inputs.send(waits).await.ok().unwrap();
+        assert!(answered.await.unwrap().is_ok());
+        drop(inputs);
+    };
+    let (ended, ()) = tokio::join!(driver.run(receiver), asks);
+    ended.unwrap();
+    let journal = SledJournal::open(dir.path()).unwrap();
+    assert!(journal.base().number > 0, "it was compacted");
+}
+
+#[tokio::test]
+async fn a_fleet_that_renews_its_certificates_is_calm() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    driver.look_at_length();
+    let calm_since = driver.compaction.since;
+    let count = u8::try_from(HARDLY_ANY).unwrap() + 1;
+    let renewals = (0..count).map(|number| renew(&driver, number, Period::seconds(60)).0);
+    let renewals: Vec<Input> = renewals.collect();
+    take(&mut driver, renewals);
+    driver.look_at_length();
+    assert_eq!(driver.compaction.since, calm_since);
+    take(&mut driver, (0..=HARDLY_ANY).map(refused).collect());
+    driver.look_at_length();
+    assert!(driver.compaction.since > calm_since);
 }
 
 #[tokio::test]
