@@ -16,6 +16,7 @@ pub mod approval;
 pub mod evidence;
 pub mod floor;
 pub mod ids;
+pub mod json;
 pub mod loss;
 pub mod oneline;
 pub mod order;

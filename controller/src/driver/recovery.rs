@@ -8,6 +8,7 @@ use std::thread;
 
 use lockstep_core::{Config, Coordinator, Entry};
 use lockstep_proto::ids::PlanDigest;
+use lockstep_proto::json;
 use lockstep_proto::seal::SealedPlan;
 
 use super::StartError;
@@ -47,7 +48,7 @@ fn read(
     let first = journal.base().number + 1;
     let mut part = Vec::with_capacity(PART);
     for (payload, number) in journal.payloads().zip(first..) {
-        let entry = serde_json::from_slice(&payload?);
+        let entry = json::read(&payload?);
         let entry = entry.map_err(|source| StartError::Record { number, source })?;
         if part.len() == PART {
             let full = std::mem::replace(&mut part, Vec::with_capacity(PART));

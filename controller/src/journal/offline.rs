@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use lockstep_core::{Entry, Record};
 use lockstep_proto::ids::{Digest, Epoch, PlanDigest};
+use lockstep_proto::json;
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -274,7 +275,7 @@ pub(super) fn write_export(
 
 /// Reads a payload as the record that it is, under this number.
 pub(super) fn read(payload: &[u8], number: u64) -> Result<Entry, ExportError> {
-    serde_json::from_slice(payload).map_err(|source| ExportError::Record { number, source })
+    json::read(payload).map_err(|source| ExportError::Record { number, source })
 }
 
 /// Reads payloads; `base` is the number before the first one's.
@@ -548,7 +549,7 @@ impl Found {
         if record.hash != next.hash {
             return Err(self.broken_after("its hash differs"));
         }
-        let entry: Entry = serde_json::from_slice(&payload)
+        let entry: Entry = json::read(&payload)
             .map_err(|error| self.broken_after(&format!("this release cannot read it: {error}")))?;
         self.head = next;
         self.at = entry.at;

@@ -7,6 +7,7 @@ use super::agent_v1 as wire;
 use crate::ids::{
     BootId, Digest, Direction, Epoch, HostId, InstanceId, InvalidId, RolloutId, StepKey, StepRef,
 };
+use crate::json;
 use crate::order::{Binding, Fact, MAX_FACT_BYTES, Order};
 use crate::report::{MAX_REPORT_BYTES, Report, ReportBody};
 use crate::seal::MAX_SIGNATURE_BYTES;
@@ -413,8 +414,8 @@ impl TryFrom<wire::Report> for Report {
         if body_json.len() > MAX_REPORT_BYTES {
             return Err(InvalidMessage::Field("report"));
         }
-        let body: ReportBody = serde_json::from_slice(&body_json)
-            .map_err(|error| InvalidMessage::Json("report", error))?;
+        let body: ReportBody =
+            json::read(&body_json).map_err(|error| InvalidMessage::Json("report", error))?;
         let head = head.map(TryInto::try_into).transpose()?;
         Ok(Self { number, body, head })
     }

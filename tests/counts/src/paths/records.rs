@@ -3,6 +3,7 @@
 use std::hint::black_box;
 
 use lockstep_core::Entry;
+use lockstep_proto::json;
 
 use super::values::entry;
 
@@ -19,7 +20,7 @@ pub(super) fn encode(times: u32) {
 pub(super) fn decode(times: u32) {
     let payload = serde_json::to_vec(&entry(1)).expect("it has text as keys");
     for _ in 0..times {
-        let entry: Entry = serde_json::from_slice(black_box(&payload)).expect("just written");
+        let entry: Entry = json::read(black_box(&payload)).expect("just written");
         black_box(entry);
     }
 }
