@@ -377,7 +377,7 @@ where
         .http2_max_header_list_size(HEADERS)
         .http2_max_pending_accept_reset_streams(Some(PENDING_RESETS))
         .http2_max_local_error_reset_streams(Some(PENDING_RESETS))
-        // Calls wait for the driver, which answers in milliseconds or is gone; a time limit
+        // Calls wait for the driver, which answers or is gone; a time limit
         // here would also cut the agents' output streams, whose answer comes at their end.
         .add_service(
             AgentServiceServer::new(agents)

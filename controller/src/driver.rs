@@ -300,13 +300,13 @@ impl Driver {
             tokio::select! {
                 // A round looks at deadlines, whatever began it.
                 biased;
+                prepared = self.compaction.prepared() => compacted = Some(prepared),
                 received = inputs.recv_many(&mut batch, BATCH), if self.own.is_empty() => {
                     if received == 0 {
                         break;
                     }
                 }
                 () = sleep_until(wake) => {}
-                prepared = self.compaction.prepared() => compacted = Some(prepared),
                 () = std::future::ready(()), if !self.own.is_empty() => {}
             }
             if wake.is_some_and(|wake| wake.max(asleep).elapsed() > AWAY) {
@@ -487,6 +487,11 @@ impl Driver {
             Input::Read(read) => round.reads.push(read),
             Input::Drain => {
                 self.draining = true;
+                self.compaction.give_up();
+                let waited: Vec<Input> = self.compaction.answered_now().collect();
+                for input in waited {
+                    self.take_input(round, input)?;
+                }
                 let witnessed = self.witnessed();
                 self.sessions.drain(RECONNECT_AFTER_MS, &witnessed);
             }

@@ -35,9 +35,9 @@ const CALM: Duration = Duration::from_secs(15);
 /// Hardly anything, in records; renewed certificates do not count.
 const HARDLY_ANY: u64 = 64;
 
-/// A certificate that lives for as long as this can be renewed later: an agent asks again after a
-/// minute at the latest.
-const CAN_WAIT: Period = Period::seconds(10 * 60);
+/// A certificate that lives for as long as this can be renewed later: an agent that is not answered
+/// for 20 seconds asks again within a minute.
+const CAN_WAIT: Period = Period::seconds(3 * 60);
 
 /// Renewals that wait at once.
 const WAITING: usize = 1024;
@@ -45,7 +45,7 @@ const WAITING: usize = 1024;
 /// After one that came to nothing the next one begins so much later.
 const AGAIN: Duration = Duration::from_mins(1);
 
-/// After one that failed, or was not worth it: twice that, and so on, up to this.
+/// After the next one that came to nothing twice that, and so on, up to this.
 const AGAIN_AT_MOST: Duration = Duration::from_hours(1);
 
 /// When the journal is compacted, and what is being done about it.
@@ -111,12 +111,13 @@ impl Compaction {
         let Event::Renew { parent_ends, .. } = event else {
             return false;
         };
-        let compacts = self.running.is_some() && self.waiting.len() < WAITING;
-        compacts && parent_ends.since(now) > CAN_WAIT
+        let compacts = self.running.is_some() && self.above.is_some();
+        compacts && self.waiting.len() < WAITING && parent_ends.since(now) > CAN_WAIT
     }
 
     /// Has it wait.
     pub(super) fn wait(&mut self, event: Event, answer: Asker) {
+        self.waiting.retain(|(_, answer)| !answer.is_closed());
         self.waiting.push((event, answer));
     }
 
@@ -138,10 +139,18 @@ impl Compaction {
         prepared.unwrap_or(Err(CompactError::Thread))
     }
 
+    /// Nothing is begun any more, and what is being done comes to nothing, soon.
+    pub(super) fn give_up(&mut self) {
+        self.above = None;
+        if let Some(running) = &self.running {
+            running.stop.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Ends what is being done: nobody else has the journal afterwards. Answers with what came of it.
     pub(super) fn end(&mut self) -> Option<CompactError> {
+        self.give_up();
         let mut running = self.running.take()?;
-        running.stop.store(true, Ordering::Relaxed);
         // A panic is in the log.
         let _ = running.thread.join();
         match running.prepared.try_recv().ok()? {
@@ -240,6 +249,10 @@ impl Driver {
         prepared: Result<Prepared, CompactError>,
     ) -> Result<(), DriverError> {
         let prepared = match prepared {
+            Ok(prepared) if self.compaction.above.is_none() => {
+                prepared.discard();
+                return Ok(());
+            }
             Ok(prepared) if prepared.archived == self.journal.head() => prepared,
             Ok(outdated) => {
                 outdated.discard();
@@ -247,13 +260,14 @@ impl Driver {
                     "the journal has grown long, and is compacted later: something was recorded \
                      meanwhile"
                 );
-                self.compaction.try_again_after(AGAIN);
+                self.compaction.try_again_after(self.compaction.waited * 2);
                 return Ok(());
             }
             Err(CompactError::InVain) => {
                 self.compaction.not_worth_it();
                 return Ok(());
             }
+            Err(_) if self.compaction.above.is_none() => return Ok(()),
             Err(error) => {
                 self.compaction.failed(&error);
                 return Ok(());

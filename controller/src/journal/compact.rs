@@ -250,10 +250,11 @@ pub(crate) fn prepare(
 ) -> Result<Prepared, CompactError> {
     let kept = keep(&source, &outgoing, at_most)?;
     let numbered = kept.iter().zip(source.head.number + 1..);
-    let folded = fold(
-        numbered.map(|(payload, number)| read(payload, number)),
-        plan,
-    )?;
+    let read = numbered.map(|(payload, number)| {
+        source.go_on()?;
+        read(payload, number)
+    });
+    let folded = fold(read, plan)?;
     write_archive(&source, &outgoing)?;
     let (first, rest) = kept.split_first().expect("its first record says so");
     let first = Some((source.head, first.as_slice()));
@@ -266,8 +267,8 @@ pub(crate) fn prepare(
         Ok::<_, CompactError>(())
     });
     if built.is_err() {
-        // It takes room that may be missing.
-        archive::remove_parts(&archive::directory(&source.state))?;
+        // It takes room that may be missing; what is wrong matters more.
+        let _ = archive::remove_parts(&archive::directory(&source.state));
     }
     built?;
     Ok(Prepared {

@@ -204,6 +204,23 @@ async fn a_driver_answers_what_has_waited_for_its_compaction() {
 }
 
 #[tokio::test]
+async fn a_controller_that_drains_compacts_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut driver = driver(dir.path());
+    take(&mut driver, (1..30).map(refused).collect());
+    driver.begin_compaction().unwrap();
+    let (waits, answered) = renew(&driver, 1, Period::seconds(1800));
+    take(&mut driver, vec![waits, Input::Drain]);
+    assert!(answered.await.unwrap().is_ok(), "connections end with it");
+    let prepared = driver.compaction.prepared().await;
+    driver.end_compaction(prepared).unwrap();
+    is_as_it_was(dir.path());
+    driver.compaction.since = Instant::now().checked_sub(CALM).unwrap();
+    driver.look_at_length();
+    assert!(driver.compaction.running.is_none());
+}
+
+#[tokio::test]
 async fn a_fleet_that_renews_its_certificates_is_calm() {
     let dir = tempfile::tempdir().unwrap();
     let mut driver = driver(dir.path());
