@@ -10,6 +10,8 @@ LOCKED := --locked
 # The product, without the packages that plant faults in it, or reach into what it keeps to itself.
 PRODUCT := --workspace --exclude lockstep-counts --exclude lockstep-faults --exclude lockstep-fuzz --exclude lockstep-sim
 FAULTY := -p lockstep-counts -p lockstep-faults -p lockstep-fuzz -p lockstep-sim
+# Builds the program with the agent's own tests, as this profile; says where it is.
+AGENT_TESTS = $(CARGO) test $(LOCKED) $(1) -p lockstep-agent --lib --no-run --message-format json | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'
 # How many seeds `make sim` runs, through the shells and on the pure core.
 SEEDS := 2000
 CORE_SEEDS := 2000
@@ -87,8 +89,7 @@ demo: build ## a whole rollout before your eyes: v1.0.0 goes out, v1.1.0 comes b
 fleet: release ## the same on real systemd hosts, and faults of such hosts; needs root
 	@$(NOFILE)
 	# The tests that need a systemd of their own run on the fleet's hosts.
-	tests=$$($(CARGO) test $(LOCKED) -p lockstep-agent --lib --no-run --message-format json |
-		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+	tests=$$($(call AGENT_TESTS,))
 	LOCKSTEP_AGENT_TESTS=$$tests target/release/fleet
 
 # Each part leaves its figures in target/reports/database/, and the last one sums them up. One after
@@ -107,10 +108,12 @@ database: build ## backups, kills of migrations, ways back, a gigabyte: target/r
 	exit $$failed
 
 bench: release agent ## fleets of up to 10,000 simulated agents beside a bare baseline: target/reports/bench.json
-	@target/release/bench
+	@tests=$$($(call AGENT_TESTS,--release))
+	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench
 
 bench-quick: release agent ## the same with up to 1,000, for every day
-	@target/release/bench quick
+	@tests=$$($(call AGENT_TESTS,--release))
+	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench quick
 
 COUNTS := $(CARGO) run $(LOCKED) --profile counts -p lockstep-counts
 counts: prepare ## instructions that hot paths take, held against the pinned ones

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{HostId, InstanceId};
+use crate::json;
 use crate::values::Timestamp;
 
 /// What signatures of floors are for, in SSH's sense.
@@ -68,7 +69,7 @@ impl Floor {
         if bytes.len() > MAX_BYTES {
             return Err(InvalidFloor::TooLarge);
         }
-        let floor: Self = serde_json::from_slice(bytes).map_err(InvalidFloor::Unreadable)?;
+        let floor: Self = json::read(bytes).map_err(InvalidFloor::Unreadable)?;
         if floor.statement != STATEMENT {
             return Err(InvalidFloor::Statement(floor.statement));
         }

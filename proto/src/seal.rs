@@ -4,6 +4,7 @@
 //! against keys.
 
 use crate::ids::PlanDigest;
+use crate::json;
 use crate::plan::{CompiledPlan, FORMAT, MAX_PLAN_BYTES};
 
 /// What signatures of plans are for, in SSH's sense.
@@ -115,7 +116,7 @@ fn read(bytes: &[u8]) -> Result<SealedPlan, InvalidPlan> {
     if bytes.len() > MAX_PLAN_BYTES {
         return Err(InvalidPlan::TooLarge(bytes.len()));
     }
-    let plan: CompiledPlan = serde_json::from_slice(bytes).map_err(InvalidPlan::Unreadable)?;
+    let plan: CompiledPlan = json::read(bytes).map_err(InvalidPlan::Unreadable)?;
     if plan.format != FORMAT {
         return Err(InvalidPlan::Format(plan.format));
     }

@@ -13,6 +13,7 @@ use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{Digest, StepKey};
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -144,7 +145,7 @@ impl<'a> App<'a> {
     fn note(&self, release: &str) -> Result<Option<Note>, Failure> {
         let path = self.release(release)?.join(NOTE);
         match read_note(&path) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| {
+            Ok(text) => json::read(&text).map(Some).map_err(|error| {
                 failure(
                     Cause::Host,
                     format!("{} cannot be read: {error}", path.display()),

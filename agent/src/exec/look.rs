@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockstep_proto::ids::Direction;
+use lockstep_proto::json;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde::de::DeserializeOwned;
@@ -389,7 +390,7 @@ impl LookDir {
     /// The answer; `None` if there is none yet.
     fn read_answer(&self) -> io::Result<Option<Answer>> {
         match std::fs::read(self.0.join("answer.json")) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+            Ok(text) => Ok(Some(json::read(&text)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -410,7 +411,7 @@ pub(super) fn remove_left_over(run_dir: &Path) {
 
 /// The process of a look: asks, and leaves the answer, whole or not at all.
 pub(crate) async fn run(config: Config, dir: &Path) -> io::Result<()> {
-    let look: Look = serde_json::from_slice(&std::fs::read(dir.join("look.json"))?)?;
+    let look: Look = json::read(&std::fs::read(dir.join("look.json"))?)?;
     let answer: Answer = look.answer(&Arc::new(config)).await;
     replace_file(&dir.join("answer.json"), &serde_json::to_vec(&answer)?)
 }

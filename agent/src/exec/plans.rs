@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{Digest, PlanDigest, RolloutId};
+use lockstep_proto::json;
 use lockstep_proto::plan::CompiledPlan;
 use lockstep_proto::seal::{self, InvalidPlan, SealedPlan};
 use lockstep_proto::values::Timestamp;
@@ -146,7 +147,7 @@ impl HeldPlan {
         if Digest::of(&text) != expected {
             return Err(io::Error::other(format!("{} was changed", path.display())));
         }
-        let mut held: Self = serde_json::from_slice(&text).map_err(io::Error::other)?;
+        let mut held: Self = json::read(&text).map_err(io::Error::other)?;
         if held.seal.is_some() && !held.is_of(state_dir, plan) {
             tracing::error!(%rollout, plan = %plan.short(), "the plan that this host consented to \
                 cannot be read, or its steps are others: they count as not sealed");

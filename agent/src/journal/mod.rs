@@ -13,6 +13,7 @@
 //! it is quarantined, never repaired and never deleted. What lies beyond the head was relied on
 //! by nobody: a torn end there is cut.
 
+use lockstep_proto::json;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
@@ -331,7 +332,7 @@ impl Journal {
             .read_exact_at(&mut payload, position.0 + FRAME as u64)
             .map_err(io_error)?;
         let Frame { number, hash, .. } = frame;
-        let record = serde_json::from_slice(&payload).map_err(|source| JournalError::Newer {
+        let record = json::read(&payload).map_err(|source| JournalError::Newer {
             path: self.path.clone(),
             number,
             source,
@@ -561,8 +562,8 @@ impl Scan {
             if chain(hash, frame.length, frame.number, &payload) != frame.hash {
                 return Ok(scan.stop("a record does not match its hash"));
             }
-            let record = serde_json::from_slice(&payload)
-                .map_err(|e| ScanError::Newer(frame.number, frame.hash, e))?;
+            let record =
+                json::read(&payload).map_err(|e| ScanError::Newer(frame.number, frame.hash, e))?;
             let link = Link {
                 position: Position(length),
                 number: frame.number,

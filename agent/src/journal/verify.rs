@@ -1,5 +1,6 @@
 //! `lockstep-agent journal verify`: whether a journal is whole, while no agent runs on it.
 
+use lockstep_proto::json;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, BufReader, Read as _};
@@ -95,7 +96,7 @@ pub(crate) fn domain(dir: &Path) -> Option<String> {
     let mut payload = vec![0; Some(frame.size()).filter(|size| *size <= MAX_RECORD)?];
     reader.read_exact(&mut payload).ok()?;
     let whole = chain(genesis(), frame.length, frame.number, &payload) == frame.hash;
-    match serde_json::from_slice(&payload).ok().filter(|_| whole)? {
+    match json::read(&payload).ok().filter(|_| whole)? {
         Record::Opened { domain, .. } => Some(domain),
         _ => None,
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use http::header::{HOST, HeaderName, HeaderValue, USER_AGENT};
 use http::{HeaderMap, Method, Uri};
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -291,7 +292,7 @@ impl Unfound {
 
 /// The field in an answer.
 fn find(body: &[u8], field: &str) -> Result<Secret, Unfound> {
-    let Ok(Field::Map(mut answer)) = serde_json::from_slice(body) else {
+    let Ok(Field::Map(mut answer)) = json::read(body) else {
         return Err(Unfound::Foreign);
     };
     let Some(data) = answer.remove("data") else {
@@ -321,7 +322,7 @@ fn refused(name: &str, path: &str, status: u16, body: &[u8], token: &Secret) -> 
         #[serde(default)]
         errors: Vec<String>,
     }
-    let said = serde_json::from_slice::<Errors>(body).unwrap_or_default();
+    let said = json::read::<Errors>(body).unwrap_or_default();
     let said = said.errors.join("; ");
     let said = Redactor::new(std::slice::from_ref(token)).hide(&said);
     let plain = |c: char| if c.is_control() { ' ' } else { c };

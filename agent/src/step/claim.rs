@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use lockstep_proto::ids::BootId;
+use lockstep_proto::json;
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +116,7 @@ impl Claim {
 
     /// The claim of an attempt; `None` if it is not claimed.
     pub(crate) fn read(dir: &StepDir) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(dir.claim()).ok()?).ok()
+        json::read(&std::fs::read(dir.claim()).ok()?).ok()
     }
 
     /// Whether the process that claimed is alive.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::Action;
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::json;
 use lockstep_proto::order::{Binding, Fact};
 use lockstep_proto::report::StepOutcome;
 use lockstep_proto::values::Period;
@@ -197,6 +198,5 @@ impl StepDir {
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<T> {
     let text = std::fs::read(path)?;
-    serde_json::from_slice(&text)
-        .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
+    json::read(&text).map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
 }

@@ -344,8 +344,8 @@ impl TryFrom<wire::Binding> for Binding {
         if signature.len() > MAX_SIGNATURE_BYTES {
             return Err(InvalidMessage::Field("signature"));
         }
-        let fact: Fact = serde_json::from_slice(&fact_json)
-            .map_err(|error| InvalidMessage::Json("fact", error))?;
+        let fact: Fact =
+            json::read(&fact_json).map_err(|error| InvalidMessage::Json("fact", error))?;
         Ok(Self {
             origin: origin.parse()?,
             fact,

@@ -5,9 +5,8 @@ use std::fmt::Write as _;
 use std::fs;
 use std::thread;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use lockstep_tests::cluster::Cluster;
-use lockstep_tests::operator::{list, steps};
 
 use crate::dial::Place;
 use crate::load::Said;
@@ -19,7 +18,8 @@ use crate::side::{Side, ms};
 /// Its name and its role: plans for the simulated alone leave it out.
 const REAL: &str = "real";
 
-const PHASES: usize = 5;
+/// The first one begins with consent and the plan's way to every agent, and does not count.
+const PHASES: usize = 21;
 
 /// A controller with the real agent.
 pub(crate) fn cluster() -> Result<Cluster> {
@@ -31,48 +31,28 @@ pub(crate) fn cluster() -> Result<Cluster> {
         .start()
 }
 
+/// How long its orders take, and from the first order of a phase until a person is told of the phase's
+/// first result, which is durable then.
 pub(crate) fn measure(report: &mut Report, side: &mut Side<&mut Cluster>) -> Result<()> {
-    let rollout = submit(side.controller)?;
-    orders(side)?;
-    Person::new(&Place::of(side.controller))?.succeeded(&rollout)?;
-    let document = side.controller.requester().rollout(&rollout)?;
-    let mut took = vec![];
-    // The first phase begins with consent and the plan's way to every agent.
-    for (_, step) in steps(&document).skip(1) {
-        let own = list(&step["attempts"]).find(|attempt| attempt["host"] == REAL);
-        let own = own.context("the real agent took no part")?;
-        ensure!(own["outcome"] == "ok", "the real agent: {own}");
-        let at = |name: &str| own[name].as_u64().context("a time");
-        took.push((at("finished")? - at("ordered")?) as f64);
-    }
-    let name = format!(
-        "{} agents: the real one among them: its result durable after",
-        side.agents
-    );
-    report.value(name, median(&took), "ms");
-    Ok(())
-}
-
-/// From the first order of a phase until a person is told of its first result, which is durable then.
-/// Apart from what else is measured: whoever watches is told of everything.
-pub(crate) fn first_result(report: &mut Report, side: &mut Side<&mut Cluster>) -> Result<()> {
     let person = Person::new(&Place::of(side.controller))?;
     let rollout = submit(side.controller)?;
-    let watching = thread::spawn(move || person.first_results(&rollout));
+    let watched = rollout.clone();
+    let watching = thread::spawn(move || person.watches(&watched, REAL));
     let orders = orders(side)?;
     let told = watching.join();
     let told = told.map_err(|_| anyhow!("whoever watched has panicked"))??;
-    ensure!(told.len() == PHASES, "{} first results", told.len());
-    // The first phase begins with the plan's way to every agent.
-    let took = orders.iter().zip(&told).skip(1);
-    let took: Vec<f64> = took
+    let seen = [told.first.len(), told.own.len()];
+    ensure!(seen == [PHASES; 2], "{seen:?} of {PHASES} results");
+    Person::new(&Place::of(side.controller))?.succeeded(&rollout)?;
+    let first = orders.iter().zip(&told.first).skip(1);
+    let first: Vec<f64> = first
         .map(|(from, told)| ms(told.saturating_sub(*from)))
         .collect();
-    let name = format!(
-        "{} agents: first order until a person knows its first result",
-        side.agents
-    );
-    report.value(name, median(&took), "ms");
+    let name = |what: &str| format!("{} agents: {what}", side.agents);
+    let what = "first order until a person knows its first result";
+    report.value(name(what), median(&first), "ms");
+    let what = "the real one among them: its result durable after";
+    report.value(name(what), median(&told.own[1..]), "ms");
     Ok(())
 }
 

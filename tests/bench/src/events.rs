@@ -31,6 +31,9 @@ const WAY_MS: f64 = 20.0;
 /// An event is with its subscriber within so many milliseconds, 99 times of a hundred.
 const WITHIN: f64 = 200.0;
 
+/// The rate that was wanted, of the one that was reached.
+const AT_LEAST: f64 = 1.1;
+
 /// How fast things happen.
 struct Pace {
     /// Events in each second that the agents are to bring about.
@@ -148,6 +151,13 @@ impl Watched {
             ..
         } = self.reader;
         report.value(name("reached"), rate, "/s");
+        let short = pace.target.map(|_| AT_LEAST);
+        report.bounded(
+            name("wanted, of what was reached"),
+            wanted / rate,
+            "",
+            short,
+        );
         report.value(name("p50 to a subscriber"), from_event[0], "ms");
         report.bounded(
             name("p99 to a subscriber"),

@@ -95,7 +95,7 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
         ensure!(last >= least as u64, "{last} events, and not {least}");
         let fewest = heard.iter().map(|one| one.events).min();
         lost += last.saturating_sub(fewest.unwrap_or(0));
-        delays.push(heard[0].from_report[1]);
+        delays.extend(heard[0].of_all);
     }
     let grown = memory.end();
     printed(&cluster, loud)?;

@@ -9,7 +9,7 @@ use crate::person::Person;
 use crate::process::running;
 use crate::report::{Report, median, part};
 use crate::side::{Side, controller_pid, ms};
-use crate::{clock, control, plans};
+use crate::{clock, control, journal, plans};
 
 /// Orders are given so many times in a row on each side, and that in turn.
 const ROUNDS: usize = 5;
@@ -74,7 +74,6 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
     }
 
     control::measure(report, &mut real)?;
-    control::first_result(report, &mut real)?;
     let restart = restart(&mut real)?;
     let name = |what: &str| format!("{agents} agents: {what}");
     let target = (agents == 10_000).then_some(1.5);
@@ -130,8 +129,11 @@ struct Restart {
     back: Vec<f64>,
     /// Handshakes and sessions that failed although somebody listened.
     refused: usize,
-    /// Until the phase that it was killed in has ended, in milliseconds.
-    through: f64,
+    /// Until the phase that it was killed in has ended, in milliseconds; none if it was killed after
+    /// the last one, which a small fleet is through with at once.
+    through: Option<f64>,
+    /// Steps that a host was to do again.
+    repeated: u64,
 }
 
 fn restart(side: &mut Side<&mut Cluster>) -> Result<Restart> {
@@ -144,9 +146,9 @@ fn restart(side: &mut Side<&mut Cluster>) -> Result<Restart> {
     }
     side.controller.kill_controller();
     let killed = clock::now();
-    side.controller.start_controller()?;
-    let listens = clock::now();
-    let (mut back, mut refused, mut through) = (vec![], 0, 0);
+    let ready = journal::start(side.controller)?;
+    let listens = killed + u64::try_from(ready.as_nanos())?;
+    let (mut back, mut refused, mut through, mut repeated) = (vec![], 0, None, 0);
     while rounds <= ROUNDS {
         match side.load.next()? {
             Said::Connected {
@@ -158,10 +160,15 @@ fn restart(side: &mut Side<&mut Cluster>) -> Result<Restart> {
                 refused = failed.iter().filter(|at| **at > listens).count();
                 back = at.iter().map(|at| ms(at.saturating_sub(listens))).collect();
             }
-            Said::Round { durable, .. } => {
+            Said::Round {
+                durable: [_, last],
+                repeated: again,
+                ..
+            } => {
                 rounds += 1;
-                if through == 0 {
-                    through = durable[1];
+                repeated = again;
+                if last > killed {
+                    through.get_or_insert(last);
                 }
             }
             Said::Dropped => bail!("the load has ended"),
@@ -170,10 +177,11 @@ fn restart(side: &mut Side<&mut Cluster>) -> Result<Restart> {
     Person::new(&Place::of(side.controller))?.succeeded(&rollout)?;
     anyhow::ensure!(!back.is_empty(), "not every agent came back");
     Ok(Restart {
-        ready: ms(listens - killed),
+        ready: ready.as_secs_f64() * 1000.0,
         back,
         refused,
-        through: ms(through - killed),
+        through: through.map(|through| ms(through - killed)),
+        repeated,
     })
 }
 
@@ -194,7 +202,11 @@ impl Restart {
             most(30_000.0),
         );
         report.bounded(name("sessions refused"), self.refused as f64, "", Some(0.0));
-        report.value(name("until the phase has ended"), self.through, "ms");
+        let repeated = self.repeated as f64;
+        report.bounded(name("steps repeated"), repeated, "", Some(0.0));
+        if let Some(through) = self.through {
+            report.value(name("until the phase has ended"), through, "ms");
+        }
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
             longest = longest.max(compaction(&side.controller, &person, before)?);
         }
         side.controller.kill_controller();
-        let took = journal::start(&mut side.controller)?;
+        let took = journal::start(&mut side.controller)?.as_secs_f64() * 1000.0;
         let what = format!("kill -9 after {rollouts} rollouts ({agents} agents): until it listens");
         report.bounded(what, took, "ms", Some(5000.0));
         starts.push((rollouts as f64, took));

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use lockstep_tests::cluster::Cluster;
@@ -51,14 +51,13 @@ fn length(directory: &Path) -> Result<u64> {
     Ok(sum)
 }
 
-/// Starts the controller; how long it takes until it is ready, in milliseconds.
-pub(crate) fn start(cluster: &mut Cluster) -> Result<f64> {
+/// Starts the controller; how long it takes until it is ready.
+pub(crate) fn start(cluster: &mut Cluster) -> Result<Duration> {
     let began = SystemTime::now();
     cluster.start_controller()?;
     // The harness looks every 50 ms; the file says when it was written.
     let ready = fs::metadata(cluster.root().join("controller/ready"))?.modified()?;
-    let took = ready.duration_since(began).unwrap_or_default();
-    Ok(took.as_secs_f64() * 1000.0)
+    Ok(ready.duration_since(began).unwrap_or_default())
 }
 
 /// Stops, compacts and starts the controller of a fleet whose rollouts have all ended.
@@ -94,11 +93,12 @@ pub(crate) fn measure(report: &mut Report, mut side: Side<Cluster>, before: &Bef
     let rest = used(controller_pid(&cluster)?)?.memory;
 
     let mb = |bytes: u64| bytes as f64 / 1e6;
+    let ms = |took: Duration| took.as_secs_f64() * 1000.0;
     report.value(name("before its compaction"), mb(full), "MB");
     report.value(name("after it"), mb(left), "MB");
     report.value(name("the compaction"), took.as_secs_f64(), "s");
-    report.value(name("start of the controller before it"), slow, "ms");
-    report.value(name("start of the controller after it"), quick, "ms");
+    report.value(name("start of the controller before it"), ms(slow), "ms");
+    report.value(name("start of the controller after it"), ms(quick), "ms");
     report.value(name("memory at the start before it"), mb(folded), "MB");
     report.value(name("memory at the start after it"), mb(rest), "MB");
     Ok(())

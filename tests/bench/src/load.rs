@@ -104,6 +104,8 @@ pub(crate) enum Said {
         durable: [u64; 2],
         /// How many agents were ordered it more than once.
         twice: u64,
+        /// Orders so far to do a step again.
+        repeated: u64,
     },
 }
 
@@ -133,6 +135,7 @@ struct Shared {
     gone: AtomicU64,
     ramp: Semaphore,
     first_time: AtomicBool,
+    repeated: AtomicU64,
 }
 
 /// Plays the load until standard input ends.
@@ -159,6 +162,7 @@ async fn play(load: Load) -> Result<()> {
         gone: AtomicU64::new(0),
         ramp: Semaphore::new(RAMP),
         first_time: AtomicBool::new(true),
+        repeated: AtomicU64::new(0),
         load,
     });
     let mut agents = JoinSet::new();
@@ -377,6 +381,9 @@ impl Simulated {
         if self.shared.load.manner == Manner::Stuck {
             return Some(());
         }
+        if key.attempt > 1 {
+            self.shared.repeated.fetch_add(1, Ordering::Relaxed);
+        }
         let step = step(&key);
         let now = clock::now();
         let again = !self.done.insert(step.clone());
@@ -449,6 +456,7 @@ impl Simulated {
                     orders: ended.orders.unwrap_or_default(),
                     durable: ended.durable.unwrap_or_default(),
                     twice: ended.twice,
+                    repeated: shared.repeated.load(Ordering::Relaxed),
                 });
             }
             false

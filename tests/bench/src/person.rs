@@ -84,22 +84,39 @@ impl Person {
         bail!("{rollout} has not ended within {PATIENCE:?}")
     }
 
-    /// Watches a rollout of one step in each phase until its end; when the first result of each
-    /// phase was told, on the machine's clock.
-    pub(crate) fn first_results(&self, rollout: &str) -> Result<Vec<u64>> {
+    /// Watches a rollout of one step in each phase until its end, with this host among others.
+    pub(crate) fn watches(&self, rollout: &str, host: &str) -> Result<Told> {
         let mut client = self.client.clone();
         let rollout = rollout.to_owned();
         self.runtime.block_on(async {
             let watch = WatchRequest { rollout, after: 0 };
             let mut events = client.watch(watch).await?.into_inner();
-            let mut first = vec![];
+            let (mut told, mut ordered) = (Told::default(), 0);
             while let Some(event) = events.message().await? {
-                let of_next = event.step == format!("{}.0", first.len());
-                if event.kind() == EventKind::StepOk && of_next {
-                    first.push(clock::now());
+                let own = event.host == host;
+                match event.kind() {
+                    EventKind::StepOrdered if own => ordered = event.at_ms,
+                    EventKind::StepOk => {
+                        if event.step == format!("{}.0", told.first.len()) {
+                            told.first.push(clock::now());
+                        }
+                        if own {
+                            told.own.push((event.at_ms - ordered) as f64);
+                        }
+                    }
+                    _ => {}
                 }
             }
-            Ok(first)
+            Ok(told)
         })
     }
+}
+
+/// What somebody was told who watched a rollout, for each of its phases.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// When the first result came, on the machine's clock.
+    pub(crate) first: Vec<u64>,
+    /// From the one host's order to its result, in milliseconds of the controller's clock.
+    pub(crate) own: Vec<f64>,
 }

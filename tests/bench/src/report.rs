@@ -56,6 +56,11 @@ impl Report {
         self.row(name.into(), value, unit, Some(baseline), target);
     }
 
+    /// A part that could not be measured: it stands among the others, and is not met.
+    pub(crate) fn failed(&mut self, what: &str, error: &anyhow::Error) {
+        self.row(format!("{what}: {error:#}"), f64::NAN, "", None, Some(0.0));
+    }
+
     fn row(
         &mut self,
         name: String,

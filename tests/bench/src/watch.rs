@@ -4,8 +4,7 @@
 //! watch ROLLOUT   opens every stream, says so, and tells what came when the rollout has ended
 //! ```
 //!
-//! Those who read take every event apart and look at the clock; the others only count what comes
-//! and throw it away, so that the machine has time left for the controller.
+//! Those who read take every event apart and look at the clock; the others only count what comes, so that the machine has time left for the controller.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,7 +12,6 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_proto::wire::control_v1::{RolloutEvent, WatchRequest};
 use lockstep_tests::cluster::PEOPLE;
 use prost::Message as _;
-use prost::bytes::Buf as _;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::task::JoinSet;
@@ -61,9 +59,9 @@ pub(crate) enum Said {
 /// What one subscriber heard.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Heard {
-    /// Events that are kept.
+    /// Events, without heartbeats.
     pub(crate) events: u64,
-    /// The number of the last one. Events are numbered without gaps. 0 for one that does not read.
+    /// The number of the last one. Events are numbered without gaps.
     pub(crate) last: u64,
     /// Events in each second while things happened evenly; 0 for one that does not read.
     pub(crate) rate: f64,
@@ -71,6 +69,9 @@ pub(crate) struct Heard {
     pub(crate) from_event: [f64; 2],
     /// The same from when the agent sent the report.
     pub(crate) from_report: [f64; 2],
+    /// 99 of a hundred of all events that happened once everybody watched, and of all results among
+    /// them from when they were sent.
+    pub(crate) of_all: [f64; 2],
 }
 
 fn say(said: &Said) {
@@ -117,11 +118,7 @@ async fn play(watch: &Watch) -> Result<()> {
     Ok(())
 }
 
-async fn open(
-    channel: Channel,
-    rollout: String,
-    reads: bool,
-) -> Result<Streaming<Option<RolloutEvent>>, Status> {
+async fn open(channel: Channel, rollout: String, reads: bool) -> Result<Streaming<Came>, Status> {
     let mut client = Grpc::new(channel);
     let ready = client.ready().await;
     ready.map_err(|error| Status::unavailable(error.to_string()))?;
@@ -133,8 +130,8 @@ async fn open(
     Ok(answer.into_inner())
 }
 
-/// One event as it came. Times in milliseconds.
-struct Came {
+/// What became of one event, in milliseconds.
+struct Times {
     /// When it happened, by the controller's clock.
     happened: f64,
     /// How long it took from then.
@@ -143,40 +140,40 @@ struct Came {
     from_report: Option<f64>,
 }
 
-async fn hear(mut stream: Streaming<Option<RolloutEvent>>, opened: f64) -> Result<Heard> {
+async fn hear(mut stream: Streaming<Came>, opened: f64) -> Result<Heard> {
     let mut heard = Heard::default();
-    let mut came = vec![];
+    let mut times = vec![];
     while let Some(event) = stream.message().await? {
-        let Some(event) = event else {
-            heard.events += 1;
-            continue;
-        };
+        let number = event.number();
         // A heartbeat is no event.
-        if event.number == 0 {
+        if number == 0 {
             continue;
         }
         let (now, wall) = (clock::now(), wall_ms());
-        ensure!(event.number > heard.last, "an event came twice");
+        ensure!(number > heard.last, "an event came twice");
         heard.events += 1;
-        heard.last = event.number;
+        heard.last = number;
+        let Came::Read(event) = event else {
+            continue;
+        };
         let happened = event.at_ms as f64;
-        came.push(Came {
+        times.push(Times {
             happened,
             from_event: wall - happened,
             from_report: sent_at(&event.message).map(|sent| ms(now.saturating_sub(sent))),
         });
     }
-    if heard.last > 0 {
-        heard.judge(&came, opened)?;
+    if !times.is_empty() {
+        heard.judge(&times, opened)?;
     }
     Ok(heard)
 }
 
 impl Heard {
     /// Times and rate while things happened evenly.
-    fn judge(&mut self, came: &[Came], opened: f64) -> Result<()> {
-        let [from, until] = EVENLY.map(|percent| came.len() * percent / 100);
-        let even = came.get(from..until).unwrap_or_default();
+    fn judge(&mut self, times: &[Times], opened: f64) -> Result<()> {
+        let [from, until] = EVENLY.map(|percent| times.len() * percent / 100);
+        let even = times.get(from..until).unwrap_or_default();
         let (Some(first), Some(last)) = (even.first(), even.last()) else {
             bail!("nobody heard anything");
         };
@@ -185,12 +182,21 @@ impl Heard {
             "the rollout was half over before everybody watched"
         );
         self.rate = (even.len() - 1) as f64 * 1000.0 / (last.happened - first.happened);
-        let from_event: Vec<f64> = even.iter().map(|one| one.from_event).collect();
-        let from_report: Vec<f64> = even.iter().filter_map(|one| one.from_report).collect();
+        let [from_event, from_report] = both(even.iter());
         self.from_event = [50, 99].map(|percent| part(&from_event, percent));
         self.from_report = [50, 99].map(|percent| part(&from_report, percent));
+        let watched = times.iter().filter(|one| one.happened >= opened);
+        self.of_all = both(watched).map(|all| part(&all, 99));
         Ok(())
     }
+}
+
+/// From each event's own time, and from each result's report.
+fn both<'a>(times: impl Iterator<Item = &'a Times> + Clone) -> [Vec<f64>; 2] {
+    [
+        times.clone().map(|one| one.from_event).collect(),
+        times.filter_map(|one| one.from_report).collect(),
+    ]
 }
 
 fn wall_ms() -> f64 {
@@ -198,7 +204,30 @@ fn wall_ms() -> f64 {
     since.unwrap_or_default().as_secs_f64() * 1000.0
 }
 
-/// Takes events apart, or throws their bytes away.
+/// An event as it came.
+#[derive(Debug)]
+enum Came {
+    Read(Box<RolloutEvent>),
+    Counted(Numbered),
+}
+
+/// What of an event is read by those who only count.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+struct Numbered {
+    #[prost(uint64, tag = "1")]
+    number: u64,
+}
+
+impl Came {
+    fn number(&self) -> u64 {
+        match self {
+            Self::Read(event) => event.number,
+            Self::Counted(event) => event.number,
+        }
+    }
+}
+
+/// Takes events apart, or only their numbers.
 #[derive(Debug, Clone, Copy)]
 struct Events {
     reads: bool,
@@ -206,7 +235,7 @@ struct Events {
 
 impl Codec for Events {
     type Encode = WatchRequest;
-    type Decode = Option<RolloutEvent>;
+    type Decode = Came;
     type Encoder = Self;
     type Decoder = Self;
 
@@ -230,16 +259,16 @@ impl Encoder for Events {
 }
 
 impl Decoder for Events {
-    type Item = Option<RolloutEvent>;
+    type Item = Came;
     type Error = Status;
 
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
-        if self.reads {
-            let event = RolloutEvent::decode(from);
-            let event = event.map_err(|error| Status::internal(error.to_string()))?;
-            return Ok(Some(Some(event)));
-        }
-        from.advance(from.remaining());
-        Ok(Some(None))
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Came>, Status> {
+        let event = if self.reads {
+            RolloutEvent::decode(from).map(|event| Came::Read(Box::new(event)))
+        } else {
+            Numbered::decode(from).map(Came::Counted)
+        };
+        let event = event.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Some(event))
     }
 }

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use lockstep_proto::action::check::{Expect, Http, Method, Request, check_json_path};
+use lockstep_proto::json;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
@@ -218,7 +219,7 @@ impl<'a> Chain<'a> {
         ));
         self.times
             .push(format!("{label} {} ms", answer.took.as_millis()));
-        let body = serde_json::from_slice::<Value>(&answer.body).ok();
+        let body = json::read::<Value>(&answer.body).ok();
         let (told, missing) = find_captures(request, body.as_ref()).map_err(Unmet::Unfit)?;
         if mark.is_some() && mark::is_settled(self.check, request, answer.status, &told) {
             self.captures.settle();

@@ -4,6 +4,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -146,7 +147,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Failure> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(unreadable(error.to_string())),
     };
-    serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))
+    json::read(&text).map_err(|error| unreadable(error.to_string()))
 }
 
 fn write(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Failure> {

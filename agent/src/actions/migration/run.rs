@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::time::Duration;
 
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 
 use super::blocked::watch;
@@ -40,7 +41,7 @@ pub(super) fn went_in_parts(cx: &Context) -> Result<Option<String>, Failure> {
 /// What the schema has now that it had not before this attempt began, and the other way round.
 pub(super) async fn what_is_there(cx: &Context, session: &Session) -> Result<String, Failure> {
     let was = std::fs::read(cx.dir.join(SCHEMA)).ok();
-    let was: Option<Vec<String>> = was.and_then(|was| serde_json::from_slice(&was).ok());
+    let was: Option<Vec<String>> = was.and_then(|was| json::read(&was).ok());
     let Some(was) = was else {
         return Ok("what the schema was before was not kept".to_owned());
     };

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -79,7 +80,7 @@ impl<'a> Barman<'a> {
             ..Program::default()
         };
         let captured = program.capture(LONGEST).await?;
-        let answer: Result<Value, _> = serde_json::from_slice(&captured.stdout);
+        let answer: Result<Value, _> = json::read(&captured.stdout);
         let answer = answer.unwrap_or(Value::Null);
         for line in texts(&answer, "_INFO") {
             self.cx.log.line(line);

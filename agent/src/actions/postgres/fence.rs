@@ -9,6 +9,7 @@
 
 use lockstep_proto::action::postgres::{Fence, Unfence};
 use lockstep_proto::ids::{RolloutId, StepKey};
+use lockstep_proto::json;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,7 @@ fn measured_before(cx: &Context) -> Vec<Fact> {
     files::attempts(cx)
         .iter()
         .filter_map(|dir| std::fs::read(dir.join(MEASURED)).ok())
-        .find_map(|text| serde_json::from_slice(&text).ok())
+        .find_map(|text| json::read(&text).ok())
         .into_iter()
         .collect()
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::postgres::Integrity;
 use lockstep_proto::ids::Digest;
+use lockstep_proto::json;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use serde_json::Value;
@@ -123,7 +124,7 @@ pub(super) fn newest(cx: &Context, database: &str) -> Result<Holdings, Failure> 
     if Digest::of(&text) != digest {
         return Err(failure(Cause::Host, unlike()));
     }
-    serde_json::from_slice(&text).map_err(|_| failure(Cause::Host, unlike()))
+    json::read(&text).map_err(|_| failure(Cause::Host, unlike()))
 }
 
 fn read(path: &Path) -> Option<Vec<u8>> {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::postgres::{Aspect, Compress, CopyTo, Format, Level};
 use lockstep_proto::ids::{Digest, StepKey};
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -338,7 +339,7 @@ fn read_json<T: serde::de::DeserializeOwned>(directory: &Path, name: &str) -> Op
 fn read<T: serde::de::DeserializeOwned>(file: File) -> Option<T> {
     let mut text = vec![];
     file.take(LONGEST).read_to_end(&mut text).ok()?;
-    serde_json::from_slice(&text).ok()
+    json::read(&text).ok()
 }
 
 /// Writes a file that is there as a whole or not at all, and outlives a power loss.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use lockstep_proto::action::postgres::Kind;
 use lockstep_proto::ids::StepKey;
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use serde::Deserialize;
 
@@ -176,7 +177,7 @@ impl<'a> Pgbackrest<'a> {
         if captured.code != 0 {
             return Err(unread(&format!("it exits with {}", captured.code)));
         }
-        let stanzas: Vec<Stanza> = serde_json::from_slice(&captured.stdout)
+        let stanzas: Vec<Stanza> = json::read(&captured.stdout)
             .map_err(|_| unread("what it prints is not what was expected"))?;
         let found = stanzas.into_iter().find(|it| it.name == *stanza);
         let found = found.ok_or_else(|| unread("it does not know the stanza"))?;

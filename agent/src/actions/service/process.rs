@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde::{Deserialize, Serialize};
@@ -255,15 +256,13 @@ impl<'a> Process<'a> {
     fn read_note(&self) -> Result<Option<Note>, Failure> {
         match fs::read(&self.note) {
             // A note that cannot be read is refused: it may stand for a running service.
-            Ok(text) => serde_json::from_slice(&text)
-                .map(Some)
-                .map_err(|error| Failure {
-                    hint: Some("see whether the service runs, end it, and remove the file".into()),
-                    ..failure(
-                        Cause::Host,
-                        format!("{} cannot be read: {error}", self.note.display()),
-                    )
-                }),
+            Ok(text) => json::read(&text).map(Some).map_err(|error| Failure {
+                hint: Some("see whether the service runs, end it, and remove the file".into()),
+                ..failure(
+                    Cause::Host,
+                    format!("{} cannot be read: {error}", self.note.display()),
+                )
+            }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(files::failed(
                 format!("read {}", self.note.display()),

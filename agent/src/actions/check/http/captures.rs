@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::action::check::Request;
+use lockstep_proto::json;
 use lockstep_proto::report::{Cause, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -69,7 +70,7 @@ impl Captures {
 
     /// Those of an earlier attempt.
     pub(super) fn load(file: PathBuf) -> Result<Self, Failure> {
-        let read = |path: &Path| Ok(serde_json::from_slice(&std::fs::read(path)?)?);
+        let read = |path: &Path| Ok(json::read(&std::fs::read(path)?)?);
         let kept = read(&file).or_failed(|| format!("read {}", file.display()))?;
         Ok(Self {
             file: Some(file),

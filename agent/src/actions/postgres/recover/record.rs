@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lockstep_proto::ids::{RolloutId, StepRef};
+use lockstep_proto::json;
 use lockstep_proto::order::Fact;
 use lockstep_proto::report::{Cause, Failure};
 use lockstep_proto::values::Timestamp;
@@ -186,7 +187,7 @@ impl End {
     pub(super) fn last(cx: &Context) -> Option<Self> {
         let files = files::attempts(cx).into_iter();
         let ends = files.filter_map(|dir| fs::read(dir.join(END)).ok());
-        let ends = ends.filter_map(|text| serde_json::from_slice::<Self>(&text).ok());
+        let ends = ends.filter_map(|text| json::read::<Self>(&text).ok());
         ends.max_by_key(|end| end.place)
     }
 }
@@ -220,7 +221,7 @@ fn read(path: &Path) -> Result<Record, Failure> {
         failure(Cause::Host, message)
     };
     let text = fs::read(path).map_err(|error| unread(error.to_string()))?;
-    serde_json::from_slice(&text).map_err(|error| unread(error.to_string()))
+    json::read(&text).map_err(|error| unread(error.to_string()))
 }
 
 /// Removes the oldest, but none of this rollout.
