@@ -1,5 +1,5 @@
 //! Simulated agents: what a real one keeps on its disk is a value here, so a whole fleet can be
-//! cloned at any instant. They keep the agents' promises (DESIGN: INV-1, INV-2, INV-4): reports are
+//! cloned at any instant. They keep the agents' promises (INV-1, INV-2, INV-4): reports are
 //! numbered and repeated until acknowledged, a step key is done once, a host takes steps in the
 //! order of the plan, terms that have ended are not obeyed.
 //!
