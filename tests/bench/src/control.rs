@@ -21,6 +21,9 @@ const REAL: &str = "real";
 /// The first one begins with consent and the plan's way to every agent, and does not count.
 const PHASES: usize = 21;
 
+/// After each phase, in microseconds for each agent.
+const REST_US: usize = 100;
+
 /// A controller with the real agent.
 pub(crate) fn cluster() -> Result<Cluster> {
     Cluster::builder()
@@ -35,7 +38,7 @@ pub(crate) fn cluster() -> Result<Cluster> {
 /// first result, which is durable then.
 pub(crate) fn measure(report: &mut Report, side: &mut Side<&mut Cluster>) -> Result<()> {
     let person = Person::new(&Place::of(side.controller))?;
-    let rollout = submit(side.controller)?;
+    let rollout = submit(side.controller, REST_US * side.agents / 1000)?;
     let watched = rollout.clone();
     let watching = thread::spawn(move || person.watches(&watched, REAL));
     let orders = orders(side)?;
@@ -68,13 +71,20 @@ fn orders(side: &mut Side<&mut Cluster>) -> Result<Vec<u64>> {
     Ok(first)
 }
 
-/// One step in each phase, for all of them.
-fn submit(cluster: &Cluster) -> Result<String> {
+/// One step in each phase, for all of them, and a rest of so many milliseconds after it.
+fn submit(cluster: &Cluster, rest: usize) -> Result<String> {
     let mut plan = format!(
         "version: 1\nplan: control\nfleet:\n  app: {{labels: {{role: app}}}}\n  \
          real: {{labels: {{role: {REAL}}}}}\ndeadline: 1h\nphases:\n"
     );
     for phase in 0..PHASES {
+        // Whoever watches is told of everything, and has seen it by then.
+        if phase > 0 {
+            writeln!(
+                plan,
+                "  - name: rest-{phase}\n    steps:\n      - gate.wait: {{for: {rest}ms}}"
+            )?;
+        }
         writeln!(
             plan,
             "  - name: round-{phase}\n    on: [app, real]\n    steps:\n      \

@@ -73,8 +73,8 @@ pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result
         person.succeeded(&rollout)?;
     }
 
-    control::measure(report, &mut real)?;
     let restart = restart(&mut real)?;
+    control::measure(report, &mut real)?;
     let name = |what: &str| format!("{agents} agents: {what}");
     let target = (agents == 10_000).then_some(1.5);
     report.beside(
@@ -201,6 +201,7 @@ impl Restart {
             "ms",
             most(30_000.0),
         );
+        report.value(name("the last is back"), part(&self.back, 100), "ms");
         report.bounded(name("sessions refused"), self.refused as f64, "", Some(0.0));
         let repeated = self.repeated as f64;
         report.bounded(name("steps repeated"), repeated, "", Some(0.0));
