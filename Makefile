@@ -17,6 +17,8 @@ SEEDS := 2000
 CORE_SEEDS := 2000
 # How often `make database` kills what migrates.
 KILLS := 200
+# Parts of `make bench` and `make bench-quick`, such as `fanout real`; none: everything.
+PARTS :=
 # How long `make fuzz` tries each target; a shell's own variable of that name is its age.
 SECONDS := 600
 # Stories open a few hundred descriptors; some shells start with 256.
@@ -109,11 +111,11 @@ database: build ## backups, kills of migrations, ways back, a gigabyte: target/r
 
 bench: release agent ## fleets of up to 10,000 simulated agents beside a bare baseline: target/reports/bench.json
 	@tests=$$($(call AGENT_TESTS,--release))
-	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench
+	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench $(PARTS)
 
 bench-quick: release agent ## the same with up to 1,000, for every day
 	@tests=$$($(call AGENT_TESTS,--release))
-	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench quick
+	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench quick $(PARTS)
 
 COUNTS := $(CARGO) run $(LOCKED) --profile counts -p lockstep-counts
 counts: prepare ## instructions that hot paths take, held against the pinned ones

@@ -450,10 +450,12 @@ impl Driver {
                 };
                 self.answer(round, event, answer);
             }
-            Input::Ask { event, answer } if self.compaction.can_wait(&event, self.clock.now()) => {
-                self.compaction.wait(event, answer);
-            }
             Input::Ask { event, answer } => {
+                let (head, now) = (self.journal.head(), self.clock.now());
+                if self.compaction.can_wait(&event, head, now) {
+                    self.compaction.wait(event, answer);
+                    return Ok(());
+                }
                 if let Some(refused) = self.refused_without_room() {
                     round.answers.push((answer, Err(refused)));
                     return Ok(());

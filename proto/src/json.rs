@@ -3,8 +3,8 @@
 use serde::de::{DeserializeOwned, Error as _};
 
 /// Reads a value. Whether it is text is found out for all of it at once: `serde_json::from_slice`
-/// asks that of each name and string, which is a sixth of what a record takes. Everything is read this
-/// way, for a type that is read in two ways is in the agent twice.
+/// asks that of each name and string it does not skip, which is a sixth of what a record takes. The
+/// agent reads everything this way: a type that is read in two ways is in it twice.
 ///
 /// # Errors
 ///

@@ -13,12 +13,12 @@
 //! it is quarantined, never repaired and never deleted. What lies beyond the head was relied on
 //! by nobody: a torn end there is cut.
 
-use lockstep_proto::json;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use lockstep_proto::json;
 use sha2::{Digest as _, Sha256};
 
 use crate::faults::reached;

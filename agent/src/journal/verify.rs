@@ -1,10 +1,11 @@
 //! `lockstep-agent journal verify`: whether a journal is whole, while no agent runs on it.
 
-use lockstep_proto::json;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, BufReader, Read as _};
 use std::path::Path;
+
+use lockstep_proto::json;
 
 use super::head::{Head, Known};
 use super::{

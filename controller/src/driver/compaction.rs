@@ -25,8 +25,8 @@ use tokio::time::Instant;
 
 use super::handle::{Asker, Input};
 use super::{Driver, DriverError};
-use crate::journal::Journal;
 use crate::journal::compact::{CompactError, Outgoing, Prepared, prepare};
+use crate::journal::{Head, Journal};
 
 /// A controller is calm if hardly anything was recorded for so long: then probably nothing is while
 /// the journal is compacted, and whoever waited for the end of a rollout knows it.
@@ -74,6 +74,8 @@ fn worth(records: u64) -> u64 {
 /// A compaction on its thread.
 #[derive(Debug)]
 struct Running {
+    /// The newest record that it takes along.
+    head: Head,
     prepared: oneshot::Receiver<Result<Prepared, CompactError>>,
     thread: JoinHandle<()>,
     stop: Arc<AtomicBool>,
@@ -107,11 +109,11 @@ impl Compaction {
     }
 
     /// Whether to answer this once the journal is compacted: that would be in vain otherwise.
-    pub(super) fn can_wait(&self, event: &Event, now: Timestamp) -> bool {
-        let Event::Renew { parent_ends, .. } = event else {
+    pub(super) fn can_wait(&self, event: &Event, head: Head, now: Timestamp) -> bool {
+        let (Event::Renew { parent_ends, .. }, Some(running)) = (event, &self.running) else {
             return false;
         };
-        let compacts = self.running.is_some() && self.above.is_some();
+        let compacts = self.above.is_some() && running.head == head;
         compacts && self.waiting.len() < WAITING && parent_ends.since(now) > CAN_WAIT
     }
 
@@ -224,7 +226,7 @@ impl Driver {
         let at_most = usize::try_from(worth(records)).unwrap_or(usize::MAX);
         let outgoing = Outgoing::new(&self.coordinator, &source, &rollouts);
         let plans = self.coordinator.plans();
-        let stop = source.stopper();
+        let (head, stop) = (source.head, source.stopper());
         // An earlier release that can read it can read it afterwards.
         let layout = source.layout;
         let (sender, prepared) = oneshot::channel();
@@ -236,6 +238,7 @@ impl Driver {
         let thread = thread::Builder::new().name("compaction".to_owned());
         let thread = thread.spawn(run).map_err(|_| CompactError::Thread)?;
         compaction.running = Some(Running {
+            head,
             prepared,
             thread,
             stop,

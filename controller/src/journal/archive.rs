@@ -6,7 +6,7 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io::BufReader;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::disk::io_error;
@@ -108,6 +108,14 @@ pub(super) fn check(
     id: JournalId,
     last: Head,
 ) -> Result<Option<(Head, String)>, ImportError> {
-    let mut file = BufReader::new(File::open(path)?);
-    verify_export(&mut file, id, last)
+    check_read(File::open(path)?, id, last)
+}
+
+/// The same of one that is open.
+pub(super) fn check_read(
+    archive: impl Read,
+    id: JournalId,
+    last: Head,
+) -> Result<Option<(Head, String)>, ImportError> {
+    verify_export(&mut BufReader::new(archive), id, last)
 }

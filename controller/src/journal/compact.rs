@@ -332,7 +332,7 @@ impl Prepared {
         let (part, path) = archive::paths(&self.state, &self.outgoing.archive);
         if path.exists() {
             // A compaction was ended here; or it is another journal's, and nothing else has it.
-            check_archive(&path, self.id, self.archived)?;
+            as_written(archive::check(&path, self.id, self.archived), &path)?;
         }
         fs::rename(&part, &path).map_err(io_error("make", &path))?;
         sync_directory(&archive::directory(&self.state))?;
@@ -507,15 +507,15 @@ fn write_and_check(
     let term = outgoing.term.map_or(0, |term| term.counter);
     source.export(term, &mut BufWriter::new(file))?;
     sync(file, path).map_err(io_error("sync", path))?;
-    check_archive(path, source.id, source.head)
+    let written = File::open(path).map_err(io_error("read", path))?;
+    let written = source.until_stopped(written);
+    as_written(archive::check_read(written, source.id, source.head), path)
 }
 
-fn check_archive(path: &Path, id: JournalId, last: Head) -> Result<(), CompactError> {
-    let checked = archive::check(path, id, last);
-    checked.map_err(|source| CompactError::Archive {
-        path: path.to_owned(),
-        source,
-    })?;
+/// What the check of an archive found, whatever is before it.
+fn as_written<T>(checked: Result<T, ImportError>, path: &Path) -> Result<(), CompactError> {
+    let path = path.to_owned();
+    checked.map_err(|source| CompactError::Archive { path, source })?;
     Ok(())
 }
 

@@ -34,6 +34,7 @@ use std::path::PathBuf;
 
 use lockstep_core::{Entry, Record};
 use lockstep_proto::ids::Digest;
+use lockstep_proto::json;
 use sha2::Digest as _;
 
 use source::Source;
@@ -314,7 +315,7 @@ pub(crate) enum AppendError {
 /// What the first record of a compacted journal is chained to, and the archive's file name; none
 /// for any other record.
 fn begins_after(payload: &[u8]) -> Option<(Head, String)> {
-    let entry: Entry = serde_json::from_slice(payload).ok()?;
+    let entry: Entry = json::read(payload).ok()?;
     match entry.record {
         Record::Compacted {
             number,

@@ -1,7 +1,7 @@
 //! The records of a whole journal, to be read as often as one likes, also while more are appended.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ pub(crate) struct Source {
     pub(super) id: JournalId,
     /// What the first record is chained to.
     pub(super) base: Head,
-    pub(super) head: Head,
+    pub(crate) head: Head,
     pub(super) db: sled::Db,
     pub(crate) layout: Layout,
     /// Of the state directory.
@@ -63,6 +63,14 @@ impl Source {
         Ok(())
     }
 
+    /// What else is read, to be ended as well.
+    pub(super) fn until_stopped(&self, read: impl Read) -> impl Read {
+        UntilStopped {
+            read,
+            stop: self.stopper(),
+        }
+    }
+
     /// All records, each with its payload.
     pub(super) fn records(&self) -> impl Iterator<Item = Result<(Entry, Vec<u8>), ExportError>> {
         let numbered = self.payloads().zip(self.base.number + 1..);
@@ -95,5 +103,20 @@ impl Source {
     /// The journal's directory.
     pub(super) fn directory(&self) -> PathBuf {
         self.state.join("journal")
+    }
+}
+
+struct UntilStopped<R> {
+    read: R,
+    stop: Arc<AtomicBool>,
+}
+
+impl<R: Read> Read for UntilStopped<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.stop.load(Ordering::Relaxed) {
+            // Whoever reads goes on after one that is `Interrupted`.
+            return Err(io::Error::other("it was stopped"));
+        }
+        self.read.read(into)
     }
 }

@@ -3,7 +3,7 @@
 
 use std::env;
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
@@ -36,16 +36,15 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     let tests = tests.with_context(|| format!("{TESTS} is not set: `make bench` sets it"))?;
     let (mib, runs) = if quick { ("64", "5") } else { ("1024", "9") };
     let directory = tempfile::tempdir()?;
-    let ended = Command::new(tests)
+    let said = Command::new(tests)
         .args(["--include-ignored", TEST])
         .env("LOCKSTEP_DATABASE_REPORT_DIR", directory.path())
         .env("LOCKSTEP_BENCH_MIB", mib)
         .env("LOCKSTEP_BENCH_RUNS", runs)
-        .stdout(Stdio::null())
-        .status()?;
-    // Whether that is too much is said here.
+        .output()?;
+    // It fails if that is too much, too, which is said here.
     let told = fs::read(directory.path().join("backup.json"));
-    let told = told.with_context(|| format!("the test ended with {ended} before it knew"))?;
+    let told = told.with_context(|| String::from_utf8_lossy(&said.stdout).into_owned())?;
     let told: Told = serde_json::from_slice(&told)?;
     let name = |what: &str| {
         let mb = told.bytes / 1e6;

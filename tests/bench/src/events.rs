@@ -31,8 +31,8 @@ const WAY_MS: f64 = 20.0;
 /// An event is with its subscriber within so many milliseconds, 99 times of a hundred.
 const WITHIN: f64 = 200.0;
 
-/// The rate that was wanted, of the one that was reached.
-const AT_LEAST: f64 = 1.1;
+/// The most that the rate that was wanted may be, by the one that was reached.
+const SLOWEST: f64 = 1.1;
 
 /// How fast things happen.
 struct Pace {
@@ -134,7 +134,7 @@ fn watched(side: &Side<Cluster>, mut all: [&mut Part<Said>; 2]) -> Result<Watche
     };
     let fewest = reader.events.min(others.events);
     Ok(Watched {
-        missed: reader.last.saturating_sub(fewest),
+        missed: reader.last.max(others.last).saturating_sub(fewest),
         reader: reader.clone(),
         cpu,
     })
@@ -151,9 +151,9 @@ impl Watched {
             ..
         } = self.reader;
         report.value(name("reached"), rate, "/s");
-        let short = pace.target.map(|_| AT_LEAST);
+        let short = pace.target.map(|_| SLOWEST);
         report.bounded(
-            name("wanted, of what was reached"),
+            name("the rate that was wanted by it"),
             wanted / rate,
             "",
             short,

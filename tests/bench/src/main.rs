@@ -94,7 +94,11 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
     } else {
         (&[100, 300, 1000, 3000, 10_000], &[1000, 10_000])
     };
-    let largest = large.last().copied().unwrap_or_default();
+    let wanted = |part: &str| parts.is_empty() || parts.contains(&part);
+    let fleets = ["fanout", "rollout", "cycles", "dead"]
+        .into_iter()
+        .any(wanted);
+    let largest = if fleets { large[large.len() - 1] } else { 1000 };
     raise_limit(largest as u64 + OTHER_FILES)?;
     // Of parts there is a file of their own: it is not everything.
     let file = if parts.is_empty() {
@@ -113,7 +117,7 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
     let (mut costs, mut rollouts) = (vec![], vec![]);
     // What fails is told beside the others, and does not keep them from being measured.
     let mut part = |name: &str, measure: &mut dyn FnMut(&mut Report) -> Result<()>| {
-        if (parts.is_empty() || parts.contains(&name))
+        if wanted(name)
             && let Err(error) = measure(&mut report)
         {
             report.failed(name, &error);

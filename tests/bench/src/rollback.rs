@@ -32,7 +32,7 @@ where = { service = ["shop"] }
 
 [[allow]]
 action = "check.command"
-where = { argv = [["/usr/bin/test", "@RELEASE@", "=", "v1"]] }
+where = { argv = [["/usr/bin/test", "*", "=", "v1"]] }
 "#;
 
 const TABLES: &str = r#"
@@ -52,9 +52,8 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
         .without_database()
         .binaries(&binaries()?)
         .hosts(&hosts);
-    let policy = POLICY.replace("@RELEASE@", "*");
     for name in &names {
-        builder = builder.policy(name, Some(&policy)).tables(name, TABLES);
+        builder = builder.policy(name, Some(POLICY)).tables(name, TABLES);
     }
     let cluster = builder.start()?;
     let git = cluster.root().join("shop.git");
@@ -89,7 +88,8 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
         each.extend(ways.iter().map(|[from, to]| (to - from) as f64));
     }
     let name = |what: &str| format!("{HOSTS} real agents: rollback of a release: {what}");
-    report.bounded(name("p99 of a host"), part(&each, 99), "ms", Some(MOST));
+    let slowest = part(&each, 100);
+    report.bounded(name("the slowest host"), slowest, "ms", Some(MOST));
     report.value(name("the median of a host"), median(&each), "ms");
     report.value(name("all of them"), median(&whole), "ms");
     Ok(())

@@ -4,7 +4,8 @@
 //! watch ROLLOUT   opens every stream, says so, and tells what came when the rollout has ended
 //! ```
 //!
-//! Those who read take every event apart and look at the clock; the others only count what comes, so that the machine has time left for the controller.
+//! Those who read take every event apart and look at the clock; the others only count what comes,
+//! so that the machine has time left for the controller.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -69,8 +70,8 @@ pub(crate) struct Heard {
     pub(crate) from_event: [f64; 2],
     /// The same from when the agent sent the report.
     pub(crate) from_report: [f64; 2],
-    /// 99 of a hundred of all events that happened once everybody watched, and of all results among
-    /// them from when they were sent.
+    /// 99 of a hundred among all events that happened once everybody watched: from an event's own
+    /// time, and from when the agent sent the report, for those that have one.
     pub(crate) of_all: [f64; 2],
 }
 
@@ -149,13 +150,13 @@ async fn hear(mut stream: Streaming<Came>, opened: f64) -> Result<Heard> {
         if number == 0 {
             continue;
         }
-        let (now, wall) = (clock::now(), wall_ms());
         ensure!(number > heard.last, "an event came twice");
         heard.events += 1;
         heard.last = number;
         let Came::Read(event) = event else {
             continue;
         };
+        let (now, wall) = (clock::now(), wall_ms());
         let happened = event.at_ms as f64;
         times.push(Times {
             happened,
