@@ -134,7 +134,7 @@ fn flood(report: &mut Report, cluster: &Cluster, pid: u32, quick: bool) -> Resul
 /// in the agent's journal, and its own step process in between.
 async fn orders(report: &mut Report, cluster: &Cluster, pid: u32, quick: bool) -> Result<()> {
     let (wanted, longest) = if quick {
-        (2000, Duration::from_secs(15))
+        (2000, Duration::from_secs(8))
     } else {
         (ORDERS, Duration::from_mins(3))
     };

@@ -34,7 +34,7 @@ struct Told {
 pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     let tests = env::var_os(TESTS);
     let tests = tests.with_context(|| format!("{TESTS} is not set: `make bench` sets it"))?;
-    let (mib, runs) = if quick { ("64", "5") } else { ("1024", "9") };
+    let (mib, runs) = if quick { ("64", "3") } else { ("1024", "9") };
     let directory = tempfile::tempdir()?;
     let said = Command::new(tests)
         .args(["--include-ignored", TEST])

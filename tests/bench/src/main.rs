@@ -145,7 +145,10 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
     part("rollback", &mut |report| rollback::measure(report, quick));
     part("agent", &mut |report| agent::measure(report, quick));
     part("fair", &mut |report| fair::measure(report, quick));
-    part("backup", &mut |report| backup::measure(report, quick));
+    // A small one says little, so that it is left out where time is short.
+    if !quick || !parts.is_empty() {
+        part("backup", &mut |report| backup::measure(report, quick));
+    }
     if parts.is_empty() {
         let took = begun.elapsed().as_secs_f64() / 60.0;
         report.bounded("all of it", took, "min", Some(MOST[usize::from(quick)]));
