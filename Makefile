@@ -114,7 +114,7 @@ bench: release agent ## fleets of up to 10,000 simulated agents beside a bare ba
 	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench $(PARTS)
 
 bench-quick: release agent ## the same with up to 1,000, for every day
-	@tests=$$($(call AGENT_TESTS,--release))
+	@tests=$(if $(findstring backup,$(PARTS)),$$($(call AGENT_TESTS,--release)))
 	LOCKSTEP_AGENT_TESTS=$$tests target/release/bench quick $(PARTS)
 
 COUNTS := $(CARGO) run $(LOCKED) --profile counts -p lockstep-counts

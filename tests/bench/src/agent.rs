@@ -155,9 +155,13 @@ async fn orders(report: &mut Report, cluster: &Cluster, pid: u32, quick: bool) -
     let name = |what: &str| format!("agent: {given} orders: {what}");
     let grown = memory.end().first().copied().unwrap_or(f64::NAN);
     let grown = grown * 1_048_576.0 / 1000.0;
-    // Of what so many may add; a few say nothing.
-    let most = (!quick).then(|| GROWTH * f64::from(given) / f64::from(ORDERS));
-    report.bounded(name("memory grows by"), grown, "kB", most);
+    // A few are as many as nothing to a heap that settles: they may add what all may.
+    let share = if quick {
+        1.0
+    } else {
+        f64::from(given) / f64::from(ORDERS)
+    };
+    report.bounded(name("memory grows by"), grown, "kB", Some(GROWTH * share));
     let each = |seconds: f64| 1000.0 * seconds / f64::from(given);
     report.value(name("each"), each(took), "ms");
     report.value(name("CPU of each"), each(after.cpu - before.cpu), "ms");

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use lockstep_tests::binaries::Binaries;
-use lockstep_tests::cluster::Cluster;
+use lockstep_tests::cluster::{Builder, Cluster};
 
 use crate::process::used;
 use crate::report::{Report, median};
@@ -103,6 +103,20 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     Ok(())
 }
 
+/// So many real agents of the role `app`, each with this policy and these tables.
+pub(crate) fn agents(count: usize, policy: &str, tables: &str) -> Result<Builder> {
+    let names: Vec<String> = (0..count).map(|host| format!("real-{host:02}")).collect();
+    let hosts: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "app")).collect();
+    let mut builder = Cluster::builder()
+        .without_database()
+        .binaries(&binaries()?)
+        .hosts(&hosts);
+    for name in &names {
+        builder = builder.policy(name, Some(policy)).tables(name, tables);
+    }
+    Ok(builder)
+}
+
 struct Fleet {
     cluster: Cluster,
     /// The services' stand-in.
@@ -111,16 +125,7 @@ struct Fleet {
 
 impl Fleet {
     fn start() -> Result<Self> {
-        let names: Vec<String> = (0..HOSTS).map(|host| format!("real-{host:02}")).collect();
-        let hosts: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "app")).collect();
-        let mut builder = Cluster::builder()
-            .without_database()
-            .binaries(&binaries()?)
-            .hosts(&hosts);
-        for name in &names {
-            builder = builder.policy(name, Some(POLICY));
-        }
-        let cluster = builder.start()?;
+        let cluster = agents(HOSTS, POLICY, "")?.start()?;
         let service = TcpListener::bind("127.0.0.1:0")?;
         let port = service.local_addr()?.port();
         // It takes whoever comes, and ends with this program.

@@ -13,7 +13,7 @@ use lockstep_tests::operator::{list, steps, text};
 use lockstep_tests::wait;
 use serde_json::Value;
 
-use crate::real::binaries;
+use crate::real::agents;
 use crate::report::{Report, median, part};
 
 const HOSTS: usize = 10;
@@ -46,16 +46,7 @@ dir = "@HOST@/shop/current"
 
 pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
     let runs = if quick { 2 } else { 5 };
-    let names: Vec<String> = (0..HOSTS).map(|host| format!("real-{host}")).collect();
-    let hosts: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "app")).collect();
-    let mut builder = Cluster::builder()
-        .without_database()
-        .binaries(&binaries()?)
-        .hosts(&hosts);
-    for name in &names {
-        builder = builder.policy(name, Some(POLICY)).tables(name, TABLES);
-    }
-    let cluster = builder.start()?;
+    let cluster = agents(HOSTS, POLICY, TABLES)?.start()?;
     let git = cluster.root().join("shop.git");
     history(&git)?;
     let first = rollout(&cluster, "v1")?;
@@ -78,10 +69,8 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
                 current.display()
             );
         }
-        let ways: Vec<[u64; 2]> = names
-            .iter()
-            .map(|host| way_back(&document, host))
-            .collect::<Result<_>>()?;
+        let ways = cluster.hosts().map(|host| way_back(&document, &host.name));
+        let ways: Vec<[u64; 2]> = ways.collect::<Result<_>>()?;
         let from = ways.iter().map(|[from, _]| *from).min();
         let to = ways.iter().map(|[_, to]| *to).max();
         whole.push((to.unwrap_or(0) - from.unwrap_or(0)) as f64);

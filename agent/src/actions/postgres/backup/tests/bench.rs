@@ -108,7 +108,7 @@ async fn fill(bench: &Bench, mib: usize) {
 }
 
 #[tokio::test]
-#[ignore = "takes minutes, and means something only with `--release`: `make database` runs it"]
+#[ignore = "takes minutes, and means something only with `--release`: `make database` and `make bench` run it"]
 async fn a_step_costs_hardly_more_than_bare_pg_dump() {
     let is_fast = !cfg!(debug_assertions);
     assert!(is_fast, "run it with --release");
