@@ -43,30 +43,40 @@ impl<K: Eq + Hash> Used<K> {
         K: Borrow<Q>,
         Q: Eq + Hash + ?Sized,
     {
-        self.used(now, who) < self.rate.burst.saturating_mul(1000)
+        let used = |level: &Level| level.used(now, self.rate);
+        self.rate.is_above(self.by.get(who).map_or(0, used))
     }
 
     /// Uses so much if anything is left, also more than that; whether anything was.
     pub(crate) fn take(&mut self, now: Timestamp, who: K, cost: u64) -> bool {
-        let is_left = self.is_left(now, &who);
-        if is_left {
-            let used = self.used(now, &who);
-            let used = used.saturating_add(cost.saturating_mul(1000));
-            self.by.insert(who, Level { used, at: now });
-        }
+        let level = self.by.entry(who).or_insert(Level { used: 0, at: now });
+        let used = level.used(now, self.rate);
+        let is_left = self.rate.is_above(used);
+        let more = if is_left {
+            cost.saturating_mul(1000)
+        } else {
+            0
+        };
+        *level = Level {
+            used: used.saturating_add(more),
+            at: now,
+        };
         is_left
     }
+}
 
-    fn used<Q>(&self, now: Timestamp, who: &Q) -> u64
-    where
-        K: Borrow<Q>,
-        Q: Eq + Hash + ?Sized,
-    {
-        let Some(level) = self.by.get(who) else {
-            return 0;
-        };
-        let back = now.since(level.at).0.saturating_mul(self.rate.per_second);
-        level.used.saturating_sub(back)
+impl Rate {
+    /// Whether so much, in thousandths, is not all.
+    fn is_above(self, used: u64) -> bool {
+        used < self.burst.saturating_mul(1000)
+    }
+}
+
+impl Level {
+    /// What is used of it by now.
+    fn used(self, now: Timestamp, rate: Rate) -> u64 {
+        let back = now.since(self.at).0.saturating_mul(rate.per_second);
+        self.used.saturating_sub(back)
     }
 }
 

@@ -515,9 +515,9 @@ impl Coordinator {
             return;
         };
         info.last_seen = now;
-        let before = info.unasked;
+        let (mut acknowledged, before) = (info.acknowledged, info.unasked);
         let mut follows = None;
-        if info.acknowledged.checked_add(1) == Some(report.number) {
+        if acknowledged.checked_add(1) == Some(report.number) {
             let record = Record::Reported {
                 host: host.clone(),
                 number: report.number,
@@ -534,7 +534,9 @@ impl Coordinator {
             self.may_ask_again(host, &record);
             let committed = effects.persist.len();
             self.commit(now, record, effects);
-            let unasked = self.hosts[host].unasked;
+            let info = &self.hosts[host];
+            acknowledged = info.acknowledged;
+            let unasked = info.unasked;
             if unasked > before {
                 effects.unasked.push((committed, unasked));
             } else {
@@ -550,7 +552,6 @@ impl Coordinator {
                 self.send_release(host.clone(), rollout, effects);
             }
         }
-        let acknowledged = self.hosts[host].acknowledged;
         effects
             .send
             .push((host.clone(), Message::Acknowledged(acknowledged)));
@@ -629,13 +630,9 @@ impl Coordinator {
                 ..
             } => {
                 let rollout = &self.rollouts[rollout];
-                for host in hosts {
-                    let Some(attempt) = rollout.last_attempt(*at, *direction, host) else {
-                        continue;
-                    };
-                    let order = rollout.order(&self.config, *at, *direction, host, attempt);
-                    effects.send.push((host.clone(), Message::Order(order)));
-                }
+                let orders = rollout.orders(&self.config, *at, *direction, hosts);
+                let orders = orders.map(|(host, order)| (host.clone(), Message::Order(order)));
+                effects.send.extend(orders);
             }
             Record::NoticeOrdered { rollout, which } => {
                 if let Some(action) = self.rollouts[rollout].notice(*which, now) {

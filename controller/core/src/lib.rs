@@ -21,6 +21,7 @@ pub mod refusal;
 pub mod rollout;
 pub mod schema;
 pub mod trust;
+mod walk;
 
 pub use coordinator::{Config, Coordinator, RecoverError, Summary};
 pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent, TrustCall};

@@ -165,24 +165,11 @@ impl Registry {
     pub(crate) fn pay(&mut self, witnessed: &wire::Head) -> Vec<HostId> {
         let mut lost = Vec::new();
         for (host, number) in std::mem::take(&mut self.owing) {
-            if self.pay_one(&host, number, witnessed) {
+            if self.hand_over(&host, number, None, witnessed) {
                 lost.push(host);
             }
         }
         lost
-    }
-
-    fn pay_one(&mut self, host: &HostId, number: SessionNumber, witnessed: &wire::Head) -> bool {
-        let session = self.sessions.get_mut(host);
-        let owing = session.filter(|session| session.number == number);
-        let Some(upto) = owing.and_then(|session| session.owed.take()) else {
-            return false;
-        };
-        let message = wire::Down {
-            message: Some(wire::down::Message::Acknowledged(upto)),
-            head: Some(witnessed.clone()),
-        };
-        self.hand_over(host, number, message.into())
     }
 
     /// Hands a message to a session, if that is still the host's, after the acknowledgement that it
@@ -196,17 +183,28 @@ impl Registry {
         message: Down,
         witnessed: &wire::Head,
     ) -> bool {
-        self.pay_one(host, number, witnessed) || self.hand_over(host, number, message)
+        self.hand_over(host, number, Some(message), witnessed)
     }
 
-    fn hand_over(&mut self, host: &HostId, number: SessionNumber, message: Down) -> bool {
-        let Some(session) = self.sessions.get(host) else {
+    fn hand_over(
+        &mut self,
+        host: &HostId,
+        number: SessionNumber,
+        message: Option<Down>,
+        witnessed: &wire::Head,
+    ) -> bool {
+        let session = self.sessions.get_mut(host);
+        let Some(session) = session.filter(|session| session.number == number) else {
             return false;
         };
-        if session.number != number {
-            return false;
-        }
-        match session.queue.try_send(message) {
+        let owed = session.owed.take().map(|upto| {
+            Box::new(wire::Down {
+                message: Some(wire::down::Message::Acknowledged(upto)),
+                head: Some(witnessed.clone()),
+            })
+        });
+        let mut messages = owed.into_iter().chain(message);
+        match messages.try_for_each(|message| session.queue.try_send(message)) {
             Ok(()) => false,
             // The stream is gone; a session whose stream went while it was being admitted has no
             // reader to say so.

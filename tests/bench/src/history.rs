@@ -18,6 +18,9 @@ use crate::{journal, plans};
 /// Rollouts that have ended before a start.
 const ROLLOUTS: [usize; 3] = [5, 20, 60];
 
+/// The same where time is short.
+const FEW_ROLLOUTS: [usize; 2] = [5, 60];
+
 /// What the first of them leave in the journal, and the others would leave several times.
 const COMPACT_ABOVE: u64 = 25_000;
 
@@ -27,11 +30,12 @@ const MOST: f64 = 0.2;
 /// A compaction waits for fifteen calm seconds.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<()> {
+pub(crate) fn measure(report: &mut Report, agents: usize, quick: bool) -> Result<()> {
+    let all: &[usize] = if quick { &FEW_ROLLOUTS } else { &ROLLOUTS };
     let cluster = crate::without_hosts().compact_above(COMPACT_ABOVE);
     let mut side = Side::real(cluster.start()?, agents)?;
     let (mut starts, mut longest, mut ended) = (vec![], Duration::ZERO, 0);
-    for (before, rollouts) in ROLLOUTS.into_iter().enumerate() {
+    for (before, rollouts) in all.iter().copied().enumerate() {
         let person = Person::new(&Place::of(&side.controller))?;
         for number in ended..rollouts {
             let name = format!("history-{number}");

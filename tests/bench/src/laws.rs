@@ -27,7 +27,12 @@ const TIMES: usize = 3;
 pub(crate) const MOST: f64 = 1.1;
 
 /// From what the fan-outs cost, what whole rollouts cost by their agents, and a fleet of its own.
-pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64)]) -> Result<()> {
+pub(crate) fn measure(
+    report: &mut Report,
+    costs: &[Cost],
+    rollouts: &[(f64, f64)],
+    quick: bool,
+) -> Result<()> {
     let against = |of: fn(&Cost) -> f64| {
         let points: Vec<_> = costs
             .iter()
@@ -68,7 +73,7 @@ pub(crate) fn measure(report: &mut Report, costs: &[Cost], rollouts: &[(f64, f64
         let what = format!("rollout's CPU at the controller, by agents ({WHOLE} steps)");
         report.bounded(name(&what), exponent(&by_agents), "", Some(MOST));
     }
-    history::measure(report, AGENTS)
+    history::measure(report, AGENTS, quick)
 }
 
 /// Processor time of the controller for a rollout, in seconds, by steps.

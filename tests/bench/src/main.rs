@@ -134,12 +134,14 @@ fn measure(quick: bool, parts: &[&str]) -> Result<bool> {
             rollouts.push(rollout::measure(report, agents)?);
             Ok(())
         });
-        part("cycles", &mut |report| cycles::measure(report, agents));
+        part("cycles", &mut |report| {
+            cycles::measure(report, agents, quick)
+        });
         part("dead", &mut |report| dead::measure(report, agents));
     }
     part("events", &mut |report| events::measure(report, quick));
     part("laws", &mut |report| {
-        laws::measure(report, &costs, &rollouts)
+        laws::measure(report, &costs, &rollouts, quick)
     });
     part("real", &mut |report| real::measure(report, quick));
     part("rollback", &mut |report| rollback::measure(report, quick));

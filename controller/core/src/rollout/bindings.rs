@@ -8,8 +8,9 @@ use lockstep_proto::ids::{Direction, HostId, StepKey, StepRef};
 use lockstep_proto::order::{Binding, Fact, Order, controller_host};
 
 use super::state::Resolved;
-use super::{Attempt, Gate, Rollout};
+use super::{Attempt, Gate, Member, Rollout};
 use crate::coordinator::Config;
+use crate::walk::Walk;
 
 impl Rollout {
     /// The facts of all attempts, in plan order, with the step that reported each.
@@ -46,6 +47,24 @@ impl Rollout {
         }
     }
 
+    /// The order of each of these hosts' last attempt at a step.
+    pub(crate) fn orders<'a>(
+        &'a self,
+        config: &'a Config,
+        at: StepRef,
+        direction: Direction,
+        hosts: &'a [HostId],
+    ) -> impl Iterator<Item = (&'a HostId, Order)> {
+        let mut attempts = Walk::new(self.attempts.get(&(at, direction)));
+        let mut members = Walk::new(Some(&self.members));
+        hosts.iter().filter_map(move |host| {
+            let attempt = attempts.get(host)?.last()?;
+            let member = members.get(host);
+            let order = self.order_of(config, at, direction, (host, member), attempt);
+            Some((host, order))
+        })
+    }
+
     /// The order of an attempt. It is made from what is recorded, so it is the same whenever it is
     /// said again.
     pub(crate) fn order(
@@ -56,13 +75,25 @@ impl Rollout {
         host: &HostId,
         attempt: &Attempt,
     ) -> Order {
+        let member = self.members.get(host);
+        self.order_of(config, at, direction, (host, member), attempt)
+    }
+
+    fn order_of(
+        &self,
+        config: &Config,
+        at: StepRef,
+        direction: Direction,
+        (host, member): (&HostId, Option<&Member>),
+        attempt: &Attempt,
+    ) -> Order {
         Order {
             key: self.key(at, direction, host, attempt.number),
             plan: self.plan.digest(),
             epoch: config.epoch,
             not_after: attempt.not_after,
             bindings: self
-                .resolutions(at, direction, host)
+                .resolutions(at, direction, (host, member))
                 .chain(self.accepted_losses(at, direction, host))
                 .chain(self.bindings(&self.placed(at).step.action, host))
                 .chain(self.approvals(&self.placed(at).step.action, at))
@@ -76,13 +107,13 @@ impl Rollout {
         &self,
         at: StepRef,
         direction: Direction,
-        host: &HostId,
+        (host, member): (&HostId, Option<&Member>),
     ) -> impl Iterator<Item = Binding> {
         let earlier = move |&(other, way): &(StepRef, Direction)| {
             (way, direction) == (Direction::Do, Direction::Do) && other < at
         };
         // Of hardly any host, and every order asks.
-        let spoken_for = self.members.get(host).is_some_and(|it| it.spoken_for);
+        let spoken_for = member.is_some_and(|member| member.spoken_for);
         let attempts = spoken_for.then(|| self.attempts.iter());
         let said = attempts
             .into_iter()
@@ -115,7 +146,10 @@ impl Rollout {
         direction: Direction,
         host: &HostId,
     ) -> impl Iterator<Item = Binding> {
-        let attempts = self.attempts_at(at, direction, host).iter();
+        // Only undos refuse because of one.
+        let is_undo = direction == Direction::Undo;
+        let attempts = is_undo.then(|| self.attempts_at(at, direction, host));
+        let attempts = attempts.into_iter().flatten();
         attempts.filter_map(move |attempt| {
             let accepted = attempt.accepted.as_ref()?;
             Some(Binding {

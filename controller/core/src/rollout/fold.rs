@@ -181,7 +181,8 @@ impl Rollout {
                             stale: false,
                         }),
                     }
-                    self.note_open(*at, *direction, host);
+                    let is_open = attempts.last().is_some_and(|last| last.result.is_none());
+                    self.set_open(*at, *direction, host, is_open);
                 }
             }
             Record::GivenUp {
@@ -522,7 +523,9 @@ impl Rollout {
                     signatures: signatures.clone(),
                 });
                 self.note_open(key.at, key.direction, host);
-                if let Some(member) = self.members.get_mut(host) {
+                // Of hardly any report, and each asks.
+                let says_state = facts.iter().any(|fact| matches!(fact, Fact::State { .. }));
+                if let Some(member) = says_state.then(|| self.members.get_mut(host)).flatten() {
                     match key.direction {
                         Direction::Do => keep_states(&mut member.before, facts),
                         Direction::Undo => keep_states(&mut member.undone, facts),

@@ -8,9 +8,10 @@ use lockstep_proto::plan::{Phase, Stage, Strategy, Target};
 use lockstep_proto::values::Timestamp;
 
 use super::cause::say_cause;
-use super::{AttemptResult, Cursor, Mode, Outcome, Rollout, next_attempt, order_life};
+use super::{Attempt, AttemptResult, Cursor, Mode, Outcome, Rollout, next_attempt, order_life};
 use crate::faults::planted;
 use crate::record::{End, Lost, MAX_HOSTS_PER_RECORD, Record};
+use crate::walk::Walk;
 
 /// Where a host stands in a stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,12 +135,10 @@ impl Rollout {
     /// Elects one host for stages with these groups: a connected one if there is one, then by
     /// name. It stays elected, so that the apply never moves.
     fn elect(&self, groups: &[String], up: &dyn Fn(&HostId) -> bool) -> Vec<Record> {
-        let candidates = self.hosts_of(&Target::Groups(groups.to_vec()));
-        let Some(host) = candidates
-            .iter()
-            .find(|host| up(host))
-            .or_else(|| candidates.first())
-        else {
+        let groups_of = Target::Groups(groups.to_vec());
+        let mut candidates = self.hosts_of(&groups_of);
+        let connected = candidates.find(|host| up(host));
+        let Some(host) = connected.or_else(|| self.hosts_of(&groups_of).next()) else {
             return vec![self.failed(format!(
                 "no host of {} is left: {}",
                 groups.join(", "),
@@ -167,10 +166,17 @@ impl Rollout {
         };
         // Hosts of earlier waves are done, but for those that people gave another attempt.
         let hosts = cursor.waves[..=wave].iter().flatten();
+        let steps = (first..).zip(&stage.steps).map(|(step, _)| StepRef {
+            phase: cursor.phase,
+            step,
+        });
+        let attempts = |at| Walk::new(self.attempts.get(&(at, self.forward())));
+        let mut attempts: Vec<_> = steps.map(attempts).collect();
         let mut due: BTreeMap<(StepRef, Direction, u16), Vec<HostId>> = BTreeMap::new();
         let mut open = false;
-        for host in hosts.filter(|host| self.members[*host].quarantined.is_none()) {
-            match self.progress(cursor.phase, first, stage, host) {
+        for host in self.sound(hosts) {
+            let attempts_at = |at: StepRef| attempts[usize::from(at.step - first)].get(host);
+            match self.progress_by(cursor.phase, first, stage, host, attempts_at) {
                 Progress::Done => {}
                 Progress::Waiting => open = !planted!(OpenPhaseEarly),
                 Progress::Next(at, direction, attempt) => {
@@ -223,6 +229,15 @@ impl Rollout {
             .collect()
     }
 
+    /// Which way orders go as long as none is undone.
+    fn forward(&self) -> Direction {
+        if self.dry_run {
+            Direction::Probe
+        } else {
+            Direction::Do
+        }
+    }
+
     /// Where a host stands in a stage.
     pub(super) fn progress(
         &self,
@@ -231,18 +246,28 @@ impl Rollout {
         stage: &Stage,
         host: &HostId,
     ) -> Progress {
-        let direction = if self.dry_run {
-            Direction::Probe
-        } else {
-            Direction::Do
-        };
+        self.progress_by(phase, first, stage, host, |at| {
+            self.attempts.get(&(at, self.forward()))?.get(host)
+        })
+    }
+
+    /// The same, with its attempts at each step.
+    fn progress_by<'a>(
+        &'a self,
+        phase: u16,
+        first: u16,
+        stage: &Stage,
+        host: &HostId,
+        mut attempts_at: impl FnMut(StepRef) -> Option<&'a Vec<Attempt>>,
+    ) -> Progress {
+        let direction = self.forward();
         for (step, number) in stage.steps.iter().zip(first..) {
             debug_assert_eq!(step.action.info().site, Site::Host);
             let at = StepRef {
                 phase,
                 step: number,
             };
-            let attempts = self.attempts_at(at, direction, host);
+            let attempts = attempts_at(at).map_or(&[][..], Vec::as_slice);
             let Some(attempt) = attempts.last() else {
                 return Progress::Next(at, direction, 1);
             };
@@ -362,7 +387,7 @@ impl Rollout {
         let Some((_, stage)) = self.stage_of(phase, stage) else {
             return vec![];
         };
-        let mut hosts = self.hosts_of(&stage.target);
+        let mut hosts: Vec<HostId> = self.hosts_of(&stage.target).cloned().collect();
         // A dry run has no barriers to keep: nothing is changed.
         if self.dry_run {
             return vec![hosts];
@@ -386,7 +411,7 @@ impl Rollout {
     fn next_wave(&self, cursor: &Cursor, stage: &Stage, now: Timestamp) -> Vec<Record> {
         let rollout = self.id.clone();
         let next = match cursor.closed {
-            None if self.hosts_of(&stage.target).is_empty() => {
+            None if self.hosts_of(&stage.target).next().is_none() => {
                 return vec![self.deserted(stage)];
             }
             None => 0,

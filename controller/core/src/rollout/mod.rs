@@ -22,6 +22,7 @@ use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::{Period, Timestamp};
 
 use crate::record::{End, Lost, Record};
+use crate::walk::Walk;
 
 mod backward;
 mod bindings;
@@ -199,10 +200,20 @@ impl Rollout {
     }
 
     /// Which hosts a target means, those in quarantine left out.
-    pub(crate) fn hosts_of(&self, target: &Target) -> Vec<HostId> {
-        let sound = |host: &&HostId| self.members[*host].quarantined.is_none();
-        let all = self.all_hosts_of(target).into_iter();
-        all.filter(sound).cloned().collect()
+    pub(crate) fn hosts_of(&self, target: &Target) -> impl Iterator<Item = &HostId> {
+        self.sound(self.all_hosts_of(target).into_iter())
+    }
+
+    /// Those of these hosts that are not in quarantine.
+    fn sound<'a>(
+        &'a self,
+        hosts: impl Iterator<Item = &'a HostId>,
+    ) -> impl Iterator<Item = &'a HostId> {
+        let mut members = Walk::new(Some(&self.members));
+        hosts.filter(move |host| {
+            let member = members.get(host).expect("what is meant are members");
+            member.quarantined.is_none()
+        })
     }
 
     pub(crate) fn last_attempt(
@@ -232,8 +243,9 @@ impl Rollout {
         &self,
     ) -> impl Iterator<Item = (StepRef, Direction, &HostId, &Attempt)> {
         self.open.iter().flat_map(|((at, direction), hosts)| {
-            hosts.iter().map(|host| {
-                let last = self.last_attempt(*at, *direction, host);
+            let mut attempts = Walk::new(self.attempts.get(&(*at, *direction)));
+            hosts.iter().map(move |host| {
+                let last = attempts.get(host).and_then(|attempts| attempts.last());
                 let last = last.expect("what is open was ordered");
                 (*at, *direction, host, last)
             })
@@ -259,6 +271,16 @@ impl Rollout {
     pub(super) fn note_open(&mut self, at: StepRef, direction: Direction, host: &HostId) {
         let last = self.last_attempt(at, direction, host);
         let is_open = last.is_some_and(|last| last.result.is_none());
+        self.set_open(at, direction, host, is_open);
+    }
+
+    pub(super) fn set_open(
+        &mut self,
+        at: StepRef,
+        direction: Direction,
+        host: &HostId,
+        is_open: bool,
+    ) {
         let hosts = self.open.entry((at, direction)).or_default();
         if is_open {
             hosts.insert(host.clone());
@@ -416,9 +438,9 @@ impl Rollout {
         since: Since<'_>,
     ) -> Timestamp {
         let latest = attempt.give_up_at(self.placed(at).step.timeout);
-        let never = since(host)
-            .filter(|_| attempt.started.is_none() && self.is_of_the_past(at, direction))
-            .map(|since| since.max(attempt.ordered()).plus(BEGINS_WITHIN));
+        let is_left = attempt.started.is_none() && self.is_of_the_past(at, direction);
+        let never = is_left.then(|| since(host)).flatten();
+        let never = never.map(|since| since.max(attempt.ordered()).plus(BEGINS_WITHIN));
         let until = never.map_or(latest, |never| never.min(latest));
         until.max(floor.plus(REPORT_GRACE))
     }

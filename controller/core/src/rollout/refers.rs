@@ -6,6 +6,7 @@ use lockstep_proto::ids::{HostId, StepRef};
 
 use super::Rollout;
 use crate::record::{NoticeRef, Record};
+use crate::walk::Walk;
 
 impl Rollout {
     /// Whether what a record names is there: phases and steps in the plan, hosts in the rollout.
@@ -25,7 +26,8 @@ impl Rollout {
             Record::Elected { host, .. } => member(host),
             Record::WaveOpened { phase, stage, .. } => self.stage_of(*phase, *stage).is_some(),
             Record::Dispatched { at, hosts, .. } => {
-                runs(at, Site::Host) && hosts.iter().all(member)
+                let mut members = Walk::new(Some(&self.members));
+                runs(at, Site::Host) && hosts.iter().all(|host| members.get(host).is_some())
             }
             Record::GateOpened { at, .. }
             | Record::GateReopened { at, .. }
