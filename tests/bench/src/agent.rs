@@ -66,7 +66,7 @@ pub(crate) fn measure(report: &mut Report, quick: bool) -> Result<()> {
 }
 
 fn idle(report: &mut Report, pid: u32, quick: bool) -> Result<()> {
-    let span = Duration::from_secs(if quick { 10 } else { 60 });
+    let span = Duration::from_secs(if quick { 5 } else { 60 });
     // What it did to connect is over.
     thread::sleep(Duration::from_secs(2));
     let before = running(pid)?;
