@@ -66,7 +66,7 @@ impl<K: Eq + Hash> Used<K> {
 }
 
 impl Rate {
-    /// Whether so much, in thousandths, is not all.
+    /// Whether somebody who has used so much, in thousandths, has something left.
     fn is_above(self, used: u64) -> bool {
         used < self.burst.saturating_mul(1000)
     }
@@ -101,6 +101,8 @@ mod tests {
         assert!(used.take(at(500), "a", 1) && !used.is_left(at(500), "a"));
         // One large cost may go beyond, and is paid back.
         assert!(used.take(at(60_000), "a", 10));
+        // Who is refused pays nothing, and waits no longer for it.
+        assert!(!used.take(at(62_000), "a", 1));
         assert!(!used.is_left(at(63_500), "a") && used.is_left(at(63_501), "a"));
         assert!(used.take(at(u64::MAX - 1_000_000), "a", u64::MAX));
         assert!(!used.is_left(at(u64::MAX - 1_000_000), "a"));

@@ -11,6 +11,7 @@
 //! it sends anything (INV-2). Barriers (INV-3), the five outcomes (INV-5), rollback (INV-6) and
 //! ends (INV-8) are decided in [`rollout`]; start reading at [`Coordinator::handle`].
 
+mod ascending;
 pub mod compile;
 pub mod coordinator;
 pub mod event;
@@ -21,7 +22,6 @@ pub mod refusal;
 pub mod rollout;
 pub mod schema;
 pub mod trust;
-mod walk;
 
 pub use coordinator::{Config, Coordinator, RecoverError, Summary};
 pub use event::{Answer, Call, Effects, Event, Message, Notify, Refused, RolloutEvent, TrustCall};

@@ -367,4 +367,30 @@ mod tests {
         assert_eq!(status.code(), tonic::Code::ResourceExhausted);
         assert_eq!(registry.current(&host), None);
     }
+
+    #[test]
+    fn what_is_owed_goes_first_and_without_room_for_it_nothing_goes() {
+        let host = "app-1".parse().unwrap();
+        let head = wire::Head::default();
+        let drain = || Box::new(down(wire::down::Message::Drain(wire::Drain::default())));
+        for (waiting, handed_over) in [(QUEUE - 2, 2), (QUEUE - 1, 1), (QUEUE, 0)] {
+            let mut registry = Registry::default();
+            let (candidate, mut queue, _) = candidate(1);
+            let number = registry.admit(candidate).unwrap();
+            for _ in 0..waiting {
+                assert!(!registry.send(&host, number, acknowledged().into(), &head));
+            }
+            registry.owe(&host, number, 7);
+            let lost = registry.send(&host, number, drain(), &head);
+            assert_eq!(lost, handed_over < 2);
+
+            let all: Vec<_> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+            let owed = wire::Down {
+                message: Some(wire::down::Message::Acknowledged(7)),
+                head: Some(head.clone()),
+            };
+            let both = [Box::new(owed), drain()];
+            assert_eq!(all[waiting..], both[..handed_over]);
+        }
+    }
 }

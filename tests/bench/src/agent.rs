@@ -136,7 +136,7 @@ async fn orders(report: &mut Report, cluster: &Cluster, pid: u32, quick: bool) -
     let (wanted, longest) = if quick {
         (2000, Duration::from_secs(8))
     } else {
-        (ORDERS, Duration::from_mins(3))
+        (ORDERS, Duration::from_secs(150))
     };
     let mut orderer = Orderer::begin(cluster).await?;
     // Its program's pages and its journal's tables are there afterwards.
@@ -155,7 +155,7 @@ async fn orders(report: &mut Report, cluster: &Cluster, pid: u32, quick: bool) -
     let name = |what: &str| format!("agent: {given} orders: {what}");
     let grown = memory.end().first().copied().unwrap_or(f64::NAN);
     let grown = grown * 1_048_576.0 / 1000.0;
-    // A few are as many as nothing to a heap that settles: they may add what all may.
+    // So few say little of growth: of what a heap takes before it has settled, all may be theirs.
     let share = if quick {
         1.0
     } else {

@@ -10,7 +10,7 @@ use crate::person::Person;
 use crate::process::running;
 use crate::report::Report;
 use crate::rollout::{PHASES, least};
-use crate::side::{Side, controller_pid};
+use crate::side::Side;
 use crate::{history, plans, rollout};
 
 const AGENTS: usize = 300;
@@ -80,16 +80,15 @@ pub(crate) fn measure(
 /// The least processor time of the controller for a rollout, in seconds, by steps.
 fn by_steps(side: &Side<Cluster>) -> Result<Vec<(f64, f64)>> {
     let person = Person::new(&Place::of(&side.controller))?;
-    let pid = controller_pid(&side.controller)?;
     let mut costs = vec![];
     for steps in STEPS {
         let mut took = vec![];
         for time in 0..TIMES {
-            let before = running(pid)?;
+            let before = running(side.pid)?;
             let name = format!("steps-{steps}-{time}");
             let rollout = plans::submit(&side.controller, &name, PHASES, steps)?;
             person.succeeded(&rollout)?;
-            took.push(running(pid)? - before);
+            took.push(running(side.pid)? - before);
         }
         costs.push(((PHASES * steps) as f64, least(&took)));
     }

@@ -118,11 +118,13 @@ pub(crate) fn peak(pid: u32) -> Result<u64> {
 }
 
 /// The time that the threads of a process have run, in seconds: finer than ticks. Those that have
-/// ended are not among them.
+/// ended are not among them: of the controller, what waits for files, a few milliseconds.
 pub(crate) fn running(pid: u32) -> Result<f64> {
     let mut nanoseconds = 0;
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let schedule = std::fs::read_to_string(task?.path().join("schedstat"))?;
+        let schedule = std::fs::read_to_string(task?.path().join("schedstat"));
+        // It may end while it is looked at.
+        let Ok(schedule) = schedule else { continue };
         let first = schedule.split_whitespace().next();
         nanoseconds += first.context("no such field")?.parse::<u64>()?;
     }

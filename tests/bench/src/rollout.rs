@@ -11,12 +11,13 @@ use crate::person::Person;
 use crate::plans;
 use crate::process::running;
 use crate::report::{Report, median};
-use crate::side::{Side, controller_pid};
+use crate::side::Side;
 
 pub(crate) const PHASES: usize = 6;
 pub(crate) const STEPS: usize = 5;
 
-/// Returns the agents, and the least processor time of the controller in seconds.
+/// Returns the agents, and the least processor time of the controller in seconds: of a large fleet
+/// there is only one.
 pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<(f64, f64)> {
     let turns = if agents > 1000 { 1 } else { 3 };
     let cluster = crate::controller()?;
@@ -25,7 +26,6 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<(f64, f64)> 
     let real = Side::real(cluster, agents)?;
     let person = Person::new(&place)?;
 
-    let pid = controller_pid(&real.controller)?;
     let (empty, idle) = (journal::bytes(&real.controller)?, real.used()?);
     let orders = PHASES * STEPS * agents * turns;
     let (mut reals, mut real_cpu, mut bares, mut bare_cpu) = (vec![], vec![], vec![], vec![]);
@@ -35,12 +35,12 @@ pub(crate) fn measure(report: &mut Report, agents: usize) -> Result<(f64, f64)> 
         bares.push(rounds.iter().sum::<f64>() / 1000.0);
         bare_cpu.push(running(bare.pid)? - before);
 
-        let before = running(pid)?;
+        let before = running(real.pid)?;
         let begun = Instant::now();
         let rollout = plans::submit(&real.controller, &format!("whole-{turn}"), PHASES, STEPS)?;
         person.succeeded(&rollout)?;
         reals.push(begun.elapsed().as_secs_f64());
-        real_cpu.push(running(pid)? - before);
+        real_cpu.push(running(real.pid)? - before);
     }
     drop(bare);
     let grown = real.used()?.memory.saturating_sub(idle.memory);

@@ -9,8 +9,8 @@ use lockstep_proto::order::{Binding, Fact, Order, controller_host};
 
 use super::state::Resolved;
 use super::{Attempt, Gate, Member, Rollout};
+use crate::ascending::Ascending;
 use crate::coordinator::Config;
-use crate::walk::Walk;
 
 impl Rollout {
     /// The facts of all attempts, in plan order, with the step that reported each.
@@ -55,8 +55,8 @@ impl Rollout {
         direction: Direction,
         hosts: &'a [HostId],
     ) -> impl Iterator<Item = (&'a HostId, Order)> {
-        let mut attempts = Walk::new(self.attempts.get(&(at, direction)));
-        let mut members = Walk::new(Some(&self.members));
+        let mut attempts = Ascending::new(self.attempts.get(&(at, direction)));
+        let mut members = Ascending::new(Some(&self.members));
         hosts.iter().filter_map(move |host| {
             let attempt = attempts.get(host)?.last()?;
             let member = members.get(host);
@@ -146,7 +146,7 @@ impl Rollout {
         direction: Direction,
         host: &HostId,
     ) -> impl Iterator<Item = Binding> {
-        // Only undos refuse because of one.
+        // Only undos are refused because of a loss, and every order asks.
         let is_undo = direction == Direction::Undo;
         let attempts = is_undo.then(|| self.attempts_at(at, direction, host));
         let attempts = attempts.into_iter().flatten();

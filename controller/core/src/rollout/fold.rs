@@ -523,7 +523,7 @@ impl Rollout {
                     signatures: signatures.clone(),
                 });
                 self.note_open(key.at, key.direction, host);
-                // Of hardly any report, and each asks.
+                // Hardly any report says one.
                 let says_state = facts.iter().any(|fact| matches!(fact, Fact::State { .. }));
                 if let Some(member) = says_state.then(|| self.members.get_mut(host)).flatten() {
                     match key.direction {

@@ -9,9 +9,9 @@ use lockstep_proto::values::Timestamp;
 
 use super::cause::say_cause;
 use super::{Attempt, AttemptResult, Cursor, Mode, Outcome, Rollout, next_attempt, order_life};
+use crate::ascending::Ascending;
 use crate::faults::planted;
 use crate::record::{End, Lost, MAX_HOSTS_PER_RECORD, Record};
-use crate::walk::Walk;
 
 /// Where a host stands in a stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,10 +135,10 @@ impl Rollout {
     /// Elects one host for stages with these groups: a connected one if there is one, then by
     /// name. It stays elected, so that the apply never moves.
     fn elect(&self, groups: &[String], up: &dyn Fn(&HostId) -> bool) -> Vec<Record> {
-        let groups_of = Target::Groups(groups.to_vec());
-        let mut candidates = self.hosts_of(&groups_of);
-        let connected = candidates.find(|host| up(host));
-        let Some(host) = connected.or_else(|| self.hosts_of(&groups_of).next()) else {
+        let target = Target::Groups(groups.to_vec());
+        let mut candidates = self.hosts_of(&target).peekable();
+        let first = candidates.peek().copied();
+        let Some(host) = candidates.find(|host| up(host)).or(first) else {
             return vec![self.failed(format!(
                 "no host of {} is left: {}",
                 groups.join(", "),
@@ -170,7 +170,7 @@ impl Rollout {
             phase: cursor.phase,
             step,
         });
-        let attempts = |at| Walk::new(self.attempts.get(&(at, self.forward())));
+        let attempts = |at| Ascending::new(self.attempts.get(&(at, self.forward())));
         let mut attempts: Vec<_> = steps.map(attempts).collect();
         let mut due: BTreeMap<(StepRef, Direction, u16), Vec<HostId>> = BTreeMap::new();
         let mut open = false;
@@ -251,7 +251,7 @@ impl Rollout {
         })
     }
 
-    /// The same, with its attempts at each step.
+    /// The same; `attempts_at` finds the host's attempts at a step.
     fn progress_by<'a>(
         &'a self,
         phase: u16,

@@ -21,8 +21,8 @@ use lockstep_proto::report::Refusal;
 use lockstep_proto::seal::SealedPlan;
 use lockstep_proto::values::{Period, Timestamp};
 
+use crate::ascending::Ascending;
 use crate::record::{End, Lost, Record};
-use crate::walk::Walk;
 
 mod backward;
 mod bindings;
@@ -209,7 +209,7 @@ impl Rollout {
         &'a self,
         hosts: impl Iterator<Item = &'a HostId>,
     ) -> impl Iterator<Item = &'a HostId> {
-        let mut members = Walk::new(Some(&self.members));
+        let mut members = Ascending::new(Some(&self.members));
         hosts.filter(move |host| {
             let member = members.get(host).expect("what is meant are members");
             member.quarantined.is_none()
@@ -243,7 +243,7 @@ impl Rollout {
         &self,
     ) -> impl Iterator<Item = (StepRef, Direction, &HostId, &Attempt)> {
         self.open.iter().flat_map(|((at, direction), hosts)| {
-            let mut attempts = Walk::new(self.attempts.get(&(*at, *direction)));
+            let mut attempts = Ascending::new(self.attempts.get(&(*at, *direction)));
             hosts.iter().map(move |host| {
                 let last = attempts.get(host).and_then(|attempts| attempts.last());
                 let last = last.expect("what is open was ordered");
@@ -274,6 +274,7 @@ impl Rollout {
         self.set_open(at, direction, host, is_open);
     }
 
+    /// Notes whether the last attempt of a host at a step is open.
     pub(super) fn set_open(
         &mut self,
         at: StepRef,

@@ -5,8 +5,8 @@ use lockstep_proto::action::Site;
 use lockstep_proto::ids::{HostId, StepRef};
 
 use super::Rollout;
+use crate::ascending::Ascending;
 use crate::record::{NoticeRef, Record};
-use crate::walk::Walk;
 
 impl Rollout {
     /// Whether what a record names is there: phases and steps in the plan, hosts in the rollout.
@@ -26,7 +26,7 @@ impl Rollout {
             Record::Elected { host, .. } => member(host),
             Record::WaveOpened { phase, stage, .. } => self.stage_of(*phase, *stage).is_some(),
             Record::Dispatched { at, hosts, .. } => {
-                let mut members = Walk::new(Some(&self.members));
+                let mut members = Ascending::new(Some(&self.members));
                 runs(at, Site::Host) && hosts.iter().all(|host| members.get(host).is_some())
             }
             Record::GateOpened { at, .. }

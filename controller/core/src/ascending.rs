@@ -1,23 +1,25 @@
-//! Lookups of ascending keys: what is asked of every host of a fleet takes a step of its map each, not
-//! a search each.
+//! Lookups of ascending keys: what is asked of every host of a fleet takes a step along its map each,
+//! not a search each.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Range;
 use std::iter::Peekable;
 
-/// A key that is further away is searched for.
+/// About what a search compares on one level of a map: beyond as many steps it is the shorter way.
 const STEPS: usize = 8;
 
-/// Goes through a map as its keys are asked for. Keys in another order, too, get what a search would
-/// find; only slower.
-pub(crate) struct Walk<'a, K, V> {
+/// Goes along a map as its keys are asked for. It finds what a search finds, in whatever order keys
+/// are asked for; only ascending ones are quick.
+pub(crate) struct Ascending<'a, K, V> {
     map: Option<&'a BTreeMap<K, V>>,
+    /// Stands at the first key that is not below `last`; none before the second question.
     ahead: Option<Peekable<Range<'a, K, V>>>,
+    /// What was asked for last.
     last: Option<&'a K>,
 }
 
-impl<'a, K: Ord, V> Walk<'a, K, V> {
-    /// Through this map; none has no keys.
+impl<'a, K: Ord, V> Ascending<'a, K, V> {
+    /// Along this map; none has no keys.
     pub(crate) fn new(map: Option<&'a BTreeMap<K, V>>) -> Self {
         Self {
             map,
@@ -29,9 +31,12 @@ impl<'a, K: Ord, V> Walk<'a, K, V> {
     /// What the map has for a key.
     pub(crate) fn get(&mut self, key: &'a K) -> Option<&'a V> {
         let map = self.map?;
-        let is_ahead = self.last.replace(key).is_some_and(|last| last <= key);
+        // Most often only one host is asked about.
+        let Some(last) = self.last.replace(key) else {
+            return map.get(key);
+        };
         let ahead = match &mut self.ahead {
-            Some(ahead) if is_ahead => ahead,
+            Some(ahead) if last <= key => ahead,
             ahead => ahead.insert(map.range(key..).peekable()),
         };
         for _ in 0..STEPS {
@@ -65,16 +70,17 @@ mod tests {
             if ascending {
                 asked.sort_unstable();
             }
-            let map: BTreeMap<u8, String> = keys.iter().map(|key| (*key, key.to_string())).collect();
-            let mut walk = Walk::new(Some(&map));
+            let map: BTreeMap<_, _> = keys.iter().map(|key| (*key, key.to_string())).collect();
+            let mut along = Ascending::new(Some(&map));
             for key in &asked {
-                prop_assert_eq!(walk.get(key), map.get(key));
+                prop_assert_eq!(along.get(key), map.get(key));
             }
         }
     }
 
     #[test]
     fn no_map_has_no_keys() {
-        assert_eq!(Walk::<u8, u8>::new(None).get(&1), None);
+        let mut along = Ascending::<u8, u8>::new(None);
+        assert_eq!([along.get(&1), along.get(&2)], [None, None]);
     }
 }
